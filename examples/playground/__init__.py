@@ -1,0 +1,1 @@
+"""A teacher and a student small enough to train and distil on two CPU cores."""

@@ -1,0 +1,206 @@
+"""Frozen numpy records that cross the wire. Both sides speak these; only codec.py sees a message.
+
+Legend: p = prompt tokens, n or m = rows (response tokens), K = teacher top-k, C = candidate ids a row.
+
+Alignment: row t belongs to response token t and holds the teacher's distribution given the prompt and
+the response tokens before t. Log-probs are in nats, over the full vocabulary, at the temperature of
+ScoreOptions. A missing array is None, never a number.
+
+Worked example: prompt [5, 9], response [7, 7, 2]. A span with offset 1 and token_ids [7, 2] yields two
+rows: row 0 is p(. | 5, 9, 7) with the log-prob of 7, row 1 is p(. | 5, 9, 7, 7) with the log-prob of 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_wire.errors import InvalidRequestError
+
+PROTOCOL_VERSION = 1
+
+
+class LogprobDtype(Enum):
+    """Element type of log-probs on the wire."""
+
+    F16 = "f16"
+    F32 = "f32"
+
+
+class DriftMetric(Enum):
+    """What counts as a bad event at one position."""
+
+    OVERLAP_RATIO = "overlap_ratio"
+    """|student top-k and teacher top-k in common| / k < threshold (Prune-OPD eq. 5-7)."""
+    TEACHER_TOP_P_ACCEPT = "teacher_top_p_accept"
+    """The sampled token lies outside the teacher's top-p nucleus (Prune-OPD appendix A.10)."""
+
+
+class Verdict(Enum):
+    """What the drift policy says of a response so far."""
+
+    CONTINUE = "continue"
+    TRUNCATE = "truncate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreOptions:
+    """What each row holds; fixed for a session."""
+
+    k: int
+    """Size of the teacher's top-k."""
+    temperature: float = 1.0
+    """The teacher's logits are divided by this before the softmax."""
+    logprob_dtype: LogprobDtype = LogprobDtype.F32
+    want_entropy: bool = False
+    want_rank: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise InvalidRequestError(f"k is {self.k}, must be at least 1")
+        if not 0.0 < self.temperature < float("inf"):
+            raise InvalidRequestError(f"temperature is {self.temperature}, must be finite and > 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriftPolicy:
+    """The trainer's rule for drift (Prune-OPD); the server has no thresholds of its own."""
+
+    metric: DriftMetric = DriftMetric.OVERLAP_RATIO
+    k: int = 16
+    """Leading student and teacher entries compared."""
+    threshold: float = 0.7
+    """Overlap ratio below which a position is bad (gamma in the paper)."""
+    top_p: float = 0.95
+    """Mass of the nucleus, for TEACHER_TOP_P_ACCEPT."""
+    w_drop: float = 0.01
+    """Loss of reliability a bad event: R_t = clip(1 - w_drop * bad events up to t, 0, 1)."""
+    stop_in_flight: bool = True
+    """Send TRUNCATE at the first position where R reaches 0; False observes only."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise InvalidRequestError(f"drift k is {self.k}, must be at least 1")
+        for name in ("threshold", "top_p", "w_drop"):
+            value = getattr(self, name)
+            if not 0.0 < value <= 1.0:
+                raise InvalidRequestError(f"drift {name} is {value}, must be in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriftState:
+    """Drift of one response so far; enough to go on from num_tokens."""
+
+    num_tokens: int = 0
+    num_bad_events: int = 0
+    exhausted_at: int | None = None
+    """Response tokens up to and including the one where R reached 0; None while R > 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSpan:
+    """A piece of a response with what the teacher needs to judge it."""
+
+    offset: int
+    """Response position of the first token."""
+    token_ids: NDArray[np.int32]
+    """[m]"""
+    candidate_ids: NDArray[np.int32] | None = None
+    """[m, C] the student's own top-k, most likely first."""
+    event_mask: NDArray[np.bool_] | None = None
+    """[m] False where a position may raise no drift event; None means all may."""
+
+    def __post_init__(self) -> None:
+        if self.offset < 0:
+            raise InvalidRequestError(f"span offset is {self.offset}, must not be negative")
+        if self.token_ids.ndim != 1:
+            raise InvalidRequestError(f"token_ids has shape {self.token_ids.shape}, must be [m]")
+        num_tokens = len(self.token_ids)
+        if self.candidate_ids is not None:
+            shape = self.candidate_ids.shape
+            if len(shape) != 2 or shape[0] != num_tokens:
+                raise InvalidRequestError(
+                    f"candidate_ids has shape {shape}, must be [{num_tokens}, C]: one row a token"
+                )
+        if self.event_mask is not None and self.event_mask.shape != (num_tokens,):
+            raise InvalidRequestError(
+                f"event_mask has shape {self.event_mask.shape}, must be [{num_tokens}]"
+            )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRows:
+    """The teacher's scores of n consecutive response tokens."""
+
+    offset: int
+    """Response position of row 0."""
+    topk_ids: NDArray[np.int32]
+    """[n, K] most likely first."""
+    topk_logprobs: NDArray[np.float32]
+    """[n, K]"""
+    token_logprobs: NDArray[np.float32]
+    """[n] of the actual token."""
+    candidate_logprobs: NDArray[np.float32] | None = None
+    """[n, C] at the candidate ids of the span."""
+    overlap_counts: NDArray[np.uint8] | None = None
+    """[n] common entries of the first DriftPolicy.k candidates and the teacher's top DriftPolicy.k."""
+    bad_events: NDArray[np.bool_] | None = None
+    """[n] True where the drift policy saw a bad event."""
+    entropies: NDArray[np.float32] | None = None
+    """[n] nats, of the full distribution."""
+    token_ranks: NDArray[np.int32] | None = None
+    """[n] rank of the actual token, 1 = most likely."""
+
+    def __len__(self) -> int:
+        return len(self.token_logprobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Where the time of one scoring call went, on the server."""
+
+    queue_us: int = 0
+    engine_us: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The answer to one append: rows, drift after them, and what the policy says."""
+
+    rows: ScoreRows
+    drift: DriftState | None
+    verdict: Verdict
+    keep_tokens: int | None
+    """With TRUNCATE: response tokens to keep, else None."""
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherInfo:
+    """What a server serves, and its limits."""
+
+    model_id: str
+    revision: str
+    weights_digest: str
+    """SHA-256 over the weight files."""
+    dtype: str
+    vocab_size: int
+    tokenizer_fingerprint: str
+    special_token_ids: tuple[int, ...]
+    max_k: int
+    """Largest top-k, and largest number of candidate ids a row."""
+    max_context: int
+    """Largest prompt plus response, in tokens."""
+    engine: str
+    engine_version: str
+    instance_id: str
+    max_sessions: int
+    max_append_tokens: int
+    protocol_version: int = PROTOCOL_VERSION
+    server_version: str = ""

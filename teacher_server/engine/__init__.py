@@ -1,0 +1,1 @@
+"""Scoring engines: vLLM (default), transformers (the reference) and a deterministic fake."""
