@@ -46,6 +46,9 @@ PROMPT_ONLY_SYMBOLS = "x>"
 PROMPT_LENGTH = 12
 """Characters, hence tokens, of every prompt."""
 
+LINE_LENGTH = 21
+"""Characters of every solution line."""
+
 _PROMPT = re.compile(r"(\d\d)((?:[+\-*]\d){3})x(\d\d)>")
 
 
@@ -89,7 +92,7 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """Canonical (ASCII) solution: 21 characters a round, then `#` and the answer."""
+        """Canonical (ASCII) solution: LINE_LENGTH characters a round, then `#` and the answer."""
         return "".join(text for _, text in solution_steps(self))
 
     @property

@@ -1,1 +1,1 @@
-"""What teacher and trainer share: records, errors and the codec. Knows no model, no engine, no loss."""
+"""What teacher and trainer share: records, errors, codec. Knows no model, no engine, no loss."""

@@ -1,13 +1,14 @@
 """Frozen numpy records that cross the wire. Both sides speak these; only codec.py sees a message.
 
-Legend: p = prompt tokens, n or m = rows (response tokens), K = teacher top-k, C = candidate ids a row.
+Legend: p = prompt tokens, n or m = rows (response tokens), K = teacher top-k, C = candidates a row.
 
-Alignment: row t belongs to response token t and holds the teacher's distribution given the prompt and
-the response tokens before t. Log-probs are in nats, over the full vocabulary, at the temperature of
-ScoreOptions. A missing array is None, never a number.
+Alignment: row t belongs to response token t and holds the teacher's distribution given the prompt
+and the response tokens before t. Log-probs are in nats, over the full vocabulary, at the
+temperature of ScoreOptions. A missing array is None, never a number.
 
-Worked example: prompt [5, 9], response [7, 7, 2]. A span with offset 1 and token_ids [7, 2] yields two
-rows: row 0 is p(. | 5, 9, 7) with the log-prob of 7, row 1 is p(. | 5, 9, 7, 7) with the log-prob of 2.
+Worked example: prompt [5, 9], response [7, 7, 2]. A span with offset 1 and token_ids [7, 2] yields
+two rows: row 0 is p(. | 5, 9, 7) with the log-prob of 7, row 1 is p(. | 5, 9, 7, 7) with the
+log-prob of 2.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from teacher_wire.errors import InvalidRequestError
 
 PROTOCOL_VERSION = 1
+MAX_DRIFT_K = 255
+"""Overlap counts travel as one byte."""
 
 
 class LogprobDtype(Enum):
@@ -71,7 +74,7 @@ class DriftPolicy:
 
     metric: DriftMetric = DriftMetric.OVERLAP_RATIO
     k: int = 16
-    """Leading student and teacher entries compared."""
+    """Leading student and teacher entries compared, at most MAX_DRIFT_K."""
     threshold: float = 0.7
     """Overlap ratio below which a position is bad (gamma in the paper)."""
     top_p: float = 0.95
@@ -82,12 +85,12 @@ class DriftPolicy:
     """Send TRUNCATE at the first position where R reaches 0; False observes only."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise InvalidRequestError(f"drift k is {self.k}, must be at least 1")
+        if not 1 <= self.k <= MAX_DRIFT_K:
+            raise InvalidRequestError(f"drift k is {self.k}, must be in 1..{MAX_DRIFT_K}")
         for name in ("threshold", "top_p", "w_drop"):
             value = getattr(self, name)
-            if not 0.0 < value <= 1.0:
-                raise InvalidRequestError(f"drift {name} is {value}, must be in (0, 1]")
+            if not 1e-9 <= value <= 1.0:
+                raise InvalidRequestError(f"drift {name} is {value}, must be in [1e-9, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +152,8 @@ class ScoreRows:
     candidate_logprobs: NDArray[np.float32] | None = None
     """[n, C] at the candidate ids of the span."""
     overlap_counts: NDArray[np.uint8] | None = None
-    """[n] common entries of the first DriftPolicy.k candidates and the teacher's top DriftPolicy.k."""
+    """[n] common entries of the first d candidates and the teacher's top d, where d is
+    DriftPolicy.k, or min(K, C, 255) without a policy. None without candidates."""
     bad_events: NDArray[np.bool_] | None = None
     """[n] True where the drift policy saw a bad event."""
     entropies: NDArray[np.float32] | None = None

@@ -2,9 +2,9 @@
 
 Legend: L = prompt plus response tokens, n = rows, K = top-k, C = candidate ids a row.
 
-An engine is stateless by contract: every query carries the whole prefix. Reuse of earlier work is the
-engine's own affair (vLLM: the prefix cache; transformers: a KV cache per `session`), and never changes
-a row beyond rounding. Logits never leave an engine.
+An engine is stateless by contract: every query carries the whole prefix. Reuse of earlier work is
+the engine's own affair (vLLM: the prefix cache; transformers: a KV cache per `session`), and never
+changes a row beyond rounding. Logits never leave an engine.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from teacher_wire.errors import InvalidRequestError, NonFiniteError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class ScoreQuery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRows:
-    """What a model says of n tokens. Finite by contract: an engine raises NonFiniteError instead."""
+    """What a model says of n tokens. Finite by contract: engines raise NonFiniteError."""
 
     topk_ids: NDArray[np.int32]
     """[n, K] most likely first."""
@@ -62,6 +63,47 @@ class EngineInfo:
     vocab_size: int
     max_context: int
     max_k: int
+
+
+def check_query(query: ScoreQuery, info: EngineInfo) -> None:
+    """Raises InvalidRequestError for a query that would crash a model or be answered wrongly."""
+    length = len(query.token_ids)
+    if not 1 <= query.first_row < length:
+        raise InvalidRequestError(f"first_row is {query.first_row}, must be in [1, {length})")
+    if length > info.max_context:
+        raise InvalidRequestError(f"{length} tokens, max_context is {info.max_context}")
+    if not 1 <= query.k <= info.max_k:
+        raise InvalidRequestError(f"k is {query.k}, must be in [1, {info.max_k}]")
+    if not 0.0 < query.temperature < float("inf"):
+        raise InvalidRequestError(f"temperature is {query.temperature}, must be finite and > 0")
+    _check_ids("token_ids", query.token_ids, info.vocab_size)
+    if query.candidate_ids is None:
+        return
+    num_rows = length - query.first_row
+    shape = query.candidate_ids.shape
+    if len(shape) != 2 or shape[0] != num_rows or not 1 <= shape[1] <= info.max_k:
+        raise InvalidRequestError(
+            f"candidate_ids has shape {shape}, must be [{num_rows}, C] with C in [1, {info.max_k}]"
+        )
+    _check_ids("candidate_ids", query.candidate_ids, info.vocab_size)
+
+
+def _check_ids(name: str, ids: NDArray[np.int32], vocab_size: int) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise InvalidRequestError(f"{name} spans [{low}, {high}], must lie in [0, {vocab_size})")
+
+
+def check_finite(rows: EngineRows, first_row: int) -> None:
+    """Raises NonFiniteError naming the first token whose row holds a NaN or an infinity."""
+    finite_n = np.isfinite(rows.topk_logprobs).all(axis=1) & np.isfinite(rows.token_logprobs)
+    if rows.candidate_logprobs is not None:
+        finite_n &= np.isfinite(rows.candidate_logprobs).all(axis=1)
+    if rows.entropies is not None:
+        finite_n &= np.isfinite(rows.entropies)
+    if not finite_n.all():
+        index = first_row + int(np.argmin(finite_n))
+        raise NonFiniteError(f"the model's scores of token {index} are not finite")
 
 
 class ScoringEngine(Protocol):

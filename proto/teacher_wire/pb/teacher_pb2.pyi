@@ -165,30 +165,34 @@ class TokenSpan(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., candidate_ids: _Optional[bytes] = ..., event_mask: _Optional[bytes] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("prompt_ids", "span", "options", "policy")
+    __slots__ = ("prompt_ids", "span", "options", "policy", "run_id")
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SPAN_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     prompt_ids: bytes
     span: TokenSpan
     options: ScoreOptions
     policy: DriftPolicy
-    def __init__(self, prompt_ids: _Optional[bytes] = ..., span: _Optional[_Union[TokenSpan, _Mapping]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., policy: _Optional[_Union[DriftPolicy, _Mapping]] = ...) -> None: ...
+    run_id: str
+    def __init__(self, prompt_ids: _Optional[bytes] = ..., span: _Optional[_Union[TokenSpan, _Mapping]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., policy: _Optional[_Union[DriftPolicy, _Mapping]] = ..., run_id: _Optional[str] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("rows", "drift", "verdict", "keep_tokens", "timing")
+    __slots__ = ("rows", "last", "drift", "verdict", "keep_tokens", "timing")
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     DRIFT_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     KEEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     rows: ScoreRows
+    last: bool
     drift: DriftState
     verdict: Verdict
     keep_tokens: int
     timing: Timing
-    def __init__(self, rows: _Optional[_Union[ScoreRows, _Mapping]] = ..., drift: _Optional[_Union[DriftState, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., keep_tokens: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    def __init__(self, rows: _Optional[_Union[ScoreRows, _Mapping]] = ..., last: _Optional[bool] = ..., drift: _Optional[_Union[DriftState, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., keep_tokens: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue_us", "engine_us")
@@ -249,22 +253,20 @@ class Welcome(_message.Message):
     def __init__(self, info: _Optional[_Union[TeacherInfo, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session_id", "prompt_ids", "response_ids", "scored_upto", "drift", "options", "policy")
+    __slots__ = ("session_id", "prompt_ids", "scored_ids", "drift", "options", "policy")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
-    RESPONSE_IDS_FIELD_NUMBER: _ClassVar[int]
-    SCORED_UPTO_FIELD_NUMBER: _ClassVar[int]
+    SCORED_IDS_FIELD_NUMBER: _ClassVar[int]
     DRIFT_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     prompt_ids: bytes
-    response_ids: bytes
-    scored_upto: int
+    scored_ids: bytes
     drift: DriftState
     options: ScoreOptions
     policy: DriftPolicy
-    def __init__(self, session_id: _Optional[str] = ..., prompt_ids: _Optional[bytes] = ..., response_ids: _Optional[bytes] = ..., scored_upto: _Optional[int] = ..., drift: _Optional[_Union[DriftState, _Mapping]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., policy: _Optional[_Union[DriftPolicy, _Mapping]] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., prompt_ids: _Optional[bytes] = ..., scored_ids: _Optional[bytes] = ..., drift: _Optional[_Union[DriftState, _Mapping]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., policy: _Optional[_Union[DriftPolicy, _Mapping]] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("session_id", "next_offset")
@@ -285,20 +287,22 @@ class Append(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., span: _Optional[_Union[TokenSpan, _Mapping]] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
 class Scores(_message.Message):
-    __slots__ = ("session_id", "rows", "drift", "verdict", "keep_tokens", "timing")
+    __slots__ = ("session_id", "rows", "last", "drift", "verdict", "keep_tokens", "timing")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     DRIFT_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     KEEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     rows: ScoreRows
+    last: bool
     drift: DriftState
     verdict: Verdict
     keep_tokens: int
     timing: Timing
-    def __init__(self, session_id: _Optional[str] = ..., rows: _Optional[_Union[ScoreRows, _Mapping]] = ..., drift: _Optional[_Union[DriftState, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., keep_tokens: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., rows: _Optional[_Union[ScoreRows, _Mapping]] = ..., last: _Optional[bool] = ..., drift: _Optional[_Union[DriftState, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., keep_tokens: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ("session_id",)

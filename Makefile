@@ -1,0 +1,48 @@
+# Every target sets up what it needs. `make demo` and `make test` are the two to know.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# cuda where there is an NVIDIA driver, else cpu.
+ACCELERATOR ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
+# On a CPU-only host whose package index offers only CUDA builds of torch, name PyTorch's CPU index here.
+TORCH_INDEX ?=
+
+.PHONY: demo test check lint format proto playground setup clean
+
+demo: setup  ## distil the playground's student, from nothing to a plot
+	$(BIN)/python -m examples.demo
+
+test: setup  ## the whole test suite
+	$(BIN)/python -m pytest -q
+
+check: lint  ## lint, types and the tests that need no engine, in about a minute
+	$(BIN)/python -m pytest -q -m "not vllm and not e2e"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf format -d --exit-code
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	cd proto && ../$(BIN)/buf format -w
+
+proto: setup  ## regenerate the code of the contract
+	$(BIN)/python -m grpc_tools.protoc -I teacher_wire/pb=proto/opd/teacher/v1 \
+	    --python_out=proto --pyi_out=proto --grpc_python_out=proto teacher_wire/pb/teacher.proto
+
+playground: setup  ## train the playground's teacher and student anew
+	$(BIN)/python -m examples.playground.build --out examples/playground/checkpoints
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml scripts/setup_venv.py
+	$(PYTHON) scripts/setup_venv.py --venv $(VENV) --accelerator $(ACCELERATOR) \
+	    --torch-index "$(TORCH_INDEX)"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

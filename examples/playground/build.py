@@ -1,0 +1,132 @@
+"""Make the playground's teacher, student and problem files from nothing.
+
+    python -m examples.playground.build --out examples/playground/checkpoints --seed 0
+
+The teacher is trained on whole problems of every length up to TRAINING_ROUNDS. The student is
+cold-started on short chains only: it never sees a solution line beyond STUDENT_LINES.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+from examples.playground.evaluation import accuracy, respond
+from examples.playground.task import TRAINING_ROUNDS, Problem, draw_split
+from examples.playground.training import Stage, build_model, train
+from examples.playground.vocabulary import save_tokenizer
+
+NUM_TRAINING_PROBLEMS = 4096
+NUM_HELDOUT_PROBLEMS = 256
+
+STUDENT_LINES = 5
+"""Solution lines that the student is cold-started on; the teacher knows TRAINING_ROUNDS."""
+
+SHORT = tuple((num_rounds, None) for num_rounds in (1, 2, 3))
+MEDIUM = tuple((num_rounds, None) for num_rounds in (3, 4, 5, 6, 8, 9))
+FULL = tuple((num_rounds, None) for num_rounds in range(1, TRAINING_ROUNDS + 1))
+LONGEST = ((TRAINING_ROUNDS, None),)
+WHOLE_SHORT = tuple((num_rounds, None) for num_rounds in range(1, STUDENT_LINES + 1))
+CUT_SHORT = ((TRAINING_ROUNDS, STUDENT_LINES),)
+
+TEACHER_STAGES = (
+    Stage(num_steps=240, lessons=SHORT),
+    Stage(num_steps=80, lessons=MEDIUM),
+    Stage(num_steps=480, lessons=FULL + LONGEST * 10),
+)
+STUDENT_STAGES = (
+    Stage(num_steps=240, lessons=SHORT),
+    Stage(num_steps=160, lessons=WHOLE_SHORT + CUT_SHORT * STUDENT_LINES),
+)
+
+console = Console()
+
+
+def build_checkpoint(name: str, path: Path, seed: int) -> Qwen3ForCausalLM:
+    """Train the teacher or the student from random weights and save it with its tokenizer."""
+    if name == "teacher":
+        model, stages = build_model(num_layers=3, hidden_size=128, seed=seed), TEACHER_STAGES
+    else:
+        model, stages = build_model(num_layers=2, hidden_size=128, seed=seed + 1), STUDENT_STAGES
+    with Progress(console=console) as progress:
+        bar = progress.add_task(name, total=sum(stage.num_steps for stage in stages))
+
+        def report(step: int, loss: float) -> None:
+            progress.update(bar, completed=step, description=f"{name}, loss {loss:.4f}")
+
+        train(model, stages, seed=seed, report=report)
+    model.save_pretrained(path)
+    save_tokenizer(path)
+    return model
+
+
+def write_problems(path: Path, problems: list[Problem]) -> None:
+    """One JSON object a line: prompt, answer, canonical solution, num_rounds."""
+    with path.open("w", encoding="utf-8") as lines:
+        for problem in problems:
+            record = {
+                "prompt": problem.prompt,
+                "answer": problem.answer,
+                "solution": problem.solution,
+                "num_rounds": problem.num_rounds,
+            }
+            lines.write(json.dumps(record) + "\n")
+
+
+def write_splits(out: Path, seed: int) -> list[Problem]:
+    """Write train.jsonl and heldout.jsonl, disjoint whatever the seed; returns the held-out."""
+    rng = random.Random(seed)
+    training = draw_split(rng, NUM_TRAINING_PROBLEMS, TRAINING_ROUNDS, heldout=False)
+    heldout = draw_split(rng, NUM_HELDOUT_PROBLEMS, TRAINING_ROUNDS, heldout=True)
+    write_problems(out / "train.jsonl", training)
+    write_problems(out / "heldout.jsonl", heldout)
+    return heldout
+
+
+def measure(path: Path, model: Qwen3ForCausalLM, problems: list[Problem]) -> dict[str, float]:
+    """Fractions of problems answered right, greedily and at temperature 1."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    greedy, _ = accuracy(problems, respond(model, tokenizer, problems, greedy=True))
+    sampled, _ = accuracy(problems, respond(model, tokenizer, problems, greedy=False))
+    return {"greedy_accuracy": greedy, "sampled_accuracy": sampled}
+
+
+def build_and_measure(name: str, out: Path, seed: int, heldout: list[Problem]) -> None:
+    """Build one checkpoint, then print and record its wall time (s) and held-out accuracy."""
+    path = out / name
+    start = time.perf_counter()
+    model = build_checkpoint(name, path, seed)
+    record = {
+        "seed": seed,
+        "num_parameters": model.num_parameters(),
+        "train_s": round(time.perf_counter() - start),
+        "num_heldout": len(heldout),
+        **measure(path, model, heldout),
+    }
+    (path / "build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    console.print(name, record)
+
+
+def main() -> None:
+    """Write the problem files and build what --only asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory to write to")
+    parser.add_argument("--only", choices=("teacher", "student"), help="build just this one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="1 is best on a busy machine")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    heldout = write_splits(arguments.out, arguments.seed)
+    for name in (arguments.only,) if arguments.only else ("teacher", "student"):
+        build_and_measure(name, arguments.out, arguments.seed, heldout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+"""Records to messages and back: the only hand-written file that touches a message.
+
+Arrays are little-endian and row-major. Every length is checked before it is used, and a wrong one
+is an InvalidRequestError naming the field, the length and what it should be. Decoded arrays are
+read-only views of the message's bytes where the element type allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_wire.errors import InvalidRequestError
+from teacher_wire.pb import teacher_pb2 as pb
+from teacher_wire.records import (
+    DriftMetric,
+    DriftPolicy,
+    DriftState,
+    LogprobDtype,
+    ScoreOptions,
+    ScoreRows,
+    Scores,
+    TeacherInfo,
+    Timing,
+    TokenSpan,
+    Verdict,
+)
+
+MAX_REPLY_BYTES = 1 << 20
+"""No message of scores is larger."""
+MAX_MESSAGE_BYTES = 16 << 20
+"""Message limit of both ends; gRPC's default of 4 MiB refuses an ordinary request."""
+CHANNEL_LIMITS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+)
+_ENVELOPE_BYTES = 1024
+"""Room for everything in a reply that does not grow with its rows, the session's name aside."""
+
+_I32, _U8, _F32 = np.dtype("<i4"), np.dtype("u1"), np.dtype("<f4")
+_FLOATS: dict[LogprobDtype, np.dtype[Any]] = {
+    LogprobDtype.F16: np.dtype("<f2"),
+    LogprobDtype.F32: _F32,
+}
+_F16_MIN = np.float32(np.finfo(np.float16).min)
+
+_DTYPE_TO_PB = {
+    LogprobDtype.F16: pb.LOGPROB_DTYPE_F16,
+    LogprobDtype.F32: pb.LOGPROB_DTYPE_F32,
+}
+_METRIC_TO_PB = {
+    DriftMetric.OVERLAP_RATIO: pb.DRIFT_METRIC_OVERLAP_RATIO,
+    DriftMetric.TEACHER_TOP_P_ACCEPT: pb.DRIFT_METRIC_TEACHER_TOP_P_ACCEPT,
+}
+_VERDICT_TO_PB = {
+    Verdict.CONTINUE: pb.VERDICT_CONTINUE,
+    Verdict.TRUNCATE: pb.VERDICT_TRUNCATE,
+}
+_DTYPE_FROM_PB: dict[int, LogprobDtype] = {value: key for key, value in _DTYPE_TO_PB.items()}
+_METRIC_FROM_PB: dict[int, DriftMetric] = {value: key for key, value in _METRIC_TO_PB.items()}
+_VERDICT_FROM_PB: dict[int, Verdict] = {value: key for key, value in _VERDICT_TO_PB.items()}
+
+
+# Arrays
+
+
+def _decode_array(
+    raw: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], field: str
+) -> NDArray[Any]:
+    expected = dtype.itemsize
+    for size in shape:
+        expected *= size
+    if len(raw) != expected:
+        raise InvalidRequestError(
+            f"{field} has {len(raw)} bytes, must have {expected} for {list(shape)} {dtype.name}"
+        )
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def encode_ids(ids: NDArray[np.int32]) -> bytes:
+    """Token ids as little-endian int32."""
+    return np.ascontiguousarray(ids, _I32).tobytes()
+
+
+def decode_ids(raw: bytes, field: str) -> NDArray[np.int32]:
+    """[n] token ids; `field` names the field in the error for a broken length."""
+    if len(raw) % 4:
+        raise InvalidRequestError(f"{field} has {len(raw)} bytes, must be a multiple of 4")
+    return np.frombuffer(raw, _I32)
+
+
+def _encode_logprobs(logprobs: NDArray[np.float32], dtype: LogprobDtype) -> bytes:
+    if dtype is LogprobDtype.F16:  # beyond half precision a log-prob would become -inf
+        logprobs = np.maximum(logprobs, _F16_MIN)
+    return np.ascontiguousarray(logprobs, _FLOATS[dtype]).tobytes()
+
+
+def _decode_logprobs(
+    raw: bytes, dtype: LogprobDtype, shape: tuple[int, ...], field: str
+) -> NDArray[np.float32]:
+    return _decode_array(raw, _FLOATS[dtype], shape, field).astype(np.float32, copy=False)
+
+
+# Options, policy, state
+
+
+def encode_options(options: ScoreOptions) -> pb.ScoreOptions:
+    return pb.ScoreOptions(
+        k=options.k,
+        temperature=options.temperature,
+        logprob_dtype=_DTYPE_TO_PB[options.logprob_dtype],
+        want_entropy=options.want_entropy,
+        want_rank=options.want_rank,
+    )
+
+
+def decode_options(message: pb.ScoreOptions) -> ScoreOptions:
+    return ScoreOptions(
+        k=message.k,
+        temperature=message.temperature,
+        logprob_dtype=_decode_logprob_dtype(message.logprob_dtype),
+        want_entropy=message.want_entropy,
+        want_rank=message.want_rank,
+    )
+
+
+def _decode_logprob_dtype(value: int) -> LogprobDtype:
+    if value not in _DTYPE_FROM_PB:
+        raise InvalidRequestError(
+            f"logprob_dtype is {value}, must be one of {sorted(_DTYPE_FROM_PB)}"
+        )
+    return _DTYPE_FROM_PB[value]
+
+
+def encode_policy(policy: DriftPolicy | None) -> pb.DriftPolicy | None:
+    if policy is None:
+        return None
+    return pb.DriftPolicy(
+        metric=_METRIC_TO_PB[policy.metric],
+        k=policy.k,
+        threshold=policy.threshold,
+        top_p=policy.top_p,
+        w_drop=policy.w_drop,
+        stop_in_flight=policy.stop_in_flight,
+    )
+
+
+def decode_policy(message: pb.DriftPolicy) -> DriftPolicy | None:
+    """None when the metric is unspecified, which is also what an absent policy reads as."""
+    if message.metric == pb.DRIFT_METRIC_UNSPECIFIED:
+        return None
+    if message.metric not in _METRIC_FROM_PB:
+        raise InvalidRequestError(
+            f"drift metric is {message.metric}, must be one of {sorted(_METRIC_FROM_PB)}"
+        )
+    return DriftPolicy(
+        metric=_METRIC_FROM_PB[message.metric],
+        k=message.k,
+        threshold=message.threshold,
+        top_p=message.top_p,
+        w_drop=message.w_drop,
+        stop_in_flight=message.stop_in_flight,
+    )
+
+
+def encode_drift(drift: DriftState | None) -> pb.DriftState | None:
+    if drift is None:
+        return None
+    return pb.DriftState(
+        num_tokens=drift.num_tokens,
+        num_bad_events=drift.num_bad_events,
+        exhausted_at=drift.exhausted_at,
+    )
+
+
+def decode_drift(message: pb.DriftState) -> DriftState:
+    return DriftState(
+        num_tokens=message.num_tokens,
+        num_bad_events=message.num_bad_events,
+        exhausted_at=message.exhausted_at if message.HasField("exhausted_at") else None,
+    )
+
+
+# Spans and rows
+
+
+def encode_span(span: TokenSpan) -> pb.TokenSpan:
+    candidates, mask = span.candidate_ids, span.event_mask
+    return pb.TokenSpan(
+        offset=span.offset,
+        token_ids=encode_ids(span.token_ids),
+        num_candidates=0 if candidates is None else candidates.shape[1],
+        candidate_ids=None if candidates is None else encode_ids(candidates),
+        event_mask=None if mask is None else mask.astype(_U8).tobytes(),
+    )
+
+
+def decode_span(message: pb.TokenSpan) -> TokenSpan:
+    token_ids = decode_ids(message.token_ids, "token_ids")
+    candidates = mask = None
+    if message.HasField("candidate_ids"):
+        shape = (len(token_ids), message.num_candidates)
+        candidates = _decode_array(message.candidate_ids, _I32, shape, "candidate_ids")
+    elif message.num_candidates:
+        raise InvalidRequestError(
+            f"num_candidates is {message.num_candidates} without candidate_ids, must be 0"
+        )
+    if message.HasField("event_mask"):
+        mask = _decode_array(message.event_mask, _U8, (len(token_ids),), "event_mask") != 0
+    return TokenSpan(
+        offset=message.offset, token_ids=token_ids, candidate_ids=candidates, event_mask=mask
+    )
+
+
+def encode_rows(rows: ScoreRows, dtype: LogprobDtype) -> pb.ScoreRows:
+    candidates = rows.candidate_logprobs
+    return pb.ScoreRows(
+        offset=rows.offset,
+        count=len(rows),
+        k=rows.topk_ids.shape[1],
+        num_candidates=0 if candidates is None else candidates.shape[1],
+        logprob_dtype=_DTYPE_TO_PB[dtype],
+        topk_ids=encode_ids(rows.topk_ids),
+        topk_logprobs=_encode_logprobs(rows.topk_logprobs, dtype),
+        token_logprobs=_encode_logprobs(rows.token_logprobs, dtype),
+        candidate_logprobs=None if candidates is None else _encode_logprobs(candidates, dtype),
+        overlap_counts=_optional_bytes(rows.overlap_counts, _U8),
+        bad_events=_optional_bytes(rows.bad_events, _U8),
+        entropies=_optional_bytes(rows.entropies, _F32),
+        token_ranks=_optional_bytes(rows.token_ranks, _I32),
+    )
+
+
+def _optional_bytes(array: NDArray[Any] | None, dtype: np.dtype[Any]) -> bytes | None:
+    return None if array is None else np.ascontiguousarray(array, dtype).tobytes()
+
+
+def decode_rows(message: pb.ScoreRows) -> ScoreRows:
+    n, k = message.count, message.k
+    dtype = _decode_logprob_dtype(message.logprob_dtype)
+
+    def optional(field: str, element: np.dtype[Any]) -> NDArray[Any] | None:
+        if not message.HasField(field):
+            return None
+        return _decode_array(getattr(message, field), element, (n,), field)
+
+    candidates = None
+    if message.HasField("candidate_logprobs"):
+        shape = (n, message.num_candidates)
+        raw = message.candidate_logprobs
+        candidates = _decode_logprobs(raw, dtype, shape, "candidate_logprobs")
+    bad_events = optional("bad_events", _U8)
+    return ScoreRows(
+        offset=message.offset,
+        topk_ids=_decode_array(message.topk_ids, _I32, (n, k), "topk_ids"),
+        topk_logprobs=_decode_logprobs(message.topk_logprobs, dtype, (n, k), "topk_logprobs"),
+        token_logprobs=_decode_logprobs(message.token_logprobs, dtype, (n,), "token_logprobs"),
+        candidate_logprobs=candidates,
+        overlap_counts=optional("overlap_counts", _U8),
+        bad_events=None if bad_events is None else bad_events != 0,
+        entropies=optional("entropies", _F32),
+        token_ranks=optional("token_ranks", _I32),
+    )
+
+
+# Answers
+
+
+def row_bytes(rows: ScoreRows, dtype: LogprobDtype) -> int:
+    """Bytes that one row takes on the wire."""
+    floats = rows.topk_ids.shape[1] + 1
+    if rows.candidate_logprobs is not None:
+        floats += rows.candidate_logprobs.shape[1]
+    extras: int = sum(
+        array.itemsize
+        for array in (rows.overlap_counts, rows.bad_events, rows.entropies, rows.token_ranks)
+        if array is not None
+    )
+    size: int = 4 * rows.topk_ids.shape[1] + _FLOATS[dtype].itemsize * floats + extras
+    return size
+
+
+def slice_rows(rows: ScoreRows, start: int, stop: int) -> ScoreRows:
+    """Rows start..stop, as views."""
+
+    def cut(array: NDArray[Any] | None) -> NDArray[Any] | None:
+        return None if array is None else array[start:stop]
+
+    return ScoreRows(
+        offset=rows.offset + start,
+        topk_ids=rows.topk_ids[start:stop],
+        topk_logprobs=rows.topk_logprobs[start:stop],
+        token_logprobs=rows.token_logprobs[start:stop],
+        candidate_logprobs=cut(rows.candidate_logprobs),
+        overlap_counts=cut(rows.overlap_counts),
+        bad_events=cut(rows.bad_events),
+        entropies=cut(rows.entropies),
+        token_ranks=cut(rows.token_ranks),
+    )
+
+
+def concat_rows(parts: list[ScoreRows]) -> ScoreRows:
+    """The rows of consecutive parts; raises InvalidRequestError where they leave a gap."""
+    if len(parts) == 1:
+        return parts[0]
+    for left, right in pairwise(parts):
+        if right.offset != left.offset + len(left):
+            raise InvalidRequestError(
+                f"rows go on at {right.offset}, must go on at {left.offset + len(left)}"
+            )
+
+    def join(name: str) -> NDArray[Any] | None:
+        arrays = [getattr(part, name) for part in parts]
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    fields: dict[str, Any] = {
+        name: join(name) for name in ScoreRows.__dataclass_fields__ if name != "offset"
+    }
+    return replace(parts[0], **fields)
+
+
+def encode_scores(scores: Scores, dtype: LogprobDtype, session_id: str) -> Iterator[pb.Scores]:
+    """The answer to one append, as messages of at most MAX_REPLY_BYTES."""
+    for rows, last in _chunks(scores.rows, dtype, _ENVELOPE_BYTES + len(session_id.encode())):
+        message = pb.Scores(session_id=session_id, rows=encode_rows(rows, dtype), last=last)
+        if last:
+            _finish(message, scores)
+        yield message
+
+
+def encode_score_responses(scores: Scores, dtype: LogprobDtype) -> Iterator[pb.ScoreResponse]:
+    """The answer to one Score call, as messages of at most MAX_REPLY_BYTES."""
+    for rows, last in _chunks(scores.rows, dtype, _ENVELOPE_BYTES):
+        message = pb.ScoreResponse(rows=encode_rows(rows, dtype), last=last)
+        if last:
+            _finish(message, scores)
+        yield message
+
+
+def _chunks(
+    rows: ScoreRows, dtype: LogprobDtype, envelope_bytes: int
+) -> Iterator[tuple[ScoreRows, bool]]:
+    size = max(1, (MAX_REPLY_BYTES - envelope_bytes) // row_bytes(rows, dtype))
+    stops = [*range(size, len(rows), size), len(rows)]
+    for start, stop in zip([0, *stops[:-1]], stops, strict=True):
+        yield slice_rows(rows, start, stop), stop == len(rows)
+
+
+def _finish(message: pb.Scores | pb.ScoreResponse, scores: Scores) -> None:
+    drift = encode_drift(scores.drift)
+    if drift is not None:
+        message.drift.CopyFrom(drift)
+    message.verdict = _VERDICT_TO_PB[scores.verdict]
+    if scores.keep_tokens is not None:
+        message.keep_tokens = scores.keep_tokens
+    message.timing.queue_us = scores.timing.queue_us
+    message.timing.engine_us = scores.timing.engine_us
+
+
+def decode_scores(chunks: list[pb.Scores] | list[pb.ScoreResponse]) -> Scores:
+    """The answer that the chunks make up; the last of them must have `last` set."""
+    if not chunks or not chunks[-1].last:
+        raise InvalidRequestError(f"an answer of {len(chunks)} chunks ends without its last chunk")
+    final = chunks[-1]
+    if final.verdict not in _VERDICT_FROM_PB:
+        raise InvalidRequestError(
+            f"verdict is {final.verdict}, must be one of {sorted(_VERDICT_FROM_PB)}"
+        )
+    return Scores(
+        rows=concat_rows([decode_rows(chunk.rows) for chunk in chunks]),
+        drift=decode_drift(final.drift) if final.HasField("drift") else None,
+        verdict=_VERDICT_FROM_PB[final.verdict],
+        keep_tokens=final.keep_tokens if final.HasField("keep_tokens") else None,
+        timing=Timing(queue_us=final.timing.queue_us, engine_us=final.timing.engine_us),
+    )
+
+
+# Description of the teacher
+
+
+def encode_info(info: TeacherInfo) -> pb.TeacherInfo:
+    return pb.TeacherInfo(**{name: getattr(info, name) for name in info.__dataclass_fields__})
+
+
+def decode_info(message: pb.TeacherInfo) -> TeacherInfo:
+    fields = {name: getattr(message, name) for name in TeacherInfo.__dataclass_fields__}
+    fields["special_token_ids"] = tuple(message.special_token_ids)
+    return TeacherInfo(**fields)

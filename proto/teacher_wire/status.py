@@ -1,0 +1,99 @@
+"""Errors on the wire, both ways: in-band as an Error message, or as the status of a call.
+
+The status carries google.rpc details: ErrorInfo with the class in `reason` and the offsets in
+`metadata`, and RetryInfo when there is a hint. Only a hint says that the same request may be sent
+again as it is.
+"""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from teacher_wire.errors import (
+    ERROR_CODES,
+    ERRORS_BY_NAME,
+    EngineError,
+    NotReadyError,
+    TeacherError,
+    code_of,
+)
+from teacher_wire.pb import teacher_pb2 as pb
+
+ERROR_DOMAIN = "driftline"
+_CLASS_BY_CODE = {code.grpc: cls for cls, code in ERROR_CODES.items()} | {
+    # What a client sees of a call that a stopping server cut.
+    grpc.StatusCode.CANCELLED: NotReadyError,
+}
+_OFFSETS = ("expected_offset", "offset")
+
+
+def encode_error(error: TeacherError, session_id: str, offset: int | None = None) -> pb.Error:
+    """The error as a message; `offset` is the failed append's unless the error has its own."""
+    return pb.Error(
+        session_id=session_id,
+        type=type(error).__name__,
+        message=error.message,
+        retryable=code_of(error).retryable,
+        retry_after_ms=error.retry_after_ms,
+        expected_offset=error.expected_offset,
+        offset=offset if error.offset is None else error.offset,
+    )
+
+
+def decode_error(message: pb.Error) -> TeacherError:
+    """The error in the class it was raised in; a class unknown here becomes an EngineError."""
+    cls = ERRORS_BY_NAME.get(message.type, EngineError)
+    return cls(
+        message.message,
+        retry_after_ms=message.retry_after_ms,
+        expected_offset=message.expected_offset if message.HasField("expected_offset") else None,
+        offset=message.offset if message.HasField("offset") else None,
+    )
+
+
+def encode_status(error: TeacherError) -> grpc.Status:
+    """The error as the status of a call, for `abort_with_status`."""
+    offsets = {name: getattr(error, name) for name in _OFFSETS}
+    reason = error_details_pb2.ErrorInfo(
+        reason=type(error).__name__,
+        domain=ERROR_DOMAIN,
+        metadata={name: str(value) for name, value in offsets.items() if value is not None},
+    )
+    details = [_packed(reason)]
+    if error.retry_after_ms:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(error.retry_after_ms)
+        details.append(_packed(retry))
+    code = code_of(error).grpc.value[0]
+    status = status_pb2.Status(code=code, message=error.message, details=details)
+    converted: grpc.Status = rpc_status.to_status(status)
+    return converted
+
+
+def decode_status(error: grpc.aio.AioRpcError) -> TeacherError:
+    """The error of a failed call: as raised, else by its code, else EngineError."""
+    message = error.details() or error.code().name
+    cls = _CLASS_BY_CODE.get(error.code(), EngineError)
+    retry_after_ms = 0
+    offsets: dict[str, int | None] = dict.fromkeys(_OFFSETS)
+    status = rpc_status.from_call(error)
+    for detail in status.details if status is not None else ():
+        reason, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        if detail.Unpack(reason) and reason.domain == ERROR_DOMAIN:
+            cls = ERRORS_BY_NAME.get(reason.reason, cls)
+            offsets = {
+                name: int(reason.metadata[name]) if name in reason.metadata else None
+                for name in _OFFSETS
+            }
+        elif detail.Unpack(retry):
+            retry_after_ms = retry.retry_delay.ToMilliseconds()
+    return cls(message, retry_after_ms=retry_after_ms, **offsets)
+
+
+def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

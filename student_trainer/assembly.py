@@ -1,0 +1,219 @@
+"""Puts a run together from its configuration: the only place that knows every part.
+
+Order matters: what is cheap and can refuse comes first (data, tokenizer, handshake with the
+teacher), then the learner, and the sampler, which takes tens of seconds, last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from student_trainer import from_config
+from student_trainer.budget import LengthBudget
+from student_trainer.checkpoint import Checkpoints, load_state, save_student
+from student_trainer.config import TrainerConfig
+from student_trainer.data import PromptOrder, load_tokenizer
+from student_trainer.eval import EvalResult, evaluate
+from student_trainer.losses.objective import Divergence, PositionWeight
+from student_trainer.optim import Optimizer
+from student_trainer.records import Prompt
+from student_trainer.rollout_source import LoopThread, RolloutSource
+from student_trainer.run_log import Bars, RunLog
+from student_trainer.samplers.base import Sampler
+from student_trainer.student import load_student
+from student_trainer.weight_sync import WeightSync
+
+NUM_PROBE_PROMPTS = 2
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything the loop uses."""
+
+    config: TrainerConfig
+    device: torch.device
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: Optimizer
+    divergence: Divergence
+    weights: list[PositionWeight]
+    budget: LengthBudget
+    source: RolloutSource
+    loop: LoopThread
+    sampler: Sampler
+    sync: WeightSync
+    probe_prompts: list[NDArray[np.int32]]
+    heldout: list[Prompt]
+    checkpoints: Checkpoints
+    log: RunLog
+    bars: Bars
+    first_step: int
+
+    @property
+    def overlap_k(self) -> int | None:
+        """Entries compared by the overlap; None when no candidates are sent."""
+        return self.config.drift.k if self.config.rollout.student_topk > 0 else None
+
+    def push_weights(self, version: int) -> float:
+        """Moves the learner's weights into the sampler; returns the log-prob gap, in nats."""
+        gap = self.loop.run(self.sync.push(self.probe_prompts, version))
+        self.source.policy_version = version
+        return gap
+
+    def evaluation_due(self, step: int) -> bool:
+        """After every so many steps and after the last."""
+        every, last = self.config.eval.every_steps, self.config.run.steps
+        return bool(self.heldout) and (step % every == 0 or step == last)
+
+    def evaluate(self, step: int) -> EvalResult:
+        """Greedy accuracy of the sampler's weights; the first and the last time also pass@k."""
+        settings = self.config.eval
+        ends = step in (0, self.config.run.steps)
+        self.source.wait_until_idle()
+        result = self.loop.run(
+            evaluate(
+                self.sampler,
+                self.heldout,
+                from_config.grader(self.config),
+                self.tokenizer,
+                name=f"step{step}",
+                max_tokens=settings.max_tokens,
+                num_samples=settings.pass_k if ends else 0,
+                temperature=settings.temperature,
+                progress=lambda done, total: self.bars.update("evaluation", done, total),
+            )
+        )
+        self.log.evaluation(
+            step,
+            {
+                "accuracy": result.accuracy,
+                "pass_at_1": result.pass_at_1,
+                "pass_at_k": result.pass_at_k,
+                "mean_tokens": result.mean_tokens,
+            },
+        )
+        return result
+
+    def checkpoint_due(self, step: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        return every is not None and step % every == 0
+
+    def save_checkpoint(self, step: int) -> None:
+        """Everything a resumed run needs."""
+        state = {"optimizer": self.optimizer.state_dict(), "budget": self.budget.state_dict()}
+        self.checkpoints.save(step, self.student, self.tokenizer, state)
+
+    def save_student(self) -> None:
+        """The trained student, in Hugging Face format."""
+        save_student(self.config.run.out / "student", self.student, self.tokenizer)
+
+
+@contextmanager
+def assembled(config: TrainerConfig, *, resume: bool = False) -> Iterator[Run]:
+    """A run ready for its first step; ends everything it started when the block is left."""
+    with ExitStack() as stack:
+        tokenizer = load_tokenizer(config.student.model)
+        train_prompts, heldout = from_config.prompts(config, tokenizer)
+        specials = from_config.special_tokens(config, tokenizer)
+        checkpoints = Checkpoints(config.run.out / "checkpoints", keep=config.checkpoint.keep)
+        start_from = str(checkpoints.latest()) if resume else config.student.model
+        device = from_config.device(config)
+        torch.manual_seed(config.run.seed)
+        student = load_student(
+            start_from, dtype=getattr(torch, config.student.dtype), device=device
+        )
+
+        loop = LoopThread()
+        stack.callback(loop.close)
+        client = loop.run(from_config.connect(config, student.config.vocab_size, tokenizer))
+        stack.callback(lambda: loop.run(client.aclose()))
+        bars = stack.enter_context(Bars())
+        log = RunLog(config.run.out, bars, resume=resume)
+        stack.callback(log.close)
+        optimizer, budget = from_config.optimizer(config, student), from_config.budget(config)
+        first_step = 0
+        if resume:
+            state = load_state(checkpoints.latest())
+            optimizer.load_state_dict(state["optimizer"])
+            budget.load_state_dict(state["budget"])
+            first_step = state["step"]
+
+        sampler = from_config.sampler(config, start_from)
+        bars.update("sampler", 0, 1, f"starting {config.sampler.kind}")
+        stack.callback(lambda: loop.run(sampler.close()))
+        loop.run(sampler.start())
+        bars.update("sampler", 1, 1, "ready")
+        sync = WeightSync(student, sampler, max_logprob_gap=config.optim.max_sync_gap_nats)
+        stack.callback(sync.close)
+        options, policy = from_config.score_options(config), from_config.drift_policy(config)
+        source = RolloutSource(
+            loop=loop,
+            sampler=sampler,
+            open_session=lambda prompt_ids: client.open(prompt_ids, options, policy),
+            prompts=PromptOrder(
+                train_prompts,
+                prompts_per_step=config.rollout.prompts_per_step,
+                seed=config.run.seed,
+            ),
+            rules=from_config.rollout_rules(config, specials),
+            options=lambda: from_config.sampling_options(config, budget.max_tokens),
+            rollouts_per_prompt=config.rollout.rollouts_per_prompt,
+            queue_depth=config.run.queue_depth,
+            seed=config.run.seed,
+            first_step=first_step,
+            progress=lambda done, total: bars.update("rollouts", done, total),
+        )
+        yield Run(
+            config=config,
+            device=device,
+            student=student,
+            tokenizer=tokenizer,
+            optimizer=optimizer,
+            divergence=from_config.divergence(config),
+            weights=from_config.weights(config),
+            budget=budget,
+            source=source,
+            loop=loop,
+            sampler=sampler,
+            sync=sync,
+            probe_prompts=[p.token_ids for p in train_prompts[:NUM_PROBE_PROMPTS]],
+            heldout=heldout,
+            checkpoints=checkpoints,
+            log=log,
+            bars=bars,
+            first_step=first_step,
+        )
+
+
+def evaluate_checkpoint(config: TrainerConfig, model: str) -> dict[str, float | int | None]:
+    """Exact match and pass@k of any checkpoint on the held-out problems, without a teacher."""
+    with ExitStack() as stack:
+        tokenizer = load_tokenizer(model)
+        _, heldout = from_config.prompts(config, tokenizer)
+        loop = LoopThread()
+        stack.callback(loop.close)
+        sampler = from_config.sampler(config, model)
+        stack.callback(lambda: loop.run(sampler.close()))
+        loop.run(sampler.start())
+        progress = stack.enter_context(Bars())
+        result = loop.run(
+            evaluate(
+                sampler,
+                heldout,
+                from_config.grader(config),
+                tokenizer,
+                name="checkpoint",
+                max_tokens=config.eval.max_tokens,
+                num_samples=config.eval.pass_k,
+                temperature=config.eval.temperature,
+                progress=lambda done, total: progress.update("evaluation", done, total),
+            )
+        )
+    return asdict(result)

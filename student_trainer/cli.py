@@ -1,0 +1,122 @@
+"""`student-trainer train | eval | report | show-config`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from teacher_wire.errors import TeacherError
+
+from student_trainer.config import TrainerConfig, load_config
+from student_trainer.errors import TrainerError
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; a typed error is one line on stderr and exit code 1."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except (TrainerError, TeacherError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="student-trainer", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="distil a student")
+    _config_arguments(train)
+    train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="exact match and pass@k of a checkpoint")
+    _config_arguments(evaluate)
+    evaluate.add_argument("--model", help="checkpoint to evaluate; default: the configured student")
+    evaluate.add_argument("--json", type=Path, help="also write the result here")
+    evaluate.set_defaults(run=_eval)
+
+    report = commands.add_parser("report", help="summary.json, report.png and a table of a run")
+    report.add_argument("folder", type=Path, help="the run's folder")
+    report.add_argument(
+        "--teacher-eval", type=Path, help="result of `eval --json` for the teacher, for the summary"
+    )
+    report.set_defaults(run=_report)
+
+    show = commands.add_parser("show-config", help="the resolved configuration as JSON")
+    _config_arguments(show)
+    show.set_defaults(run=_show_config)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="TOML file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one setting; may be repeated",
+    )
+
+
+def _config(arguments: argparse.Namespace) -> TrainerConfig:
+    return load_config(arguments.config, arguments.set)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    from student_trainer.assembly import assembled
+    from student_trainer.train import train
+
+    with assembled(config, resume=arguments.resume) as run:
+        train(run)
+        run.save_student()
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    from student_trainer.assembly import evaluate_checkpoint
+
+    result = evaluate_checkpoint(config, arguments.model or config.student.model)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from student_trainer.report import draw, summarize, summary_table, write_summary
+
+    extra: dict[str, Any] = {}
+    if arguments.teacher_eval:
+        extra["teacher_accuracy"] = json.loads(arguments.teacher_eval.read_text())["accuracy"]
+    summary = summarize(arguments.folder, extra)
+    console = Console()
+    console.print(summary_table(summary))
+    console.print(f"{write_summary(arguments.folder, summary)}", highlight=False)
+    console.print(f"{draw(arguments.folder, summary)}", highlight=False)
+    return 0
+
+
+def _show_config(arguments: argparse.Namespace) -> int:
+    print(_config(arguments).model_dump_json(indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

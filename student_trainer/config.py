@@ -1,0 +1,356 @@
+"""The trainer's settings: one frozen tree, read from TOML, overridden by `--set section.key=value`.
+
+Every experiment is one file; nothing else changes what a run does. Thresholds of the drift policy
+live here and travel to the teacher with each session. A combination that cannot work is refused
+here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from student_trainer.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A group of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunSettings(Section):
+    out: Path
+    """Folder of everything the run writes."""
+    seed: int = 0
+    steps: int = Field(gt=0)
+    """Optimisation rounds: one batch of rollouts each."""
+    queue_depth: int = Field(0, ge=0, le=8)
+    """Batches generated ahead of the learner; 0 is synchronous, n has weights up to n steps old."""
+
+
+class StudentSettings(Section):
+    model: str
+    """Folder or name of a Hugging Face checkpoint."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    """"auto" takes CUDA when there is one."""
+
+
+class SamplerSettings(Section):
+    kind: Literal["vllm", "hf"] = "vllm"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_num_seqs: int = Field(64, gt=0)
+    """Rollouts generated at once."""
+    stream_interval: int = Field(8, gt=0)
+    """Tokens a rollout hands out at once."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """KV cache on a CPU."""
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
+    enforce_eager: bool = True
+    cpu_cores: str = "auto"
+    """Cores of the engine on a CPU, as in VLLM_CPU_OMP_THREADS_BIND: "0", "0-3", "auto"."""
+
+
+class RolloutSettings(Section):
+    prompts_per_step: int = Field(gt=0)
+    rollouts_per_prompt: int = Field(1, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    student_topk: int = Field(16, ge=0)
+    """The student's own top-k that is sent to the teacher with every token (J)."""
+    chunk_tokens: int = Field(32, gt=0)
+    """Tokens a rollout gathers before they are sent to be scored."""
+    max_context: int = Field(gt=1)
+    """Prompt plus response."""
+
+
+class TeacherSettings(Section):
+    endpoints: tuple[str, ...] = Field(min_length=1)
+    """host:port of each replica."""
+    k: int = Field(16, gt=0)
+    """Size of the teacher's top-k in every row (K)."""
+    logprob_dtype: Literal["f16", "f32"] = "f32"
+    connect_timeout_s: float = Field(60.0, gt=0)
+    on_absent: Literal["wait", "drop", "fail"] = "wait"
+    """When the teacher stays away: wait for it, drop the unscored rest of a rollout, or fail."""
+
+
+class DriftSettings(Section):
+    metric: Literal["overlap_ratio", "teacher_top_p_accept"] = "overlap_ratio"
+    k: int = Field(16, gt=0)
+    """Leading entries of student and teacher that are compared."""
+    threshold: float = Field(0.7, gt=0, le=1)
+    """Overlap ratio below which a position is a bad event."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus of teacher_top_p_accept."""
+    w_drop: float = Field(0.01, gt=0, le=1)
+    """Reliability lost a bad event."""
+    stop_in_flight: bool = True
+    """Stop a rollout at the first position where its reliability is 0."""
+
+
+class FixedBudgetSettings(Section):
+    kind: Literal["fixed"] = "fixed"
+    max_tokens: int = Field(gt=0)
+
+
+class PruneBudgetSettings(Section):
+    """Prune-OPD's batch-level controller (section 3.3 of the paper)."""
+
+    kind: Literal["prune"]
+    initial: int = Field(2048, gt=0)
+    minimum: int = Field(1024, gt=0)
+    maximum: int = Field(12288, gt=0)
+    increment: int = Field(100, gt=0)
+    margin: int = Field(100, ge=0)
+    hit_ratio: float = Field(0.1, gt=0, le=1)
+    patience: int = Field(3, gt=0)
+    boundary: Literal["paper", "code"] = "code"
+    """They differ near the minimum: the released code never looks below it."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.minimum <= self.initial <= self.maximum:
+            raise ValueError(
+                f"budget needs minimum <= initial <= maximum, got {self.minimum}, {self.initial}, "
+                f"{self.maximum}"
+            )
+        return self
+
+
+class SampledReverseKLSettings(Section):
+    kind: Literal["sampled_reverse_kl"]
+    clip_epsilon: float | None = Field(0.2, gt=0)
+    dual_clip: float | None = Field(3.0, gt=1)
+
+
+class LocalSupportMatchingSettings(Section):
+    kind: Literal["local_support_matching"]
+    clip_log_ratio: float | None = Field(None, gt=0)
+
+
+class StudentTopKReverseKLSettings(Section):
+    kind: Literal["student_topk_reverse_kl"]
+    clip_epsilon: float | None = Field(0.2, gt=0)
+    dual_clip: float | None = Field(3.0, gt=1)
+
+
+class PruneWeightSettings(Section):
+    """Prune-OPD's L = R + w_base; R from the drift policy's w_drop."""
+
+    w_base: float = Field(0.5, ge=0)
+
+
+class PrefixImportanceSettings(Section):
+    """IW-OPD's unsigned cumulative share."""
+
+    gamma: float = Field(0.5, ge=0)
+
+
+class BlockGateSettings(Section):
+    """Blockwise policy-drift gating."""
+
+    block_size: int = Field(64, gt=0)
+    tau: float = Field(1.0, gt=0)
+    aggregate: Literal["signed_mean", "mean_abs", "rms"] = "signed_mean"
+
+
+class WeightSettings(Section):
+    """Position weights; each is off unless its table is present."""
+
+    prune: PruneWeightSettings | None = None
+    prefix_importance: PrefixImportanceSettings | None = None
+    block_gate: BlockGateSettings | None = None
+
+
+class SpecialTokenSettings(Section):
+    tokens: tuple[str, ...] = ()
+    """Tokens that are masked: no loss, no drift event, no weight."""
+    occurrences: Literal["first", "all"] = "first"
+
+
+class OptimSettings(Section):
+    learning_rate: float = Field(gt=0)
+    final_learning_rate: float = Field(0.0, ge=0)
+    """Reached by a cosine over the whole run."""
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    epochs: int = Field(1, gt=0)
+    """Passes over one batch of rollouts."""
+    updates_per_epoch: int = Field(1, gt=0)
+    """Optimiser steps a pass."""
+    micro_batch_tokens: int = Field(16384, gt=0)
+    """Padded tokens in one forward pass; changes memory, not the gradient."""
+    max_sync_gap_nats: float = Field(1e-3, gt=0)
+    """Largest difference between the sampler's and the learner's log-probs after a sync."""
+
+
+class DataSettings(Section):
+    train: Path
+    """JSON lines with `prompt` (text) or `messages` (chat), and optionally `answer`."""
+    heldout: Path | None = None
+
+
+class EvalSettings(Section):
+    every_steps: int = Field(10, gt=0)
+    num_prompts: int = Field(128, gt=0)
+    pass_k: int = Field(4, gt=0)
+    """Samples a prompt for pass@k in the first and the last evaluation."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the samples for pass@k; accuracy is greedy."""
+    max_tokens: int = Field(512, gt=0)
+    answer_pattern: str = r"\\boxed\{([^{}]*)\}"
+    """The last match's first group is the answer."""
+    unicode_normalize: bool = False
+    """Compare after Unicode NFKC normalisation."""
+
+
+class CheckpointSettings(Section):
+    every_steps: int | None = Field(None, gt=0)
+    keep: int = Field(2, gt=0)
+
+
+class TrainerConfig(Section):
+    """Everything a run depends on."""
+
+    run: RunSettings
+    student: StudentSettings
+    sampler: SamplerSettings = SamplerSettings()
+    data: DataSettings
+    rollout: RolloutSettings
+    teacher: TeacherSettings
+    drift: DriftSettings = DriftSettings()
+    budget: Annotated[FixedBudgetSettings | PruneBudgetSettings, Field(discriminator="kind")]
+    loss: Annotated[
+        SampledReverseKLSettings | LocalSupportMatchingSettings | StudentTopKReverseKLSettings,
+        Field(discriminator="kind"),
+    ]
+    weights: WeightSettings = WeightSettings()
+    special_tokens: SpecialTokenSettings = SpecialTokenSettings()
+    optim: OptimSettings
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        k, topk = self.drift.k, self.rollout.student_topk
+        if k > self.teacher.k:
+            raise ValueError(
+                f"drift.k is {k}, more than the teacher.k {self.teacher.k} it compares"
+            )
+        if self.drift.metric == "overlap_ratio" and k > topk:
+            raise ValueError(
+                f"drift.k is {k}, more than the rollout.student_topk {topk} it compares"
+            )
+        if self.loss.kind == "student_topk_reverse_kl" and topk == 0:
+            raise ValueError("loss student_topk_reverse_kl needs rollout.student_topk > 0, it is 0")
+        if self.loss.kind == "student_topk_reverse_kl" and self.rollout.top_p < 1.0:
+            raise ValueError(
+                "loss student_topk_reverse_kl needs the behavior policy's full distribution, but "
+                f"rollout.top_p is {self.rollout.top_p}: ids outside the nucleus have no log-prob"
+            )
+        if self.drift.metric == "overlap_ratio" and self.rollout.top_p < 1.0:
+            raise ValueError(
+                f"drift.metric overlap_ratio with rollout.top_p {self.rollout.top_p}: the "
+                "student's top-k outside its nucleus is arbitrary; use teacher_top_p_accept"
+            )
+        longest = self.budget.max_tokens if self.budget.kind == "fixed" else self.budget.maximum
+        if longest >= self.rollout.max_context:
+            raise ValueError(
+                f"the largest budget is {longest} tokens and must leave room for a prompt in "
+                f"rollout.max_context {self.rollout.max_context}"
+            )
+        return self
+
+    @property
+    def needs_learner_behavior(self) -> bool:
+        """Whether behavior log-probs must come from the learner: the sampler's, under top-p, are
+        renormalised on its nucleus and cannot be compared with the learner's."""
+        compares = (
+            self.loss.kind == "sampled_reverse_kl"
+            or self.weights.prefix_importance is not None
+            or self.weights.block_gate is not None
+        )
+        return compares and self.rollout.top_p < 1.0
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainerConfig:
+    """Reads a TOML file, applies `section.key=value` overrides, checks everything.
+
+    A value is JSON where it parses as JSON, else a string. Raises ConfigError.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return TrainerConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n{explain(error, TrainerConfig)}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r} must look like section.key=value")
+    *parents, leaf = name.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        node[leaf] = json.loads(text)
+    except json.JSONDecodeError:
+        node[leaf] = text
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line a problem: the setting, what is wrong, the value; for a typo the nearest name."""
+    lines = []
+    for problem in error.errors():
+        place = [str(part) for part in problem["loc"]]
+        line = f"  {'.'.join(place) or 'settings'}: {problem['msg']}"
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(place[-1], sorted(leaf_names(root)), n=1)
+            line = f"  {'.'.join(place)}: unknown setting" + (
+                f"; did you mean {near[0]!r}?" if near else ""
+            )
+        elif not isinstance(problem["input"], dict):
+            line += f" (got {problem['input']!r})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def leaf_names(root: type[BaseModel]) -> set[str]:
+    """Names of all settings and sections below a model."""
+    names: set[str] = set()
+    for section in [root, *_sections(root)]:
+        names |= set(section.model_fields)
+    return names
+
+
+def _sections(root: type[BaseModel]) -> list[type[BaseModel]]:
+    found = []
+    pending = [field.annotation for field in root.model_fields.values()]
+    while pending:
+        annotation = pending.pop()
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            found.append(annotation)
+            pending += [field.annotation for field in annotation.model_fields.values()]
+        else:
+            pending += getattr(annotation, "__args__", ())
+    return found

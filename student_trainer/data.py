@@ -1,0 +1,120 @@
+"""Prompts: JSON lines in, token ids out, in an order that a seed and a step determine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from student_trainer.errors import CheckpointError, DatasetError
+from student_trainer.records import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint. Raises CheckpointError naming the path."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot load a tokenizer: {error}") from error
+
+
+def load_prompts(
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int
+) -> list[Prompt]:
+    """Every problem of a JSON-lines file.
+
+    A line has `prompt` (text) or `messages` (for the chat template), and optionally `answer` and
+    `id`. Raises DatasetError naming the file, the line and the limit.
+    """
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such dataset")
+    prompts = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                prompts.append(_prompt(f"{path}:{number}", line, tokenizer, max_prompt_tokens))
+    if not prompts:
+        raise DatasetError(f"{path}: the dataset is empty")
+    return prompts
+
+
+def _prompt(
+    where: str, line: str, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
+) -> Prompt:
+    try:
+        fields: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DatasetError(f"{where}: not JSON: {error}") from None
+    if "messages" in fields:
+        text = tokenizer.apply_chat_template(
+            fields["messages"], tokenize=False, add_generation_prompt=True
+        )
+    elif isinstance(fields.get("prompt"), str):
+        text = fields["prompt"]
+    else:
+        raise DatasetError(f"{where}: needs `prompt` (text) or `messages`, has {sorted(fields)}")
+    token_ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    if not 1 <= len(token_ids) <= max_prompt_tokens:
+        raise DatasetError(
+            f"{where}: the prompt has {len(token_ids)} tokens, must be 1 to {max_prompt_tokens}"
+        )
+    answer = fields.get("answer")
+    return Prompt(
+        prompt_id=str(fields.get("id", where)),
+        text=text,
+        token_ids=token_ids,
+        answer=None if answer is None else str(answer),
+    )
+
+
+class PromptOrder:
+    """Which prompts a step takes: a fresh permutation a pass, determined by the seed alone."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, prompts_per_step: int, seed: int) -> None:
+        if prompts_per_step > len(prompts):
+            raise DatasetError(
+                f"rollout.prompts_per_step is {prompts_per_step}, the dataset has {len(prompts)}"
+            )
+        self._prompts = prompts
+        self._prompts_per_step = prompts_per_step
+        self._seed = seed
+
+    def step(self, step: int) -> list[Prompt]:
+        """The prompts of a step; a pass drops its last incomplete step."""
+        steps_per_pass = len(self._prompts) // self._prompts_per_step
+        passes, within = divmod(step, steps_per_pass)
+        order = np.random.default_rng((self._seed, passes)).permutation(len(self._prompts))
+        start = within * self._prompts_per_step
+        return [self._prompts[i] for i in order[start : start + self._prompts_per_step]]
+
+
+class SpecialTokens:
+    """Which response positions count: special tokens are masked before anything else looks at them.
+
+    Source: Revisiting On-Policy Distillation, released code (`opd_mask_first_tokens`): a student
+    and a teacher of one family can disagree by tens of nats on `<` or `<|im_end|>` for no good
+    reason.
+    """
+
+    def __init__(self, token_ids: Sequence[int], *, first_only: bool) -> None:
+        self._ids = np.asarray(sorted(set(token_ids)), np.int32)
+        self._first_only = first_only
+
+    def mask(self, response_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """[T] False where a token must not count. The mask of a prefix is a prefix of the mask."""
+        special = np.isin(response_ids, self._ids)
+        if self._first_only and special.any():
+            positions = np.flatnonzero(special)
+            _, first = np.unique(response_ids[positions], return_index=True)
+            special[:] = False
+            special[positions[first]] = True
+        return ~special

@@ -1,0 +1,35 @@
+"""What can go wrong on the trainer's side; the teacher's errors are in teacher_wire.errors.
+
+TrainerError
+├── ConfigError       a setting is unknown, out of range, or does not fit another one
+├── CheckpointError   a checkpoint does not exist or cannot be loaded
+├── DatasetError      a dataset does not exist, or a line of it is malformed
+├── WeightSyncError   the sampler's log-probs differ from the learner's after a sync
+└── NonFiniteLossError a loss or a gradient is NaN or infinite; the weights are left as they were
+"""
+
+from __future__ import annotations
+
+
+class TrainerError(Exception):
+    """Root of the trainer's own errors."""
+
+
+class ConfigError(TrainerError, ValueError):
+    """A setting is unknown, out of range, or does not fit another one."""
+
+
+class CheckpointError(TrainerError, OSError):
+    """A checkpoint does not exist or cannot be loaded."""
+
+
+class DatasetError(TrainerError, ValueError):
+    """A dataset does not exist, or a line of it is malformed."""
+
+
+class WeightSyncError(TrainerError, RuntimeError):
+    """The sampler does not generate from the learner's weights."""
+
+
+class NonFiniteLossError(TrainerError, ArithmeticError):
+    """A loss or a gradient is not finite; nothing was learnt from it."""

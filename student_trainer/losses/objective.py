@@ -1,0 +1,352 @@
+"""Divergence, position weights and mask meet here only; sums come back, so splitting is exact.
+
+Shape legend: B = sequences, T = response positions, K = teacher support, J = student top-k.
+Index t is the t-th response token; nats; masked positions hold 0.0 and never reach a sum.
+
+A step over any number of micro-batches (and processes, after an all-reduce of the totals):
+
+    for inputs in micro_batches:
+        sums = objective(inputs, divergence=divergence, weights=weights)
+        sums.loss_sum.backward()
+        parts.append(sums.detached())
+    totals = merge(parts)
+    normalize = needs_normalization(weights)
+    scale = step_scale(totals.weight_sum.item(), totals.num_tokens.item(), normalize)
+    # multiply every gradient by scale, then clip, then step
+
+Weights are detached and their mean is one number per step, so scaling the accumulated gradient of
+sum(m w l) by 1 / sum(m w) is mean-normalising the weights over the whole step (BPDG eq. 3-4, with
+epsilon = 0), without a second forward. Nothing here knows settings, records or models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .divergences import (
+    check_clip,
+    check_clip_log_ratio,
+    local_support_matching,
+    reverse_kl_monitor,
+    sampled_reverse_kl,
+    student_topk_reverse_kl,
+    truncated_reverse_kl,
+)
+from .inputs import LossInputs, need
+from .weights import (
+    Aggregate,
+    block_gates,
+    check_block_gate,
+    check_fraction,
+    check_non_negative,
+    combine,
+    prefix_importance_weights,
+    prune_weights,
+    reliability,
+)
+
+Divergence = Callable[[LossInputs], Tensor]
+"""[B, T], with gradient. The dataclasses below, or any function of this signature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledReverseKL:
+    """The sampled token's policy gradient: `divergences.sampled_reverse_kl`."""
+
+    clip_epsilon: float | None = 0.2
+    dual_clip: float | None = 3.0
+
+    def __post_init__(self) -> None:
+        check_clip(self.clip_epsilon, self.dual_clip)
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return sampled_reverse_kl(
+            inputs.student_logprobs_BT,
+            inputs.behavior_logprobs_BT,
+            inputs.teacher_logprobs_BT,
+            clip_epsilon=self.clip_epsilon,
+            dual_clip=self.dual_clip,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSupportMatching:
+    """KL renormalised on the teacher's top-K: `divergences.local_support_matching`."""
+
+    clip_log_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        check_clip_log_ratio(self.clip_log_ratio)
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        teacher_BTK = need(inputs.teacher_topk_logprobs_BTK, "teacher_topk_logprobs_BTK")
+        student_BTK = need(
+            inputs.student_logprobs_at_teacher_topk_BTK, "student_logprobs_at_teacher_topk_BTK"
+        )
+        return local_support_matching(student_BTK, teacher_BTK, clip_log_ratio=self.clip_log_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedReverseKL:
+    """`LocalSupportMatching` not renormalised: `divergences.truncated_reverse_kl`."""
+
+    tail: bool
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        teacher_BTK = need(inputs.teacher_topk_logprobs_BTK, "teacher_topk_logprobs_BTK")
+        student_BTK = need(
+            inputs.student_logprobs_at_teacher_topk_BTK, "student_logprobs_at_teacher_topk_BTK"
+        )
+        return truncated_reverse_kl(student_BTK, teacher_BTK, tail=self.tail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentTopKReverseKL:
+    """The policy gradient over the student's top-J: `divergences.student_topk_reverse_kl`."""
+
+    clip_epsilon: float | None = 0.2
+    dual_clip: float | None = 3.0
+
+    def __post_init__(self) -> None:
+        check_clip(self.clip_epsilon, self.dual_clip)
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return student_topk_reverse_kl(
+            need(
+                inputs.student_logprobs_at_student_topk_BTJ, "student_logprobs_at_student_topk_BTJ"
+            ),
+            need(inputs.behavior_topk_logprobs_BTJ, "behavior_topk_logprobs_BTJ"),
+            need(
+                inputs.teacher_logprobs_at_student_topk_BTJ, "teacher_logprobs_at_student_topk_BTJ"
+            ),
+            clip_epsilon=self.clip_epsilon,
+            dual_clip=self.dual_clip,
+        )
+
+
+class PositionWeight(Protocol):
+    """[B, T], detached, 0.0 where masked; `mean_normalized` if its paper divides it by its mean."""
+
+    mean_normalized: ClassVar[bool]
+
+    def __call__(self, inputs: LossInputs) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneWeight:
+    """Prune-OPD's reliability plus a floor: `weights.prune_weights`."""
+
+    mean_normalized: ClassVar[bool] = False
+    w_drop: float = 0.01
+    w_base: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_fraction("w_drop", self.w_drop)
+        check_non_negative("w_base", self.w_base)
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        bad_events_BT = need(inputs.bad_events_BT, "bad_events_BT")
+        return prune_weights(bad_events_BT, inputs.mask_BT, w_drop=self.w_drop, w_base=self.w_base)
+
+    def unreliable(self, inputs: LossInputs) -> Tensor:
+        """bool [B, T]: valid tokens whose reliability has reached zero."""
+        bad_events_BT = need(inputs.bad_events_BT, "bad_events_BT")
+        reliability_BT = reliability(bad_events_BT, inputs.mask_BT, w_drop=self.w_drop)
+        return (reliability_BT == 0.0) & inputs.mask_BT
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixImportanceWeight:
+    """IW-OPD's share of the advantage still to come: `weights.prefix_importance_weights`."""
+
+    mean_normalized: ClassVar[bool] = False
+    gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_non_negative("gamma", self.gamma)
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return prefix_importance_weights(
+            inputs.teacher_logprobs_BT,
+            inputs.behavior_logprobs_BT,
+            inputs.mask_BT,
+            gamma=self.gamma,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockGate:
+    """BPDG's gate on the student's own drift since the rollout: `weights.block_gates`."""
+
+    mean_normalized: ClassVar[bool] = True
+    block_size: int = 64
+    tau: float = 1.0
+    aggregate: Aggregate = "signed_mean"
+
+    def __post_init__(self) -> None:
+        check_block_gate(self.block_size, self.tau, self.aggregate)
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return block_gates(
+            inputs.student_logprobs_BT,
+            inputs.behavior_logprobs_BT,
+            inputs.mask_BT,
+            block_size=self.block_size,
+            tau=self.tau,
+            aggregate=self.aggregate,
+        )
+
+
+def needs_normalization(weights: Sequence[PositionWeight]) -> bool:
+    """Whether a step divides by the sum of its weights rather than by its number of tokens.
+
+    Each method alone as published: the gate does, Prune-OPD and IW-OPD do not (their weights raise
+    the learning rate by up to half). More than one: the product is normalised.
+    """
+    return len(weights) > 1 or any(w.mean_normalized for w in weights)
+
+
+def step_scale(weight_sum_total: float, num_tokens_total: float, normalize: bool) -> float:
+    """The factor for the gradients accumulated from every `loss_sum` of an optimiser step.
+
+    1 / sum(m w) if normalised, else 1 / sum(m); 0.0 where the sum is zero, as then nothing
+    contributes. Both totals run over all micro-batches and all processes of the step.
+    """
+    for name, value in (("weight_sum", weight_sum_total), ("num_tokens", num_tokens_total)):
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"{name}_total must be finite and >= 0, got {value}")
+    denominator = weight_sum_total if normalize else num_tokens_total
+    return 1.0 / denominator if denominator > 0.0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepSums:
+    """Sums over the valid tokens of one micro-batch, or of several after `merge`; 0-dim tensors."""
+
+    loss_sum: Tensor
+    """sum of m w l, carries the graph."""
+    weight_sum: Tensor
+    """sum of m w, float64."""
+    num_tokens: Tensor
+    """sum of m, float64."""
+    weight_min: Tensor
+    """+inf if there is no valid token."""
+    weight_max: Tensor
+    """-inf if there is no valid token."""
+    monitor_sums: dict[str, Tensor]
+    """name -> sum over valid tokens of what `monitors` returned, float64."""
+
+    def detached(self) -> StepSums:
+        """The same without the graph."""
+        return replace(self, loss_sum=self.loss_sum.detach())
+
+    def metrics(self, *, normalize: bool) -> dict[str, float]:
+        """Means to log; without a valid token only `loss` (0.0) and `num_tokens` (0.0)."""
+        num_tokens, weight_sum = self.num_tokens.item(), self.weight_sum.item()
+        loss = self.loss_sum.item() * step_scale(weight_sum, num_tokens, normalize)
+        if num_tokens == 0.0:
+            return {"loss": 0.0, "num_tokens": 0.0}
+        means = {name: value.item() / num_tokens for name, value in self.monitor_sums.items()}
+        return {
+            "loss": loss,
+            "num_tokens": num_tokens,
+            "weight_mean": weight_sum / num_tokens,
+            "weight_min": self.weight_min.item(),
+            "weight_max": self.weight_max.item(),
+            **means,
+        }
+
+
+def merge(parts: Sequence[StepSums]) -> StepSums:
+    """The sums of a step from those of its micro-batches, which must monitor the same names."""
+    names = {frozenset(part.monitor_sums) for part in parts}
+    if len(names) != 1:
+        raise ValueError(f"expected one set of monitors, got {sorted(map(sorted, names))}")
+    return StepSums(
+        loss_sum=torch.stack([part.loss_sum for part in parts]).sum(),
+        weight_sum=torch.stack([part.weight_sum for part in parts]).sum(),
+        num_tokens=torch.stack([part.num_tokens for part in parts]).sum(),
+        weight_min=torch.stack([part.weight_min for part in parts]).amin(),
+        weight_max=torch.stack([part.weight_max for part in parts]).amax(),
+        monitor_sums={
+            name: torch.stack([part.monitor_sums[name] for part in parts]).sum()
+            for name in parts[0].monitor_sums
+        },
+    )
+
+
+def monitors(inputs: LossInputs, weights: Sequence[PositionWeight]) -> dict[str, Tensor]:
+    """Per-token quantities whose mean to log, [B, T], detached; only those the inputs allow.
+
+    reverse_kl: sampled estimate of KL(behavior || teacher). *_mass_at_*: probability mass on a
+    support. bad_events, unreliable: shares of tokens with a bad event, and with Prune-OPD's R = 0.
+    """
+    found = {
+        "reverse_kl": reverse_kl_monitor(inputs.behavior_logprobs_BT, inputs.teacher_logprobs_BT)
+    }
+    masses = {
+        "student_mass_at_teacher_topk": inputs.student_logprobs_at_teacher_topk_BTK,
+        "teacher_mass_at_teacher_topk": inputs.teacher_topk_logprobs_BTK,
+        "behavior_mass_at_student_topk": inputs.behavior_topk_logprobs_BTJ,
+        "teacher_mass_at_student_topk": inputs.teacher_logprobs_at_student_topk_BTJ,
+    }
+    for name, logprobs in masses.items():
+        if logprobs is not None:
+            found[name] = logprobs.detach().exp().sum(dim=-1)
+    if inputs.bad_events_BT is not None:
+        found["bad_events"] = inputs.bad_events_BT
+    for weight in weights:
+        if isinstance(weight, PruneWeight):
+            found["unreliable"] = weight.unreliable(inputs)
+    return found
+
+
+def objective(
+    inputs: LossInputs,
+    *,
+    divergence: Divergence,
+    weights: Sequence[PositionWeight] = (),
+) -> StepSums:
+    """The micro-batch's sums of m w l, m w and m, and what to log; call `.loss_sum.backward()`.
+
+    With no valid token, or weights that are all zero, loss_sum is 0.0 with zero gradients.
+
+    Raises:
+        ValueError: a tensor that the divergence or a weight needs is absent, or shapes disagree.
+    """
+    mask_BT = inputs.mask_BT
+    loss_BT = divergence(inputs)
+    if weights:
+        weight_BT = combine(*(weight(inputs) for weight in weights))
+    else:
+        weight_BT = mask_BT.to(loss_BT.dtype)
+    for name, tensor in (("the divergence", loss_BT), ("the weights", weight_BT)):
+        if tensor.shape != mask_BT.shape:
+            raise ValueError(
+                f"{name} returned {tuple(tensor.shape)}, mask_BT has {tuple(mask_BT.shape)}"
+            )
+    weight_BT = weight_BT.to(loss_BT.dtype)
+    infinity = weight_BT.new_full((1,), math.inf)
+    low = torch.where(mask_BT, weight_BT, math.inf).flatten()
+    high = torch.where(mask_BT, weight_BT, -math.inf).flatten()
+    return StepSums(
+        loss_sum=torch.where(mask_BT, loss_BT * weight_BT, 0.0).sum(),
+        weight_sum=_masked_sum(weight_BT, mask_BT),
+        num_tokens=mask_BT.sum().double(),
+        weight_min=torch.cat([low, infinity]).amin(),
+        weight_max=torch.cat([high, -infinity]).amax(),
+        monitor_sums={
+            name: _masked_sum(value_BT, mask_BT)
+            for name, value_BT in monitors(inputs, weights).items()
+        },
+    )
+
+
+def _masked_sum(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    return torch.where(mask_BT, values_BT.double(), 0.0).sum()

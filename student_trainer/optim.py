@@ -1,0 +1,75 @@
+"""One optimiser step: scale the summed gradients, check them, clip, step, follow the schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from student_trainer.errors import NonFiniteLossError
+
+
+class Optimizer:
+    """AdamW with warm-up and a cosine to the final learning rate over `total_updates`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        learning_rate: float,
+        final_learning_rate: float,
+        warmup_updates: int,
+        total_updates: int,
+        betas: tuple[float, float],
+        weight_decay: float,
+        max_grad_norm: float,
+    ) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._adamw = torch.optim.AdamW(
+            self._parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay
+        )
+        self._max_grad_norm = max_grad_norm
+
+        def factor(update: int) -> float:
+            if update < warmup_updates:
+                return (update + 1) / warmup_updates
+            done = (update - warmup_updates) / max(1, total_updates - warmup_updates)
+            floor = final_learning_rate / learning_rate
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adamw, factor)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the coming update."""
+        return float(self._schedule.get_last_lr()[0])
+
+    def step(self, scale: float) -> float:
+        """Applies the accumulated gradients times `scale`; returns their norm before clipping.
+
+        Raises NonFiniteLossError, with the weights untouched, when the norm is not finite.
+        """
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
+        if not math.isfinite(norm):
+            self._adamw.zero_grad(set_to_none=True)
+            raise NonFiniteLossError(
+                f"the gradient norm is {norm}; the weights are left as they were"
+            )
+        self._adamw.step()
+        self._schedule.step()
+        self._adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"adamw": self._adamw.state_dict(), "schedule": self._schedule.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._adamw.load_state_dict(state["adamw"])
+        self._schedule.load_state_dict(state["schedule"])

@@ -1,0 +1,72 @@
+"""Whether a failed request to a teacher is worth trying again, and when. No torch, no transport."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+
+from teacher_wire.errors import (
+    CapacityError,
+    NotReadyError,
+    SessionNotFoundError,
+    SessionOffsetError,
+    TeacherError,
+)
+
+
+class BrokenStreamError(Exception):
+    """The stream ended before the answer; what was asked may or may not have been done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryLimits:
+    """How long one request is tried."""
+
+    capacity_wait_s: float = 300.0
+    """Waiting for a full server, all hints together."""
+    max_resends: int = 20
+    """Broken streams that one request may meet."""
+    max_reopens: int = 20
+    """Lost sessions that one request may meet."""
+    first_backoff_s: float = 0.05
+    max_backoff_s: float = 2.0
+
+
+class Patience:
+    """Decides after each failure of one request whether to try again, and waits before it."""
+
+    def __init__(self, limits: RetryLimits) -> None:
+        self._limits = limits
+        self._waited_s = 0.0
+        self._resends = 0
+        self._reopens = 0
+
+    async def after(self, error: TeacherError | BrokenStreamError) -> None:
+        """Returns when it is time to try again; raises the error when it is not worth it."""
+        if isinstance(error, CapacityError) and error.retry_after_ms:
+            # The sum of the hints bounds the wait; jitter keeps trainers from coming back together.
+            if self._waited_s >= self._limits.capacity_wait_s:
+                raise error
+            pause_s = error.retry_after_ms / 1000 * random.uniform(0.75, 1.5)
+            self._waited_s += pause_s
+            await asyncio.sleep(pause_s)
+        elif isinstance(error, BrokenStreamError | NotReadyError):
+            self._resends += 1
+            if self._resends > self._limits.max_resends:
+                raise NotReadyError(
+                    f"given up after {self._limits.max_resends} broken streams: {error}"
+                ) from error
+            await asyncio.sleep(backoff_s(self._limits, self._resends - 1))
+        elif isinstance(error, SessionNotFoundError | SessionOffsetError):
+            self._reopens += 1
+            if self._reopens > self._limits.max_reopens:
+                raise error
+        else:
+            raise error
+
+
+def backoff_s(limits: RetryLimits, attempt: int) -> float:
+    """Pause before attempt + 1: doubling, capped, and anywhere between half and the whole of it."""
+    full = min(limits.max_backoff_s, limits.first_backoff_s * 2.0 ** min(attempt, 30))
+    return full * random.uniform(0.5, 1.0)

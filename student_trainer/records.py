@@ -1,0 +1,124 @@
+"""One record a stage: Prompt -> Rollout -> Batch. Numpy until the learner, torch from Batch on.
+
+Legend: p = prompt tokens, T = response tokens kept, K = teacher top-k, J = student top-k.
+
+Alignment: index t is response token t; every log-prob at t is given the prompt and tokens before t.
+All rows of a Rollout end at the same T: tokens past a truncation are dropped and only counted.
+
+Worked example: a response of 40 tokens was generated, the verdict kept 25 of them. Then T = 25,
+num_generated = 40, finish is TRUNCATED, and the overshoot is 15.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+from teacher_wire.records import DriftState, ScoreRows
+
+
+class Finish(Enum):
+    """Why a rollout ended."""
+
+    STOP = "stop"
+    """The student ended it."""
+    LENGTH = "length"
+    """The token budget of the step was used up."""
+    TRUNCATED = "truncated"
+    """The drift policy stopped it in flight."""
+    UNSCORED = "unscored"
+    """The teacher stayed away; what it had scored is kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One problem."""
+
+    prompt_id: str
+    text: str
+    token_ids: NDArray[np.int32]
+    """[p]"""
+    answer: str | None
+    """What the graded part of a response must equal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How the behavior policy samples."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    num_topk: int = 0
+    """The student's own top-k returned with every token; 0 for none."""
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What a sampler hands out at once: m new tokens of one rollout."""
+
+    token_ids: NDArray[np.int32]
+    """[m]"""
+    logprobs: NDArray[np.float32]
+    """[m] under the distribution that sampled them."""
+    topk_ids: NDArray[np.int32]
+    """[m, J] most likely first."""
+    topk_logprobs: NDArray[np.float32]
+    """[m, J]"""
+    finish: Finish | None
+    """Set on the last delta."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutTimes:
+    """Monotonic seconds at which things happened, and what the verdict cost."""
+
+    started_s: float
+    generated_s: float
+    """Generation had ended."""
+    scored_s: float
+    """The last score had arrived."""
+    round_trip_tokens: int
+    """Tokens generated between sending the deciding append and its verdict; 0 if not truncated."""
+    verdict_span_tokens: int
+    """Tokens in the deciding append; 0 if not truncated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A response, how it was sampled, and what the teacher says of each of its tokens."""
+
+    prompt: Prompt
+    response_ids: NDArray[np.int32]
+    """[T]"""
+    behavior_logprobs: NDArray[np.float32]
+    """[T] of the policy that sampled."""
+    student_topk_ids: NDArray[np.int32]
+    """[T, J]"""
+    student_topk_logprobs: NDArray[np.float32]
+    """[T, J] of the policy that sampled."""
+    mask: NDArray[np.bool_]
+    """[T] False for special tokens that must not count."""
+    teacher: ScoreRows
+    """T rows, offset 0."""
+    drift: DriftState | None
+    finish: Finish
+    num_generated: int
+    """Tokens that were sampled, overshoot included."""
+    policy_version: int
+    """Number of optimiser steps of the weights that sampled."""
+    times: RolloutTimes
+
+    def __len__(self) -> int:
+        return len(self.response_ids)
+
+    @property
+    def overshoot_tokens(self) -> int:
+        """Tokens generated past the point where the drift policy stopped the rollout."""
+        return self.num_generated - len(self)

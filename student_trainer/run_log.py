@@ -1,0 +1,141 @@
+"""What a run says as it goes: metrics.jsonl, profiles.jsonl, TensorBoard, and bars in the terminal.
+
+A line of metrics.jsonl is one step or one evaluation; it is flushed at once, so a killed run loses
+nothing. A value that is not finite never gets there: it raises.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+PROFILES_FILE = "profiles.jsonl"
+
+
+class PhaseClock:
+    """Wall seconds of one step, by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to a phase."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(name, time.monotonic() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Adds time that was measured elsewhere."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+class Bars:
+    """Progress bars in the terminal, one a name; silent when the output is not a terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, name: str, done: int, total: int, note: str = "") -> None:
+        """Sets a bar; one that was full starts again at nought."""
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, note=note)
+        task = self._tasks[name]
+        if self._progress.tasks[self._progress.task_ids.index(task)].finished and done < total:
+            self._progress.reset(task, total=total)
+        self._progress.update(task, completed=done, total=total, note=note)
+
+
+class RunLog:
+    """The written record of one run."""
+
+    def __init__(self, folder: Path, bars: Bars, *, resume: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        mode = "a" if resume else "w"
+        self._metrics = (folder / METRICS_FILE).open(mode, encoding="utf-8")
+        self._profiles = (folder / PROFILES_FILE).open(mode, encoding="utf-8")
+        self._board = SummaryWriter(folder / "tensorboard")
+        self._bars = bars
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._board.close()
+        self._metrics.close()
+        self._profiles.close()
+
+    def step(self, step: int, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> None:
+        """One step: its scalars and where its wall time went."""
+        record = {**metrics, **{f"seconds_{name}": value for name, value in seconds.items()}}
+        self._write("step", step, record)
+        self._bars.console.print(_line(step, metrics, seconds), highlight=False)
+
+    def evaluation(self, step: int, results: Mapping[str, float | None]) -> None:
+        """One evaluation of the weights after `step` steps; absent results are left out."""
+        present = {name: value for name, value in results.items() if value is not None}
+        self._write("eval", step, present)
+        self._bars.console.print(
+            f"step {step:>3}  accuracy {results['accuracy']:.1%}", style="bold", highlight=False
+        )
+
+    def profile(self, step: int, profile: Mapping[str, Any]) -> None:
+        """Lengths, ends and overlap by position of one step's rollouts."""
+        self._profiles.write(json.dumps({"step": step, **profile}) + "\n")
+        self._profiles.flush()
+
+    def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise ValueError(f"metric {name} of step {step} is {value}")
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._metrics.flush()
+
+
+def _line(step: int, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> str:
+    return (
+        f"step {step:>3}  loss {metrics['loss']:.4f}  reverse KL {metrics['reverse_kl']:.3f}  "
+        f"length {metrics['length_mean']:.0f}  stopped {metrics['truncated_rollouts']:.0f}"
+        f"/{metrics['rollouts']:.0f}  {sum(seconds.values()):.1f} s"
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

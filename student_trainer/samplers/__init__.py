@@ -1,0 +1,1 @@
+"""Samplers: vLLM (default) and transformers (the reference)."""

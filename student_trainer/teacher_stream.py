@@ -1,0 +1,258 @@
+"""One connection to one teacher: a Session stream that carries many sessions. No torch, no retries.
+
+One task reads, one writes; callers wait on futures. Nothing here puts a timeout around a stream
+read, and there are no client interceptors: both leak in grpc.aio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from teacher_wire import codec
+from teacher_wire.errors import NotReadyError, TeacherError
+from teacher_wire.pb import teacher_pb2 as pb
+from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
+from teacher_wire.records import PROTOCOL_VERSION, TeacherInfo
+from teacher_wire.status import decode_error, decode_status
+
+from student_trainer.patience import BrokenStreamError
+
+log = logging.getLogger(__name__)
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    *codec.CHANNEL_LIMITS,
+    # A dead server is found in 50 s at most; the server allows pings this often.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+_CLOSE_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handshake:
+    """What a trainer says of itself before any work."""
+
+    tokenizer_fingerprint: str
+    vocab_size: int
+    run_id: str
+    credit_bytes: int = 32 << 20
+    """Bytes of scores that may be on their way to this trainer."""
+
+
+@dataclass(slots=True, eq=False)
+class _Exchange:
+    """Requests of one session that wait for one answer each."""
+
+    missing: int
+    answer: asyncio.Future[list[pb.Scores]]
+    chunks: list[pb.Scores] = field(default_factory=list)
+    error: TeacherError | None = None
+
+
+class TeacherStream:
+    """A live stream; once broken it stays broken."""
+
+    def __init__(self, endpoint: str, handshake: Handshake) -> None:
+        self.endpoint = endpoint
+        self.going_away = False
+        """The server will end the stream soon."""
+        self.broken: TeacherError | None = None
+        """Why the stream ended."""
+        self._handshake = handshake
+        self._channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+        self._stub = pb_grpc.TeacherServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._call: Any = None
+        self._welcome: asyncio.Future[TeacherInfo] = asyncio.get_running_loop().create_future()
+        self._outbox: asyncio.Queue[pb.SessionRequest | None] = asyncio.Queue()
+        self._exchanges: dict[str, deque[_Exchange]] = {}
+        self._consumed_bytes = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def connect(
+        cls, endpoint: str, handshake: Handshake, timeout_s: float
+    ) -> tuple[TeacherStream, TeacherInfo]:
+        """A stream after its handshake, and what the server serves.
+
+        Raises FingerprintMismatchError when the server refuses, NotReadyError when it is absent,
+        loading or silent.
+        """
+        stream = cls(endpoint, handshake)
+        try:
+            return stream, await stream._shake_hands(timeout_s)
+        except BaseException:
+            await stream.aclose()
+            raise
+
+    @property
+    def usable(self) -> bool:
+        """New work may be sent."""
+        return self.broken is None and not self.going_away
+
+    @property
+    def busy(self) -> bool:
+        """Answers are still missing."""
+        return bool(self._exchanges)
+
+    async def _shake_hands(self, timeout_s: float) -> TeacherInfo:
+        try:
+            await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
+        except TimeoutError:
+            raise NotReadyError(
+                f"no teacher answers at {self.endpoint} within {timeout_s:.1f} s"
+            ) from None
+        self._call = self._stub.Session()
+        hello = pb.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            tokenizer_fingerprint=self._handshake.tokenizer_fingerprint,
+            vocab_size=self._handshake.vocab_size,
+            run_id=self._handshake.run_id,
+            credit_bytes=self._handshake.credit_bytes,
+        )
+        self._outbox.put_nowait(pb.SessionRequest(hello=hello))
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
+        done, _ = await asyncio.wait({self._welcome}, timeout=timeout_s)
+        if not done:
+            raise NotReadyError(
+                f"the teacher at {self.endpoint} did not answer Hello within {timeout_s:.1f} s"
+            )
+        return self._welcome.result()
+
+    async def exchange(
+        self, session_id: str, requests: Sequence[pb.SessionRequest]
+    ) -> list[pb.Scores]:
+        """Sends requests of one session and waits for an answer to each; returns the scores.
+
+        Raises the first error among the answers, or BrokenStreamError.
+        """
+        if self.broken is not None:
+            raise BrokenStreamError(f"{self.endpoint}: {self.broken.message}")
+        exchange = _Exchange(len(requests), asyncio.get_running_loop().create_future())
+        # A caller that gives up leaves its exchange here, so that its answers are not taken for
+        # those of the next one.
+        self._exchanges.setdefault(session_id, deque()).append(exchange)
+        for request in requests:
+            self._outbox.put_nowait(request)
+        return await exchange.answer
+
+    async def score(self, request: pb.ScoreRequest) -> list[pb.ScoreResponse]:
+        """The chunks of one Score call."""
+        try:
+            return [chunk async for chunk in self._stub.Score(request)]
+        except grpc.aio.AioRpcError as error:
+            raise decode_status(error) from error
+
+    async def aclose(self) -> None:
+        """Ends the stream: in good order when the server follows at once, by cancelling
+        otherwise."""
+        if self._tasks:
+            self._outbox.put_nowait(None)
+            await asyncio.wait(self._tasks, timeout=_CLOSE_TIMEOUT_S)
+        if self._call is not None:
+            self._call.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._channel.close()
+        self._break(NotReadyError(f"the stream to {self.endpoint} was closed"))
+
+    async def _write(self) -> None:
+        # A write on a broken stream fails here as well; the reader has the reason.
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while (request := await self._outbox.get()) is not None:
+                await self._call.write(request)
+            await self._call.done_writing()
+
+    async def _read(self) -> None:
+        try:
+            while (message := await self._call.read()) is not grpc.aio.EOF:
+                self._dispatch(message)
+            self._break(NotReadyError(f"the teacher at {self.endpoint} ended the stream"))
+        except grpc.aio.AioRpcError as error:
+            self._break(decode_status(error))
+        except TeacherError as error:
+            self._break(error)
+            self._call.cancel()
+
+    def _dispatch(self, message: pb.SessionResponse) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "welcome":
+            self._welcome.set_result(codec.decode_info(message.welcome.info))
+        elif kind == "go_away":
+            log.info("%s goes away: %s", self.endpoint, message.go_away.reason)
+            self.going_away = True
+        elif kind == "scores":
+            self._count(message)
+            self._answered(message.scores.session_id, chunk=message.scores)
+        elif kind == "opened":
+            self._answered(message.opened.session_id)
+        elif kind == "closed":
+            self._answered(message.closed.session_id)
+        elif kind == "error":
+            error = decode_error(message.error)
+            if not message.error.session_id:
+                raise error
+            self._answered(message.error.session_id, error=error)
+
+    def _count(self, message: pb.SessionResponse) -> None:
+        """Gives credit back in large steps, long before it runs out."""
+        self._consumed_bytes += message.ByteSize()
+        if self._consumed_bytes * 4 >= self._handshake.credit_bytes:
+            credit = pb.Credit(bytes=self._consumed_bytes)
+            self._outbox.put_nowait(pb.SessionRequest(credit=credit))
+            self._consumed_bytes = 0
+
+    def _answered(
+        self,
+        session_id: str,
+        *,
+        chunk: pb.Scores | None = None,
+        error: TeacherError | None = None,
+    ) -> None:
+        waiting = self._exchanges.get(session_id)
+        if not waiting:
+            log.warning("%s answered session %s unasked", self.endpoint, session_id)
+            return
+        exchange = waiting[0]
+        exchange.error = exchange.error or error
+        if chunk is not None:
+            exchange.chunks.append(chunk)
+            if not chunk.last:
+                return
+        exchange.missing -= 1
+        if exchange.missing:
+            return
+        waiting.popleft()
+        if not waiting:
+            del self._exchanges[session_id]
+        if exchange.answer.done():
+            return
+        if exchange.error is not None:
+            exchange.answer.set_exception(exchange.error)
+        else:
+            exchange.answer.set_result(exchange.chunks)
+
+    def _break(self, reason: TeacherError) -> None:
+        if self.broken is not None:
+            return
+        self.broken = reason
+        if not self._welcome.done():
+            self._welcome.set_exception(reason)
+            self._welcome.exception()  # seen: connect may have given up already
+        for waiting in self._exchanges.values():
+            for exchange in waiting:
+                if not exchange.answer.done():
+                    text = f"{self.endpoint}: {reason.message}"
+                    exchange.answer.set_exception(BrokenStreamError(text))
+        self._exchanges.clear()

@@ -1,0 +1,91 @@
+"""`teacher-server serve | probe | show-config`. Only the chosen command's modules are imported."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from teacher_server.config import ConfigError, TeacherConfig, add_flags, load_config, to_toml
+
+EXIT_CONFIG = 2
+PROBE_SERVING, PROBE_NOT_SERVING, PROBE_UNREACHABLE = 0, 1, 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and flags."""
+    parser = argparse.ArgumentParser(
+        prog="teacher-server",
+        description="Scores a student's tokens while they are being generated.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_flags(commands.add_parser("serve", help="load the teacher and serve it"))
+    add_flags(commands.add_parser("show-config", help="print the resolved settings as TOML"))
+    probe = commands.add_parser(
+        "probe", help="ask for health: exit 0 serving, 1 not serving, 2 unreachable"
+    )
+    probe.add_argument("--address", default="127.0.0.1:50051", help="gRPC address of the server")
+    probe.add_argument("--timeout-s", type=float, default=3.0, help="time to answer")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.command == "probe":
+        return _probe(arguments.address, arguments.timeout_s)
+    try:
+        config, sources = load_config(vars(arguments), os.environ)
+    except ConfigError as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    if arguments.command == "show-config":
+        print(to_toml(config, sources), end="")
+        return 0
+    return _serve(config)
+
+
+def _serve(config: TeacherConfig) -> int:
+    import asyncio
+
+    from teacher_server.app import StartError, serve
+
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    loop_factory = None
+    if config.event_loop == "uvloop":
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    try:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(serve(config))
+    except StartError as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+
+
+def _probe(address: str, timeout_s: float) -> int:
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    from teacher_server.service import SERVICE_NAME
+
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
+        try:
+            status = stub.Check(request, timeout=timeout_s).status
+        except grpc.RpcError as error:
+            print(f"{address}: {error.details() or error.code().name}", file=sys.stderr)
+            return PROBE_UNREACHABLE
+    print(f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(status)}")
+    serving = status == health_pb2.HealthCheckResponse.SERVING
+    return PROBE_SERVING if serving else PROBE_NOT_SERVING
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The bytes between an engine's front end and its worker: what to score, and the packed answer.
+
+Free of torch and vLLM, so that both ends may import it. Legend as in base.py; S = submitted tokens,
+W = columns of a packed answer.
+
+Alignment: the row of token i comes from the hidden state of token i - 1. The last token of a query
+is therefore never submitted (S = L - 1); it travels as a target. Were it submitted, its KV would be
+cached, and the session's next append, which needs exactly its hidden state, could find it skipped.
+
+A packed answer is int32 [rows, W], W = HEADER + 2K + C: position, token log-prob, entropy, rank,
+top-K ids, top-K log-probs, candidate log-probs; floats are bit patterns of float32. Its rows start
+where the prefix cache ended, so there may be fewer than were asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_server.engine.base import EngineRows, ScoreQuery
+
+ZERO_BLOCKS_VARIABLE = "DRIFTLINE_ZERO_KV_BLOCKS"
+"""Tells the plugin that its process serves scores: the same plugin is loaded beside any vLLM engine."""
+
+POSITION, TOKEN_LOGPROB, ENTROPY, RANK = range(4)
+HEADER = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowRequest:
+    """What the worker must know beyond the submitted tokens."""
+
+    first_row: int
+    k: int
+    temperature: float
+    want_entropy: bool
+    want_rank: bool
+    target_ids: NDArray[np.int32]
+    """[n] the tokens to score, from first_row on."""
+    candidate_ids: NDArray[np.int32]
+    """[n, C], C = 0 without candidates."""
+
+    @classmethod
+    def of_query(cls, query: ScoreQuery) -> RowRequest:
+        target_ids = np.ascontiguousarray(query.token_ids[query.first_row :], dtype=np.int32)
+        candidate_ids = query.candidate_ids
+        if candidate_ids is None:
+            candidate_ids = np.empty((len(target_ids), 0), dtype=np.int32)
+        return cls(
+            first_row=query.first_row,
+            k=query.k,
+            temperature=query.temperature,
+            want_entropy=query.want_entropy,
+            want_rank=query.want_rank,
+            target_ids=target_ids,
+            candidate_ids=np.ascontiguousarray(candidate_ids, dtype=np.int32),
+        )
+
+    @classmethod
+    def of_kwargs(cls, kwargs: dict[str, Any]) -> RowRequest:
+        target_ids = np.frombuffer(kwargs["target_ids"], dtype=np.int32)
+        candidate_ids = np.frombuffer(kwargs["candidate_ids"], dtype=np.int32)
+        return cls(
+            first_row=kwargs["first_row"],
+            k=kwargs["k"],
+            temperature=kwargs["temperature"],
+            want_entropy=kwargs["want_entropy"],
+            want_rank=kwargs["want_rank"],
+            target_ids=target_ids,
+            candidate_ids=candidate_ids.reshape(len(target_ids), -1),
+        )
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """Plain values that survive both pickle and msgpack."""
+        return {
+            "first_row": self.first_row,
+            "k": self.k,
+            "temperature": self.temperature,
+            "want_entropy": self.want_entropy,
+            "want_rank": self.want_rank,
+            "target_ids": self.target_ids.tobytes(),
+            "candidate_ids": self.candidate_ids.tobytes(),
+        }
+
+    def width(self) -> int:
+        """Columns of the packed answer."""
+        return HEADER + 2 * self.k + self.candidate_ids.shape[1]
+
+    def until(self, end: int) -> RowRequest:
+        """The same for the rows of the tokens before `end`."""
+        num_rows = end - self.first_row
+        return RowRequest(
+            first_row=self.first_row,
+            k=self.k,
+            temperature=self.temperature,
+            want_entropy=self.want_entropy,
+            want_rank=self.want_rank,
+            target_ids=self.target_ids[:num_rows],
+            candidate_ids=self.candidate_ids[:num_rows],
+        )
+
+
+class RowCollector:
+    """Puts packed answers, which may overlap, into the rows of one request."""
+
+    def __init__(self, request: RowRequest) -> None:
+        self._request = request
+        num_rows = len(request.target_ids)
+        self._packed_nW = np.empty((num_rows, request.width()), dtype=np.int32)
+        self._filled_n = np.zeros(num_rows, dtype=np.bool_)
+
+    def add(self, packed_mW: NDArray[np.int32]) -> None:
+        index_m = packed_mW[:, POSITION] - self._request.first_row
+        self._packed_nW[index_m] = packed_mW
+        self._filled_n[index_m] = True
+
+    def missing_end(self) -> int | None:
+        """One past the last token whose row is missing; None when all rows are there."""
+        missing = np.flatnonzero(~self._filled_n)
+        return self._request.first_row + int(missing[-1]) + 1 if len(missing) else None
+
+    def rows(self) -> EngineRows:
+        request, packed_nW = self._request, self._packed_nW
+        floats_nW = packed_nW.view(np.float32)
+        k = request.k
+        ids_end, logprobs_end = HEADER + k, HEADER + 2 * k
+        has_candidates = request.candidate_ids.shape[1] > 0
+        return EngineRows(
+            topk_ids=np.ascontiguousarray(packed_nW[:, HEADER:ids_end]),
+            topk_logprobs=np.ascontiguousarray(floats_nW[:, ids_end:logprobs_end]),
+            token_logprobs=np.ascontiguousarray(floats_nW[:, TOKEN_LOGPROB]),
+            candidate_logprobs=np.ascontiguousarray(floats_nW[:, logprobs_end:])
+            if has_candidates
+            else None,
+            entropies=np.ascontiguousarray(floats_nW[:, ENTROPY]) if request.want_entropy else None,
+            token_ranks=np.ascontiguousarray(packed_nW[:, RANK]) if request.want_rank else None,
+        )

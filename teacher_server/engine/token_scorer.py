@@ -1,0 +1,301 @@
+"""vLLM plugin: causal language models that return log-probs of given tokens instead of embeddings.
+
+The only file that knows vLLM's internals. A scoring model is its vLLM causal-LM class, declared a
+pooling model, with a pooler that runs the language-model head on the rows asked for and no other.
+Logits of a row chunk live for a moment; a packed answer (row_format.py) leaves the worker.
+
+Legend: T = tokens of one engine step over all requests, R = rows of it to score, H = hidden size,
+V = vocabulary, K = top-k, C = candidate ids a row, W = columns of a packed answer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.pooler.abstract import Pooler
+from vllm.tasks import PoolingTask
+from vllm.v1.outputs import PoolerOutput
+from vllm.v1.pool.metadata import PoolingMetadata
+
+from teacher_server.engine.row_format import HEADER, ZERO_BLOCKS_VARIABLE, RowRequest
+
+TASK: PoolingTask = "token_classify"
+
+SCORING_PREFIX = "Scoring"
+BASE_MODULES = {
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+"""vLLM module of each checkpoint architecture that can be served."""
+
+LOGITS_PER_CHUNK_CPU = 2**24
+LOGITS_PER_CHUNK_GPU = 2**26
+"""Rows times vocabulary held at once; at most 4 + 4 bytes each (head output and fp32 copy)."""
+
+
+def register() -> None:
+    """Entry point of vllm.general_plugins; cheap, and harmless when called twice."""
+    from vllm import ModelRegistry
+
+    if os.environ.get(ZERO_BLOCKS_VARIABLE) == "1":
+        _zero_new_blocks()
+    for architecture in BASE_MODULES:
+        name = SCORING_PREFIX + architecture
+        # A string keeps the model's module, and with it CUDA, out of other processes.
+        ModelRegistry.register_model(name, f"{__name__}:{name}")
+
+
+def _zero_new_blocks() -> None:
+    """Makes vLLM clear every cache block that it hands out, as it does for some models only.
+
+    An attention kernel multiplies the unwritten end of a block by 0, and 0 * NaN is NaN: without this,
+    one text that overflows leaves NaNs in freed blocks, and they spoil the next session to get them.
+    """
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    KVCacheConfig.needs_kv_cache_zeroing = property(lambda config: True)  # type: ignore[assignment]
+
+
+def __getattr__(name: str) -> type[torch.nn.Module]:
+    """Scoring classes come into being when vLLM first asks for one by name."""
+    architecture = name.removeprefix(SCORING_PREFIX)
+    if name == architecture or architecture not in BASE_MODULES:
+        raise AttributeError(name)
+    return _scoring_class(architecture)
+
+
+def _scoring_class(architecture: str) -> type[torch.nn.Module]:
+    module = importlib.import_module(f"vllm.model_executor.models.{BASE_MODULES[architecture]}")
+    base: type[torch.nn.Module] = module.__dict__[architecture]
+
+    def __init__(self: torch.nn.Module, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        self.pooler = TokenScorer(
+            compute_logits=self.compute_logits,
+            vocab_size=vllm_config.model_config.get_vocab_size(),
+        )
+
+    namespace = {"is_pooling_model": True, "__init__": __init__, "__module__": __name__}
+    return type(SCORING_PREFIX + architecture, (base,), namespace)
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The rows of one request that one engine step can give."""
+
+    request: RowRequest
+    first_hidden: int
+    """Index into the step's T hidden states."""
+    first_row: int
+    """Token index of the first row."""
+    num_rows: int
+
+    def targets_n(self) -> NDArray[np.int32]:
+        start = self.first_row - self.request.first_row
+        return self.request.target_ids[start : start + self.num_rows]
+
+    def candidates_nC(self) -> NDArray[np.int32]:
+        start = self.first_row - self.request.first_row
+        return self.request.candidate_ids[start : start + self.num_rows]
+
+
+class TokenScorer(Pooler):
+    """Scores the rows of all requests of a step together, chunk by chunk."""
+
+    def __init__(
+        self, *, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], vocab_size: int
+    ) -> None:
+        super().__init__()
+        # A bound method: as a submodule the model would contain itself.
+        self._compute_logits = compute_logits
+        self._vocab_size = vocab_size
+
+    def get_supported_tasks(self) -> Set[PoolingTask]:
+        return {TASK}
+
+    def forward(
+        self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata
+    ) -> PoolerOutput:
+        """hidden_states [T, H] -> a packed answer for each request that ends with this step."""
+        cursor = pooling_metadata.get_pooling_cursor()
+        spans = _spans(pooling_metadata)
+        packed_RW = self._score(hidden_states, spans)
+        if packed_RW is None:
+            return [None] * len(spans)
+        pieces = packed_RW.split([span.num_rows for span in spans])
+        outputs: list[torch.Tensor | None] = []
+        for span, piece, state, finished in zip(
+            spans, pieces, pooling_metadata.pooling_states, cursor.get_finished_mask(), strict=True
+        ):
+            if span.num_rows:
+                # A view would keep, and pickle, the rows of the whole step.
+                state.hidden_states_cache.append(_narrow(piece, span.request, spans).clone())
+            if not finished:
+                outputs.append(None)
+                continue
+            chunks = state.hidden_states_cache
+            outputs.append(chunks[0] if len(chunks) == 1 else torch.cat(chunks))
+            state.clean()
+        return outputs
+
+    def _score(self, hidden_TH: torch.Tensor, spans: list[_Span]) -> torch.Tensor | None:
+        """[R, W] packed rows of all spans; None on a tensor-parallel rank without logits."""
+        num_candidates = max(span.request.candidate_ids.shape[1] for span in spans)
+        candidates_RC = np.zeros((sum(s.num_rows for s in spans), num_candidates), dtype=np.int64)
+        row = 0
+        for span in spans:
+            candidates_nC = span.candidates_nC()
+            candidates_RC[row : row + span.num_rows, : candidates_nC.shape[1]] = candidates_nC
+            row += span.num_rows
+
+        def joined(parts: list[NDArray[np.generic]], dtype: torch.dtype) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate(parts)).to(hidden_TH.device, dtype)
+
+        hidden_index_R = joined(
+            [np.arange(s.first_hidden, s.first_hidden + s.num_rows) for s in spans], torch.int64
+        )
+        positions_R = joined(
+            [np.arange(s.first_row, s.first_row + s.num_rows) for s in spans], torch.int32
+        )
+        targets_R = joined([s.targets_n() for s in spans], torch.int64)
+        inverse_temperatures_R = joined(
+            [np.full(s.num_rows, 1.0 / s.request.temperature) for s in spans], torch.float32
+        )
+        candidates = torch.from_numpy(candidates_RC).to(hidden_TH.device)
+        limit = LOGITS_PER_CHUNK_CPU if hidden_TH.device.type == "cpu" else LOGITS_PER_CHUNK_GPU
+        rows_per_chunk = max(16, limit // self._vocab_size)
+        chunks: list[torch.Tensor] = []
+        for start in range(0, max(len(hidden_index_R), 1), rows_per_chunk):
+            chunk = slice(start, start + rows_per_chunk)
+            logits_RV = self._compute_logits(hidden_TH[hidden_index_R[chunk]])
+            if logits_RV is None:
+                return None
+            chunks.append(
+                score_rows(
+                    logits_RV,
+                    positions_R[chunk],
+                    targets_R[chunk],
+                    candidates[chunk],
+                    inverse_temperatures_R[chunk],
+                    k=max(span.request.k for span in spans),
+                    want_entropy=any(span.request.want_entropy for span in spans),
+                    want_rank=any(span.request.want_rank for span in spans),
+                )
+            )
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+
+def _spans(metadata: PoolingMetadata) -> list[_Span]:
+    cursor = metadata.get_pooling_cursor()
+    spans: list[_Span] = []
+    step_offset = 0
+    for params, num_scheduled, seq_len in zip(
+        metadata.pooling_params,
+        cursor.num_scheduled_tokens_cpu.tolist(),
+        cursor.seq_lens_cpu.tolist(),
+        strict=True,
+    ):
+        if params.extra_kwargs is None:
+            request = _profiling_request(num_scheduled)
+        else:
+            request = RowRequest.of_kwargs(params.extra_kwargs)
+        step_start = seq_len - num_scheduled
+        first_position = max(step_start, request.first_row - 1)
+        spans.append(
+            _Span(
+                request=request,
+                first_hidden=step_offset + first_position - step_start,
+                first_row=first_position + 1,
+                num_rows=max(0, seq_len - first_position),
+            )
+        )
+        step_offset += num_scheduled
+    return spans
+
+
+def _profiling_request(num_rows: int) -> RowRequest:
+    """Stands in when vLLM measures its memory with requests of its own: every row, all extras."""
+    return RowRequest(
+        first_row=1,
+        k=1,
+        temperature=1.0,
+        want_entropy=True,
+        want_rank=True,
+        target_ids=np.zeros(num_rows, dtype=np.int32),
+        candidate_ids=np.zeros((num_rows, 1), dtype=np.int32),
+    )
+
+
+def _narrow(packed_nW: torch.Tensor, request: RowRequest, spans: list[_Span]) -> torch.Tensor:
+    """Columns of one request out of rows as wide as the widest request of the step."""
+    if packed_nW.shape[1] == request.width():
+        return packed_nW
+    k, k_max = request.k, max(span.request.k for span in spans)
+    header_nX, ids_nK, logprobs_nK, candidates_nC = packed_nW.split(
+        [HEADER, k_max, k_max, packed_nW.shape[1] - HEADER - 2 * k_max], dim=1
+    )
+    num_candidates = request.candidate_ids.shape[1]
+    return torch.cat(
+        [header_nX, ids_nK[:, :k], logprobs_nK[:, :k], candidates_nC[:, :num_candidates]], dim=1
+    )
+
+
+def score_rows(
+    logits_RV: torch.Tensor,
+    positions_R: torch.Tensor,
+    targets_R: torch.Tensor,
+    candidates_RC: torch.Tensor,
+    inverse_temperatures_R: torch.Tensor,
+    *,
+    k: int,
+    want_entropy: bool,
+    want_rank: bool,
+) -> torch.Tensor:
+    """[R, HEADER + 2k + C] packed rows. Overwrites float32 logits; copies others once, to float32.
+
+    log p(v) = (z_v - z_top) / temperature - log sum_u exp((z_u - z_top) / temperature). A NaN or
+    +inf among the logits makes every log-prob of its row NaN, so no bad row can look good.
+    """
+    top_logits_RK, top_ids_RK = logits_RV.topk(k, dim=-1)
+    target_logits_R1 = logits_RV.gather(1, targets_R[:, None])
+    picked_logits_RX = torch.cat(
+        [target_logits_R1, top_logits_RK, logits_RV.gather(1, candidates_RC)], dim=1
+    ).float()
+    zeros_R1 = positions_R.new_zeros(len(positions_R), 1)
+    ranks_R1 = entropy_bits_R1 = zeros_R1
+    if want_rank:
+        ranks_R1 = (logits_RV > target_logits_R1).sum(-1, keepdim=True, dtype=torch.int32) + 1
+
+    inverse_R1 = inverse_temperatures_R[:, None]
+    top_R1 = picked_logits_RX[:, 1:2]
+    weights_RV = logits_RV.float().sub_(top_R1).mul_(inverse_R1).exp_()
+    sums_R1 = weights_RV.sum(-1, keepdim=True)
+    logprobs_RX = (picked_logits_RX - top_R1) * inverse_R1 - sums_R1.log()
+    if want_entropy:
+        entropies_R1 = torch.special.entr(weights_RV.div_(sums_R1)).sum(-1, keepdim=True)
+        entropy_bits_R1 = entropies_R1.view(torch.int32)
+
+    logprob_bits_RX = logprobs_RX.view(torch.int32)
+    return torch.cat(
+        [
+            positions_R[:, None],
+            logprob_bits_RX[:, :1],
+            entropy_bits_R1,
+            ranks_R1,
+            top_ids_RK.int(),
+            logprob_bits_RX[:, 1:],
+        ],
+        dim=1,
+    )

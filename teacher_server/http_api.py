@@ -1,0 +1,377 @@
+"""The HTTP side of a teacher: health, metrics, one-shot scoring, analysis, and a page for people.
+
+Translates JSON to records and back. Knows no engine, no scheduling and no thresholds; every failure
+leaves as {"error": {type, message, retryable, retry_after_ms}} with the status of the error table.
+Tokenising and rendering run in threads, because this loop also carries the gRPC streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from enum import Enum
+from importlib import resources
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import HTMLResponse
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from teacher_wire.errors import InvalidRequestError, NotReadyError
+from teacher_wire.records import (
+    MAX_DRIFT_K,
+    DriftMetric,
+    DriftPolicy,
+    LogprobDtype,
+    ScoreOptions,
+    ScoreRows,
+    Scores,
+    TeacherInfo,
+    TokenSpan,
+)
+
+from teacher_server import __version__
+from teacher_server.analysis import (
+    Tokenizer,
+    TokenTexts,
+    build_report,
+    refuse_non_finite,
+    report_to_json,
+)
+from teacher_server.http_edge import EXCEPTION_HANDLERS, MAX_BODY_BYTES, HttpEdge
+from teacher_server.metrics import CONTENT_TYPE, Metrics
+
+MAX_JSON_ENTRIES = 262_144
+"""Largest n * K that leaves as JSON numbers; packed arrays have no such limit."""
+MAX_REPORT_ENTRIES = 65_536
+"""Largest n * K of a report, whose entries are objects."""
+
+
+class Sessions(Protocol):
+    """The part of teacher_server.sessions.SessionTable used here."""
+
+    async def score_once(
+        self,
+        prompt_ids: NDArray[np.int32],
+        span: TokenSpan,
+        options: ScoreOptions,
+        policy: DriftPolicy | None,
+        *,
+        tenant: str,
+    ) -> Scores: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpDeps:
+    """What the HTTP side is made of."""
+
+    info: TeacherInfo
+    sessions: Sessions
+    ready: Callable[[], bool]
+    """False while loading or draining; must not block."""
+    metrics: Metrics
+    tokenizer: Tokenizer | None
+    """None: texts are refused, token ids still work."""
+    authenticate: Callable[[str | None], str] | None = None
+    """Authorization header -> tenant, for every path under /v1/; raises UnauthenticatedError."""
+
+
+class ArrayEncoding(Enum):
+    """How /v1/score writes arrays."""
+
+    JSON = "json"
+    """Nested lists of numbers."""
+    BASE64 = "base64"
+    """{dtype, shape, data}: little-endian, row-major, base64."""
+
+
+Int32 = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Count = Annotated[int, Field(strict=True, ge=1, le=4096)]
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+TokenIds = Annotated[list[Int32], Field(min_length=1, max_length=2**20)]
+Text = Annotated[str, Field(min_length=1, max_length=2**20)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PolicyBody(_Body):
+    """teacher_wire.records.DriftPolicy as JSON."""
+
+    metric: DriftMetric = DriftMetric.OVERLAP_RATIO
+    k: Annotated[int, Field(strict=True, ge=1, le=MAX_DRIFT_K)] = 16
+    threshold: Real = 0.7
+    top_p: Real = 0.95
+    w_drop: Real = 0.01
+    stop_in_flight: Flag = True
+
+
+class _SpanBody(_Body):
+    candidate_ids: Annotated[list[list[Int32]], Field(max_length=2**20)] | None = None
+    """One row a response token, each of the same length: the student's top-k, most likely first."""
+    temperature: Real = 1.0
+    policy: PolicyBody | None = None
+
+    def policy_record(self) -> DriftPolicy | None:
+        return None if self.policy is None else DriftPolicy(**dict(self.policy))
+
+    def candidate_array(self) -> NDArray[np.int32] | None:
+        if self.candidate_ids is None:
+            return None
+        widths = {len(row) for row in self.candidate_ids}
+        if len(widths) != 1 or 0 in widths:
+            raise InvalidRequestError(
+                f"candidate_ids has rows of {sorted(widths)} ids, must all have one length >= 1"
+            )
+        return np.array(self.candidate_ids, np.int32)
+
+
+class ScoreBody(_SpanBody):
+    """One whole response to score, as token ids."""
+
+    prompt_ids: TokenIds
+    response_ids: TokenIds
+    event_mask: list[Flag] | None = None
+    """False where a position may raise no drift event."""
+    k: Count = 16
+    logprob_dtype: LogprobDtype = LogprobDtype.F32
+    """Element type of packed log-probs; JSON numbers are always those of the engine."""
+    want_entropy: Flag = False
+    want_rank: Flag = False
+    encoding: ArrayEncoding = ArrayEncoding.JSON
+
+
+class AnalyzeBody(_SpanBody):
+    """One prompt and response to analyse, each as text or as token ids."""
+
+    prompt: Text | None = None
+    prompt_ids: TokenIds | None = None
+    response: Text | None = None
+    response_ids: TokenIds | None = None
+    add_special_tokens: Flag = False
+    """Let the tokenizer add its special tokens to a prompt given as text."""
+    k: Count = 8
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> AnalyzeBody:
+        for name in ("prompt", "response"):
+            given = [f for f in (name, f"{name}_ids") if getattr(self, f) is not None]
+            if len(given) != 1:
+                raise ValueError(f"exactly one of {name} and {name}_ids must be given")
+        return self
+
+
+def create_app(deps: HttpDeps, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+    """The HTTP application of one server."""
+    deps.metrics.serving(deps.info)
+    # FastAPI's interactive pages load scripts from elsewhere, so only the schema is served.
+    app = FastAPI(
+        title="driftline teacher",
+        version=deps.info.server_version or __version__,
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers=EXCEPTION_HANDLERS,
+    )
+    app.include_router(_plain_routes(deps))
+    app.include_router(_v1_routes(deps))
+    app.add_middleware(
+        HttpEdge,
+        metrics=deps.metrics,
+        authenticate=deps.authenticate,
+        max_body_bytes=max_body_bytes,
+    )
+    return app
+
+
+def _plain_routes(deps: HttpDeps) -> APIRouter:
+    router = APIRouter()
+    page = resources.files("teacher_server").joinpath("page.html").read_text("utf-8")
+    page_headers = {"Content-Security-Policy": _content_security_policy(page)}
+
+    @router.get("/", response_class=HTMLResponse)
+    async def show_page() -> HTMLResponse:
+        return HTMLResponse(page, headers=page_headers)
+
+    @router.get("/healthz")
+    async def liveness() -> dict[str, str]:
+        """200 as long as the process answers."""
+        return {"status": "alive"}
+
+    @router.get("/readyz")
+    async def readiness() -> dict[str, str]:
+        """200 when appends are taken, 503 while loading or draining."""
+        if not deps.ready():
+            raise NotReadyError("the teacher is loading or draining", retry_after_ms=1000)
+        return {"status": "ready"}
+
+    @router.get("/metrics")
+    async def prometheus() -> Response:
+        """Prometheus text format."""
+        return Response(deps.metrics.render(), media_type=CONTENT_TYPE)
+
+    return router
+
+
+def _v1_routes(deps: HttpDeps) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+    texts = TokenTexts(deps.tokenizer)
+    # A tokenizer that is asked from two threads at once may refuse ("Already borrowed").
+    tokenizer_turn = asyncio.Lock()
+
+    @router.get("/info")
+    async def info() -> Response:
+        """What is served, its limits, and whether texts can be analysed."""
+        return _json({**asdict(deps.info), "has_tokenizer": deps.tokenizer is not None})
+
+    @router.post("/score")
+    async def score(body: ScoreBody, request: Request) -> Response:
+        """Teacher scores of one whole response, as nested lists or packed arrays."""
+        if body.encoding is ArrayEncoding.JSON:
+            _refuse_too_many(len(body.response_ids), body.k, MAX_JSON_ENTRIES)
+        options = ScoreOptions(
+            k=body.k,
+            temperature=body.temperature,
+            logprob_dtype=body.logprob_dtype,
+            want_entropy=body.want_entropy,
+            want_rank=body.want_rank,
+        )
+        mask = None if body.event_mask is None else np.array(body.event_mask, np.bool_)
+        span = TokenSpan(
+            offset=0,
+            token_ids=np.array(body.response_ids, np.int32),
+            candidate_ids=body.candidate_array(),
+            event_mask=mask,
+        )
+        scores = await deps.sessions.score_once(
+            np.array(body.prompt_ids, np.int32),
+            span,
+            options,
+            body.policy_record(),
+            tenant=request.state.tenant,
+        )
+        return await asyncio.to_thread(_scores_response, scores, body)
+
+    @router.post("/analyze")
+    async def analyze(body: AnalyzeBody, request: Request) -> Response:
+        """A table of what the teacher thinks of each response token."""
+        async with tokenizer_turn:
+            prompt_ids, response_ids = await asyncio.to_thread(_ids_of, body, deps.tokenizer)
+        _refuse_too_many(len(response_ids), body.k, MAX_REPORT_ENTRIES)
+        span = TokenSpan(
+            offset=0,
+            token_ids=response_ids,
+            candidate_ids=body.candidate_array(),
+            event_mask=~np.isin(response_ids, deps.info.special_token_ids),
+        )
+        options = ScoreOptions(
+            k=body.k, temperature=body.temperature, want_entropy=True, want_rank=True
+        )
+        policy = body.policy_record()
+        scores = await deps.sessions.score_once(
+            prompt_ids, span, options, policy, tenant=request.state.tenant
+        )
+
+        def render() -> Response:
+            report = build_report(prompt_ids, response_ids, scores, policy, texts)
+            return _json({**report_to_json(report), "timing": asdict(scores.timing)})
+
+        async with tokenizer_turn:
+            return await asyncio.to_thread(render)
+
+    return router
+
+
+def _ids_of(
+    body: AnalyzeBody, tokenizer: Tokenizer | None
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Prompt and response ids. Texts are tokenised apart, as a response never shares a token."""
+    prompt_ids, response_ids = body.prompt_ids, body.response_ids
+    if tokenizer is None and (prompt_ids is None or response_ids is None):
+        raise InvalidRequestError("this teacher has no tokenizer: send token ids instead of text")
+    if body.prompt is not None and tokenizer is not None:
+        prompt_ids = tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+    if body.response is not None and tokenizer is not None:
+        response_ids = tokenizer.encode(body.response, add_special_tokens=False)
+    if not prompt_ids or not response_ids:
+        raise InvalidRequestError(
+            f"prompt and response have {len(prompt_ids or ())} and {len(response_ids or ())} "
+            "tokens, each must have at least 1"
+        )
+    return np.array(prompt_ids, np.int32), np.array(response_ids, np.int32)
+
+
+def _refuse_too_many(num_tokens: int, k: int, limit: int) -> None:
+    if num_tokens * k > limit:
+        raise InvalidRequestError(
+            f"{num_tokens} response tokens x k = {k} is {num_tokens * k} entries, the limit "
+            f"of this reply is {limit}: lower k, send less, or use /v1/score with encoding base64"
+        )
+
+
+def _scores_response(scores: Scores, body: ScoreBody) -> Response:
+    refuse_non_finite(scores.rows)
+    return _json(
+        {
+            "rows": _rows_to_json(scores.rows, body.encoding, body.logprob_dtype),
+            "drift": None if scores.drift is None else asdict(scores.drift),
+            "verdict": scores.verdict.value,
+            "keep_tokens": scores.keep_tokens,
+            "timing": asdict(scores.timing),
+        }
+    )
+
+
+def _rows_to_json(rows: ScoreRows, encoding: ArrayEncoding, dtype: LogprobDtype) -> dict[str, Any]:
+    logprob_dtype = "<f2" if dtype is LogprobDtype.F16 else "<f4"
+
+    def write(array: NDArray[Any] | None, packed_dtype: str) -> Any:
+        if array is None:
+            return None
+        if encoding is ArrayEncoding.JSON:
+            return array.tolist()
+        packed = np.ascontiguousarray(array, packed_dtype)
+        text = base64.b64encode(packed.tobytes()).decode("ascii")
+        return {"dtype": packed_dtype, "shape": list(packed.shape), "data": text}
+
+    return {
+        "offset": rows.offset,
+        "count": len(rows),
+        "k": rows.topk_ids.shape[1],
+        "topk_ids": write(rows.topk_ids, "<i4"),
+        "topk_logprobs": write(rows.topk_logprobs, logprob_dtype),
+        "token_logprobs": write(rows.token_logprobs, logprob_dtype),
+        "candidate_logprobs": write(rows.candidate_logprobs, logprob_dtype),
+        "overlap_counts": write(rows.overlap_counts, "|u1"),
+        "bad_events": write(rows.bad_events, "|b1"),
+        "entropies": write(rows.entropies, "<f4"),
+        "token_ranks": write(rows.token_ranks, "<i4"),
+    }
+
+
+def _json(content: dict[str, Any]) -> Response:
+    """A JSON response. A NaN or an infinity raises, because JSON has no such number."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return Response(text, media_type="application/json")
+
+
+def _content_security_policy(page: str) -> str:
+    """Allows exactly the page's own script and style, and requests to this server."""
+    sources = {"script": "'none'", "style": "'none'"}
+    for tag in sources:
+        match = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        if match is not None:
+            digest = hashlib.sha256(match[1].encode()).digest()
+            sources[tag] = f"'sha256-{base64.b64encode(digest).decode()}'"
+    return (
+        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; "
+        "img-src data:; connect-src 'self'; form-action 'none'; base-uri 'none'; "
+        "frame-ancestors 'none'"
+    )

@@ -1,0 +1,188 @@
+"""Prometheus metrics of one server, on a registry of their own. Knows no engine and no transport.
+
+The `grpc_server_*` families keep the names and labels that every gRPC dashboard expects; the rest
+is `teacher_*`. Every label is bounded: methods and codes by the contract, error types by the error
+table, tenants by order of arrival (the first `max_tenants` by name, later ones as "other").
+"""
+
+from __future__ import annotations
+
+from grpc import StatusCode
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from teacher_wire.errors import ERRORS_BY_NAME
+from teacher_wire.records import TeacherInfo
+
+from teacher_server import __version__
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+OTHER = "other"
+"""Label value of everything past a bound."""
+
+_TEACHER = "opd.teacher.v1.TeacherService"
+_GRPC_TYPES = {
+    (_TEACHER, "GetInfo"): "unary",
+    (_TEACHER, "Score"): "server_stream",
+    (_TEACHER, "Session"): "bidi_stream",
+    ("grpc.health.v1.Health", "Check"): "unary",
+    ("grpc.health.v1.Health", "List"): "unary",
+    ("grpc.health.v1.Health", "Watch"): "server_stream",
+    ("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo"): "bidi_stream",
+    ("grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo"): "bidi_stream",
+}
+_CODES = frozenset(code.name for code in StatusCode)
+
+_WAIT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+# A session lives as long as a training run, so the last buckets reach hours.
+_CALL_BUCKETS_S = (0.005, 0.025, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200, 28800)
+
+
+class Metrics:
+    """Counters, gauges and histograms of one server."""
+
+    def __init__(self, *, max_tenants: int = 32) -> None:
+        if max_tenants < 1:
+            raise ValueError(f"max_tenants is {max_tenants}, must be at least 1")
+        self.registry = CollectorRegistry()
+        self._max_tenants = max_tenants
+        self._tenants: set[str] = set()
+        self._add_grpc()
+        self._add_http()
+        self._add_teacher()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+
+    def _add_grpc(self) -> None:
+        method = ("grpc_type", "grpc_service", "grpc_method")
+        self._rpcs_started = Counter(
+            "grpc_server_started",
+            "RPCs started on the server.",
+            method,
+            registry=self.registry,
+        )
+        self._rpcs_handled = Counter(
+            "grpc_server_handled",
+            "RPCs completed on the server, whatever their outcome.",
+            (*method, "grpc_code"),
+            registry=self.registry,
+        )
+        self._rpc_seconds = Histogram(
+            "grpc_server_handling_seconds",
+            "Duration of an RPC; of a whole stream for a stream.",
+            method,
+            buckets=_CALL_BUCKETS_S,
+            registry=self.registry,
+        )
+
+    def _add_http(self) -> None:
+        self._http_seconds = Histogram(
+            "teacher_http_request_seconds",
+            "Duration of an HTTP request.",
+            ("route", "status"),
+            buckets=_WAIT_BUCKETS_S,
+            registry=self.registry,
+        )
+
+    def _add_teacher(self) -> None:
+        self._tokens = Counter(
+            "teacher_tokens_scored",
+            "Response tokens scored.",
+            ("tenant",),
+            registry=self.registry,
+        )
+        self._queue_seconds = Histogram(
+            "teacher_queue_wait_seconds",
+            "Time an append waited for the engine.",
+            buckets=_WAIT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._engine_seconds = Histogram(
+            "teacher_engine_step_seconds",
+            "Time an append spent in the engine.",
+            buckets=_WAIT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._sessions = Gauge(
+            "teacher_sessions", "Sessions held.", ("state",), registry=self.registry
+        )
+        self._sessions.labels("open").set(0)
+        self._errors = Counter(
+            "teacher_errors", "Errors sent to clients.", ("type",), registry=self.registry
+        )
+        self._build = Gauge(
+            "teacher_build_info",
+            "Always 1; the labels say what is served.",
+            ("version", "model_sha", "tokenizer_sha", "engine", "dtype"),
+            registry=self.registry,
+        )
+
+    def serving(self, info: TeacherInfo) -> None:
+        """Publishes what is served as the labels of teacher_build_info."""
+        self._build.labels(
+            info.server_version or __version__,
+            info.weights_digest,
+            info.tokenizer_fingerprint,
+            info.engine,
+            info.dtype,
+        ).set(1)
+
+    def tokens_scored(self, n: int, tenant: str) -> None:
+        """Counts n scored response tokens of one tenant."""
+        self._tokens.labels(self._bounded_tenant(tenant)).inc(n)
+
+    def append_done(self, queue_s: float, engine_s: float) -> None:
+        """Records where the time of one append went."""
+        self._queue_seconds.observe(queue_s)
+        self._engine_seconds.observe(engine_s)
+
+    def sessions_open(self, n: int) -> None:
+        """Sets the number of sessions held now."""
+        self._sessions.labels("open").set(n)
+
+    def error(self, type_name: str) -> None:
+        """Counts one error sent to a client, by the name of its class."""
+        self._errors.labels(type_name if type_name in ERRORS_BY_NAME else OTHER).inc()
+
+    def rpc_started(self, method: str) -> None:
+        """Counts the start of an RPC; method as "/package.Service/Method"."""
+        self._rpcs_started.labels(*_method_labels(method)).inc()
+
+    def rpc(self, method: str, code: str | StatusCode, seconds: float) -> None:
+        """Records the end of an RPC; code is a gRPC status or its name ("OK", "NOT_FOUND")."""
+        name = code.name if isinstance(code, StatusCode) else code
+        labels = _method_labels(method)
+        self._rpcs_handled.labels(*labels, name if name in _CODES else "UNKNOWN").inc()
+        self._rpc_seconds.labels(*labels).observe(seconds)
+
+    def http(self, route: str, status: int, seconds: float) -> None:
+        """Records one HTTP request; route is a path template, never a raw path."""
+        self._http_seconds.labels(route, str(status)).observe(seconds)
+
+    def render(self) -> bytes:
+        """All families in Prometheus text format 0.0.4."""
+        return generate_latest(self.registry)
+
+    def _bounded_tenant(self, tenant: str) -> str:
+        if tenant in self._tenants:
+            return tenant
+        if len(self._tenants) >= self._max_tenants:
+            return OTHER
+        self._tenants.add(tenant)
+        return tenant
+
+
+def _method_labels(method: str) -> tuple[str, str, str]:
+    """(grpc_type, grpc_service, grpc_method); a method outside the contract is "other"."""
+    service, _, name = method.removeprefix("/").partition("/")
+    grpc_type = _GRPC_TYPES.get((service, name))
+    return (OTHER, OTHER, OTHER) if grpc_type is None else (grpc_type, service, name)

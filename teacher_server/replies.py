@@ -1,0 +1,90 @@
+"""The replies of one stream on their way out: bounded in bytes, paced by the client's credit.
+
+A put waits while the queue is full, so a client that does not read stops its own sessions and
+nobody else's. Scores wait for credit; what is behind them waits too, because answers keep their
+order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from teacher_wire.pb import teacher_pb2 as pb
+
+
+class ReplyQueue:
+    """Replies in order, for one writer and many producers."""
+
+    def __init__(self, *, max_bytes: int, credit_bytes: int) -> None:
+        """`credit_bytes` may be sent in Scores before the first grant; 0 means without limit."""
+        self._max_bytes = max_bytes
+        self._credit = credit_bytes
+        self._paced = credit_bytes > 0
+        self._replies: deque[tuple[pb.SessionResponse, int]] = deque()
+        self._bytes = 0
+        self._writing = 0
+        self._changed = asyncio.Condition()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes queued or being written."""
+        return self._bytes
+
+    async def put(self, reply: pb.SessionResponse) -> None:
+        """Adds a reply at the end, as soon as there is room; one reply always fits an empty
+        queue."""
+        size = reply.ByteSize()
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: not self._bytes or self._bytes + size <= self._max_bytes
+            )
+            self._replies.append((reply, size))
+            self._bytes += size
+            self._changed.notify_all()
+
+    async def put_first(self, reply: pb.SessionResponse) -> None:
+        """Adds a reply that overtakes all others and waits for nothing."""
+        async with self._changed:
+            size = reply.ByteSize()
+            self._replies.appendleft((reply, size))
+            self._bytes += size
+            self._changed.notify_all()
+
+    async def grant(self, num_bytes: int) -> None:
+        """Adds to the client's credit."""
+        async with self._changed:
+            self._credit += num_bytes
+            self._changed.notify_all()
+
+    async def wait_for_reply(self) -> None:
+        """Returns when there is a reply, whether or not there is credit for it."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: bool(self._replies))
+
+    async def take(self) -> pb.SessionResponse:
+        """The next reply, as soon as credit allows; `written` must follow."""
+        async with self._changed:
+            await self._changed.wait_for(self._may_send)
+            reply, size = self._replies.popleft()
+            if self._paced and reply.HasField("scores"):
+                self._credit -= size
+            self._writing = size
+            return reply
+
+    def _may_send(self) -> bool:
+        if not self._replies:
+            return False
+        return not self._paced or self._credit > 0 or not self._replies[0][0].HasField("scores")
+
+    async def written(self) -> None:
+        """The reply taken last is on its way, and its room is free."""
+        async with self._changed:
+            self._bytes -= self._writing
+            self._writing = 0
+            self._changed.notify_all()
+
+    async def flushed(self) -> None:
+        """Returns when every reply has been written."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._bytes)

@@ -1,0 +1,343 @@
+"""The sessions a teacher holds for its trainers. Knows no transport, no model and no thresholds.
+
+A session is a cache of what the client knows: prompt, scored tokens and drift. Appends are
+idempotent by (session, offset): an offset below the scored length rewinds first, one beyond it is
+a SessionOffsetError. A session can be rewound down to the point at which it was last opened,
+because the bad events before it are known only as a sum. Idle sessions end after a time, or sooner
+when a new one needs the room; the client then opens it again with the full prefix.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from teacher_wire.errors import (
+    CapacityError,
+    InvalidRequestError,
+    SessionNotFoundError,
+    SessionOffsetError,
+)
+from teacher_wire.records import (
+    DriftPolicy,
+    DriftState,
+    ScoreOptions,
+    ScoreRows,
+    Scores,
+    TeacherInfo,
+    Timing,
+    TokenSpan,
+    Verdict,
+)
+
+from teacher_server import drift
+from teacher_server.engine.base import EngineRows, ScoreQuery
+from teacher_server.rows import check_rows, joined, judged_rows, pieces
+from teacher_server.validation import check_drift, check_open, check_span, check_total_length
+
+_EMPTY_IDS: NDArray[np.int32] = np.zeros(0, np.int32)
+_EVICTION_HINT_MS = 500
+
+
+class Scorer(Protocol):
+    """What a session table asks for rows; teacher_server.scheduler.Scheduler."""
+
+    async def score(
+        self, query: ScoreQuery, *, tenant: str, deadline_s: float | None = None
+    ) -> tuple[EngineRows, Timing]: ...
+
+    def forget(self, session: str) -> None: ...
+
+
+class SessionMetrics(Protocol):
+    """What a session table reports; teacher_server.metrics.Metrics."""
+
+    def tokens_scored(self, n: int, tenant: str) -> None: ...
+
+    def append_done(self, queue_s: float, engine_s: float) -> None: ...
+
+    def sessions_open(self, n: int) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One response that is being scored."""
+
+    session_id: str
+    tenant: str
+    prompt_ids: NDArray[np.int32]
+    options: ScoreOptions
+    policy: DriftPolicy | None
+    scored_ids: NDArray[np.int32]
+    """Response tokens scored so far, those before the session was opened included."""
+    base: int
+    """Response tokens that were scored before the session was opened."""
+    base_drift: DriftState
+    bad: NDArray[np.bool_]
+    """[len(scored_ids) - base] the bad events since then."""
+    last_used: float
+    owner: object
+    """Who opened it last."""
+    num_pending: int = 0
+    """Appends waiting or running."""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def engine_name(self) -> str:
+        """Name of the session for the engine; tenants do not see each other's."""
+        return f"{self.tenant}/{self.session_id}"
+
+    def rewind(self, offset: int) -> None:
+        """Forgets the tokens from `offset` on."""
+        self.scored_ids = self.scored_ids[:offset]
+        self.bad = self.bad[: offset - self.base]
+
+    def drift_after(self, bad: NDArray[np.bool_]) -> tuple[DriftState | None, Verdict, int | None]:
+        """State, verdict and tokens to keep after these bad events since the session was opened."""
+        if self.policy is None:
+            return None, Verdict.CONTINUE, None
+        return drift.advance(self.policy, self.base_drift, bad)
+
+
+class SessionTable:
+    """All sessions of a server, by tenant and name."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        info: TeacherInfo,
+        *,
+        metrics: SessionMetrics,
+        ttl_s: float = 600.0,
+        evict_idle_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Limits come from `info`, which is also what clients are told.
+
+        A session idle for ttl_s ends; one idle for evict_idle_s may make room for a new one.
+        """
+        self._scorer = scorer
+        self._info = info
+        self._metrics = metrics
+        self._ttl_s = ttl_s
+        self._evict_idle_s = evict_idle_s
+        self._clock = clock
+        self._sessions: OrderedDict[tuple[str, str], Session] = OrderedDict()
+        """Least recently used first."""
+        self._once = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def open(
+        self,
+        session_id: str,
+        prompt_ids: NDArray[np.int32],
+        options: ScoreOptions,
+        policy: DriftPolicy | None,
+        *,
+        tenant: str,
+        owner: object = None,
+        scored_ids: NDArray[np.int32] = _EMPTY_IDS,
+        drift_state: DriftState | None = None,
+    ) -> int:
+        """Starts, resumes or replaces a session; returns the offset at which it goes on.
+
+        Raises InvalidRequestError, or CapacityError when every session is in use.
+        """
+        check_open(self._info, session_id, prompt_ids, scored_ids, options, policy)
+        base_drift = check_drift(policy, drift_state, len(scored_ids))
+        self.expire()
+        self._sessions.pop((tenant, session_id), None)
+        self._make_room()
+        self._sessions[tenant, session_id] = Session(
+            session_id=session_id,
+            tenant=tenant,
+            prompt_ids=prompt_ids,
+            options=options,
+            policy=policy,
+            scored_ids=scored_ids,
+            base=len(scored_ids),
+            base_drift=base_drift,
+            bad=np.zeros(0, np.bool_),
+            last_used=self._clock(),
+            owner=owner,
+        )
+        self._metrics.sessions_open(len(self._sessions))
+        return len(scored_ids)
+
+    def options_of(self, session_id: str, *, tenant: str) -> ScoreOptions:
+        """What the rows of an open session hold."""
+        return self._find(session_id, tenant).options
+
+    async def append(
+        self,
+        session_id: str,
+        span: TokenSpan,
+        *,
+        tenant: str,
+        deadline_s: float | None = None,
+    ) -> Scores:
+        """Scores a piece of a response and advances its drift; a failed append changes nothing.
+
+        Appends of one session are carried out one after the other. Raises InvalidRequestError,
+        SessionNotFoundError, SessionOffsetError, CapacityError, DeadlineError, EngineError or
+        NonFiniteError.
+        """
+        session = self._find(session_id, tenant)
+        session.num_pending += 1
+        try:
+            async with session.lock:
+                scores = await self._score(session, span, deadline_s)
+        finally:
+            session.num_pending -= 1
+            session.last_used = self._clock()
+        if self._sessions.get((tenant, session_id)) is not session:
+            raise SessionNotFoundError(f"session {session_id!r} was closed or replaced meanwhile")
+        return scores
+
+    def close(self, session_id: str, *, tenant: str, owner: object = None) -> bool:
+        """Ends a session; False when there is none of that name, which is not an error.
+
+        With an owner, a session that somebody else has opened since stays.
+        """
+        session = self._sessions.get((tenant, session_id))
+        if session is None or (owner is not None and session.owner is not owner):
+            return False
+        del self._sessions[tenant, session_id]
+        self._let_go(session)
+        return True
+
+    def expire(self) -> int:
+        """Ends the sessions that have been idle for ttl_s; returns how many."""
+        limit = self._clock() - self._ttl_s
+        stale = []
+        for key, session in self._sessions.items():
+            if session.last_used > limit:
+                break
+            if not session.num_pending:
+                stale.append(key)
+        for key in stale:
+            self._let_go(self._sessions.pop(key))
+        return len(stale)
+
+    async def score_once(
+        self,
+        prompt_ids: NDArray[np.int32],
+        span: TokenSpan,
+        options: ScoreOptions,
+        policy: DriftPolicy | None,
+        *,
+        tenant: str,
+        deadline_s: float | None = None,
+    ) -> Scores:
+        """Scores one whole response of any length that fits the context; nothing is kept."""
+        if span.offset:
+            raise InvalidRequestError(f"span offset is {span.offset}, must be 0")
+        name = f"once-{next(self._once)}"
+        check_open(self._info, name, prompt_ids, _EMPTY_IDS, options, policy)
+        check_total_length(self._info, len(prompt_ids) + len(span))
+        session = Session(
+            session_id=name,
+            tenant=tenant,
+            prompt_ids=prompt_ids,
+            options=options,
+            policy=policy,
+            scored_ids=_EMPTY_IDS,
+            base=0,
+            base_drift=DriftState(),
+            bad=np.zeros(0, np.bool_),
+            last_used=self._clock(),
+            owner=None,
+        )
+        give_up = None if deadline_s is None else self._clock() + deadline_s
+        parts: list[Scores] = []
+        try:
+            for piece in pieces(span, self._info.max_append_tokens):
+                left = None if give_up is None else give_up - self._clock()
+                parts.append(await self._score(session, piece, left))
+        finally:
+            self._scorer.forget(session.engine_name)
+        return joined(parts)
+
+    def _find(self, session_id: str, tenant: str) -> Session:
+        session = self._sessions.get((tenant, session_id))
+        if session is None:
+            raise SessionNotFoundError(f"no session {session_id!r}: it expired or was never opened")
+        session.last_used = self._clock()
+        self._sessions.move_to_end((tenant, session_id))
+        return session
+
+    def _make_room(self) -> None:
+        if len(self._sessions) < self._info.max_sessions:
+            return
+        limit = self._clock() - self._evict_idle_s
+        for key, session in self._sessions.items():
+            if session.last_used > limit:
+                break
+            if not session.num_pending:
+                self._let_go(self._sessions.pop(key))
+                return
+        raise CapacityError(
+            f"{len(self._sessions)} sessions are open and in use, the limit is "
+            f"{self._info.max_sessions}",
+            retry_after_ms=_EVICTION_HINT_MS,
+        )
+
+    def _let_go(self, session: Session) -> None:
+        self._scorer.forget(session.engine_name)
+        self._metrics.sessions_open(len(self._sessions))
+
+    async def _score(self, session: Session, span: TokenSpan, deadline_s: float | None) -> Scores:
+        check_span(self._info, session.options, session.policy, span)
+        offset, length = span.offset, len(session.scored_ids)
+        if offset > length:
+            raise SessionOffsetError(
+                f"append at {offset}, but the session has {length} scored tokens",
+                expected_offset=length,
+                offset=offset,
+            )
+        if offset < session.base:
+            raise SessionOffsetError(
+                f"append at {offset}, but the session was opened at {session.base}: open it again",
+                expected_offset=session.base,
+                offset=offset,
+            )
+        check_total_length(self._info, len(session.prompt_ids) + offset + len(span))
+        rows, timing = await self._rows(session, span, deadline_s)
+        session.rewind(offset)
+        session.scored_ids = np.concatenate([session.scored_ids, span.token_ids])
+        if rows.bad_events is not None:
+            session.bad = np.concatenate([session.bad, rows.bad_events])
+        state, verdict, keep_tokens = session.drift_after(session.bad)
+        self._metrics.tokens_scored(len(span), session.tenant)
+        self._metrics.append_done(timing.queue_us / 1e6, timing.engine_us / 1e6)
+        return Scores(
+            rows=rows, drift=state, verdict=verdict, keep_tokens=keep_tokens, timing=timing
+        )
+
+    async def _rows(
+        self, session: Session, span: TokenSpan, deadline_s: float | None
+    ) -> tuple[ScoreRows, Timing]:
+        options = session.options
+        prefix = [session.prompt_ids, session.scored_ids[: span.offset], span.token_ids]
+        query = ScoreQuery(
+            token_ids=np.concatenate(prefix),
+            first_row=len(session.prompt_ids) + span.offset,
+            candidate_ids=span.candidate_ids,
+            k=options.k,
+            temperature=options.temperature,
+            want_entropy=options.want_entropy,
+            want_rank=options.want_rank,
+            session=session.engine_name,
+        )
+        rows, timing = await self._scorer.score(query, tenant=session.tenant, deadline_s=deadline_s)
+        check_rows(rows, query)
+        return judged_rows(rows, span, session.policy), timing

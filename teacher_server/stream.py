@@ -1,0 +1,254 @@
+"""One Session stream: many sessions side by side, each with its messages in order.
+
+A lane holds the messages of one session and one task that carries them out; a session without
+messages has no task. Reading and writing are tasks of their own, so that a client that does not
+read can still send Credit and Close. Errors of a session are answered in-band and the stream lives
+on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import grpc
+from teacher_wire import codec
+from teacher_wire.errors import (
+    CapacityError,
+    EngineError,
+    InvalidRequestError,
+    NotReadyError,
+    TeacherError,
+)
+from teacher_wire.pb import teacher_pb2 as pb
+from teacher_wire.status import encode_error
+
+from teacher_server.replies import ReplyQueue
+from teacher_server.sessions import SessionTable
+
+log = logging.getLogger(__name__)
+_REQUEST_OVERHEAD_BYTES = 512
+"""What a waiting request costs beyond its own size."""
+
+Context = grpc.aio.ServicerContext[pb.SessionRequest, pb.SessionResponse]
+
+
+class StreamMetrics(Protocol):
+    """What a stream reports; teacher_server.metrics.Metrics."""
+
+    def error(self, type_name: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamLimits:
+    """What one stream may hold on the server."""
+
+    max_reply_bytes: int = 8 << 20
+    """Replies waiting to be sent."""
+    max_request_bytes: int = 64 << 20
+    """Requests waiting to be carried out."""
+    slow_client_s: float = 30.0
+    """A client that takes longer to accept a reply, or to grant credit for it, is cut off."""
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """The messages of one session, and the task that carries them out."""
+
+    requests: deque[pb.SessionRequest] = field(default_factory=deque)
+    task: asyncio.Task[None] | None = None
+
+
+class SessionStream:
+    """Serves one stream after its handshake."""
+
+    def __init__(
+        self,
+        context: Context,
+        sessions: SessionTable,
+        *,
+        tenant: str,
+        credit_bytes: int,
+        limits: StreamLimits,
+        metrics: StreamMetrics,
+    ) -> None:
+        self._context = context
+        self._sessions = sessions
+        self._tenant = tenant
+        self._limits = limits
+        self._metrics = metrics
+        self._replies = ReplyQueue(max_bytes=limits.max_reply_bytes, credit_bytes=credit_bytes)
+        self._lanes: dict[str, _Lane] = {}
+        self._opened: set[str] = set()
+        self._request_bytes = 0
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._draining = False
+        self._helpers: set[asyncio.Task[None]] = set()
+
+    async def run(self, requests: AsyncIterator[pb.SessionRequest], info: pb.TeacherInfo) -> None:
+        """Serves until the client is done, the stream breaks, or it is drained.
+
+        Raises CapacityError for a client that is too slow or asks too much. When the client ends
+        the stream its sessions end with it; when the stream breaks they stay, to be resumed.
+        """
+        await self._replies.put(pb.SessionResponse(welcome=pb.Welcome(info=info)))
+        reader = self._start(self._read(requests))
+        writer = self._start(self._write())
+        try:
+            await self._until(reader, writer)
+            if reader.done():
+                await self._until(self._start(self._settle()), writer)
+                for session_id in self._opened:
+                    self._sessions.close(session_id, tenant=self._tenant, owner=self)
+        finally:
+            tasks = [*self._helpers, *(lane.task for lane in self._lanes.values() if lane.task)]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def drain(self, reason: str, deadline_ms: int) -> None:
+        """Tells the client to go elsewhere, answers what it has sent, then ends the stream."""
+        if not self._draining:
+            self._draining = True
+            go_away = pb.GoAway(reason=reason, deadline_ms=deadline_ms)
+            await self._replies.put_first(pb.SessionResponse(go_away=go_away))
+            self._start(self._end_when_settled())
+
+    def _start(self, work: object) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+        self._helpers.add(task)
+        return task
+
+    async def _until(self, wanted: asyncio.Task[None], writer: asyncio.Task[None]) -> None:
+        """Returns when `wanted` or the stream is over; raises what broke it."""
+        await asyncio.wait({wanted, writer, self._over}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (self._over, writer, wanted):
+            if task.done():
+                return task.result()
+
+    async def _settle(self) -> None:
+        """Returns when every request so far has been answered and every answer sent."""
+        while self._lanes:
+            await asyncio.wait([lane.task for lane in self._lanes.values() if lane.task])
+        await self._replies.flushed()
+
+    async def _end_when_settled(self) -> None:
+        await self._settle()
+        if not self._over.done():
+            self._over.set_result(None)
+
+    def _cut(self, error: TeacherError) -> None:
+        if not self._over.done():
+            self._over.set_exception(error)
+
+    async def _write(self) -> None:
+        loop = asyncio.get_running_loop()
+        limit_s = self._limits.slow_client_s
+        slow = CapacityError(f"a reply was not accepted within {limit_s} s: the client is too slow")
+        while True:
+            await self._replies.wait_for_reply()
+            # A timer, not asyncio.timeout: cancelling a pending write leaks memory in grpc.aio.
+            timer = loop.call_later(limit_s, self._cut, slow)
+            try:
+                await self._context.write(await self._replies.take())
+            finally:
+                timer.cancel()
+            await self._replies.written()
+
+    async def _read(self, requests: AsyncIterator[pb.SessionRequest]) -> None:
+        async for request in requests:
+            kind = request.WhichOneof("message")
+            if kind == "credit":
+                await self._replies.grant(request.credit.bytes)
+            elif kind in ("open", "append", "close"):
+                self._enqueue(request)
+            else:
+                error = InvalidRequestError(
+                    f"message is {kind}, must be open, append, close, credit"
+                )
+                await self._answer_error(error, "", None)
+
+    def _enqueue(self, request: pb.SessionRequest) -> None:
+        self._request_bytes += request.ByteSize() + _REQUEST_OVERHEAD_BYTES
+        if self._request_bytes > self._limits.max_request_bytes:
+            limit = self._limits.max_request_bytes
+            self._cut(CapacityError(f"unanswered requests pass the limit of {limit} bytes"))
+            return
+        session_id = _session_id(request)
+        lane = self._lanes.setdefault(session_id, _Lane())
+        lane.requests.append(request)
+        if lane.task is None:
+            lane.task = asyncio.create_task(self._run_lane(session_id, lane))
+
+    async def _run_lane(self, session_id: str, lane: _Lane) -> None:
+        while lane.requests:
+            request = lane.requests.popleft()
+            self._request_bytes -= request.ByteSize() + _REQUEST_OVERHEAD_BYTES
+            try:
+                await self._carry_out(request)
+            except TeacherError as error:
+                await self._answer_error(error, session_id, _offset(request))
+            except Exception:
+                log.exception("a request of session %s failed", session_id)
+                hidden = EngineError("the server failed on this request; see its log")
+                await self._answer_error(hidden, session_id, _offset(request))
+        del self._lanes[session_id]
+
+    async def _carry_out(self, request: pb.SessionRequest) -> None:
+        if request.HasField("open"):
+            await self._replies.put(pb.SessionResponse(opened=self._open(request.open)))
+        elif request.HasField("append"):
+            await self._append(request.append)
+        else:
+            session_id = request.close.session_id
+            self._sessions.close(session_id, tenant=self._tenant)
+            self._opened.discard(session_id)
+            await self._replies.put(pb.SessionResponse(closed=pb.Closed(session_id=session_id)))
+
+    def _open(self, request: pb.Open) -> pb.Opened:
+        if self._draining:
+            raise NotReadyError("the server is draining: open the session elsewhere")
+        next_offset = self._sessions.open(
+            request.session_id,
+            codec.decode_ids(request.prompt_ids, "prompt_ids"),
+            codec.decode_options(request.options),
+            codec.decode_policy(request.policy),
+            tenant=self._tenant,
+            owner=self,
+            scored_ids=codec.decode_ids(request.scored_ids, "scored_ids"),
+            drift_state=codec.decode_drift(request.drift) if request.HasField("drift") else None,
+        )
+        self._opened.add(request.session_id)
+        return pb.Opened(session_id=request.session_id, next_offset=next_offset)
+
+    async def _append(self, request: pb.Append) -> None:
+        session_id = request.session_id
+        options = self._sessions.options_of(session_id, tenant=self._tenant)
+        scores = await self._sessions.append(
+            session_id,
+            codec.decode_span(request.span),
+            tenant=self._tenant,
+            deadline_s=request.deadline_ms / 1000 if request.deadline_ms else None,
+        )
+        for chunk in codec.encode_scores(scores, options.logprob_dtype, session_id):
+            await self._replies.put(pb.SessionResponse(scores=chunk))
+
+    async def _answer_error(self, error: TeacherError, session_id: str, offset: int | None) -> None:
+        self._metrics.error(type(error).__name__)
+        message = encode_error(error, session_id, offset)
+        await self._replies.put(pb.SessionResponse(error=message))
+
+
+def _session_id(request: pb.SessionRequest) -> str:
+    for message in (request.open, request.append, request.close):
+        if message.session_id:
+            return message.session_id
+    return ""
+
+
+def _offset(request: pb.SessionRequest) -> int | None:
+    return request.append.span.offset if request.HasField("append") else None
