@@ -9,12 +9,11 @@ import argparse
 import json
 import os
 import signal
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -47,12 +46,13 @@ def main() -> int:
     try:
         with teacher_server(out, console) as address:
             endpoint = ["--set", f'teacher.endpoints=["{address}"]']
-            run([*trainer, "train", *config, *endpoint], out, "the trainer")
+            run([*trainer, "train", *config, *endpoint], out / "trainer.log", "the trainer")
         teacher_eval = out / "teacher_eval.json"
         evaluate = [*trainer, "eval", *config, "--model", str(PLAYGROUND / "teacher")]
-        run([*evaluate, "--json", str(teacher_eval)], out, "the teacher's evaluation", quiet=True)
+        evaluate += ["--json", str(teacher_eval)]
+        run(evaluate, out / "teacher_eval.log", "the teacher's evaluation")
         report = [*trainer, "report", str(out), "--teacher-eval", str(teacher_eval)]
-        run(report, out, "the report")
+        run(report, out / "report.log", "the report")
     except KeyboardInterrupt:
         console.print("interrupted; everything that was started has been ended")
         return 130
@@ -108,23 +108,18 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
     """SIGTERM, then SIGKILL for whatever of the group is left."""
     if child.poll() is None:
         child.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             child.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 
-def run(command: Sequence[str], out: Path, what: str, *, quiet: bool = False) -> None:
-    """Runs one part to its end; its stderr goes to a log unless it is the terminal's progress."""
-    stdout = subprocess.DEVNULL if quiet else None
-    with process(command, stdout=stdout) as child:
+def run(command: Sequence[str], log_file: Path, what: str) -> None:
+    """Runs one part to its end; what libraries say on stderr goes to its log."""
+    with log_file.open("w") as log, process(command, stderr=log) as child:
         if child.wait() != 0:
-            raise DemoError(f"{what} failed with exit code {child.returncode}; see {out}")
+            raise DemoError(f"{what} failed with exit code {child.returncode}:\n{_tail(log_file)}")
 
 
 def _tail(path: Path) -> str:

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="exact match and pass@k of a checkpoint")
     _config_arguments(evaluate)
     evaluate.add_argument("--model", help="checkpoint to evaluate; default: the configured student")
-    evaluate.add_argument("--json", type=Path, help="also write the result here")
+    evaluate.add_argument("--json", type=Path, help="write the result here instead")
     evaluate.set_defaults(run=_eval)
 
     report = commands.add_parser("report", help="summary.json, report.png and a table of a run")
@@ -75,6 +75,7 @@ def _config(arguments: argparse.Namespace) -> TrainerConfig:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
+    _quiet_libraries()
     from student_trainer.assembly import assembled
     from student_trainer.train import train
 
@@ -84,16 +85,26 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _quiet_libraries() -> None:
+    """One set of progress bars is enough: ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
+    _quiet_libraries()
     from student_trainer.assembly import evaluate_checkpoint
 
     result = evaluate_checkpoint(config, arguments.model or config.student.model)
     text = json.dumps(result, indent=2)
-    print(text)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
     return 0
 
 

@@ -53,7 +53,7 @@ class Bars:
     """Progress bars in the terminal, one a name; silent when the output is not a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Console()
         self._progress = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=30),

@@ -8,7 +8,7 @@ the prompt and the response tokens before t. Reliability R_t already counts a ba
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -253,5 +253,17 @@ def _column(array: NDArray[Any] | None, n: int) -> list[Any]:
 
 
 def report_to_json(report: Report) -> dict[str, Any]:
-    """The report as plain lists and dicts, for json.dumps."""
-    return asdict(report)
+    """The report as plain lists and dicts, for json.dumps.
+
+    dataclasses.asdict would copy every leaf and take most of the time of a long report.
+    """
+    tokens = [
+        {**_shallow(token), "topk": [_shallow(entry) for entry in token.topk]}
+        for token in report.tokens
+    ]
+    prompt = [_shallow(entry) for entry in report.prompt]
+    return {**_shallow(report), "prompt": prompt, "tokens": tokens}
+
+
+def _shallow(record: Report | TokenReport | Alternative | TokenText) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__slots__}

@@ -26,7 +26,6 @@ import uvicorn
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
-from teacher_wire.codec import CHANNEL_LIMITS
 from teacher_wire.errors import TeacherError
 from teacher_wire.fingerprint import tokenizer_fingerprint, weights_digest
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
@@ -39,25 +38,13 @@ from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
 from teacher_server.engine.self_test import self_test
 from teacher_server.metrics import Metrics
 from teacher_server.scheduler import Scheduler, SchedulerLimits
+from teacher_server.server_options import SERVER_OPTIONS
 from teacher_server.service import SERVICE_NAME, TeacherService
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import StreamLimits
 
 log = logging.getLogger(__name__)
 
-SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
-    *CHANNEL_LIMITS,
-    # Two servers must not share a port in silence.
-    ("grpc.so_reuseport", 0),
-    # A dead client is found in 50 s at most; clients may ping every 10 s, streams or not.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.max_ping_strikes", 2),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.max_concurrent_streams", 256),
-)
 EXIT_OK, EXIT_ENGINE = 0, 1
 _WATCH_INTERVAL_S = 1.0
 _STOP_GRACE_S = 0.5

@@ -117,7 +117,8 @@ class PolicyBody(_Body):
 class _SpanBody(_Body):
     candidate_ids: Annotated[list[list[Int32]], Field(max_length=2**20)] | None = None
     """One row a response token, each of the same length: the student's top-k, most likely first."""
-    temperature: Real = 1.0
+    temperature: Annotated[float, Field(strict=True, ge=1e-3, le=1e3)] = 1.0
+    """Bounded, because logits divided by a tiny number overflow."""
     policy: PolicyBody | None = None
 
     def policy_record(self) -> DriftPolicy | None:

@@ -43,6 +43,8 @@ MAX_BODIES_IN_FLIGHT = 32
 DEFAULT_TENANT = "http"
 """Tenant of every request when nothing authenticates."""
 
+_UNROUTED = "unrouted"
+"""Route in the metrics of what no route matches, or what is refused before that is known."""
 _CLIENT_LEFT = 499
 """Status in the metrics of a request that got no answer, as proxies write it."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -99,7 +101,7 @@ class HttpEdge:
                 response = error_response(error, request_id, self._metrics)
                 await response(scope, receive, send_noted)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = getattr(scope.get("route"), "path", _UNROUTED)
             self._metrics.http(route, status or _CLIENT_LEFT, time.monotonic() - started)
 
     async def _serve(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:

@@ -251,11 +251,11 @@ class StepSums:
         num_tokens, weight_sum = self.num_tokens.item(), self.weight_sum.item()
         loss = self.loss_sum.item() * step_scale(weight_sum, num_tokens, normalize)
         if num_tokens == 0.0:
-            return {"loss": 0.0, "num_tokens": 0.0}
+            return {"loss": 0.0, "loss_tokens": 0.0}
         means = {name: value.item() / num_tokens for name, value in self.monitor_sums.items()}
         return {
             "loss": loss,
-            "num_tokens": num_tokens,
+            "loss_tokens": num_tokens,
             "weight_mean": weight_sum / num_tokens,
             "weight_min": self.weight_min.item(),
             "weight_max": self.weight_max.item(),

@@ -61,6 +61,7 @@ class VllmSampler:
         """Loads the model into vLLM; tens of seconds."""
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self._kv_cache_gib)))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self._cpu_cores
         # The engine core is spawned, not forked: this process holds gRPC objects.
@@ -81,6 +82,7 @@ class VllmSampler:
             enable_prefix_caching=True,
             skip_tokenizer_init=True,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             seed=self._seed,
         )
         self._engine = AsyncLLM.from_engine_args(args)

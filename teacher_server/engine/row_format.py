@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from teacher_server.engine.base import EngineRows, ScoreQuery
 
 ZERO_BLOCKS_VARIABLE = "DRIFTLINE_ZERO_KV_BLOCKS"
-"""Tells the plugin that its process serves scores: the same plugin is loaded beside any vLLM engine."""
+"""Tells the plugin that its process serves scores; it is loaded beside every vLLM engine."""
 
 POSITION, TOKEN_LOGPROB, ENTROPY, RANK = range(4)
 HEADER = 4

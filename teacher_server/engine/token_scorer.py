@@ -60,8 +60,8 @@ def register() -> None:
 def _zero_new_blocks() -> None:
     """Makes vLLM clear every cache block that it hands out, as it does for some models only.
 
-    An attention kernel multiplies the unwritten end of a block by 0, and 0 * NaN is NaN: without this,
-    one text that overflows leaves NaNs in freed blocks, and they spoil the next session to get them.
+    An attention kernel multiplies the unwritten end of a block by 0, and 0 * NaN is NaN: without
+    this, one text that overflows leaves NaNs in freed blocks, which spoil the next session's rows.
     """
     from vllm.v1.kv_cache_interface import KVCacheConfig
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+PLUGIN = "driftline_token_scorer"
+"""Entry point of token_scorer.register, by which vLLM's own processes find it."""
 QUIET_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
@@ -103,22 +105,25 @@ class VllmEngine:
         # Read by the engine's processes, which are spawned in here.
         os.environ[ZERO_BLOCKS_VARIABLE] = "1"
         try:
-            self._llm = await asyncio.to_thread(self._build)
+            await asyncio.to_thread(self._build)
         except (RuntimeError, ValueError, OSError, ImportError) as error:
             raise EngineError(f"vLLM cannot serve {self._model}: {error}") from error
         finally:
             del os.environ[ZERO_BLOCKS_VARIABLE]
 
-    def _build(self) -> AsyncLLM:
+    def _build(self) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        return AsyncLLM.from_engine_args(self._engine_args())
+        # Not returned: the thread's future would keep it alive until exit, where it fails noisily.
+        self._llm = AsyncLLM.from_engine_args(self._engine_args())
 
     def _engine_args(self) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         from teacher_server.engine.token_scorer import BASE_MODULES, SCORING_PREFIX
 
+        if not metadata.entry_points(group="vllm.general_plugins", name=PLUGIN):
+            raise EngineError(f"vLLM would not find the plugin {PLUGIN}: install this package")
         if self._architecture not in BASE_MODULES:
             raise EngineError(
                 f"{self._model} is a {self._architecture}; can score {', '.join(BASE_MODULES)}"
@@ -175,10 +180,12 @@ class VllmEngine:
                     token_ids[: end - 1], request.until(end), collector, read_cache=False
                 )
                 continue
-            async with asyncio.TaskGroup() as group:
-                for num_tokens in range(end - 1, first_needed, -self._block_size):
-                    part = request.until(num_tokens + 1)
-                    group.create_task(self._submit(token_ids[:num_tokens], part, collector))
+            await asyncio.gather(
+                *(
+                    self._submit(token_ids[:num_tokens], request.until(num_tokens + 1), collector)
+                    for num_tokens in range(end - 1, first_needed, -self._block_size)
+                )
+            )
 
     async def _submit(
         self,
@@ -218,7 +225,7 @@ class VllmEngine:
         llm, self._llm = self._llm, None
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
-            # vLLM's object is part of a cycle, and complains when it is collected at exit.
+            # vLLM's object is part of a cycle; collected as late as at exit, it fails noisily.
             del llm
             gc.collect()
 

@@ -106,6 +106,7 @@ def test_overlap_without_a_policy_is_a_share_of_what_was_compared() -> None:
 
 def test_the_json_form_survives_a_strict_round_trip() -> None:
     content = report_to_json(hand_made_report())
+    assert json.dumps(content) == json.dumps(dataclasses.asdict(hand_made_report()))
     assert json.loads(json.dumps(content, allow_nan=False))["tokens"][2]["reliability"] == 0.0
 
 

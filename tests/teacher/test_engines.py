@@ -212,6 +212,14 @@ async def test_hf_raises_on_nan(reference: HfEngine) -> None:
         await reference.score(a_query(token_ids, 20))
 
 
+@pytest.mark.parametrize("engine_class", [HfEngine, VllmEngine])
+async def test_a_missing_model_is_an_engine_error(
+    engine_class: type[HfEngine] | type[VllmEngine], tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError, match="no readable model"):
+        engine_class(model=str(tmp_path))
+
+
 @pytest.mark.vllm
 class TestVllm:
     """One engine for all; its cache holds 4096 tokens, so older sessions may be evicted."""
@@ -222,6 +230,56 @@ class TestVllm:
     ) -> None:
         query = a_query(random_ids(20, 150), 1, temperature=temperature)
         assert_same_rows(await vllm_engine.score(query), await reference.score(query))
+
+    async def test_rows_of_bfloat16_logits_are_normalised_in_float32(self) -> None:
+        import torch
+
+        from teacher_server.engine.row_format import HEADER, RANK, TOKEN_LOGPROB
+        from teacher_server.engine.token_scorer import score_rows
+
+        generator = torch.Generator().manual_seed(0)
+        logits_RV = (8 * torch.randn(5, 3000, generator=generator)).bfloat16()
+        temperatures_R = torch.tensor([0.5, 0.7, 1.0, 1.5, 3.0])
+        ids_RC = torch.randint(3000, (5, 3), generator=generator)
+        packed = score_rows(
+            logits_RV,
+            torch.arange(5, dtype=torch.int32),
+            ids_RC[:, 0],
+            ids_RC,
+            1 / temperatures_R,
+            k=4,
+            want_entropy=False,
+            want_rank=True,
+        ).numpy()
+        expected = torch.log_softmax(logits_RV.double() / temperatures_R[:, None], dim=-1)
+        candidates = expected.gather(1, ids_RC).numpy()
+        logprobs = packed.view(np.float32)
+        np.testing.assert_allclose(logprobs[:, HEADER + 8 :], candidates, atol=TOLERANCE)
+        np.testing.assert_allclose(logprobs[:, TOKEN_LOGPROB], candidates[:, 0], atol=TOLERANCE)
+        top = expected.topk(4).values.numpy()
+        np.testing.assert_allclose(logprobs[:, HEADER + 4 : HEADER + 8], top, atol=TOLERANCE)
+        ranks = (expected > expected.gather(1, ids_RC[:, :1])).sum(-1).numpy() + 1
+        assert packed[:, RANK].tolist() == ranks.tolist()
+
+    async def test_row_chunks_do_not_change_rows(self) -> None:
+        import torch
+
+        from teacher_server.engine.row_format import RowRequest
+        from teacher_server.engine.token_scorer import TokenScorer, _Span
+
+        head_HV = torch.randn(16, 300, generator=torch.Generator().manual_seed(1))
+        hidden_TH = torch.randn(70, 16, generator=torch.Generator().manual_seed(2))
+        spans = [
+            _Span(RowRequest.of_query(a_query(random_ids(1, 60) % 300, 20)), 0, 20, 40),
+            _Span(RowRequest.of_query(a_query(random_ids(2, 40) % 300, 5, k=3)), 45, 15, 25),
+        ]
+        scorers = [
+            TokenScorer(compute_logits=lambda hidden: hidden @ head_HV, vocab_size=vocab_size)
+            for vocab_size in (300, 2**24)
+        ]
+        whole, in_chunks_of_16 = (scorer._score(hidden_TH, spans) for scorer in scorers)
+        assert whole.shape == (65, 4 + 2 * K + C)
+        assert torch.equal(whole, in_chunks_of_16)
 
     async def test_a_minimal_query(self, vllm_engine: VllmEngine, reference: HfEngine) -> None:
         query = ScoreQuery(

@@ -172,7 +172,7 @@ async def test_metrics_count_requests_by_route_and_never_by_raw_path(teacher: Te
     response = await teacher.client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert 'teacher_http_request_seconds_count{route="/healthz",status="200"} 1.0' in response.text
-    assert 'route="unmatched",status="404"' in response.text
+    assert 'route="unrouted",status="404"' in response.text
     assert "xxx" not in response.text
     assert f'model_sha="{"w" * 64}"' in response.text
 

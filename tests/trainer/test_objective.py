@@ -82,7 +82,7 @@ def test_sums_and_metrics_of_a_worked_example() -> None:
     assert sums.metrics(normalize=False) == pytest.approx(
         {
             "loss": 0.25,
-            "num_tokens": 2.0,
+            "loss_tokens": 2.0,
             "weight_mean": 1.0,
             "weight_min": 0.5,
             "weight_max": 1.5,
@@ -160,6 +160,9 @@ def test_weights_multiply() -> None:
 def test_any_function_of_the_inputs_is_a_divergence() -> None:
     found = objective(random_inputs(2, 3), divergence=lambda inputs: inputs.student_logprobs_BT)
     assert found.loss_sum.requires_grad
+    holes = two_tokens(mask_BT=torch.tensor([[True, False]]))
+    found = objective(holes, divergence=lambda inputs: torch.where(inputs.mask_BT, 2.0, math.nan))
+    assert found.loss_sum.item() == 2.0
     with pytest.raises(ValueError, match=r"the divergence returned \(\)"):
         objective(random_inputs(2, 3), divergence=lambda inputs: inputs.student_logprobs_BT.sum())
 
@@ -184,7 +187,7 @@ def test_nothing_valid_gives_a_zero_loss_and_zero_gradient(
     for leaf in (student, wide):
         assert leaf.grad is None or leaf.grad.abs().sum().item() == 0.0
     assert sums.loss_sum.item() == 0.0
-    assert sums.metrics(normalize=True) == {"loss": 0.0, "num_tokens": 0.0}
+    assert sums.metrics(normalize=True) == {"loss": 0.0, "loss_tokens": 0.0}
 
 
 def test_all_zero_weights_give_zero_not_nan() -> None:

@@ -1,0 +1,92 @@
+"""A whole teacher in this process, over a real loopback socket, for tests and client development."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
+from teacher_wire.records import TeacherInfo
+
+from teacher_server.engine.base import ScoringEngine
+from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
+from teacher_server.metrics import Metrics
+from teacher_server.scheduler import Scheduler, SchedulerLimits
+from teacher_server.server_options import SERVER_OPTIONS
+from teacher_server.service import TeacherService
+from teacher_server.sessions import SessionTable
+from teacher_server.stream import StreamLimits
+
+
+def teacher_info(
+    engine: ScoringEngine, *, max_sessions: int = 64, max_append_tokens: int = 4096
+) -> TeacherInfo:
+    """What a teacher with this engine would tell of itself."""
+    served = engine.info
+    return TeacherInfo(
+        model_id=f"fake-{served.vocab_size}",
+        revision="",
+        weights_digest="",
+        dtype=served.dtype,
+        vocab_size=served.vocab_size,
+        tokenizer_fingerprint=fake_fingerprint(served.vocab_size),
+        special_token_ids=(),
+        max_k=served.max_k,
+        max_context=served.max_context,
+        engine=served.name,
+        engine_version=served.version,
+        instance_id="local",
+        max_sessions=max_sessions,
+        max_append_tokens=max_append_tokens,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalTeacher:
+    """The parts of a running teacher, to look into."""
+
+    address: str
+    info: TeacherInfo
+    scheduler: Scheduler
+    sessions: SessionTable
+    service: TeacherService
+    metrics: Metrics
+    server: grpc.aio.Server
+
+
+@asynccontextmanager
+async def local_teacher(
+    engine: ScoringEngine | None = None,
+    *,
+    port: int = 0,
+    info: TeacherInfo | None = None,
+    evict_idle_s: float = 0.0,
+    scheduler_limits: SchedulerLimits | None = None,
+    stream_limits: StreamLimits | None = None,
+    ready: Callable[[], bool] = lambda: True,
+) -> AsyncIterator[LocalTeacher]:
+    """A running teacher; it is stopped on leaving, and its streams with it."""
+    engine = engine or FakeEngine()
+    info = info or teacher_info(engine)
+    metrics = Metrics()
+    scheduler = Scheduler(engine, scheduler_limits or SchedulerLimits())
+    sessions = SessionTable(scheduler, info, metrics=metrics, evict_idle_s=evict_idle_s)
+    service = TeacherService(info, sessions, metrics=metrics, ready=ready, limits=stream_limits)
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    pb_grpc.add_TeacherServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    try:
+        yield LocalTeacher(
+            address=f"127.0.0.1:{bound}",
+            info=info,
+            scheduler=scheduler,
+            sessions=sessions,
+            service=service,
+            metrics=metrics,
+            server=server,
+        )
+    finally:
+        await server.stop(None)

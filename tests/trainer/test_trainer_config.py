@@ -1,0 +1,195 @@
+"""Settings: what is refused and why. Run: python -m pytest tests/trainer/test_trainer_config.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from student_trainer.config import TrainerConfig, load_config
+from student_trainer.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALLEST = """
+[run]
+out = "runs/x"
+steps = 3
+[student]
+model = "student"
+[data]
+train = "train.jsonl"
+[rollout]
+prompts_per_step = 4
+max_context = 200
+[teacher]
+endpoints = ["127.0.0.1:1"]
+[budget]
+kind = "fixed"
+max_tokens = 100
+[loss]
+kind = "local_support_matching"
+[optim]
+learning_rate = 1e-3
+[eval]
+max_tokens = 100
+"""
+
+
+@pytest.fixture
+def smallest(tmp_path: Path) -> Path:
+    """A file with every required setting and next to nothing else."""
+    path = tmp_path / "trainer.toml"
+    path.write_text(SMALLEST, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("trainer-*.toml")), ids=lambda p: p.name)
+def test_published_configuration_loads(path: Path) -> None:
+    assert isinstance(load_config(path), TrainerConfig)
+
+
+def test_there_is_a_published_configuration() -> None:
+    assert list(CONFIGS.glob("trainer-*.toml"))
+
+
+def test_settings_cannot_be_changed_after_loading(smallest: Path) -> None:
+    config = load_config(smallest)
+    with pytest.raises(ValueError, match="frozen"):
+        config.run.steps = 4  # type: ignore[misc]
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.toml"
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: no such configuration file"):
+        load_config(path)
+
+
+def test_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text("[run\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"bad\.toml: not TOML"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "nearest"),
+    [
+        ("rollout.temprature=1", "rollout.temprature", "temperature"),
+        ("optim.learning_rte=1", "optim.learning_rte", "learning_rate"),
+        ("optm.learning_rate=1", "optm", "optim"),
+        ("budget.max_token=5", "budget.fixed.max_token", "max_tokens"),
+        ("weights.block_gate.taw=5", "weights.block_gate.taw", "tau"),
+        ("loss.clip_log_ration=5", "loss.local_support_matching.clip_log_ration", "clip_log_ratio"),
+    ],
+)
+def test_unknown_setting_is_refused_with_its_place_and_the_nearest_name(
+    smallest: Path, override: str, place: str, nearest: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(smallest, [override])
+    assert f"{place}: unknown setting; did you mean {nearest!r}?" in str(caught.value)
+
+
+def test_missing_setting_is_named(smallest: Path) -> None:
+    smallest.write_text(SMALLEST.replace("steps = 3", ""), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run\.steps: Field required"):
+        load_config(smallest)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["teacher.k=8"], r"drift\.k is 16, more than the teacher\.k 8"),
+        (["rollout.student_topk=8"], r"drift\.k is 16, more than the rollout\.student_topk 8"),
+        (
+            ["loss.kind=student_topk_reverse_kl", "drift.metric=teacher_top_p_accept"]
+            + ["rollout.student_topk=0"],
+            r"needs rollout\.student_topk > 0",
+        ),
+        (
+            ["loss.kind=student_topk_reverse_kl", "drift.metric=teacher_top_p_accept"]
+            + ["rollout.top_p=0.9"],
+            r"needs the behavior policy's full distribution, but rollout\.top_p is 0\.9",
+        ),
+        (["rollout.top_p=0.9"], r"overlap_ratio with rollout\.top_p 0\.9.*teacher_top_p_accept"),
+        (["budget.max_tokens=200"], r"largest budget is 200 tokens.*rollout\.max_context 200"),
+        (
+            ['budget={"kind":"prune","initial":10,"minimum":10,"maximum":200}'],
+            r"largest budget is 200 tokens",
+        ),
+        (
+            ['budget={"kind":"prune","initial":5,"minimum":10,"maximum":20}'],
+            r"minimum <= initial <= maximum, got 10, 5, 20",
+        ),
+        (["eval.max_tokens=200"], r"eval\.max_tokens is 200.*rollout\.max_context 200"),
+        (["loss.kind=forward_kl"], r"loss: .*forward_kl"),
+        (["run.steps=0"], r"run\.steps: .*greater than 0 \(got 0\)"),
+        (["rollout.temperature=0"], r"rollout\.temperature: .*\(got 0\)"),
+        (["rollout.temperature=Infinity"], r"rollout\.temperature: .*finite.*\(got inf\)"),
+        (["optim.learning_rate=NaN"], r"optim\.learning_rate: .*\(got nan\)"),
+        (["optim.betas=[0.9,1.0]"], r"optim\.betas\.1: .*less than 1 \(got 1\.0\)"),
+        (["teacher.endpoints=[]"], r"teacher\.endpoints: .*at least 1"),
+        (
+            ["drift.k=256", "teacher.k=256", "rollout.student_topk=256"],
+            r"drift\.k: .*255 \(got 256\)",
+        ),
+        (["drift.threshold=1e-12"], r"drift\.threshold: .*1e-09"),
+        (["eval.answer_pattern=#("], r"eval\.answer_pattern: .*not a regular expression"),
+        (["eval.answer_pattern=#[0-9]+"], r"eval\.answer_pattern: .*needs a group"),
+    ],
+)
+def test_combination_that_cannot_work_is_refused_with_its_reason(
+    smallest: Path, overrides: list[str], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(smallest, overrides)
+
+
+def test_drift_k_may_exceed_the_student_topk_when_nothing_compares_them(smallest: Path) -> None:
+    overrides = ["drift.metric=teacher_top_p_accept", "rollout.student_topk=0"]
+    assert load_config(smallest, overrides).drift.k == 16
+
+
+def test_override_replaces_a_value_and_makes_a_section(smallest: Path) -> None:
+    overrides = ["run.steps=7", "student.model=other/name", "weights.prune.w_base=0.25"]
+    config = load_config(smallest, [*overrides, "special_tokens.tokens=[\"<\"]"])
+    assert config.run.steps == 7
+    assert config.student.model == "other/name"
+    assert config.weights.prune is not None
+    assert config.weights.prune.w_base == 0.25
+    assert config.weights.block_gate is None
+    assert config.special_tokens.tokens == ("<",)
+
+
+def test_later_override_wins(smallest: Path) -> None:
+    assert load_config(smallest, ["run.steps=7", "run.steps=8"]).run.steps == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("run.steps", "must look like section.key=value"),
+        ("run.steps.more=1", "steps is a value, not a section"),
+    ],
+)
+def test_malformed_override_is_refused(smallest: Path, override: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(smallest, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ([], False),
+        (["loss.kind=sampled_reverse_kl"], False),
+        (["rollout.top_p=0.9"], False),
+        (["rollout.top_p=0.9", "loss.kind=sampled_reverse_kl"], True),
+        (["rollout.top_p=0.9", "weights.block_gate.tau=1"], True),
+        (["rollout.top_p=0.9", "weights.prefix_importance.gamma=1"], True),
+        (["rollout.top_p=0.9", "weights.prune.w_base=1"], False),
+    ],
+)
+def test_behavior_is_recomputed_only_where_a_nucleus_is_compared(
+    smallest: Path, overrides: list[str], needed: bool
+) -> None:
+    config = load_config(smallest, ["drift.metric=teacher_top_p_accept", *overrides])
+    assert config.needs_learner_behavior is needed
