@@ -162,14 +162,16 @@ def assembled(config: TrainerConfig, *, resume: bool = False) -> Iterator[Run]:
                 prompts_per_step=config.rollout.prompts_per_step,
                 seed=config.run.seed,
             ),
-            rules=from_config.rollout_rules(config, specials),
+            rules=from_config.rollout_rules(config, specials, client.info),
             options=lambda: from_config.sampling_options(config, budget.max_tokens),
             rollouts_per_prompt=config.rollout.rollouts_per_prompt,
             queue_depth=config.run.queue_depth,
             seed=config.run.seed,
             first_step=first_step,
+            end_step=config.run.steps,
             progress=lambda done, total: bars.update("rollouts", done, total),
         )
+        stack.callback(source.close)
         yield Run(
             config=config,
             device=device,

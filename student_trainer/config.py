@@ -9,20 +9,33 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from teacher_wire.records import MAX_DRIFT_K
 
 from student_trainer.errors import ConfigError
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """A group of settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class RunSettings(Section):
@@ -84,13 +97,13 @@ class TeacherSettings(Section):
 
 class DriftSettings(Section):
     metric: Literal["overlap_ratio", "teacher_top_p_accept"] = "overlap_ratio"
-    k: int = Field(16, gt=0)
+    k: int = Field(16, gt=0, le=MAX_DRIFT_K)
     """Leading entries of student and teacher that are compared."""
-    threshold: float = Field(0.7, gt=0, le=1)
+    threshold: float = Field(0.7, ge=1e-9, le=1)
     """Overlap ratio below which a position is a bad event."""
-    top_p: float = Field(0.95, gt=0, le=1)
+    top_p: float = Field(0.95, ge=1e-9, le=1)
     """Nucleus of teacher_top_p_accept."""
-    w_drop: float = Field(0.01, gt=0, le=1)
+    w_drop: float = Field(0.01, ge=1e-9, le=1)
     """Reliability lost a bad event."""
     stop_in_flight: bool = True
     """Stop a rollout at the first position where its reliability is 0."""
@@ -181,7 +194,7 @@ class OptimSettings(Section):
     final_learning_rate: float = Field(0.0, ge=0)
     """Reached by a cosine over the whole run."""
     warmup_steps: int = Field(0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     epochs: int = Field(1, gt=0)
@@ -212,6 +225,17 @@ class EvalSettings(Section):
     """The last match's first group is the answer."""
     unicode_normalize: bool = False
     """Compare after Unicode NFKC normalisation."""
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _has_a_group(cls, pattern: str) -> str:
+        try:
+            num_groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        if num_groups == 0:
+            raise ValueError("the pattern needs a group: that is the answer")
+        return pattern
 
 
 class CheckpointSettings(Section):
@@ -263,13 +287,22 @@ class TrainerConfig(Section):
                 f"drift.metric overlap_ratio with rollout.top_p {self.rollout.top_p}: the "
                 "student's top-k outside its nucleus is arbitrary; use teacher_top_p_accept"
             )
-        longest = self.budget.max_tokens if self.budget.kind == "fixed" else self.budget.maximum
-        if longest >= self.rollout.max_context:
+        if self.longest_response >= self.rollout.max_context:
             raise ValueError(
-                f"the largest budget is {longest} tokens and must leave room for a prompt in "
+                f"the largest budget is {self.longest_response} tokens and must leave room for a prompt in "
+                f"rollout.max_context {self.rollout.max_context}"
+            )
+        if self.data.heldout is not None and self.eval.max_tokens >= self.rollout.max_context:
+            raise ValueError(
+                f"eval.max_tokens is {self.eval.max_tokens} and must leave room for a prompt in "
                 f"rollout.max_context {self.rollout.max_context}"
             )
         return self
+
+    @property
+    def longest_response(self) -> int:
+        """The most tokens that the budget may ever give a rollout."""
+        return self.budget.max_tokens if self.budget.kind == "fixed" else self.budget.maximum
 
     @property
     def needs_learner_behavior(self) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from student_trainer.errors import CheckpointError, DatasetError
@@ -54,10 +55,10 @@ def _prompt(
         fields: dict[str, Any] = json.loads(line)
     except json.JSONDecodeError as error:
         raise DatasetError(f"{where}: not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise DatasetError(f"{where}: must be an object, is {type(fields).__name__}")
     if "messages" in fields:
-        text = tokenizer.apply_chat_template(
-            fields["messages"], tokenize=False, add_generation_prompt=True
-        )
+        text = _chat_text(where, fields["messages"], tokenizer)
     elif isinstance(fields.get("prompt"), str):
         text = fields["prompt"]
     else:
@@ -74,6 +75,15 @@ def _prompt(
         token_ids=token_ids,
         answer=None if answer is None else str(answer),
     )
+
+
+def _chat_text(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+    except (ValueError, TypeError, TemplateError) as error:
+        raise DatasetError(f"{where}: the chat template refuses: {error}") from error
 
 
 class PromptOrder:

@@ -46,12 +46,14 @@ def prompts(
     config: TrainerConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Training problems, and the held-out ones that are evaluated."""
-    longest = config.rollout.max_context - 1
-    train = load_prompts(config.data.train, tokenizer, max_prompt_tokens=longest)
+    context = config.rollout.max_context
+    train = load_prompts(
+        config.data.train, tokenizer, max_prompt_tokens=context - config.longest_response
+    )
     if config.data.heldout is None:
         return train, []
     heldout = load_prompts(
-        config.data.heldout, tokenizer, max_prompt_tokens=config.rollout.max_context - 1
+        config.data.heldout, tokenizer, max_prompt_tokens=context - config.eval.max_tokens
     )
     return train, heldout[: config.eval.num_prompts]
 
@@ -132,10 +134,13 @@ def drift_policy(config: TrainerConfig) -> DriftPolicy:
     )
 
 
-def rollout_rules(config: TrainerConfig, specials: SpecialTokens) -> RolloutRules:
+def rollout_rules(
+    config: TrainerConfig, specials: SpecialTokens, info: TeacherInfo
+) -> RolloutRules:
     """What all rollouts of the run share."""
     return RolloutRules(
         chunk_tokens=config.rollout.chunk_tokens,
+        max_span_tokens=info.max_append_tokens,
         specials=specials,
         drop_when_absent=config.teacher.on_absent == "drop",
     )

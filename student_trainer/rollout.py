@@ -88,6 +88,9 @@ class RolloutRules:
     """What all rollouts of a run share."""
 
     chunk_tokens: int
+    """Tokens gathered before an append, unless generation ends."""
+    max_span_tokens: int
+    """The most tokens that the teacher takes in one append."""
     specials: SpecialTokens
     drop_when_absent: bool
 
@@ -110,12 +113,14 @@ async def run_rollout(
     growing = GrowingResponse(options)
     judge = asyncio.create_task(_judge(growing, session, sampler, request_id, rules))
     try:
-        await _generate(prompt, request_id, options, sampler, growing, judge)
+        await _generate(prompt, request_id, options, sampler, growing)
         generated_s = time.monotonic()
         judgement = await judge
         scored_s = time.monotonic()
     finally:
+        # The append under way ends before its session does.
         judge.cancel()
+        await asyncio.wait([judge])
         await session.close()
     times = RolloutTimes(
         started_s=started_s,
@@ -135,20 +140,15 @@ async def _generate(
     options: SamplingOptions,
     sampler: Sampler,
     growing: GrowingResponse,
-    judge: asyncio.Task[Judgement],
 ) -> None:
-    """Fills `growing` until the sampler ends. A failed judge ends the generation at once."""
+    """Fills `growing` until the sampler ends, of itself or because the judge aborted it."""
     finish = Finish.LENGTH
     try:
         async for delta in sampler.generate(request_id, prompt.token_ids, options):
             growing.extend(delta)
             finish = delta.finish or finish
-            if judge.done() and judge.exception() is not None:
-                break
     finally:
         growing.end(finish)
-        if judge.done() and judge.exception() is not None:
-            await sampler.abort([request_id])
 
 
 async def _judge(
@@ -158,12 +158,29 @@ async def _judge(
     request_id: str,
     rules: RolloutRules,
 ) -> Judgement:
-    """Sends tokens as they come until generation ends or the verdict is to stop."""
+    """Sends tokens as they come until generation ends or the teacher's word does.
+
+    In the second case, a failure included, it aborts the generation.
+    """
+    try:
+        judgement = await _judgement(growing, session, rules)
+    except Exception:
+        await sampler.abort([request_id])
+        raise
+    if growing.finish is None:
+        await sampler.abort([request_id])
+    return judgement
+
+
+async def _judgement(
+    growing: GrowingResponse, session: TeacherSession, rules: RolloutRules
+) -> Judgement:
     judgement = Judgement()
     while True:
-        upto = await growing.wait_for(judgement.num_scored + rules.chunk_tokens)
-        if upto == judgement.num_scored:
+        there = await growing.wait_for(judgement.num_scored + rules.chunk_tokens)
+        if there == judgement.num_scored:
             return judgement
+        upto = min(there, judgement.num_scored + rules.max_span_tokens)
         span = _span(growing, judgement.num_scored, upto, rules.specials)
         try:
             scores = await session.append(span)
@@ -171,7 +188,6 @@ async def _judge(
             if not rules.drop_when_absent:
                 raise
             judgement.absent = True
-            await sampler.abort([request_id])
             return judgement
         judgement.parts.append(scores.rows)
         judgement.num_scored = upto
@@ -180,8 +196,6 @@ async def _judge(
             judgement.keep_tokens = scores.keep_tokens
             judgement.round_trip_tokens = growing.num_tokens - upto
             judgement.verdict_span_tokens = len(span)
-            if growing.finish is None:
-                await sampler.abort([request_id])
             return judgement
 
 

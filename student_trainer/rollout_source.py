@@ -12,12 +12,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
 import numpy as np
 import uvloop
 from numpy.typing import NDArray
+from teacher_wire.errors import NotReadyError
 
 from student_trainer.data import PromptOrder
 from student_trainer.records import Prompt, Rollout, SamplingOptions
@@ -25,6 +27,7 @@ from student_trainer.rollout import RolloutRules, TeacherSession, run_rollout
 from student_trainer.samplers.base import Sampler
 
 T = TypeVar("T")
+CLOSE_TIMEOUT_S = 5.0
 
 
 class LoopThread:
@@ -49,9 +52,13 @@ class LoopThread:
             raise
 
     def close(self) -> None:
-        """Stops the loop; whatever it still runs is dropped."""
+        """Cancels what still runs, stops the loop and frees it."""
+        with suppress(TimeoutError):
+            self.start(_cancel_others()).result(CLOSE_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=5)
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if not self._thread.is_alive():
+            self._loop.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +72,7 @@ class RolloutBatch:
 
 
 class RolloutSource:
-    """An endless iterator of rollout batches."""
+    """An iterator of rollout batches, from `first_step` up to but without `end_step`."""
 
     def __init__(
         self,
@@ -80,6 +87,7 @@ class RolloutSource:
         queue_depth: int,
         seed: int,
         first_step: int,
+        end_step: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._loop = loop
@@ -91,9 +99,10 @@ class RolloutSource:
         self._rollouts_per_prompt = rollouts_per_prompt
         self._queue_depth = queue_depth
         self._seed = seed
-        self._next_step = first_step
+        self._next_step, self._end_step = first_step, end_step
         self._progress = progress
         self._under_way: deque[Future[RolloutBatch]] = deque()
+        self._tasks: set[asyncio.Task[RolloutBatch]] = set()
         self.policy_version = first_step
         """Optimiser rounds of the weights in the sampler; the learner sets it after a sync."""
 
@@ -101,16 +110,16 @@ class RolloutSource:
         return self
 
     def __next__(self) -> RolloutBatch:
+        self._launch_up_to(1)
         if not self._under_way:
-            self._launch()
+            raise StopIteration
         future = self._under_way.popleft()
         try:
             batch = future.result()
         except BaseException:
             future.cancel()
             raise
-        while len(self._under_way) < self._queue_depth:
-            self._launch()
+        self._launch_up_to(self._queue_depth)
         return batch
 
     def wait_until_idle(self) -> None:
@@ -118,9 +127,27 @@ class RolloutSource:
         for future in self._under_way:
             future.result()
 
-    def _launch(self) -> None:
-        step, self._next_step = self._next_step, self._next_step + 1
-        self._under_way.append(self._loop.start(self._batch(step, self.policy_version)))
+    def close(self) -> None:
+        """Ends what is under way; returns when none of it runs any more."""
+        self._loop.run(self._cancel_batches())
+        self._under_way.clear()
+
+    async def _cancel_batches(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _launch_up_to(self, num_batches: int) -> None:
+        while len(self._under_way) < num_batches and self._next_step < self._end_step:
+            step, self._next_step = self._next_step, self._next_step + 1
+            self._under_way.append(self._loop.start(self._tracked(step, self.policy_version)))
+
+    async def _tracked(self, step: int, policy_version: int) -> RolloutBatch:
+        task = asyncio.create_task(self._batch(step, policy_version))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await task
 
     async def _batch(self, step: int, policy_version: int) -> RolloutBatch:
         prompts = [p for p in self._prompts.step(step) for _ in range(self._rollouts_per_prompt)]
@@ -145,6 +172,10 @@ class RolloutSource:
 
         outcomes = await _all_or_first_error([one(i, p) for i, p in enumerate(prompts)])
         rollouts = [rollout for rollout in outcomes if rollout is not None]
+        if not rollouts:
+            raise NotReadyError(
+                f"the teacher scored none of the {len(outcomes)} rollouts of step {step}"
+            )
         return RolloutBatch(
             step=step, rollouts=rollouts, num_unscored=len(outcomes) - len(rollouts)
         )
@@ -160,6 +191,13 @@ async def _all_or_first_error(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _seed(run_seed: int, step: int, index: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 from teacher_wire import codec
-from teacher_wire.errors import NotReadyError, TeacherError
+from teacher_wire.errors import EngineError, NotReadyError, TeacherError
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import PROTOCOL_VERSION, TeacherInfo
@@ -180,7 +180,11 @@ class TeacherStream:
                 self._dispatch(message)
             self._break(NotReadyError(f"the teacher at {self.endpoint} ended the stream"))
         except grpc.aio.AioRpcError as error:
-            self._break(decode_status(error))
+            reason = decode_status(error)
+            if isinstance(reason, EngineError):
+                # grpc.aio reports INTERNAL for a stream that ends under a write, whatever its status.
+                reason = NotReadyError(f"the stream to {self.endpoint} broke: {reason.message}")
+            self._break(reason)
         except TeacherError as error:
             self._break(error)
             self._call.cancel()

@@ -149,6 +149,23 @@ class ScoreBody(_SpanBody):
     want_rank: Flag = False
     encoding: ArrayEncoding = ArrayEncoding.JSON
 
+    def options_record(self) -> ScoreOptions:
+        return ScoreOptions(
+            k=self.k,
+            temperature=self.temperature,
+            logprob_dtype=self.logprob_dtype,
+            want_entropy=self.want_entropy,
+            want_rank=self.want_rank,
+        )
+
+    def span_record(self) -> TokenSpan:
+        return TokenSpan(
+            offset=0,
+            token_ids=np.array(self.response_ids, np.int32),
+            candidate_ids=self.candidate_array(),
+            event_mask=None if self.event_mask is None else np.array(self.event_mask, np.bool_),
+        )
+
 
 class AnalyzeBody(_SpanBody):
     """One prompt and response to analyse, each as text or as token ids."""
@@ -237,24 +254,10 @@ def _v1_routes(deps: HttpDeps) -> APIRouter:
         """Teacher scores of one whole response, as nested lists or packed arrays."""
         if body.encoding is ArrayEncoding.JSON:
             _refuse_too_many(len(body.response_ids), body.k, MAX_JSON_ENTRIES)
-        options = ScoreOptions(
-            k=body.k,
-            temperature=body.temperature,
-            logprob_dtype=body.logprob_dtype,
-            want_entropy=body.want_entropy,
-            want_rank=body.want_rank,
-        )
-        mask = None if body.event_mask is None else np.array(body.event_mask, np.bool_)
-        span = TokenSpan(
-            offset=0,
-            token_ids=np.array(body.response_ids, np.int32),
-            candidate_ids=body.candidate_array(),
-            event_mask=mask,
-        )
         scores = await deps.sessions.score_once(
             np.array(body.prompt_ids, np.int32),
-            span,
-            options,
+            body.span_record(),
+            body.options_record(),
             body.policy_record(),
             tenant=request.state.tenant,
         )

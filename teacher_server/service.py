@@ -112,10 +112,12 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: Context
     ) -> None:
         async with self._edge("Session", context):
-            self._refuse_unless_ready()
+            # Hello is read first in any case: grpc.aio's client forgets a status that arrives while it
+            # is still writing.
             first = await anext(aiter(request_iterator), None)
             if first is None:
                 return
+            self._refuse_unless_ready()
             if not first.HasField("hello"):
                 kind = first.WhichOneof("message")
                 raise InvalidRequestError(f"the first message is {kind}, must be hello")

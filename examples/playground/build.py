@@ -28,21 +28,19 @@ NUM_HELDOUT_PROBLEMS = 256
 STUDENT_LINES = 5
 """Solution lines that the student is cold-started on; the teacher knows TRAINING_ROUNDS."""
 
-SHORT = tuple((num_rounds, None) for num_rounds in (1, 2, 3))
-MEDIUM = tuple((num_rounds, None) for num_rounds in (3, 4, 5, 6, 8, 9))
-FULL = tuple((num_rounds, None) for num_rounds in range(1, TRAINING_ROUNDS + 1))
-LONGEST = ((TRAINING_ROUNDS, None),)
-WHOLE_SHORT = tuple((num_rounds, None) for num_rounds in range(1, STUDENT_LINES + 1))
-CUT_SHORT = ((TRAINING_ROUNDS, STUDENT_LINES),)
+WHOLE = {num_rounds: (num_rounds, None) for num_rounds in range(1, TRAINING_ROUNDS + 1)}
+"""Lessons on whole problems, by number of rounds."""
+
+CUT = {num_lines: (TRAINING_ROUNDS, num_lines) for num_lines in range(1, STUDENT_LINES + 1)}
+"""Lessons on the first lines of problems of the training length, by number of lines."""
 
 TEACHER_STAGES = (
-    Stage(num_steps=240, lessons=SHORT),
-    Stage(num_steps=80, lessons=MEDIUM),
-    Stage(num_steps=480, lessons=FULL + LONGEST * 10),
+    Stage(num_steps=150, lessons=(WHOLE[1], WHOLE[2], WHOLE[3])),
+    Stage(num_steps=350, lessons=(*WHOLE.values(), *[WHOLE[TRAINING_ROUNDS]] * 30)),
 )
 STUDENT_STAGES = (
-    Stage(num_steps=240, lessons=SHORT),
-    Stage(num_steps=160, lessons=WHOLE_SHORT + CUT_SHORT * STUDENT_LINES),
+    Stage(num_steps=150, lessons=(WHOLE[1], WHOLE[2], CUT[2], CUT[3])),
+    Stage(num_steps=100, lessons=(WHOLE[1], WHOLE[2], CUT[4], CUT[5], CUT[5])),
 )
 
 console = Console()

@@ -114,7 +114,7 @@ class Stage:
     """(rounds of the problem, lines shown or None for all of it), each equally likely."""
 
 
-BATCH_TOKENS = 7000
+BATCH_TOKENS = 4500
 """Tokens of a training batch, rounded down to whole sequences."""
 
 

@@ -24,7 +24,11 @@ from teacher_server.engine.hf_engine import HfEngine
 from teacher_server.engine.self_test import self_test
 from teacher_server.engine.vllm_engine import VllmEngine
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    # vLLM leaves the context under its asyncio context to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning"),
+]
 
 TOLERANCE = 1e-4
 BLOCK = 32
@@ -267,19 +271,20 @@ class TestVllm:
         from teacher_server.engine.row_format import RowRequest
         from teacher_server.engine.token_scorer import TokenScorer, _Span
 
-        head_HV = torch.randn(16, 300, generator=torch.Generator().manual_seed(1))
+        head_HV = torch.randn(16, VOCAB_SIZE, generator=torch.Generator().manual_seed(1))
         hidden_TH = torch.randn(70, 16, generator=torch.Generator().manual_seed(2))
         spans = [
-            _Span(RowRequest.of_query(a_query(random_ids(1, 60) % 300, 20)), 0, 20, 40),
-            _Span(RowRequest.of_query(a_query(random_ids(2, 40) % 300, 5, k=3)), 45, 15, 25),
+            _Span(RowRequest.of_query(a_query(random_ids(1, 60), 20)), 0, 20, 40),
+            _Span(RowRequest.of_query(a_query(random_ids(2, 40), 5, k=3)), 45, 15, 25),
         ]
         scorers = [
             TokenScorer(compute_logits=lambda hidden: hidden @ head_HV, vocab_size=vocab_size)
-            for vocab_size in (300, 2**24)
+            for vocab_size in (VOCAB_SIZE, 2**24)
         ]
         whole, in_chunks_of_16 = (scorer._score(hidden_TH, spans) for scorer in scorers)
         assert whole.shape == (65, 4 + 2 * K + C)
-        assert torch.equal(whole, in_chunks_of_16)
+        # Bit patterns: floats may differ in the last place or two.
+        assert (whole - in_chunks_of_16).abs().max() <= 8
 
     async def test_a_minimal_query(self, vllm_engine: VllmEngine, reference: HfEngine) -> None:
         query = ScoreQuery(

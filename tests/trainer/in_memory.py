@@ -193,7 +193,7 @@ def rules(
     """Rules of a run, plain unless told."""
     return RolloutRules(
         chunk_tokens=chunk_tokens,
-        #max_span_tokens=max_span_tokens,
+        max_span_tokens=max_span_tokens,
         specials=SpecialTokens(specials, first_only=True),
         drop_when_absent=drop_when_absent,
     )

@@ -51,6 +51,15 @@ def test_the_third_low_step_in_a_row_shrinks_the_budget() -> None:
     assert budget.state_dict() == {"max_tokens": 1948, "num_low": 0}
 
 
+def test_low_steps_survive_a_checkpoint() -> None:
+    stopped, resumed = PruneBudget(initial=2048), PruneBudget(initial=1024)
+    stopped.update([300])
+    stopped.update([300])
+    resumed.load_state_dict(stopped.state_dict())
+    resumed.update([300])
+    assert resumed.max_tokens == 1948
+
+
 def test_a_hit_forgives_low_steps() -> None:
     budget = PruneBudget(initial=2048)
     lengths = []

@@ -91,9 +91,7 @@ def test_order_is_determined_by_the_seed() -> None:
     assert steps[:6] != [[p.prompt_id for p in other.step(s)] for s in range(6)]
 
 
-@given(
-    num_prompts=st.integers(1, 12), passes=st.integers(1, 3), per_step=st.integers(1, 12)
-)
+@given(num_prompts=st.integers(1, 12), passes=st.integers(1, 3), per_step=st.integers(1, 12))
 def test_a_pass_takes_no_prompt_twice_and_all_of_them_when_it_divides(
     num_prompts: int, passes: int, per_step: int
 ) -> None:

@@ -41,7 +41,7 @@ from student_trainer.losses.weights import (
 
 torch.set_num_threads(1)
 
-law = settings(max_examples=40, deadline=None)
+law = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 2**31)
 vocabulary_sizes = st.integers(2, 8)
 
@@ -366,7 +366,7 @@ def step_gradient(
 
 
 @pytest.mark.parametrize(("divergence", "weights"), itertools.product(DIVERGENCES, WEIGHTS))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=seeds, left=st.booleans(), order=st.permutations(range(6)), cut=st.integers(1, 5))
 def test_padding_order_and_micro_batches_leave_the_step_unchanged(
     divergence: Divergence,
@@ -386,35 +386,3 @@ def test_padding_order_and_micro_batches_leave_the_step_unchanged(
     assert whole.norm() > 0
     # float32 sums in another order differ by a few roundings of 6e-8
     assert (found - whole).norm() <= 1e-6 * whole.norm()
-
-
-@law
-@given(seeds)
-def test_on_policy_step_is_the_gradient_of_the_mean_exact_divergence(seed: int) -> None:
-    size = 6
-    logits, teacher = random_logits(seed, 3, size)
-    logits.requires_grad_()
-    logprobs = logits.log_softmax(-1)
-    full = {
-        "teacher_topk_logprobs_BTK": teacher.log_softmax(-1).unsqueeze(0),
-        "student_logprobs_at_teacher_topk_BTK": logprobs.unsqueeze(0),
-        "behavior_topk_logprobs_BTJ": logprobs.detach().unsqueeze(0),
-        "teacher_logprobs_at_student_topk_BTJ": teacher.log_softmax(-1).unsqueeze(0),
-        "student_logprobs_at_student_topk_BTJ": logprobs.unsqueeze(0),
-    }
-    inputs = LossInputs(
-        mask_BT=torch.ones(1, 3, dtype=torch.bool),
-        behavior_logprobs_BT=logprobs.detach()[None, :, 0],
-        student_logprobs_BT=logprobs[None, :, 0],
-        teacher_logprobs_BT=teacher.log_softmax(-1)[None, :, 0],
-        **full,
-    )
-    exact = grad_of(exact_reverse_kl(logits, teacher).mean(), logits)
-    for divergence in (LocalSupportMatching(), StudentTopKReverseKL()):
-        for weights in ([], [BlockGate(block_size=2)]):  # gates are one on policy
-            sums = objective(inputs, divergence=divergence, weights=weights)
-            scale = step_scale(
-                sums.weight_sum.item(), sums.num_tokens.item(), needs_normalization(weights)
-            )
-            (found,) = torch.autograd.grad(sums.loss_sum, logits, retain_graph=True)
-            assert close(found * scale, exact)

@@ -11,6 +11,7 @@ from student_trainer.losses import (
     Divergence,
     LocalSupportMatching,
     LossInputs,
+    PositionWeight,
     PrefixImportanceWeight,
     PruneWeight,
     SampledReverseKL,
@@ -93,6 +94,24 @@ def test_sums_and_metrics_of_a_worked_example() -> None:
     )
 
 
+def test_unreliable_counts_tokens_whose_reliability_is_gone() -> None:
+    inputs = two_tokens(bad_events_BT=torch.tensor([[True, True]]))
+    for w_drop, share in ((1.0, 1.0), (0.5, 0.5), (0.4, 0.0)):
+        sums = objective(
+            inputs, divergence=SampledReverseKL(), weights=[PruneWeight(w_drop=w_drop)]
+        )
+        assert sums.metrics(normalize=False)["unreliable"] == share
+
+
+def test_masked_positions_do_not_enter_the_extremes_of_the_weights() -> None:
+    inputs = two_tokens(mask_BT=torch.tensor([[False, True]]))
+    weights = [PrefixImportanceWeight(gamma=0.5)]
+    found = objective(inputs, divergence=SampledReverseKL(), weights=weights)
+    assert found.weight_min.item() == found.weight_max.item() == 1.5
+    low = objective(inputs, divergence=SampledReverseKL(), weights=[BlockGate()])
+    assert low.weight_min.item() == low.weight_max.item() == 1.0
+
+
 def test_gradient_of_the_worked_example_is_minus_weight_times_advantage() -> None:
     student = torch.tensor([[-1.0, -3.0]], requires_grad=True)
     inputs = two_tokens(student_logprobs_BT=student)
@@ -126,6 +145,33 @@ def test_scaled_gate_gradient_is_the_papers_equation_four() -> None:
     expected = (normalized_BT * LocalSupportMatching()(inputs)).sum() / inputs.mask_BT.sum()
     assert (sums.loss_sum * scale).item() == pytest.approx(expected.item(), rel=1e-12)
     assert sums.metrics(normalize=True)["loss"] == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("divergence", [LocalSupportMatching(), StudentTopKReverseKL()])
+@pytest.mark.parametrize("weights", [[], [BlockGate(block_size=2)]])
+def test_on_policy_step_at_full_support_is_the_gradient_of_the_mean_exact_divergence(
+    divergence: Divergence, weights: list[PositionWeight]
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits, teacher = torch.randn(2, 1, 3, 6, generator=generator, dtype=torch.float64).unbind()
+    student, teacher = logits.requires_grad_().log_softmax(-1), teacher.log_softmax(-1)
+    inputs = LossInputs(
+        mask_BT=torch.ones(1, 3, dtype=torch.bool),
+        behavior_logprobs_BT=student.detach()[..., 0],
+        student_logprobs_BT=student[..., 0],
+        teacher_logprobs_BT=teacher[..., 0],
+        teacher_topk_logprobs_BTK=teacher,
+        student_logprobs_at_teacher_topk_BTK=student,
+        behavior_topk_logprobs_BTJ=student.detach(),
+        teacher_logprobs_at_student_topk_BTJ=teacher,
+        student_logprobs_at_student_topk_BTJ=student,
+    )
+    exact = (student.exp() * (student - teacher)).sum(-1).mean()
+    (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    sums = objective(inputs, divergence=divergence, weights=weights)
+    scale = step_scale(sums.weight_sum.item(), sums.num_tokens.item(), needs_normalization(weights))
+    (found,) = torch.autograd.grad(sums.loss_sum, logits)
+    assert torch.allclose(found * scale, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_only_the_gate_and_products_are_normalized() -> None:

@@ -48,7 +48,7 @@ def source(
         queue_depth=queue_depth,
         seed=5,
         first_step=0,
-        #end_step=end_step,
+        end_step=end_step,
     )
 
 

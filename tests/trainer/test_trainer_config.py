@@ -151,7 +151,7 @@ def test_drift_k_may_exceed_the_student_topk_when_nothing_compares_them(smallest
 
 def test_override_replaces_a_value_and_makes_a_section(smallest: Path) -> None:
     overrides = ["run.steps=7", "student.model=other/name", "weights.prune.w_base=0.25"]
-    config = load_config(smallest, [*overrides, "special_tokens.tokens=[\"<\"]"])
+    config = load_config(smallest, [*overrides, 'special_tokens.tokens=["<"]'])
     assert config.run.steps == 7
     assert config.student.model == "other/name"
     assert config.weights.prune is not None
