@@ -123,6 +123,8 @@ def assembled(config: TrainerConfig, *, resume: bool = False) -> Iterator[Run]:
         train_prompts, heldout = from_config.prompts(config, tokenizer)
         specials = from_config.special_tokens(config, tokenizer)
         checkpoints = Checkpoints(config.run.out / "checkpoints", keep=config.checkpoint.keep)
+        if not resume:
+            checkpoints.refuse_older()
         start_from = str(checkpoints.latest()) if resume else config.student.model
         device = from_config.device(config)
         torch.manual_seed(config.run.seed)
@@ -135,8 +137,6 @@ def assembled(config: TrainerConfig, *, resume: bool = False) -> Iterator[Run]:
         client = loop.run(from_config.connect(config, student.config.vocab_size, tokenizer))
         stack.callback(lambda: loop.run(client.aclose()))
         bars = stack.enter_context(Bars())
-        log = RunLog(config.run.out, bars, resume=resume)
-        stack.callback(log.close)
         optimizer, budget = from_config.optimizer(config, student), from_config.budget(config)
         first_step = 0
         if resume:
@@ -144,6 +144,8 @@ def assembled(config: TrainerConfig, *, resume: bool = False) -> Iterator[Run]:
             optimizer.load_state_dict(state["optimizer"])
             budget.load_state_dict(state["budget"])
             first_step = state["step"]
+        log = RunLog(config.run.out, bars, resume_from=first_step if resume else None)
+        stack.callback(log.close)
 
         sampler = from_config.sampler(config, start_from)
         bars.update("sampler", 0, 1, f"starting {config.sampler.kind}")

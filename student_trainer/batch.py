@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from student_trainer.errors import NonFiniteLossError
 from student_trainer.losses.inputs import LossInputs
 from student_trainer.records import Rollout
 from student_trainer.student import Gathered, student_forward
@@ -55,7 +56,12 @@ class Batch:
         )
 
     def loss_inputs(self, gathered: Gathered) -> LossInputs:
-        """What the losses see: this batch and the student's present view of it."""
+        """What the losses see: this batch and the student's present view of it.
+
+        Raises NonFiniteLossError when the student gives a real token no finite log-prob.
+        """
+        if not gathered.logprobs_BT.isfinite().all():
+            raise NonFiniteLossError("the student's log-probs are not finite: it has diverged")
         at_teacher_topk, at_student_topk = gathered.logprobs_at_BTN
         has_student_topk = self.teacher_logprobs_at_student_topk_BTJ is not None
         return LossInputs(

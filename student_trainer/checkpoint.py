@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -59,13 +60,24 @@ class Checkpoints:
             raise CheckpointError(f"{self._folder}: no checkpoint to resume from")
         return complete[-1]
 
+    def refuse_older(self) -> None:
+        """Raises CheckpointError when an earlier run left checkpoints: a new one, which starts
+        from step 0 again, would drop its own as the oldest."""
+        if complete := self._complete():
+            raise CheckpointError(
+                f"{complete[-1]} is of an earlier run: continue it with --resume, or choose "
+                "another run.out"
+            )
+
     def _complete(self) -> list[Path]:
         return sorted(path for path in self._folder.glob("step-*") if path.is_dir())
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `Checkpoints.save` stored beside the student."""
+    """What `Checkpoints.save` stored beside the student. Raises CheckpointError."""
     try:
         return torch.load(folder / STATE_FILE, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {STATE_FILE}, not a checkpoint of a run") from None
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        raise CheckpointError(f"{folder}: cannot read {STATE_FILE}: {error}") from error

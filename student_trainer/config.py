@@ -7,7 +7,6 @@ here.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tomllib
@@ -23,9 +22,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from teacher_wire.records import MAX_DRIFT_K
 
+from student_trainer.config_problems import explain
 from student_trainer.errors import ConfigError
+from teacher_wire.records import MAX_DRIFT_K
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -109,6 +109,13 @@ class DriftSettings(Section):
     """Stop a rollout at the first position where its reliability is 0."""
 
 
+def _check_bounds(minimum: int, initial: int, maximum: int) -> None:
+    if not minimum <= initial <= maximum:
+        raise ValueError(
+            f"budget needs minimum <= initial <= maximum, got {minimum}, {initial}, {maximum}"
+        )
+
+
 class FixedBudgetSettings(Section):
     kind: Literal["fixed"] = "fixed"
     max_tokens: int = Field(gt=0)
@@ -130,11 +137,39 @@ class PruneBudgetSettings(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if not self.minimum <= self.initial <= self.maximum:
-            raise ValueError(
-                f"budget needs minimum <= initial <= maximum, got {self.minimum}, {self.initial}, "
-                f"{self.maximum}"
-            )
+        _check_bounds(self.minimum, self.initial, self.maximum)
+        return self
+
+
+class ProgressiveBudgetSettings(Section):
+    """A horizon that grows by `increment` every `every_steps` steps (TOPD/POPD, 2605.31490)."""
+
+    kind: Literal["progressive"]
+    initial: int = Field(gt=0)
+    maximum: int = Field(gt=0)
+    increment: int = Field(ge=0)
+    every_steps: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _check_bounds(1, self.initial, self.maximum)
+        return self
+
+
+class QuantileBudgetSettings(Section):
+    """Moves towards a quantile of the effective lengths plus a margin (ours)."""
+
+    kind: Literal["quantile"]
+    initial: int = Field(gt=0)
+    minimum: int = Field(gt=0)
+    maximum: int = Field(gt=0)
+    margin: int = Field(100, ge=0)
+    quantile: float = Field(0.9, gt=0, le=1)
+    rate: float = Field(0.5, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _check_bounds(self.minimum, self.initial, self.maximum)
         return self
 
 
@@ -253,7 +288,13 @@ class TrainerConfig(Section):
     rollout: RolloutSettings
     teacher: TeacherSettings
     drift: DriftSettings = DriftSettings()
-    budget: Annotated[FixedBudgetSettings | PruneBudgetSettings, Field(discriminator="kind")]
+    budget: Annotated[
+        FixedBudgetSettings
+        | PruneBudgetSettings
+        | ProgressiveBudgetSettings
+        | QuantileBudgetSettings,
+        Field(discriminator="kind"),
+    ]
     loss: Annotated[
         SampledReverseKLSettings | LocalSupportMatchingSettings | StudentTopKReverseKLSettings,
         Field(discriminator="kind"),
@@ -289,8 +330,8 @@ class TrainerConfig(Section):
             )
         if self.longest_response >= self.rollout.max_context:
             raise ValueError(
-                f"the largest budget is {self.longest_response} tokens and must leave room for a prompt in "
-                f"rollout.max_context {self.rollout.max_context}"
+                f"the largest budget is {self.longest_response} tokens and must leave room for a "
+                f"prompt in rollout.max_context {self.rollout.max_context}"
             )
         if self.data.heldout is not None and self.eval.max_tokens >= self.rollout.max_context:
             raise ValueError(
@@ -349,41 +390,3 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node[leaf] = json.loads(text)
     except json.JSONDecodeError:
         node[leaf] = text
-
-
-def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """One line a problem: the setting, what is wrong, the value; for a typo the nearest name."""
-    lines = []
-    for problem in error.errors():
-        place = [str(part) for part in problem["loc"]]
-        line = f"  {'.'.join(place) or 'settings'}: {problem['msg']}"
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(place[-1], sorted(leaf_names(root)), n=1)
-            line = f"  {'.'.join(place)}: unknown setting" + (
-                f"; did you mean {near[0]!r}?" if near else ""
-            )
-        elif not isinstance(problem["input"], dict):
-            line += f" (got {problem['input']!r})"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def leaf_names(root: type[BaseModel]) -> set[str]:
-    """Names of all settings and sections below a model."""
-    names: set[str] = set()
-    for section in [root, *_sections(root)]:
-        names |= set(section.model_fields)
-    return names
-
-
-def _sections(root: type[BaseModel]) -> list[type[BaseModel]]:
-    found = []
-    pending = [field.annotation for field in root.model_fields.values()]
-    while pending:
-        annotation = pending.pop()
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            found.append(annotation)
-            pending += [field.annotation for field in annotation.model_fields.values()]
-        else:
-            pending += getattr(annotation, "__args__", ())
-    return found

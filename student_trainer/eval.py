@@ -45,8 +45,8 @@ class Grader:
         """True when the last match of the pattern holds the answer."""
         if self._normalize:
             response, answer = (unicodedata.normalize("NFKC", s) for s in (response, answer))
-        found = self._pattern.findall(response)
-        return bool(found) and found[-1].strip() == answer.strip()
+        found = [match[1] for match in self._pattern.finditer(response)]
+        return bool(found) and found[-1] is not None and found[-1].strip() == answer.strip()
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -70,14 +70,14 @@ async def evaluate(
 ) -> EvalResult:
     """Greedy accuracy, and pass@1 and pass@num_samples from samples when num_samples > 0.
 
-    `name` must differ from that of every other evaluation under way.
+    `name` must differ from that of every other evaluation under way. Raises DatasetError for no
+    problems and for one without an answer.
     """
+    answers = _answers(prompts)
     total, done = len(prompts) * (1 + num_samples), 0
 
     async def respond(index: int, prompt: Prompt, sample: int) -> tuple[bool, int]:
         nonlocal done
-        if prompt.answer is None:
-            raise DatasetError(f"problem {prompt.prompt_id} has no answer to compare with")
         options = SamplingOptions(
             max_tokens=max_tokens,
             temperature=GREEDY if sample == 0 else temperature,
@@ -92,7 +92,7 @@ async def evaluate(
         text = tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
         done += 1
         progress(done, total)
-        return grader.correct(text, prompt.answer), len(token_ids)
+        return grader.correct(text, answers[index]), len(token_ids)
 
     outcomes = await asyncio.gather(
         *(
@@ -111,6 +111,17 @@ async def evaluate(
         num_prompts=len(prompts),
         mean_tokens=float(lengths[:, 0].mean()),
     )
+
+
+def _answers(prompts: Sequence[Prompt]) -> list[str]:
+    if not prompts:
+        raise DatasetError("there are no problems to evaluate; data.heldout names them")
+    answers = []
+    for prompt in prompts:
+        if prompt.answer is None:
+            raise DatasetError(f"problem {prompt.prompt_id} has no answer to compare with")
+        answers.append(prompt.answer)
+    return answers
 
 
 def _mean_pass(num_correct: np.ndarray, num_samples: int, k: int) -> float | None:

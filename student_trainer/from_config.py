@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import torch
-from teacher_wire.fingerprint import tokenizer_fingerprint
-from teacher_wire.records import (
-    DriftMetric,
-    DriftPolicy,
-    LogprobDtype,
-    ScoreOptions,
-    TeacherInfo,
-)
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from student_trainer.budget import FixedBudget, LengthBudget, PruneBudget
+from student_trainer.budget import (
+    FixedBudget,
+    LengthBudget,
+    ProgressiveBudget,
+    PruneBudget,
+    QuantileBudget,
+)
 from student_trainer.config import (
     LocalSupportMatchingSettings,
+    ProgressiveBudgetSettings,
     PruneBudgetSettings,
+    QuantileBudgetSettings,
     SampledReverseKLSettings,
     TrainerConfig,
 )
@@ -40,6 +40,14 @@ from student_trainer.samplers.base import Sampler
 from student_trainer.samplers.hf_sampler import HfSampler
 from student_trainer.samplers.vllm_sampler import VllmSampler
 from student_trainer.teacher_client import TeacherClient
+from teacher_wire.fingerprint import tokenizer_fingerprint
+from teacher_wire.records import (
+    DriftMetric,
+    DriftPolicy,
+    LogprobDtype,
+    ScoreOptions,
+    TeacherInfo,
+)
 
 
 def prompts(
@@ -210,6 +218,22 @@ def budget(config: TrainerConfig) -> LengthBudget:
             hit_share=settings.hit_ratio,
             patience=settings.patience,
             boundary=settings.boundary,
+        )
+    if isinstance(settings, ProgressiveBudgetSettings):
+        return ProgressiveBudget(
+            initial=settings.initial,
+            maximum=settings.maximum,
+            increment=settings.increment,
+            every=settings.every_steps,
+        )
+    if isinstance(settings, QuantileBudgetSettings):
+        return QuantileBudget(
+            initial=settings.initial,
+            minimum=settings.minimum,
+            maximum=settings.maximum,
+            margin=settings.margin,
+            quantile=settings.quantile,
+            rate=settings.rate,
         )
     return FixedBudget(settings.max_tokens)
 

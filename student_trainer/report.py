@@ -17,6 +17,8 @@ from student_trainer.run_log import METRICS_FILE, PROFILES_FILE, read_lines
 PHASES = ("generate", "teacher_wait", "learn", "sync")
 COLORS = {"generate": "#4878a8", "teacher_wait": "#c44e52", "learn": "#6aa66a", "sync": "#c9a227"}
 FIRST, LAST = "#9aa5b1", "#1f4e79"
+MIN_BAND_SHARE = 0.1
+"""A position band is drawn when at least this share of the rollouts reaches it."""
 
 
 def summarize(folder: Path, extra: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -144,9 +146,11 @@ def _overlap(axis: Axes, profiles: list[dict[str, Any]]) -> None:
         if profile["overlap_by_band"] is None:
             axis.text(0.5, 0.5, "no student top-k was sent", transform=axis.transAxes, ha="center")
             return
-        band = profile["band_tokens"]
-        starts = np.arange(len(profile["overlap_by_band"])) * band + band / 2
-        axis.plot(starts, profile["overlap_by_band"], color=color, label=f"{name} step")
+        enough = MIN_BAND_SHARE * len(profile["lengths"])
+        num_bands = sum(count >= enough for count in profile["rollouts_by_band"])
+        middles = (np.arange(num_bands) + 0.5) * profile["band_tokens"]
+        overlaps = profile["overlap_by_band"][:num_bands]
+        axis.plot(middles, overlaps, ".-", color=color, label=f"{name} step")
     axis.legend(frameon=False, loc="lower left")
 
 
@@ -176,8 +180,8 @@ def _time(axis: Axes, steps: list[dict[str, Any]]) -> None:
         labels=[phase.replace("_", " ") for phase in PHASES],
         colors=[COLORS[phase] for phase in PHASES],
     )
-    axis.set_ylim(bottom=0)
-    axis.legend(frameon=False, loc="upper left", ncols=2)
+    axis.set_ylim(0, 1.25 * max(sum(step) for step in zip(*values, strict=True)))
+    axis.legend(frameon=False, loc="upper right", ncols=4, columnspacing=1.2)
 
 
 def _records(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -14,12 +14,12 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from teacher_wire.errors import NotReadyError
-from teacher_wire.records import DriftState, ScoreRows, Scores, TokenSpan, Verdict
 
 from student_trainer.data import SpecialTokens
 from student_trainer.records import Delta, Finish, Prompt, Rollout, RolloutTimes, SamplingOptions
 from student_trainer.samplers.base import Sampler
+from teacher_wire.errors import NotReadyError
+from teacher_wire.records import DriftState, ScoreRows, Scores, TokenSpan, Verdict
 
 
 class TeacherSession(Protocol):

@@ -19,12 +19,12 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import uvloop
 from numpy.typing import NDArray
-from teacher_wire.errors import NotReadyError
 
 from student_trainer.data import PromptOrder
 from student_trainer.records import Prompt, Rollout, SamplingOptions
 from student_trainer.rollout import RolloutRules, TeacherSession, run_rollout
 from student_trainer.samplers.base import Sampler
+from teacher_wire.errors import NotReadyError
 
 T = TypeVar("T")
 CLOSE_TIMEOUT_S = 5.0

@@ -83,14 +83,23 @@ class Bars:
 
 
 class RunLog:
-    """The written record of one run."""
+    """The written record of one run.
 
-    def __init__(self, folder: Path, bars: Bars, *, resume: bool = False) -> None:
+    With `resume_from` it goes on after that step: what was written of later ones, which are done
+    again, is dropped.
+    """
+
+    def __init__(self, folder: Path, bars: Bars, *, resume_from: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        mode = "a" if resume else "w"
+        if resume_from is not None:
+            for name in (METRICS_FILE, PROFILES_FILE):
+                _drop_later(folder / name, resume_from)
+        mode = "w" if resume_from is None else "a"
         self._metrics = (folder / METRICS_FILE).open(mode, encoding="utf-8")
         self._profiles = (folder / PROFILES_FILE).open(mode, encoding="utf-8")
-        self._board = SummaryWriter(folder / "tensorboard")
+        self._board = SummaryWriter(
+            folder / "tensorboard", purge_step=None if resume_from is None else resume_from + 1
+        )
         self._bars = bars
 
     def close(self) -> None:
@@ -128,11 +137,27 @@ class RunLog:
 
 
 def _line(step: int, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> str:
+    # Absent when no token of the step counted.
+    reverse_kl = metrics.get("reverse_kl", 0.0)
     return (
-        f"step {step:>3}  loss {metrics['loss']:.4f}  reverse KL {metrics['reverse_kl']:.3f}  "
+        f"step {step:>3}  loss {metrics['loss']:.4f}  reverse KL {reverse_kl:.3f}  "
         f"length {metrics['length_mean']:.0f}  stopped {metrics['truncated_rollouts']:.0f}"
         f"/{metrics['rollouts']:.0f}  {sum(seconds.values()):.1f} s"
     )
+
+
+def _drop_later(path: Path, step: int) -> None:
+    """Keeps the records up to a step; a killed run may have left the last line incomplete."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

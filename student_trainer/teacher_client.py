@@ -17,6 +17,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from student_trainer.patience import BrokenStreamError, Patience, RetryLimits, backoff_s
+from student_trainer.teacher_stream import Handshake, TeacherStream
 from teacher_wire import codec
 from teacher_wire.errors import (
     CapacityError,
@@ -36,16 +39,15 @@ from teacher_wire.records import (
     TokenSpan,
 )
 
-from student_trainer.patience import BrokenStreamError, Patience, RetryLimits, backoff_s
-from student_trainer.teacher_stream import Handshake, TeacherStream
-
 log = logging.getLogger(__name__)
 
 OnAbsent = Literal["error", "wait"]
 """What to do when every endpoint is gone in mid-run: fail after the connect timeout, or wait."""
 
-_SAME_TEACHER = ("model_id", "weights_digest", "dtype", "vocab_size", "tokenizer_fingerprint")
+_SAME_TEACHER = ("weights_digest", "dtype", "vocab_size", "tokenizer_fingerprint")
 """Two servers that differ in one of these give different rows."""
+_SAME_NAME = ("model_id", "revision")
+"""What stands for the weights of a teacher without a digest."""
 
 
 class TeacherClient:
@@ -71,7 +73,8 @@ class TeacherClient:
         self._info: TeacherInfo | None = None
         self._stream: TeacherStream | None = None
         self._connecting: asyncio.Task[TeacherStream] | None = None
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._next_endpoint = 0
+        self._retiring: dict[asyncio.Task[None], TeacherStream] = {}
         self._closed = False
 
     @classmethod
@@ -152,7 +155,9 @@ class TeacherClient:
             await asyncio.gather(self._connecting, return_exceptions=True)
         if self._stream is not None:
             await self._stream.aclose()
-        await asyncio.gather(*self._retiring, return_exceptions=True)
+        retiring = dict(self._retiring)
+        await asyncio.gather(*(stream.aclose() for stream in retiring.values()))
+        await asyncio.gather(*retiring, return_exceptions=True)
 
     async def live_stream(self) -> TeacherStream:
         """A usable stream: the one in use, or a new one to the first endpoint that answers.
@@ -177,10 +182,11 @@ class TeacherClient:
     async def _reconnect(self) -> TeacherStream:
         old, self._stream = self._stream, None
         if old is not None:
+            self._next_endpoint = self._endpoints.index(old.endpoint) + 1
             log.info("leaving %s: %s", old.endpoint, old.broken or "it goes away")
             task = asyncio.create_task(_retire(old))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+            self._retiring[task] = old
+            task.add_done_callback(self._retiring.pop)
         timeout_s = None if self._on_absent == "wait" else self._connect_timeout_s
         self._stream = await self._connect_any(timeout_s)
         return self._stream
@@ -190,7 +196,7 @@ class TeacherClient:
         give_up = None if timeout_s is None else loop.time() + timeout_s
         attempt = 0
         while True:
-            endpoint = self._endpoints[attempt % len(self._endpoints)]
+            endpoint = self._endpoints[(self._next_endpoint + attempt) % len(self._endpoints)]
             left = self._connect_timeout_s if give_up is None else give_up - loop.time()
             try:
                 # Several endpoints share the time; a single one gets it all.
@@ -216,8 +222,10 @@ class TeacherClient:
             return stream
 
     def _accept(self, endpoint: str, info: TeacherInfo) -> None:
-        for name in _SAME_TEACHER if self._info is not None else ():
-            before, now = getattr(self._info, name), getattr(info, name)
+        first = self._info or info
+        names = _SAME_TEACHER if first.weights_digest else (*_SAME_NAME, *_SAME_TEACHER)
+        for name in names:
+            before, now = getattr(first, name), getattr(info, name)
             if before != now:
                 raise FingerprintMismatchError(
                     f"{endpoint} now serves {name} {now!r}, the run began with {before!r}"

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+
+from student_trainer.patience import BrokenStreamError
 from teacher_wire import codec
 from teacher_wire.errors import EngineError, NotReadyError, TeacherError
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import PROTOCOL_VERSION, TeacherInfo
 from teacher_wire.status import decode_error, decode_status
-
-from student_trainer.patience import BrokenStreamError
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 _CLOSE_TIMEOUT_S = 2.0
 
@@ -106,12 +104,7 @@ class TeacherStream:
         return bool(self._exchanges)
 
     async def _shake_hands(self, timeout_s: float) -> TeacherInfo:
-        try:
-            await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
-        except TimeoutError:
-            raise NotReadyError(
-                f"no teacher answers at {self.endpoint} within {timeout_s:.1f} s"
-            ) from None
+        await self._wait_until_connected(timeout_s)
         self._call = self._stub.Session()
         hello = pb.Hello(
             protocol_version=PROTOCOL_VERSION,
@@ -128,6 +121,21 @@ class TeacherStream:
                 f"the teacher at {self.endpoint} did not answer Hello within {timeout_s:.1f} s"
             )
         return self._welcome.result()
+
+    async def _wait_until_connected(self, timeout_s: float) -> None:
+        """Fails at the first refused connection; how often to try again is the caller's choice."""
+        give_up = asyncio.get_running_loop().time() + timeout_s
+        state = self._channel.get_state(try_to_connect=True)
+        while state is not grpc.ChannelConnectivity.READY:
+            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                raise NotReadyError(f"no teacher listens at {self.endpoint}")
+            left = give_up - asyncio.get_running_loop().time()
+            try:
+                await asyncio.wait_for(self._channel.wait_for_state_change(state), max(left, 0.0))
+            except TimeoutError:
+                text = f"no teacher answers at {self.endpoint} within {timeout_s:.1f} s"
+                raise NotReadyError(text) from None
+            state = self._channel.get_state(try_to_connect=True)
 
     async def exchange(
         self, session_id: str, requests: Sequence[pb.SessionRequest]
@@ -154,8 +162,7 @@ class TeacherStream:
             raise decode_status(error) from error
 
     async def aclose(self) -> None:
-        """Ends the stream: in good order when the server follows at once, by cancelling
-        otherwise."""
+        """Ends the stream: in good order if the server follows at once, else by cancelling."""
         if self._tasks:
             self._outbox.put_nowait(None)
             await asyncio.wait(self._tasks, timeout=_CLOSE_TIMEOUT_S)
@@ -182,7 +189,7 @@ class TeacherStream:
         except grpc.aio.AioRpcError as error:
             reason = decode_status(error)
             if isinstance(reason, EngineError):
-                # grpc.aio reports INTERNAL for a stream that ends under a write, whatever its status.
+                # grpc.aio says INTERNAL of a stream that ends under a write, whatever its status.
                 reason = NotReadyError(f"the stream to {self.endpoint} broke: {reason.message}")
             self._break(reason)
         except TeacherError as error:

@@ -45,17 +45,17 @@ class WeightSync:
     async def push(self, probe_prompts: Sequence[NDArray[np.int32]], version: int) -> float:
         """Loads the learner's weights into the sampler and returns the largest log-prob gap.
 
-        The gap, in nats, is measured on a few greedy tokens of each probe prompt. Raises
+        The gap, in nats, is measured on a few sampled tokens of each probe prompt. Raises
         WeightSyncError when it passes `max_logprob_gap`.
         """
         self._write()
         await self._sampler.load_weights(self._folder)
-        gap = 0.0
+        gaps = []
         for index, prompt_ids in enumerate(probe_prompts):
             tokens, logprobs = await self._sampled(f"probe-{version}-{index}", prompt_ids)
-            gap = max(
-                gap, float(np.abs(self._learner_logprobs(prompt_ids, tokens) - logprobs).max())
-            )
+            gaps.append(np.abs(self._learner_logprobs(prompt_ids, tokens) - logprobs).max())
+        # numpy's maximum, unlike max(), lets no NaN get lost.
+        gap = float(np.max(gaps))
         if not gap <= self._max_logprob_gap:
             raise WeightSyncError(
                 f"after the sync of step {version} the sampler's log-probs differ from the "

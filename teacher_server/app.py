@@ -26,10 +26,6 @@ import uvicorn
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
-from teacher_wire.errors import TeacherError
-from teacher_wire.fingerprint import tokenizer_fingerprint, weights_digest
-from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
-from teacher_wire.records import TeacherInfo
 
 from teacher_server import __version__, http_api
 from teacher_server.config import TeacherConfig
@@ -42,6 +38,10 @@ from teacher_server.server_options import SERVER_OPTIONS
 from teacher_server.service import SERVICE_NAME, TeacherService
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import StreamLimits
+from teacher_wire.errors import TeacherError
+from teacher_wire.fingerprint import tokenizer_fingerprint, weights_digest
+from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
+from teacher_wire.records import TeacherInfo
 
 log = logging.getLogger(__name__)
 

@@ -127,8 +127,7 @@ def is_loopback(host: str) -> bool:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config` and one flag a setting; a flag that is not given stays out of the
-    namespace."""
+    """Adds `--config` and one flag a setting; one that is not given is not in the namespace."""
     parser.add_argument("--config", metavar="PATH", help="TOML file with settings")
     for name, entry in _FIELDS.items():
         flag, rule = f"--{name.replace('_', '-')}", entry.metadata

@@ -19,10 +19,14 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+
 from teacher_wire.records import DriftMetric, DriftPolicy, DriftState, Verdict
 
 _ROUNDING = 1e-9
 """Slack, relative, for a product or quotient of two doubles that is an integer on paper."""
+
+_ROW_BLOCK = 512
+"""Rows compared at a time, which bounds the memory of an append."""
 
 
 def bad_event_budget(w_drop: float) -> int:
@@ -42,8 +46,11 @@ def overlap_counts(
 
     A teacher's list has no repeats, so counting its members counts the set.
     """
-    common = (teacher_ids[:, :, None] == student_ids[:, None, :]).any(axis=2)
-    counts: NDArray[np.uint8] = common.sum(axis=1, dtype=np.uint8)
+    counts = np.empty(len(teacher_ids), np.uint8)
+    for start in range(0, len(counts), _ROW_BLOCK):
+        rows = slice(start, start + _ROW_BLOCK)
+        common = teacher_ids[rows, :, None] == student_ids[rows, None, :]
+        counts[rows] = common.any(axis=2).sum(axis=1)
     return counts
 
 

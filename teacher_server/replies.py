@@ -32,8 +32,7 @@ class ReplyQueue:
         return self._bytes
 
     async def put(self, reply: pb.SessionResponse) -> None:
-        """Adds a reply at the end, as soon as there is room; one reply always fits an empty
-        queue."""
+        """Adds a reply at the end, as soon as there is room; an empty queue takes any."""
         size = reply.ByteSize()
         async with self._changed:
             await self._changed.wait_for(

@@ -6,7 +6,9 @@ Knows no session and no transport.
 from __future__ import annotations
 
 import numpy as np
-from teacher_wire.codec import concat_rows
+
+from teacher_server import drift
+from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_wire.errors import EngineError, NonFiniteError
 from teacher_wire.records import (
     MAX_DRIFT_K,
@@ -15,10 +17,8 @@ from teacher_wire.records import (
     Scores,
     Timing,
     TokenSpan,
+    concat_rows,
 )
-
-from teacher_server import drift
-from teacher_server.engine.base import EngineRows, ScoreQuery
 
 
 def check_rows(rows: EngineRows, query: ScoreQuery) -> None:

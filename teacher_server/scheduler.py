@@ -18,10 +18,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from teacher_server.engine.base import EngineRows, ScoreQuery, ScoringEngine
 from teacher_wire.errors import CapacityError, DeadlineError, EngineError, TeacherError
 from teacher_wire.records import Timing
-
-from teacher_server.engine.base import EngineRows, ScoreQuery, ScoringEngine
 
 log = logging.getLogger(__name__)
 _MIN_HINT_MS, _MAX_HINT_MS = 50, 10_000

@@ -1,4 +1,5 @@
-"""gRPC options of a server. An unknown name is ignored in silence, so each has a test of its effect."""
+"""gRPC options of a server. An unknown name is ignored in silence, so each has a test of its
+effect."""
 
 from __future__ import annotations
 

@@ -15,6 +15,9 @@ from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import grpc
+
+from teacher_server.sessions import SessionTable
+from teacher_server.stream import Context, SessionStream, StreamLimits
 from teacher_wire import codec
 from teacher_wire.errors import (
     EngineError,
@@ -28,9 +31,6 @@ from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import PROTOCOL_VERSION, TeacherInfo
 from teacher_wire.status import encode_status
-
-from teacher_server.sessions import SessionTable
-from teacher_server.stream import Context, SessionStream, StreamLimits
 
 log = logging.getLogger(__name__)
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
@@ -112,8 +112,8 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: Context
     ) -> None:
         async with self._edge("Session", context):
-            # Hello is read first in any case: grpc.aio's client forgets a status that arrives while it
-            # is still writing.
+            # Hello is read first in any case: grpc.aio's client forgets a status that arrives
+            # while it is still writing.
             first = await anext(aiter(request_iterator), None)
             if first is None:
                 return

@@ -19,6 +19,11 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from teacher_server import drift
+from teacher_server.engine.base import EngineRows, ScoreQuery
+from teacher_server.rows import check_rows, joined, judged_rows, pieces
+from teacher_server.validation import check_drift, check_open, check_span, check_total_length
 from teacher_wire.errors import (
     CapacityError,
     InvalidRequestError,
@@ -36,11 +41,6 @@ from teacher_wire.records import (
     TokenSpan,
     Verdict,
 )
-
-from teacher_server import drift
-from teacher_server.engine.base import EngineRows, ScoreQuery
-from teacher_server.rows import check_rows, joined, judged_rows, pieces
-from teacher_server.validation import check_drift, check_open, check_span, check_total_length
 
 _EMPTY_IDS: NDArray[np.int32] = np.zeros(0, np.int32)
 _EVICTION_HINT_MS = 500
@@ -193,9 +193,11 @@ class SessionTable:
         """
         session = self._find(session_id, tenant)
         session.num_pending += 1
+        give_up = None if deadline_s is None else self._clock() + deadline_s
         try:
             async with session.lock:
-                scores = await self._score(session, span, deadline_s)
+                left = None if give_up is None else give_up - self._clock()
+                scores = await self._score(session, span, left)
         finally:
             session.num_pending -= 1
             session.last_used = self._clock()

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
+
+from teacher_server.replies import ReplyQueue
+from teacher_server.sessions import SessionTable
 from teacher_wire import codec
 from teacher_wire.errors import (
     CapacityError,
@@ -26,9 +29,6 @@ from teacher_wire.errors import (
 )
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.status import encode_error
-
-from teacher_server.replies import ReplyQueue
-from teacher_server.sessions import SessionTable
 
 log = logging.getLogger(__name__)
 _REQUEST_OVERHEAD_BYTES = 512

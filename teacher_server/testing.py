@@ -1,4 +1,5 @@
-"""A whole teacher in this process, over a real loopback socket, for tests and client development."""
+"""A whole teacher in this process, over a real loopback socket, for tests and client
+development."""
 
 from __future__ import annotations
 
@@ -7,8 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import grpc
-from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
-from teacher_wire.records import TeacherInfo
 
 from teacher_server.engine.base import ScoringEngine
 from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
@@ -18,6 +17,8 @@ from teacher_server.server_options import SERVER_OPTIONS
 from teacher_server.service import TeacherService
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import StreamLimits
+from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
+from teacher_wire.records import TeacherInfo
 
 
 def teacher_info(

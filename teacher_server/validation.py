@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
+from teacher_server import drift
 from teacher_wire.errors import InvalidRequestError
 from teacher_wire.records import (
     DriftMetric,
@@ -17,8 +19,6 @@ from teacher_wire.records import (
     TeacherInfo,
     TokenSpan,
 )
-
-from teacher_server import drift
 
 MAX_SESSION_ID_BYTES = 256
 

@@ -13,8 +13,10 @@ log-prob of 2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -208,3 +210,42 @@ class TeacherInfo:
     max_append_tokens: int
     protocol_version: int = PROTOCOL_VERSION
     server_version: str = ""
+
+
+def slice_rows(rows: ScoreRows, start: int, stop: int) -> ScoreRows:
+    """Rows start..stop, as views."""
+
+    def cut(array: NDArray[Any] | None) -> NDArray[Any] | None:
+        return None if array is None else array[start:stop]
+
+    return ScoreRows(
+        offset=rows.offset + start,
+        topk_ids=rows.topk_ids[start:stop],
+        topk_logprobs=rows.topk_logprobs[start:stop],
+        token_logprobs=rows.token_logprobs[start:stop],
+        candidate_logprobs=cut(rows.candidate_logprobs),
+        overlap_counts=cut(rows.overlap_counts),
+        bad_events=cut(rows.bad_events),
+        entropies=cut(rows.entropies),
+        token_ranks=cut(rows.token_ranks),
+    )
+
+
+def concat_rows(parts: list[ScoreRows]) -> ScoreRows:
+    """The rows of consecutive parts; raises InvalidRequestError where they leave a gap."""
+    if len(parts) == 1:
+        return parts[0]
+    for left, right in pairwise(parts):
+        if right.offset != left.offset + len(left):
+            raise InvalidRequestError(
+                f"rows go on at {right.offset}, must go on at {left.offset + len(left)}"
+            )
+
+    def join(name: str) -> NDArray[Any] | None:
+        arrays = [getattr(part, name) for part in parts]
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    fields: dict[str, Any] = {
+        name: join(name) for name in ScoreRows.__dataclass_fields__ if name != "offset"
+    }
+    return replace(parts[0], **fields)

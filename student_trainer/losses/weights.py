@@ -11,7 +11,6 @@ batch except `mean_normalize`; a step split into micro-batches normalises its gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 from .divergences import check_log_probs
 
 Aggregate = Literal["signed_mean", "mean_abs", "rms"]
-Occurrences = Literal["first", "all", "none"]
 
 RELIABILITY_EPSILON = 1e-8
 """Reliability up to this is zero (the Prune-OPD code's value; the paper gives none)."""
@@ -194,29 +192,3 @@ def combine(*weights_BT: Tensor) -> Tensor:
         product_BT = product_BT * weight_BT.detach()
     return product_BT
 
-
-def special_token_mask(
-    token_ids_BT: Tensor,
-    mask_BT: Tensor,
-    special_ids: Sequence[int],
-    *,
-    occurrences: Occurrences,
-) -> Tensor:
-    """mask_BT without each special id's first (or every) valid occurrence in its sequence, bool.
-
-    arXiv 2603.25562's released code masks the first `<`, `think` and `<|im_end|>` of each response
-    (each id of a multi-token string by itself), where formats of student and teacher differ by tens
-    of nats. Apply it before building `LossInputs`, so that a masked token enters no weight either.
-    """
-    _check_mask(mask_BT, token_ids_BT=token_ids_BT)
-    if occurrences not in ("first", "all", "none"):
-        raise ValueError(f"occurrences must be first, all or none, got {occurrences!r}")
-    keep_BT = mask_BT.clone()
-    if occurrences == "none":
-        return keep_BT
-    for special_id in special_ids:
-        hit_BT = (token_ids_BT == special_id) & mask_BT
-        if occurrences == "first":
-            hit_BT = hit_BT & (hit_BT.cumsum(dim=-1) == 1)
-        keep_BT &= ~hit_BT
-    return keep_BT

@@ -30,6 +30,7 @@ class HfSampler:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         self._loaded: PreTrainedModel | None = None
+        self._running: set[str] = set()
         self._aborted: set[str] = set()
 
     async def start(self) -> None:
@@ -43,34 +44,38 @@ class HfSampler:
         generator = torch.Generator().manual_seed(options.seed or 0)
         cache = DynamicCache(config=model.config)
         step_ids = torch.from_numpy(prompt_ids).long().unsqueeze(0).to(self._device)
-        for position in range(options.max_tokens):
-            with torch.no_grad():
-                logits = model(step_ids, past_key_values=cache).logits[0, -1].float().cpu()
-            logprobs = sampling_logprobs(logits, options)
-            token = _choose(logprobs, options, generator)
-            topk = logprobs.topk(options.num_topk)
-            finish = None
-            if token in stop_ids:
-                finish = Finish.STOP
-            elif request_id in self._aborted:
-                finish = Finish.TRUNCATED
-            elif position == options.max_tokens - 1:
-                finish = Finish.LENGTH
-            yield Delta(
-                token_ids=np.array([token], np.int32),
-                logprobs=np.array([logprobs[token]], np.float32),
-                topk_ids=topk.indices.int().numpy()[None],
-                topk_logprobs=topk.values.numpy()[None],
-                finish=finish,
-            )
-            if finish is not None:
-                self._aborted.discard(request_id)
-                return
-            step_ids = torch.tensor([[token]], device=self._device)
-            await asyncio.sleep(0)
+        self._running.add(request_id)
+        try:
+            for position in range(options.max_tokens):
+                with torch.no_grad():
+                    logits = model(step_ids, past_key_values=cache).logits[0, -1].float().cpu()
+                logprobs = sampling_logprobs(logits, options)
+                token = _choose(logprobs, options, generator)
+                topk = logprobs.topk(options.num_topk)
+                finish = None
+                if token in stop_ids:
+                    finish = Finish.STOP
+                elif request_id in self._aborted:
+                    finish = Finish.TRUNCATED
+                elif position == options.max_tokens - 1:
+                    finish = Finish.LENGTH
+                yield Delta(
+                    token_ids=np.array([token], np.int32),
+                    logprobs=np.array([logprobs[token]], np.float32),
+                    topk_ids=topk.indices.int().numpy()[None],
+                    topk_logprobs=topk.values.numpy()[None],
+                    finish=finish,
+                )
+                if finish is not None:
+                    return
+                step_ids = torch.tensor([[token]], device=self._device)
+                await asyncio.sleep(0)
+        finally:
+            self._running.discard(request_id)
+            self._aborted.discard(request_id)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        self._aborted.update(request_ids)
+        self._aborted.update(self._running.intersection(request_ids))
 
     async def load_weights(self, folder: Path) -> None:
         self._model().load_state_dict(load_file(folder / "model.safetensors"))

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from teacher_wire.errors import InvalidRequestError, NonFiniteError
 
 

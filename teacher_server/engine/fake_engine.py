@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from teacher_wire.errors import EngineError, NonFiniteError
 
 from teacher_server.engine.base import EngineInfo, EngineRows, ScoreQuery
+from teacher_wire.errors import EngineError, NonFiniteError
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)

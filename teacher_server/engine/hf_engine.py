@@ -14,7 +14,6 @@ from importlib import metadata
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from teacher_wire.errors import EngineError
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from teacher_server.engine.base import (
@@ -25,6 +24,7 @@ from teacher_server.engine.base import (
     check_query,
 )
 from teacher_server.engine.checkpoint import read_config, resolve_dtype
+from teacher_wire.errors import EngineError
 
 MAX_FORWARD_TOKENS = 512
 """Tokens per forward pass; bounds the [tokens, vocabulary] float32 log-probs."""

@@ -87,7 +87,7 @@ class RowRequest:
 
     def width(self) -> int:
         """Columns of the packed answer."""
-        return HEADER + 2 * self.k + self.candidate_ids.shape[1]
+        return HEADER + 2 * self.k + int(self.candidate_ids.shape[1])
 
     def until(self, end: int) -> RowRequest:
         """The same for the rows of the tokens before `end`."""

@@ -10,9 +10,9 @@ import itertools
 
 import numpy as np
 from numpy.typing import NDArray
-from teacher_wire.errors import EngineError
 
 from teacher_server.engine.base import EngineRows, ScoreQuery, ScoringEngine
+from teacher_wire.errors import EngineError
 
 NUM_TOKENS = 160
 NUM_PIECES = 5
@@ -77,12 +77,13 @@ async def _score(
 
 def _logprobs(answers: list[EngineRows]) -> NDArray[np.float32]:
     """[n, K + 2] all log-probs of consecutive answers."""
-    return np.concatenate(
-        [
-            np.column_stack([rows.topk_logprobs, rows.token_logprobs, rows.candidate_logprobs])
-            for rows in answers
-        ]
-    )
+    tables: list[NDArray[np.float32]] = []
+    for rows in answers:
+        if rows.candidate_logprobs is None:
+            raise EngineError("self-test: the engine returned no log-probs of the candidates")
+        columns = [rows.topk_logprobs, rows.token_logprobs, rows.candidate_logprobs]
+        tables.append(np.column_stack(columns))
+    return np.concatenate(tables)
 
 
 def _largest_difference(whole: list[EngineRows], pieces: list[EngineRows]) -> float:

@@ -15,8 +15,6 @@ import os
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from teacher_wire.errors import EngineError
-
 from teacher_server.engine.base import (
     EngineInfo,
     EngineRows,
@@ -26,6 +24,7 @@ from teacher_server.engine.base import (
 )
 from teacher_server.engine.checkpoint import read_config, resolve_dtype
 from teacher_server.engine.row_format import ZERO_BLOCKS_VARIABLE, RowCollector, RowRequest
+from teacher_wire.errors import EngineError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import fields
 
 import numpy as np
-from teacher_wire.codec import concat_rows
-from teacher_wire.records import ScoreRows, Scores, TokenSpan
+
+from teacher_wire.records import ScoreRows, Scores, TokenSpan, concat_rows
 
 VOCAB = 512
 
 
-def make_span(num_tokens: int, *, offset: int = 0, width: int | None = 16, seed: int = 0) -> TokenSpan:
+def make_span(
+    num_tokens: int, *, offset: int = 0, width: int | None = 16, seed: int = 0
+) -> TokenSpan:
     """Random tokens with `width` distinct candidates each."""
     rng = np.random.default_rng(seed)
     candidates = None

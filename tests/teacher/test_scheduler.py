@@ -6,6 +6,7 @@ import asyncio
 
 import numpy as np
 import pytest
+
 from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.scheduler import Scheduler, SchedulerLimits
@@ -43,7 +44,11 @@ async def settle() -> None:
 
 
 def start(
-    scheduler: Scheduler, tenant: str, name: str = "", tokens: int = 4, deadline_s: float | None = None
+    scheduler: Scheduler,
+    tenant: str,
+    name: str = "",
+    tokens: int = 4,
+    deadline_s: float | None = None,
 ) -> asyncio.Task[object]:
     work = scheduler.score(query(tokens, name or tenant), tenant=tenant, deadline_s=deadline_s)
     return asyncio.create_task(work)
@@ -79,7 +84,7 @@ async def test_a_full_queue_refuses_with_a_hint() -> None:
     scheduler = Scheduler(engine, SchedulerLimits(max_running=1, max_queued_tokens=10))
     tasks = [start(scheduler, "a", tokens=6) for _ in range(2)]
     await settle()
-    with pytest.raises(CapacityError, match="6 tokens are queued and 5 more pass.*10") as caught:
+    with pytest.raises(CapacityError, match=r"6 tokens are queued and 5 more pass.*10") as caught:
         await scheduler.score(query(5), tenant="b")
     assert 50 <= caught.value.retry_after_ms <= 10_000
     tasks.append(start(scheduler, "b", tokens=4))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from fake_rows import VOCAB, assert_rows_equal, assert_same_response, cut, make_span
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.metrics import Metrics
 from teacher_server.scheduler import Scheduler, SchedulerLimits
@@ -94,10 +96,7 @@ def test_appended_pieces_equal_the_whole(
         policy = replace(POLICY, metric=metric, w_drop=w_drop)
         table.open(policy=policy)
         bounds = [0, *cuts, 60]
-        parts = [
-            await table.append(cut(span, start, stop))
-            for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
+        parts = [await table.append(cut(span, start, stop)) for start, stop in pairwise(bounds)]
         whole = await table.sessions.score_once(PROMPT, span, OPTIONS, policy, tenant="t")
         assert_same_response(parts, whole)
 
@@ -315,7 +314,10 @@ Change = Callable[[TokenSpan], TokenSpan]
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda s: replace(s, token_ids=np.where(s.token_ids >= 0, VOCAB, 0)), "token_ids.0. is 512"),
+        (
+            lambda s: replace(s, token_ids=np.where(s.token_ids >= 0, VOCAB, 0)),
+            "token_ids.0. is 512",
+        ),
         (lambda s: replace(s, token_ids=s.token_ids - VOCAB), "must be in 0..511"),
         (lambda s: replace(s, candidate_ids=s.candidate_ids + VOCAB), "candidate_ids.0, 0."),
         (lambda s: replace(s, candidate_ids=s.candidate_ids[:, :7]), "7 ids a row.*compares 8"),

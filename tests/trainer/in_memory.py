@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from student_trainer.data import SpecialTokens
 from student_trainer.records import Delta, Finish, Prompt, SamplingOptions
 from student_trainer.rollout import RolloutRules

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from in_memory import prompt
+from tiny_student import character_tokenizer
+
 from student_trainer.data import PromptOrder, SpecialTokens, load_prompts, load_tokenizer
 from student_trainer.errors import CheckpointError, DatasetError
-from tiny_student import character_tokenizer
 
 TOKENIZER = character_tokenizer()
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from in_memory import InMemorySampler, ScriptedSession, prompt, rules
 from numpy.typing import NDArray
+
 from student_trainer.data import PromptOrder
 from student_trainer.records import SamplingOptions
 from student_trainer.rollout_source import LoopThread, RolloutBatch, RolloutSource

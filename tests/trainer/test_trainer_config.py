@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from student_trainer.config import TrainerConfig, load_config
 from student_trainer.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+TOPK_LOSS = ["loss.kind=student_topk_reverse_kl", "drift.metric=teacher_top_p_accept"]
 SMALLEST = """
 [run]
 out = "runs/x"
@@ -101,13 +103,11 @@ def test_missing_setting_is_named(smallest: Path) -> None:
         (["teacher.k=8"], r"drift\.k is 16, more than the teacher\.k 8"),
         (["rollout.student_topk=8"], r"drift\.k is 16, more than the rollout\.student_topk 8"),
         (
-            ["loss.kind=student_topk_reverse_kl", "drift.metric=teacher_top_p_accept"]
-            + ["rollout.student_topk=0"],
+            [*TOPK_LOSS, "rollout.student_topk=0"],
             r"needs rollout\.student_topk > 0",
         ),
         (
-            ["loss.kind=student_topk_reverse_kl", "drift.metric=teacher_top_p_accept"]
-            + ["rollout.top_p=0.9"],
+            [*TOPK_LOSS, "rollout.top_p=0.9"],
             r"needs the behavior policy's full distribution, but rollout\.top_p is 0\.9",
         ),
         (["rollout.top_p=0.9"], r"overlap_ratio with rollout\.top_p 0\.9.*teacher_top_p_accept"),
@@ -120,7 +120,26 @@ def test_missing_setting_is_named(smallest: Path) -> None:
             ['budget={"kind":"prune","initial":5,"minimum":10,"maximum":20}'],
             r"minimum <= initial <= maximum, got 10, 5, 20",
         ),
-        (["eval.max_tokens=200"], r"eval\.max_tokens is 200.*rollout\.max_context 200"),
+        (
+            [
+                'budget={"kind":"progressive","initial":30,"maximum":20,"increment":1,"every_steps":1}'
+            ],
+            r"minimum <= initial <= maximum, got 1, 30, 20",
+        ),
+        (
+            ['budget={"kind":"quantile","initial":5,"minimum":10,"maximum":20}'],
+            r"minimum <= initial <= maximum, got 10, 5, 20",
+        ),
+        (
+            [
+                'budget={"kind":"progressive","initial":3,"maximum":200,"increment":1,"every_steps":1}'
+            ],
+            r"largest budget is 200 tokens",
+        ),
+        (
+            ["data.heldout=h.jsonl", "eval.max_tokens=200"],
+            r"eval\.max_tokens is 200.*rollout\.max_context 200",
+        ),
         (["loss.kind=forward_kl"], r"loss: .*forward_kl"),
         (["run.steps=0"], r"run\.steps: .*greater than 0 \(got 0\)"),
         (["rollout.temperature=0"], r"rollout\.temperature: .*\(got 0\)"),
@@ -132,7 +151,7 @@ def test_missing_setting_is_named(smallest: Path) -> None:
             ["drift.k=256", "teacher.k=256", "rollout.student_topk=256"],
             r"drift\.k: .*255 \(got 256\)",
         ),
-        (["drift.threshold=1e-12"], r"drift\.threshold: .*1e-09"),
+        (["drift.threshold=1e-12"], r"drift\.threshold: .*0\.000000001 \(got 1e-12\)"),
         (["eval.answer_pattern=#("], r"eval\.answer_pattern: .*not a regular expression"),
         (["eval.answer_pattern=#[0-9]+"], r"eval\.answer_pattern: .*needs a group"),
     ],

@@ -10,7 +10,6 @@ from student_trainer.losses.weights import (
     prefix_importance_weights,
     prune_weights,
     reliability,
-    special_token_mask,
 )
 
 torch.set_num_threads(1)
@@ -134,16 +133,6 @@ def test_normalizing_ignores_masked_positions_and_keeps_zeros() -> None:
     assert mean_normalize(row(1.0, 2.0), mask("..")).tolist() == [[0.0, 0.0]]
 
 
-@pytest.mark.parametrize(
-    ("occurrences", "expected"),
-    [("first", "..x.xxx"), ("all", "..x.x.."), ("none", ".xxxxxx")],
-)
-def test_special_tokens_are_masked_id_by_id(occurrences: str, expected: str) -> None:
-    token_ids = torch.tensor([[7, 7, 1, 8, 1, 7, 8]])
-    found = special_token_mask(token_ids, mask(".xxxxxx"), [7, 8, 9], occurrences=occurrences)
-    assert found.tolist() == mask(expected).tolist()
-
-
 @pytest.mark.parametrize("pattern", ["", "...."])
 def test_nothing_valid_gives_zero_weights(pattern: str) -> None:
     valid = mask(pattern)
@@ -175,5 +164,3 @@ def test_settings_and_inputs_out_of_range_are_refused() -> None:
         mean_normalize(values, valid.double())
     with pytest.raises(ValueError, match="behavior_logprobs_BT must not carry gradient"):
         block_gates(values, values.clone().requires_grad_(), valid, **BPDG)
-    with pytest.raises(ValueError, match="occurrences must be"):
-        special_token_mask(valid.long(), valid, [1], occurrences="last")

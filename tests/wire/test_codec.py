@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from teacher_wire import codec
 from teacher_wire.errors import InvalidRequestError
 from teacher_wire.pb import teacher_pb2 as pb
@@ -148,8 +149,8 @@ def test_thresholds_keep_double_precision() -> None:
     assert encoded is not None
     decoded = codec.decode_policy(encoded)
     assert decoded is not None
-    assert not 3 / 5 < decoded.threshold
-    assert 3 / 5 < float(np.float32(0.6))  # what a float field would have done
+    assert not decoded.threshold > 3 / 5
+    assert float(np.float32(0.6)) > 3 / 5  # what a float field would have done
 
 
 def test_absent_policy_reads_as_none() -> None:

@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+
 from teacher_wire.pb import teacher_pb2 as pb
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 from grpc.aio import AioRpcError, Metadata
+
 from teacher_wire.errors import ERROR_CODES, ERRORS_BY_NAME, TeacherError, code_of
 from teacher_wire.status import decode_error, decode_status, encode_error, encode_status
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from teacher_wire.errors import InvalidRequestError
-from teacher_wire.fingerprint import tokenizer_fingerprint, weights_digest
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
+
+from teacher_wire.errors import InvalidRequestError
+from teacher_wire.fingerprint import tokenizer_fingerprint, weights_digest
 
 VOCAB = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "</s>": 5}
 MERGES = [("a", "b"), ("b", "c")]

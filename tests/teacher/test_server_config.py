@@ -1,0 +1,158 @@
+"""Every setting has a flag, a variable and a key, and a mistake names itself.
+
+Run: pytest tests/teacher/test_server_config.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teacher_server.cli import main
+from teacher_server.config import (
+    ConfigError,
+    TeacherConfig,
+    add_flags,
+    is_loopback,
+    load_config,
+    to_toml,
+)
+
+OTHER_VALUES: dict[str, Any] = {
+    "engine": "fake",
+    "dtype": "float32",
+    "head_dtype": "float32",
+    "device": "cpu",
+    "log_level": "debug",
+    "event_loop": "asyncio",
+    "host": "127.0.0.2",
+    "gpu_memory_utilization": 0.5,
+}
+
+
+def other_value(name: str, default: Any) -> Any:
+    if name in OTHER_VALUES:
+        return OTHER_VALUES[name]
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, str):
+        return "something"
+    return default + 1
+
+
+def parse(*arguments: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return vars(parser.parse_args(arguments))
+
+
+def test_every_setting_has_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
+    for entry in fields(TeacherConfig):
+        value = other_value(entry.name, entry.default)
+        flag, word = f"--{entry.name.replace('_', '-')}", str(value)
+        path = tmp_path / "teacher.toml"
+        path.write_text(
+            f"{entry.name} = {word.lower() if isinstance(value, bool) else repr(value)}\n"
+        )
+        if isinstance(value, bool):
+            arguments = [flag if value else flag.replace("--", "--no-", 1)]
+        else:
+            arguments = [flag, word]
+        base = {"TEACHER_ENGINE": "fake"} if entry.name != "engine" else {}
+        for flags, env, source in (
+            (parse(*arguments), {}, "flag"),
+            ({}, {f"TEACHER_{entry.name.upper()}": word}, "environment"),
+            ({"config": str(path)}, {}, "file"),
+        ):
+            config, sources = load_config(flags, base | env)
+            assert getattr(config, entry.name) == value
+            assert sources[entry.name] == source
+
+
+def test_flags_win_over_variables_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.toml"
+    path.write_text('engine = "fake"\nmax_k = 1\nmax_sessions = 1\nmax_running = 1\n')
+    env = {"TEACHER_CONFIG": str(path), "TEACHER_MAX_K": "2", "TEACHER_MAX_SESSIONS": "2"}
+    config, sources = load_config(parse("--max-k", "3"), env)
+    assert (config.max_k, config.max_sessions, config.max_running) == (3, 2, 1)
+    assert sources["max_k"] == "flag"
+    assert sources["drain_s"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"grpc_port": 65536}, "grpc_port is 65536, must be at most 65535"),
+        ({"max_k": 0}, "max_k is 0, must be at least 1"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5, must be at most 1.0"),
+        ({"drain_s": float("nan")}, "drain_s is nan"),
+        ({"engine": "jax"}, "engine is 'jax', must be one of vllm, hf, fake"),
+        ({"engine": "hf"}, "model is empty, must name a checkpoint for engine 'hf'"),
+        ({"host": "0.0.0.0"}, "host is '0.0.0.0', must be a loopback address"),
+    ],
+)
+def test_bad_values_are_named_with_their_limit(values: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TeacherConfig(**({"engine": "fake"} | values))
+    assert text in str(caught.value)
+
+
+def test_beyond_loopback_only_when_said_so() -> None:
+    assert TeacherConfig(engine="fake", host="0.0.0.0", insecure=True).host == "0.0.0.0"
+    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "")))
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.toml"
+    path.write_text("max_sesions = 3\n")
+    with pytest.raises(ConfigError, match="'max_sesions', did you mean 'max_sessions'"):
+        load_config({"config": str(path)}, {})
+    path.write_text("max_k = \n")
+    with pytest.raises(ConfigError, match="config file"):
+        load_config({"config": str(path)}, {})
+
+
+def test_foreign_variables_only_warn(caplog: pytest.LogCaptureFixture) -> None:
+    env = {"TEACHER_ENGINE": "fake", "TEACHER_PORT": "tcp://10.0.0.1:1", "TEACHER_MAX_SESION": "3"}
+    load_config({}, env)
+    assert "TEACHER_MAX_SESION is no setting, did you mean 'max_sessions'?" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "kind"),
+    [
+        ("max_k", "many", "int"),
+        ("max_k", 1.5, "int"),
+        ("drain_s", True, "float"),
+        ("self_test", "maybe", "bool"),
+        ("model", 3, "str"),
+    ],
+)
+def test_values_of_another_type_are_refused(name: str, raw: Any, kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is {raw!r}, must be of type {kind}"):
+        load_config({name: raw}, {"TEACHER_ENGINE": "fake"})
+
+
+def test_printed_settings_load_as_they_were(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["show-config", "--engine", "fake", "--model", 'a "b" \\c', "--no-reflection"])
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert "reflection = false  # flag" in printed
+    path = tmp_path / "printed.toml"
+    path.write_text(printed)
+    config, sources = load_config({"config": str(path)}, {})
+    assert config == TeacherConfig(engine="fake", model='a "b" \\c', reflection=False)
+    assert tomllib.loads(to_toml(config, sources)) == tomllib.loads(printed)
+
+
+def test_a_bad_setting_ends_the_command_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--engine", "fake", "--host", "0.0.0.0"]) == 2
+    assert "must be a loopback address" in capsys.readouterr().err

@@ -1,0 +1,385 @@
+"""Who may import whom, how long a file may be, and what must not stand in the source.
+
+The directions of docs and design in one table. Run: python -m pytest tests/test_architecture.py
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {
+    "teacher_wire": ROOT / "proto" / "teacher_wire",
+    "teacher_server": ROOT / "teacher_server",
+    "student_trainer": ROOT / "student_trainer",
+}
+GENERATED = "teacher_wire.pb."
+
+TORCH = "torch transformers safetensors vllm"
+ENGINES = (
+    "teacher_server.engine.vllm_engine teacher_server.engine.hf_engine "
+    "teacher_server.engine.token_scorer teacher_server.engine.fake_engine"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What the modules that match may import: nothing of `never`, or nothing but `only`."""
+
+    modules: str
+    never: str = ""
+    only: str = ""
+    but: str = ""
+    """Modules that are exempt."""
+    why: str
+
+
+RULES = [
+    Rule(
+        modules="teacher_wire.*",
+        never=f"{TORCH} teacher_server student_trainer examples",
+        why="both sides share it and neither is known to it",
+    ),
+    Rule(modules="teacher_server.*", never="student_trainer examples tests", why="one way only"),
+    Rule(modules="student_trainer.*", never="teacher_server examples tests", why="one way only"),
+    Rule(
+        modules="*",
+        never="vllm",
+        but="teacher_server.engine.vllm_engine teacher_server.engine.token_scorer "
+        "student_trainer.samplers.vllm_sampler",
+        why="three files know vllm",
+    ),
+    Rule(
+        modules="student_trainer.losses.*",
+        only="torch student_trainer.losses",
+        why="formulas: no settings, no records, no grpc",
+    ),
+    Rule(
+        modules="student_trainer.rollout",
+        never=f"{TORCH} grpc teacher_wire.pb teacher_wire.codec student_trainer.config "
+        "student_trainer.teacher_client student_trainer.teacher_stream "
+        "student_trainer.samplers.vllm_sampler student_trainer.samplers.hf_sampler",
+        why="it knows protocols",
+    ),
+    Rule(
+        modules="student_trainer.rollout_source",
+        never=f"{TORCH} grpc student_trainer.config student_trainer.teacher_client",
+        why="it knows protocols",
+    ),
+    Rule(modules="student_trainer.samplers.base", never=f"{TORCH} grpc", why="the seam is free"),
+    Rule(modules="student_trainer.teacher_*", never=TORCH, why="the client needs no torch"),
+    Rule(
+        modules="student_trainer.patience",
+        only="teacher_wire.errors",
+        why="whether to try again is independent of transport",
+    ),
+    Rule(modules="student_trainer.budget", only="numpy", why="pure"),
+    Rule(modules="student_trainer.diagnostics", never=f"{TORCH} grpc", why="pure"),
+    Rule(modules="student_trainer.records", never=f"{TORCH} grpc", why="numpy until the learner"),
+    Rule(
+        modules="student_trainer.config",
+        never=f"{TORCH} grpc student_trainer.losses",
+        why="show-config starts at once",
+    ),
+    Rule(
+        modules="student_trainer.*",
+        never="student_trainer.config",
+        but="student_trainer.cli student_trainer.from_config student_trainer.assembly",
+        why="values are passed, not settings",
+    ),
+    Rule(
+        modules="student_trainer.*",
+        never="student_trainer.teacher_client student_trainer.samplers.vllm_sampler "
+        "student_trainer.samplers.hf_sampler",
+        but="student_trainer.from_config",
+        why="one place chooses implementations",
+    ),
+    Rule(
+        modules="student_trainer.*",
+        never="student_trainer.from_config",
+        but="student_trainer.assembly",
+        why="one composition root",
+    ),
+    Rule(
+        modules="student_trainer.*",
+        never="student_trainer.assembly student_trainer.train",
+        but="student_trainer.train student_trainer.cli",
+        why="nothing below the loop knows the loop",
+    ),
+    *(
+        Rule(
+            modules=f"teacher_server.{name}",
+            never=f"{TORCH} {ENGINES} teacher_server.app",
+            why="scoring is behind the engine protocol",
+        )
+        for name in (
+            "service",
+            "stream",
+            "replies",
+            "sessions",
+            "rows",
+            "validation",
+            "scheduler",
+            "drift",
+            "analysis",
+            "metrics",
+            "http_api",
+            "http_edge",
+            "config",
+        )
+    ),
+    Rule(modules="teacher_server.engine.base", never=f"{TORCH} grpc", why="the seam is free"),
+    Rule(
+        modules="teacher_server.engine.*",
+        never="teacher_server grpc fastapi",
+        why="an engine knows rows, not the service",
+    ),
+    Rule(
+        modules="teacher_server.drift", only="numpy teacher_wire.records", why="pure, and no errors"
+    ),
+    Rule(
+        modules="teacher_server.service", never="fastapi teacher_server.http_api", why="gRPC only"
+    ),
+    Rule(
+        modules="teacher_server.http_*",
+        never="grpc teacher_wire.pb teacher_wire.codec teacher_server.service",
+        why="HTTP only",
+    ),
+    Rule(
+        modules="teacher_server.*",
+        never="teacher_server.app",
+        but="teacher_server.cli",
+        why="one composition root",
+    ),
+    Rule(
+        modules="*",
+        never="teacher_wire.pb",
+        but="teacher_wire.codec teacher_wire.status teacher_server.service teacher_server.stream "
+        "teacher_server.replies teacher_server.app teacher_server.testing "
+        "student_trainer.teacher_client student_trainer.teacher_stream",
+        why="messages stay at the edge",
+    ),
+]
+SAME_LAYER = {"teacher_server.engine.*": "teacher_server.engine"}
+"""What a `never` on the parent package still allows."""
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_LOOP_LINES = 150
+LONG_FILES: dict[str, str] = {}
+"""Exceptions: path and reason."""
+LONG_FUNCTIONS = {
+    "student_trainer/assembly.py:assembled": "a straight list of what a run is made of, in order",
+}
+FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
+
+
+def module_files() -> Iterator[tuple[str, Path]]:
+    """Names and paths of the hand-written modules of the three packages."""
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            name = ".".join(parts).removesuffix(".__init__")
+            if not f"{name}.".startswith(GENERATED):
+                yield name, path
+
+
+MODULES = dict(module_files())
+
+
+@cache
+def imports(name: str) -> frozenset[str]:
+    """Absolute names of the modules that a module imports, anywhere but under TYPE_CHECKING."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            # `from package import module` imports the module.
+            found |= {
+                f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base
+                for alias in node.names
+            }
+    return frozenset(found)
+
+
+def within(module: str, names: str) -> bool:
+    """Whether a module is one of the names or below one."""
+    return any(f"{module}.".startswith(f"{name}.") for name in names.split())
+
+
+def violations(rule: Rule) -> list[str]:
+    """Imports that the rule forbids."""
+    found = []
+    for name in MODULES:
+        if not fnmatchcase(name, rule.modules) or within(name, rule.but):
+            continue
+        for imported in sorted(imports(name)):
+            if rule.only:
+                standard = imported.split(".")[0] in sys.stdlib_module_names
+                bad = not standard and not within(imported, rule.only)
+            else:
+                bad = within(imported, rule.never) and not within(
+                    imported, SAME_LAYER.get(rule.modules, "")
+                )
+            if bad:
+                found.append(f"{name} imports {imported}")
+    return found
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: f"{r.modules}: {r.why}")
+def test_imports_go_the_right_way(rule: Rule) -> None:
+    assert any(fnmatchcase(name, rule.modules) for name in MODULES), "the rule matches nothing"
+    assert violations(rule) == []
+
+
+def test_rules_name_modules_that_exist() -> None:
+    ours = [
+        name
+        for rule in RULES
+        for name in f"{rule.never} {rule.only} {rule.but}".split()
+        if name.split(".")[0] in PACKAGES
+    ]
+    known = {*MODULES, *PACKAGES, "teacher_wire.pb"}
+    assert [name for name in ours if name not in known] == []
+
+
+def test_a_wrong_import_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "rollout.py"
+    source.write_text("def f():\n    from vllm.outputs import X\n    from .losses import inputs\n")
+    monkeypatch.setitem(MODULES, "student_trainer.rollout", source)
+    imports.cache_clear()
+    try:
+        assert imports("student_trainer.rollout") == {
+            "vllm.outputs",
+            "student_trainer.losses.inputs",
+        }
+        rules = [rule for rule in RULES if rule.modules == "student_trainer.rollout"]
+        assert violations(rules[0]) == ["student_trainer.rollout imports vllm.outputs"]
+    finally:
+        imports.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("student_trainer.teacher_client", "torch vllm transformers"),
+        ("student_trainer.rollout", "torch vllm transformers"),
+        ("student_trainer.cli", "torch vllm transformers"),
+        ("teacher_server.service", "torch vllm transformers fastapi"),
+        ("teacher_server.http_api", "torch vllm transformers"),
+        ("teacher_server.cli", "torch vllm transformers fastapi"),
+        ("teacher_server.app", "vllm"),
+    ],
+)
+def test_module_does_not_bring_these_along(module: str, absent: str) -> None:
+    code = f"import sys, {module}; print(*set(sys.modules) & set({absent.split()!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def tracked(pattern: str = "*") -> list[str]:
+    """Files of the repository, without what git ignores."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", pattern],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_no_module_is_a_dumping_ground() -> None:
+    names = {part for name in tracked("*.py") for part in Path(name).with_suffix("").parts}
+    assert names & FORBIDDEN_NAMES == set()
+
+
+def test_files_are_short() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in MODULES.values()
+    }
+    long = {name for name, length in lengths.items() if length > MAX_FILE_LINES}
+    assert long == set(LONG_FILES)
+
+
+def test_functions_are_short() -> None:
+    long = set()
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    long.add(f"{path.relative_to(ROOT)}:{node.name}")
+    assert long == set(LONG_FUNCTIONS)
+
+
+def test_the_loop_is_on_one_screen() -> None:
+    source = (ROOT / "student_trainer" / "train.py").read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MAX_LOOP_LINES
+    assert source.count("for step in range(") == 1
+
+
+def test_paths_in_the_readme_exist() -> None:
+    readme = ROOT / "README.md"
+    if not readme.is_file():
+        pytest.skip("no README yet")
+    text = readme.read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w.-]+(?:/[\w.-]+)*/?)`", text))
+    named |= set(re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text))
+    tops = {name.split("/")[0] for name in tracked()}
+    # `a/b` is a path when `a` is a file or folder of ours; other words in backticks are not.
+    paths = {name for name in named if name.split("/")[0] in tops}
+    assert paths, "the README names no path"
+    assert sorted(name for name in paths if not (ROOT / name).exists()) == []
+
+
+# Joined here, so that this file does not contain what it looks for.
+MACHINE_PATHS = re.compile(
+    "|".join([r"(?<![\w.])/wo" + "rk/", "/tmp" + "/build", r"(?<![\w./])/ro" + "ot/"])
+)
+REGISTRY_HOSTS = re.compile("|".join(["pypi" + r"\.org", "python" + "hosted", "npmjs" + r"\."]))
+
+
+def test_source_names_no_machine_and_no_package_registry() -> None:
+    found = []
+    for name in tracked():
+        try:
+            text = (ROOT / name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), start=1):
+            if MACHINE_PATHS.search(line) or REGISTRY_HOSTS.search(line):
+                found.append(f"{name}:{number}: {line.strip()[:80]}")
+    assert found == []

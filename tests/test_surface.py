@@ -1,0 +1,174 @@
+"""The surface, frozen: settings, and the numbers of the contract. A change here is a decision.
+
+A setting that is not in the table was added by accident or needs a line in the documentation; a
+field number that moved breaks every deployed peer. Run: python -m pytest tests/test_surface.py
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator
+from dataclasses import fields
+
+from pydantic import BaseModel
+
+from student_trainer.config import TrainerConfig
+from teacher_server.config import TeacherConfig
+from teacher_wire.pb import teacher_pb2 as pb
+
+TRAINER_SETTINGS = {
+    "budget": (
+        "boundary every_steps hit_ratio increment initial kind margin max_tokens maximum "
+        "minimum patience quantile rate"
+    ),
+    "checkpoint": "every_steps keep",
+    "data": "heldout train",
+    "drift": "k metric stop_in_flight threshold top_p w_drop",
+    "eval": (
+        "answer_pattern every_steps max_tokens num_prompts pass_k temperature unicode_normalize"
+    ),
+    "loss": "clip_epsilon clip_log_ratio dual_clip kind",
+    "optim": (
+        "betas epochs final_learning_rate learning_rate max_grad_norm max_sync_gap_nats "
+        "micro_batch_tokens updates_per_epoch warmup_steps weight_decay"
+    ),
+    "rollout": (
+        "chunk_tokens max_context prompts_per_step rollouts_per_prompt student_topk "
+        "temperature top_p"
+    ),
+    "run": "out queue_depth seed steps",
+    "sampler": (
+        "cpu_cores dtype enforce_eager gpu_memory_utilization kind kv_cache_gib "
+        "max_num_seqs stream_interval"
+    ),
+    "special_tokens": "occurrences tokens",
+    "student": "device dtype model",
+    "teacher": "connect_timeout_s endpoints k logprob_dtype on_absent",
+    "weights.block_gate": "aggregate block_size tau",
+    "weights.prefix_importance": "gamma",
+    "weights.prune": "w_base",
+}
+TEACHER_SETTINGS = """
+block_size device drain_s dtype enforce_eager engine engine_stall_s event_loop evict_idle_s
+fake_latency_s fake_tokens_per_s fake_vocab_size gpu_memory_utilization grpc_port head_dtype
+hf_sessions host http_port insecure kv_cache_gib log_level max_append_tokens max_context max_k
+max_num_batched_tokens max_num_seqs max_queued_tokens max_reply_bytes max_running max_sessions
+model ready_file reflection revision self_test session_ttl_s slow_client_s tensor_parallel_size
+tokenizer
+"""
+MESSAGES = {
+    "Append": "session_id=1 span=2 deadline_ms=3",
+    "Close": "session_id=1",
+    "Closed": "session_id=1",
+    "Credit": "bytes=1",
+    "DriftPolicy": "metric=1 k=2 threshold=3 top_p=4 w_drop=5 stop_in_flight=6",
+    "DriftState": "num_tokens=1 num_bad_events=2 exhausted_at=3",
+    "Error": (
+        "session_id=1 type=2 message=3 retryable=4 retry_after_ms=5 expected_offset=6 offset=7"
+    ),
+    "GetInfoRequest": "",
+    "GetInfoResponse": "info=1",
+    "GoAway": "reason=1 deadline_ms=2",
+    "Hello": "protocol_version=1 tokenizer_fingerprint=2 vocab_size=3 run_id=4 credit_bytes=5",
+    "Open": "session_id=1 prompt_ids=2 scored_ids=3 drift=4 options=5 policy=6",
+    "Opened": "session_id=1 next_offset=2",
+    "ScoreOptions": "k=1 temperature=2 logprob_dtype=3 want_entropy=4 want_rank=5",
+    "ScoreRequest": "prompt_ids=1 span=2 options=3 policy=4 run_id=5",
+    "ScoreResponse": "rows=1 last=2 drift=3 verdict=4 keep_tokens=5 timing=6",
+    "ScoreRows": (
+        "offset=1 count=2 k=3 num_candidates=4 logprob_dtype=5 topk_ids=6 topk_logprobs=7 "
+        "token_logprobs=8 candidate_logprobs=9 overlap_counts=10 bad_events=11 entropies=12 "
+        "token_ranks=13"
+    ),
+    "Scores": "session_id=1 rows=2 last=3 drift=4 verdict=5 keep_tokens=6 timing=7",
+    "SessionRequest": "hello=1 open=2 append=3 close=4 credit=5",
+    "SessionResponse": "welcome=1 opened=2 scores=3 closed=4 error=5 go_away=6",
+    "TeacherInfo": (
+        "model_id=1 revision=2 weights_digest=3 dtype=4 vocab_size=5 "
+        "tokenizer_fingerprint=6 special_token_ids=7 max_k=8 max_context=9 engine=10 "
+        "engine_version=11 instance_id=12 max_sessions=13 max_append_tokens=14 "
+        "protocol_version=15 server_version=16"
+    ),
+    "Timing": "queue_us=1 engine_us=2",
+    "TokenSpan": "offset=1 token_ids=2 num_candidates=3 candidate_ids=4 event_mask=5",
+    "Welcome": "info=1",
+}
+ENUMS = {
+    "DriftMetric": (
+        "DRIFT_METRIC_UNSPECIFIED=0 DRIFT_METRIC_OVERLAP_RATIO=1 "
+        "DRIFT_METRIC_TEACHER_TOP_P_ACCEPT=2"
+    ),
+    "LogprobDtype": "LOGPROB_DTYPE_UNSPECIFIED=0 LOGPROB_DTYPE_F16=1 LOGPROB_DTYPE_F32=2",
+    "Verdict": "VERDICT_UNSPECIFIED=0 VERDICT_CONTINUE=1 VERDICT_TRUNCATE=2",
+}
+METHODS = {
+    "GetInfo": "GetInfoRequest -> GetInfoResponse",
+    "Score": "ScoreRequest -> stream ScoreResponse",
+    "Session": "stream SessionRequest -> stream SessionResponse",
+}
+
+
+def sections(annotation: object) -> list[type[BaseModel]]:
+    """The groups of settings that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in typing.get_args(annotation) for found in sections(part)]
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings below a section; alternatives share a name."""
+    for name, field in section.model_fields.items():
+        below = sections(field.annotation)
+        if not below:
+            yield prefix + name
+        for group in below:
+            yield from leaves(group, f"{prefix}{name}.")
+
+
+def test_trainer_has_these_settings_and_no_others() -> None:
+    expected = {
+        f"{section}.{name}" for section, names in TRAINER_SETTINGS.items() for name in names.split()
+    }
+    assert set(leaves(TrainerConfig)) == expected
+
+
+def test_teacher_has_these_settings_and_no_others() -> None:
+    assert sorted(field.name for field in fields(TeacherConfig)) == TEACHER_SETTINGS.split()
+
+
+def test_messages_have_these_fields_with_these_numbers() -> None:
+    found = {
+        name: " ".join(f"{f.name}={f.number}" for f in message.fields)
+        for name, message in pb.DESCRIPTOR.message_types_by_name.items()
+    }
+    assert found == MESSAGES
+    assert not any(m.nested_types for m in pb.DESCRIPTOR.message_types_by_name.values())
+
+
+def test_enums_have_these_values() -> None:
+    found = {
+        name: " ".join(f"{v.name}={v.number}" for v in enum.values)
+        for name, enum in pb.DESCRIPTOR.enum_types_by_name.items()
+    }
+    assert found == ENUMS
+    assert all(values.split()[0].endswith("_UNSPECIFIED=0") for values in found.values())
+
+
+def test_service_has_these_methods() -> None:
+    service = pb.DESCRIPTOR.services_by_name["TeacherService"]
+    assert service.full_name == "opd.teacher.v1.TeacherService"
+    found = {
+        m.name: f"{'stream ' * m.client_streaming}{m.input_type.name} -> "
+        f"{'stream ' * m.server_streaming}{m.output_type.name}"
+        for m in service.methods
+    }
+    assert found == METHODS
+
+
+def test_every_group_of_settings_refuses_unknown_names() -> None:
+    pending: list[type[BaseModel]] = [TrainerConfig]
+    while pending:
+        section = pending.pop()
+        assert section.model_config.get("extra") == "forbid", section
+        assert section.model_config.get("frozen"), section
+        pending += [s for f in section.model_fields.values() for s in sections(f.annotation)]
