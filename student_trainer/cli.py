@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from teacher_wire.errors import TeacherError
-
 from student_trainer.config import TrainerConfig, load_config
 from student_trainer.errors import TrainerError
+from teacher_wire.errors import TeacherError
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

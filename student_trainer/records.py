@@ -16,6 +16,7 @@ from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
+
 from teacher_wire.records import DriftState, ScoreRows
 
 

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from student_trainer.data import SpecialTokens
 from student_trainer.records import Delta, Finish, Prompt, Rollout, RolloutTimes, SamplingOptions
 from student_trainer.samplers.base import Sampler
 from teacher_wire.errors import NotReadyError
-from teacher_wire.records import DriftState, ScoreRows, Scores, TokenSpan, Verdict
+from teacher_wire.records import (
+    DriftState,
+    ScoreRows,
+    Scores,
+    TokenSpan,
+    Verdict,
+    concat_rows,
+    slice_rows,
+)
 
 
 class TeacherSession(Protocol):
@@ -232,21 +239,10 @@ def _rollout(
         student_topk_ids=growing.topk_ids[:kept].copy(),
         student_topk_logprobs=growing.topk_logprobs[:kept].copy(),
         mask=rules.specials.mask(response_ids),
-        teacher=join_rows(judgement.parts, kept),
+        teacher=slice_rows(concat_rows(judgement.parts), 0, kept),
         drift=judgement.drift,
         finish=finish,
         num_generated=growing.num_tokens,
         policy_version=policy_version,
         times=times,
     )
-
-
-def join_rows(parts: list[ScoreRows], num_rows: int) -> ScoreRows:
-    """Rows of consecutive spans as one, cut to the first `num_rows`. Needs at least one part."""
-
-    def joined(name: str) -> NDArray[np.generic] | None:
-        arrays = [getattr(part, name) for part in parts]
-        return None if arrays[0] is None else np.concatenate(arrays)[:num_rows]
-
-    names = [name for name in ScoreRows.__slots__ if name != "offset"]
-    return replace(parts[0], **{name: joined(name) for name in names})

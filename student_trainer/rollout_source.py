@@ -128,8 +128,9 @@ class RolloutSource:
             future.result()
 
     def close(self) -> None:
-        """Ends what is under way; returns when none of it runs any more."""
-        self._loop.run(self._cancel_batches())
+        """Ends what is under way; waits a little for a teacher that no longer answers."""
+        with suppress(TimeoutError):
+            self._loop.start(self._cancel_batches()).result(CLOSE_TIMEOUT_S)
         self._under_way.clear()
 
     async def _cancel_batches(self) -> None:

@@ -74,6 +74,7 @@ class TeacherStream:
         self._welcome: asyncio.Future[TeacherInfo] = asyncio.get_running_loop().create_future()
         self._outbox: asyncio.Queue[pb.SessionRequest | None] = asyncio.Queue()
         self._exchanges: dict[str, deque[_Exchange]] = {}
+        self._num_calls = 0
         self._consumed_bytes = 0
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -101,7 +102,7 @@ class TeacherStream:
     @property
     def busy(self) -> bool:
         """Answers are still missing."""
-        return bool(self._exchanges)
+        return bool(self._exchanges) or self._num_calls > 0
 
     async def _shake_hands(self, timeout_s: float) -> TeacherInfo:
         await self._wait_until_connected(timeout_s)
@@ -155,11 +156,20 @@ class TeacherStream:
         return await exchange.answer
 
     async def score(self, request: pb.ScoreRequest) -> list[pb.ScoreResponse]:
-        """The chunks of one Score call."""
+        """The chunks of one Score call. Raises BrokenStreamError when the channel is closed."""
+        self._num_calls += 1
         try:
             return [chunk async for chunk in self._stub.Score(request)]
         except grpc.aio.AioRpcError as error:
             raise decode_status(error) from error
+        except asyncio.CancelledError:
+            # Closing a channel cancels its calls, which must not look like a cancelled caller.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise BrokenStreamError(f"the channel to {self.endpoint} was closed") from None
+        finally:
+            self._num_calls -= 1
 
     async def aclose(self) -> None:
         """Ends the stream: in good order if the server follows at once, else by cancelling."""
@@ -195,6 +205,9 @@ class TeacherStream:
         except TeacherError as error:
             self._break(error)
             self._call.cancel()
+        finally:
+            # Whatever ended the reader, nobody may wait for it any more.
+            self._break(NotReadyError(f"nothing reads from {self.endpoint} any more"))
 
     def _dispatch(self, message: pb.SessionResponse) -> None:
         kind = message.WhichOneof("message")

@@ -95,7 +95,10 @@ def test_row_t_of_every_tensor_belongs_to_response_token_t() -> None:
     at_student = batch.teacher_logprobs_at_student_topk_BTJ
     assert same(
         at_student,
-        [[[-1.8, -1.9], [-2.8, -2.9], [0, 0]]] + [[[-4.8, -4.9], [-5.8, -5.9], [-6.8, -6.9]]],
+        [
+            [[-1.8, -1.9], [-2.8, -2.9], [0, 0]],
+            [[-4.8, -4.9], [-5.8, -5.9], [-6.8, -6.9]],
+        ],
     )
     assert batch.bad_events_BT is not None
     assert batch.bad_events_BT.tolist() == [[False, True, False], [False, True, False]]

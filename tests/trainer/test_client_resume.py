@@ -252,3 +252,28 @@ async def test_a_cancelled_append_does_not_confuse_the_next() -> None:
         assert_same_response(parts, await reference(span))
         await session.close()
         assert len(teacher.sessions) == 0
+
+
+async def test_a_score_call_survives_a_restart() -> None:
+    span = make_span(60)
+    async with restarting() as server, client_of(server.teacher.address) as client:
+        server.engine.inject(Fault.HANG)
+        waiting = asyncio.create_task(client.score(PROMPT, span, OPTIONS, POLICY))
+        while not server.engine.num_queries:
+            await asyncio.sleep(0.01)
+        await server.stop()
+        await server.start()
+        scores = await asyncio.wait_for(waiting, 10)
+        assert_same_response([scores], await reference(span))
+
+
+async def test_a_score_call_ends_with_its_client() -> None:
+    engine = FakeEngine()
+    async with local_teacher(engine) as teacher, client_of(teacher.address) as client:
+        engine.inject(Fault.HANG)
+        waiting = asyncio.create_task(client.score(PROMPT, make_span(5), OPTIONS, POLICY))
+        while not engine.num_queries:
+            await asyncio.sleep(0.01)
+        await client.aclose()
+        with pytest.raises(NotReadyError, match="closed"):
+            await asyncio.wait_for(waiting, 10)

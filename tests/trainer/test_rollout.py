@@ -235,11 +235,13 @@ async def test_cancelled_rollout_ends_its_append_before_its_session() -> None:
 async def test_masks_travel_with_the_spans_and_stay_with_the_rollout() -> None:
     sampler, session = InMemorySampler(), ScriptedSession()
     ids, _, _ = sampler.draw(PROMPT.token_ids, SamplingOptions(max_tokens=40, num_topk=2, seed=1))
-    special = int(ids[6])
+    # A token that comes again in a later span: only its first occurrence is masked.
+    special = next(int(token) for token in ids[:4] if token in ids[8:])
     rollout = await roll(sampler, session, run_rules=rules(specials=[special]))
     assert rollout is not None
     expected = np.ones(40, np.bool_)
     expected[int(np.flatnonzero(ids == special)[0])] = False
+    assert np.count_nonzero(ids == special) > 1
     sent = np.concatenate([span.event_mask for span in session.spans])  # type: ignore[misc]
     assert np.array_equal(rollout.mask, expected)
     assert np.array_equal(sent, expected)

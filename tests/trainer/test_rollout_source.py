@@ -12,6 +12,7 @@ import pytest
 from in_memory import InMemorySampler, ScriptedSession, prompt, rules
 from numpy.typing import NDArray
 
+from student_trainer import rollout_source
 from student_trainer.data import PromptOrder
 from student_trainer.records import SamplingOptions
 from student_trainer.rollout_source import LoopThread, RolloutBatch, RolloutSource
@@ -171,6 +172,26 @@ def test_closed_source_leaves_nothing_running(loop: LoopThread) -> None:
     assert len(sessions) == 12
     assert sampler.running == {}
     assert all(session.num_closed == 1 for session in sessions)
+
+
+class StuckSession(ScriptedSession):
+    """Its teacher does not answer the end of a session."""
+
+    async def close(self) -> None:
+        await asyncio.Event().wait()
+
+
+def test_teacher_that_does_not_answer_does_not_keep_a_source_from_closing(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_source, "CLOSE_TIMEOUT_S", 0.2)
+    batches = source(loop, InMemorySampler(), open_session=lambda _: StuckSession())
+    with pytest.raises(TimeoutError):
+        batches._loop.start(batches._tracked(0, 0)).result(0.2)
+    started = time.monotonic()
+    batches.close()
+    # Twice the bound and then some for a loaded machine; without a bound it never ends.
+    assert time.monotonic() - started < 5
 
 
 def test_loop_thread_returns_results_and_raises_errors(loop: LoopThread) -> None:

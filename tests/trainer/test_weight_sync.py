@@ -1,4 +1,6 @@
-"""Weights arrive in the sampler, or it is said. Run: python -m pytest tests/trainer/test_weight_sync.py
+"""Weights arrive in the sampler, or it is said.
+
+Run: python -m pytest tests/trainer/test_weight_sync.py
 
 The reference sampler stands in for vLLM here; test_samplers.py does the same with a real engine.
 """
@@ -90,9 +92,7 @@ async def test_log_probs_that_are_no_numbers_are_an_error(tmp_path: Path) -> Non
     sync.close()
 
 
-async def test_closed_sync_leaves_no_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_closed_sync_leaves_no_folder(tmp_path: Path) -> None:
     seen: list[Path] = []
 
     class Watching(HfSampler):

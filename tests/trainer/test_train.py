@@ -1,0 +1,332 @@
+"""The whole trainer in one process: reference sampler, a teacher in memory, real updates.
+
+Only the connection to the teacher is replaced. Run: python -m pytest tests/trainer/test_train.py
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from in_memory import ScriptedSession
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from tiny_student import VOCAB_SIZE, character_tokenizer, tiny_student, write_tiny_student
+
+from student_trainer import from_config
+from student_trainer.assembly import Run, assembled, evaluate_checkpoint
+from student_trainer.config import TrainerConfig, load_config
+from student_trainer.errors import CheckpointError, ConfigError, DatasetError
+from student_trainer.run_log import read_lines
+from student_trainer.train import learn, train
+from teacher_wire.errors import EngineError
+from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TeacherInfo, TokenSpan
+
+INFO = TeacherInfo(
+    model_id="in-memory",
+    revision="",
+    weights_digest="",
+    dtype="float32",
+    vocab_size=VOCAB_SIZE,
+    tokenizer_fingerprint="",
+    special_token_ids=(),
+    max_k=8,
+    max_context=64,
+    engine="in-memory",
+    engine_version="",
+    instance_id="",
+    max_sessions=100,
+    max_append_tokens=5,
+)
+
+
+class ModelSession(ScriptedSession):
+    """Rows of a real model, computed anew for every append; stops after five bad events."""
+
+    def __init__(
+        self, model: torch.nn.Module, prompt_ids: NDArray[np.int32], options: ScoreOptions
+    ) -> None:
+        super().__init__()
+        self._model, self._options = model, options
+        self._sequence = prompt_ids.tolist()
+
+    async def append(self, span: TokenSpan) -> Scores:
+        scores = await super().append(span)
+        start = len(self._sequence) - 1
+        self._sequence += span.token_ids.tolist()
+        with torch.no_grad():
+            logits = self._model(torch.tensor([self._sequence])).logits[0, start:-1]
+        logprobs = torch.log_softmax(logits / self._options.temperature, -1)
+        topk = logprobs.topk(self._options.k)
+        assert span.candidate_ids is not None
+        candidates = torch.from_numpy(span.candidate_ids).long()
+        rows = replace(
+            scores.rows,
+            topk_ids=topk.indices.int().numpy(),
+            topk_logprobs=topk.values.numpy(),
+            token_logprobs=logprobs.gather(1, torch.from_numpy(span.token_ids).long()[:, None])[
+                :, 0
+            ].numpy(),
+            candidate_logprobs=logprobs.gather(1, candidates).numpy(),
+        )
+        return replace(scores, rows=rows)
+
+
+class InMemoryClient:
+    """Opens sessions over another tiny student; fails at session number `fail_at`."""
+
+    info = INFO
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self._model = tiny_student(seed=1).eval()
+        self._fail_at = fail_at
+        self.sessions: list[ModelSession] = []
+        self.closed = False
+
+    def open(
+        self, prompt_ids: NDArray[np.int32], options: ScoreOptions, policy: DriftPolicy
+    ) -> ModelSession:
+        if len(self.sessions) == self._fail_at:
+            raise EngineError("the teacher died")
+        self.sessions.append(ModelSession(self._model, prompt_ids, options))
+        return self.sessions[-1]
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+SETTINGS = """
+[run]
+out = "{out}/run"
+steps = 4
+[student]
+model = "{out}/student"
+device = "cpu"
+[sampler]
+kind = "hf"
+[data]
+train = "{out}/train.jsonl"
+heldout = "{out}/train.jsonl"
+[rollout]
+prompts_per_step = 3
+rollouts_per_prompt = 2
+student_topk = 4
+chunk_tokens = 4
+max_context = 40
+[teacher]
+endpoints = ["127.0.0.1:1"]
+k = 6
+[drift]
+k = 4
+[budget]
+kind = "fixed"
+max_tokens = 10
+[loss]
+kind = "local_support_matching"
+[optim]
+learning_rate = 3e-3
+micro_batch_tokens = 40
+updates_per_epoch = 2
+[eval]
+every_steps = 2
+num_prompts = 2
+pass_k = 2
+max_tokens = 6
+answer_pattern = '(\\w)'
+[checkpoint]
+every_steps = 2
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A student, problems and settings."""
+    write_tiny_student(tmp_path / "student")
+    lines = [json.dumps({"prompt": f"{i}+{i}=", "answer": "7"}) for i in range(6)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "trainer.toml").write_text(SETTINGS.format(out=tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> InMemoryClient:
+    """The teacher that every run below gets."""
+    made = InMemoryClient()
+    connect_to(made, monkeypatch)
+    return made
+
+
+def connect_to(client: InMemoryClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect(*_: object) -> InMemoryClient:
+        return client
+
+    monkeypatch.setattr(from_config, "connect", connect)
+
+
+def configured(folder: Path, *overrides: str) -> TrainerConfig:
+    return load_config(folder / "trainer.toml", overrides)
+
+
+def run_through(config: TrainerConfig, *, resume: bool = False) -> dict[str, torch.Tensor]:
+    """Trains and returns the weights that were saved."""
+    with assembled(config, resume=resume) as run:
+        train(run)
+        run.save_student()
+    return load_file(config.run.out / "student" / "model.safetensors")
+
+
+def records(config: TrainerConfig, kind: str) -> list[dict[str, float]]:
+    return [r for r in read_lines(config.run.out / "metrics.jsonl") if r["kind"] == kind]
+
+
+def test_run_learns_and_writes_everything_down(folder: Path, client: InMemoryClient) -> None:
+    config = configured(folder, "run.steps=12", "optim.epochs=2")
+    run_through(config)
+    steps, evals = records(config, "step"), records(config, "eval")
+    assert [s["step"] for s in steps] == list(range(1, 13))
+    assert [e["step"] for e in evals] == [0, 2, 4, 6, 8, 10, 12]
+    assert {"pass_at_1", "pass_at_k"} <= evals[0].keys() & evals[-1].keys()
+    assert "pass_at_k" not in evals[1]
+    # The student comes nearer to the teacher; by how much is a matter of the learning rate.
+    losses = [s["loss"] for s in steps]
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    assert all(s["sync_gap_nats"] < 1e-4 for s in steps)
+    assert all(s["updates"] == 4 for s in steps)
+    assert all(s["rollouts"] == 6 and s["kept_tokens"] <= 60 for s in steps)
+    assert all(s["staleness_min_version"] == s["step"] - 1 for s in steps)
+    assert len(read_lines(config.run.out / "profiles.jsonl")) == 12
+    assert client.closed
+    assert len(client.sessions) == 12 * 6
+    assert all(session.num_closed == 1 for session in client.sessions)
+    spans = [len(span) for session in client.sessions for span in session.spans]
+    assert max(spans) <= INFO.max_append_tokens
+
+
+def test_queue_of_one_is_one_step_stale_and_generates_no_more(
+    folder: Path, client: InMemoryClient
+) -> None:
+    config = configured(folder, "run.queue_depth=1")
+    run_through(config)
+    assert [s["staleness_min_version"] for s in records(config, "step")] == [0, 0, 1, 2]
+    assert len(client.sessions) == 4 * 6
+
+
+def test_run_that_died_and_was_resumed_equals_one_that_did_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect_to(InMemoryClient(), monkeypatch)
+    straight_config = configured(folder, f"run.out={folder}/straight")
+    straight = run_through(straight_config)
+
+    config = configured(folder)
+    connect_to(InMemoryClient(fail_at=3 * 6 + 2), monkeypatch)
+    with pytest.raises(EngineError, match="the teacher died"):
+        run_through(config)
+    assert [s["step"] for s in records(config, "step")] == [1, 2, 3]
+    connect_to(InMemoryClient(), monkeypatch)
+    resumed = run_through(config, resume=True)
+
+    assert resumed.keys() == straight.keys()
+    for name, tensor in straight.items():
+        assert torch.equal(resumed[name], tensor), name
+    steps, expected = records(config, "step"), records(straight_config, "step")
+    assert [s["step"] for s in steps] == [1, 2, 3, 4]
+    for name in ("loss", "grad_norm", "learning_rate", "kept_tokens", "reverse_kl"):
+        assert [s[name] for s in steps] == [s[name] for s in expected]
+
+
+def test_new_run_in_a_folder_with_checkpoints_is_refused(
+    folder: Path, client: InMemoryClient
+) -> None:
+    config = configured(folder, "run.steps=2")
+    run_through(config)
+    before = (config.run.out / "metrics.jsonl").read_text()
+    with pytest.raises(CheckpointError, match="--resume"):
+        run_through(config)
+    assert (config.run.out / "metrics.jsonl").read_text() == before
+
+
+def test_resuming_without_a_checkpoint_is_refused(folder: Path, client: InMemoryClient) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        run_through(configured(folder), resume=True)
+
+
+def learnt(run: Run, rollouts: list) -> dict[str, torch.Tensor]:  # type: ignore[type-arg]
+    learn(run, rollouts, 0)
+    return {name: tensor.detach().clone() for name, tensor in run.student.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss.kind=local_support_matching"],
+        ["loss.kind=sampled_reverse_kl", "weights.prefix_importance.gamma=0.5"],
+        ["loss.kind=student_topk_reverse_kl", "weights.prune.w_base=0.5"],
+        ["loss.kind=sampled_reverse_kl", "weights.block_gate.block_size=2"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_learning_is_the_same_whatever_the_micro_batch(
+    folder: Path, client: InMemoryClient, overrides: list[str]
+) -> None:
+    results = []
+    for number, tokens in enumerate((1, 30, 100_000)):
+        config = configured(
+            folder, *overrides, f"optim.micro_batch_tokens={tokens}", f"run.out={folder}/{number}"
+        )
+        with assembled(config) as run:
+            results.append(learnt(run, next(run.source).rollouts))
+    start = tiny_student().state_dict()
+    for name, tensor in results[0].items():
+        for other in results[1:]:
+            # Two updates of AdamW at 3e-3 each: where a gradient is near 0 its sign decides, so
+            # most entries are compared and not the worst one.
+            assert (other[name] - tensor).abs().median() < 1e-6, name
+    moved = sum((results[0][name] - start[name]).abs().sum().item() for name in start)
+    assert moved > 1
+
+
+def test_evaluation_of_a_checkpoint_needs_no_teacher(folder: Path) -> None:
+    result = evaluate_checkpoint(configured(folder), str(folder / "student"))
+    assert result["num_prompts"] == 2
+    assert 0 <= result["accuracy"] <= 1  # type: ignore[operator]
+
+
+def test_evaluation_without_heldout_problems_says_so(folder: Path) -> None:
+    path = folder / "trainer.toml"
+    path.write_text("\n".join(r for r in path.read_text().splitlines() if "heldout" not in r))
+    with pytest.raises(DatasetError, match=r"data\.heldout"):
+        evaluate_checkpoint(configured(folder), str(folder / "student"))
+
+
+def test_prompt_that_leaves_no_room_for_the_budget_is_refused(folder: Path) -> None:
+    config = configured(folder, "budget.max_tokens=37")
+    with pytest.raises(DatasetError, match=r"train\.jsonl:1: the prompt has 4 tokens.* 1 to 3"):
+        from_config.prompts(config, character_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("teacher.k=9", r"teacher\.k is 9, the teacher in-memory allows 8"),
+        ("rollout.student_topk=9", r"rollout\.student_topk is 9, .* allows 8"),
+        ("rollout.max_context=65", r"rollout\.max_context is 65, .* allows 64"),
+        ("rollout.chunk_tokens=6", r"rollout\.chunk_tokens is 6, .* allows 5"),
+    ],
+)
+def test_setting_beyond_the_teachers_limits_is_refused(
+    folder: Path, override: str, reason: str
+) -> None:
+    from_config.check_limits(configured(folder), INFO)
+    with pytest.raises(ConfigError, match=reason):
+        from_config.check_limits(configured(folder, override), INFO)
+
+
+def test_special_token_that_the_vocabulary_lacks_is_refused(folder: Path) -> None:
+    config = configured(folder, 'special_tokens.tokens=["#", "<nope>"]')
+    with pytest.raises(ConfigError, match="'<nope>' is not in the vocabulary"):
+        from_config.special_tokens(config, character_tokenizer())
