@@ -3,7 +3,9 @@
     python -m examples.playground.build --out examples/playground/checkpoints --seed 0
 
 The teacher is trained on whole problems of every length up to TRAINING_ROUNDS. The student is
-cold-started on short chains only: it never sees a solution line beyond STUDENT_LINES.
+cold-started on short chains only, up to STUDENT_LINES lines, and then gets so brief a taste of
+whole problems that it is unsure beyond those lines rather than surely wrong: reverse KL learns
+nothing from a right token that the student holds impossible.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from examples.playground.evaluation import accuracy, respond
@@ -34,13 +36,20 @@ WHOLE = {num_rounds: (num_rounds, None) for num_rounds in range(1, TRAINING_ROUN
 CUT = {num_lines: (TRAINING_ROUNDS, num_lines) for num_lines in range(1, STUDENT_LINES + 1)}
 """Lessons on the first lines of problems of the training length, by number of lines."""
 
-TEACHER_STAGES = (
-    Stage(num_steps=150, lessons=(WHOLE[1], WHOLE[2], WHOLE[3])),
-    Stage(num_steps=350, lessons=(*WHOLE.values(), *[WHOLE[TRAINING_ROUNDS]] * 30)),
+TEACHER_RUNS = (
+    (
+        Stage(num_steps=150, lessons=(WHOLE[1], WHOLE[2], WHOLE[3])),
+        Stage(num_steps=350, lessons=(*WHOLE.values(), *[WHOLE[TRAINING_ROUNDS]] * 30)),
+    ),
 )
-STUDENT_STAGES = (
-    Stage(num_steps=150, lessons=(WHOLE[1], WHOLE[2], CUT[2], CUT[3])),
-    Stage(num_steps=100, lessons=(WHOLE[1], WHOLE[2], CUT[4], CUT[5], CUT[5])),
+"""Each run has optimizers and a learning-rate schedule of its own."""
+
+STUDENT_RUNS = (
+    (
+        Stage(num_steps=150, lessons=(WHOLE[1], WHOLE[2], CUT[2], CUT[3])),
+        Stage(num_steps=100, lessons=(WHOLE[1], WHOLE[2], CUT[4], CUT[5], CUT[5])),
+    ),
+    (Stage(num_steps=20, lessons=(WHOLE[TRAINING_ROUNDS],)),),
 )
 
 console = Console()
@@ -49,16 +58,17 @@ console = Console()
 def build_checkpoint(name: str, path: Path, seed: int) -> Qwen3ForCausalLM:
     """Train the teacher or the student from random weights and save it with its tokenizer."""
     if name == "teacher":
-        model, stages = build_model(num_layers=3, hidden_size=128, seed=seed), TEACHER_STAGES
+        model, runs = build_model(num_layers=3, hidden_size=128, seed=seed), TEACHER_RUNS
     else:
-        model, stages = build_model(num_layers=2, hidden_size=128, seed=seed + 1), STUDENT_STAGES
+        model, runs = build_model(num_layers=2, hidden_size=128, seed=seed + 1), STUDENT_RUNS
     with Progress(console=console) as progress:
-        bar = progress.add_task(name, total=sum(stage.num_steps for stage in stages))
+        for index, stages in enumerate(runs):
+            bar = progress.add_task(name, total=sum(stage.num_steps for stage in stages))
 
-        def report(step: int, loss: float) -> None:
-            progress.update(bar, completed=step, description=f"{name}, loss {loss:.4f}")
+            def report(step: int, loss: float, bar: TaskID = bar) -> None:
+                progress.update(bar, completed=step, description=f"{name}, loss {loss:.4f}")
 
-        train(model, stages, seed=seed, report=report)
+            train(model, stages, seed=seed + 100 * index, report=report)
     model.save_pretrained(path)
     save_tokenizer(path)
     return model

@@ -96,7 +96,7 @@ def test_rollout_records_the_version_of_the_weights_that_sampled_it(
             fresh = InMemorySampler(weights=rollout.policy_version)
             possible = [
                 fresh.draw(rollout.prompt.token_ids, SamplingOptions(max_tokens=12, seed=seed))[0]
-                for name, seed in sampler.seeds.items()
+                for name, seed in list(sampler.seeds.items())
                 if name.startswith(f"step{step}-")
             ]
             assert any(np.array_equal(rollout.response_ids, ids) for ids in possible)
@@ -185,9 +185,18 @@ def test_teacher_that_does_not_answer_does_not_keep_a_source_from_closing(
     loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rollout_source, "CLOSE_TIMEOUT_S", 0.2)
-    batches = source(loop, InMemorySampler(), open_session=lambda _: StuckSession())
-    with pytest.raises(TimeoutError):
-        batches._loop.start(batches._tracked(0, 0)).result(0.2)
+    sessions: list[ScriptedSession] = []
+
+    def open_session(prompt_ids: NDArray[np.int32]) -> ScriptedSession:
+        pause, kind = (0, ScriptedSession) if len(sessions) < 4 else (1_000_000, StuckSession)
+        sessions.append(kind(turns_per_append=pause))
+        return sessions[-1]
+
+    batches = source(loop, InMemorySampler(), queue_depth=1, open_session=open_session)
+    next(batches)
+    deadline = time.monotonic() + 10
+    while sum(s.num_under_way for s in sessions) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
     started = time.monotonic()
     batches.close()
     # Twice the bound and then some for a loaded machine; without a bound it never ends.

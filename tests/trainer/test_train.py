@@ -290,6 +290,18 @@ def test_learning_is_the_same_whatever_the_micro_batch(
     assert moved > 1
 
 
+def test_gradient_is_a_mean_over_tokens_and_not_a_sum(folder: Path, client: InMemoryClient) -> None:
+    config = configured(folder, "optim.updates_per_epoch=1")
+    norms = []
+    with assembled(config) as run:
+        rollouts = next(run.source).rollouts
+        for copies in (1, 3):
+            run.student.load_state_dict(tiny_student().state_dict())
+            norms.append(learn(run, rollouts * copies, 0)["grad_norm"])
+    # 1e-5: float32 sums in another order.
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
 def test_evaluation_of_a_checkpoint_needs_no_teacher(folder: Path) -> None:
     result = evaluate_checkpoint(configured(folder), str(folder / "student"))
     assert result["num_prompts"] == 2
