@@ -12,13 +12,15 @@ from student_trainer.budget import (
     PruneBudget,
     QuantileBudget,
 )
-from student_trainer.config import (
+from student_trainer.config import TrainerConfig
+from student_trainer.config_methods import (
+    ForwardKLSettings,
     LocalSupportMatchingSettings,
     ProgressiveBudgetSettings,
     PruneBudgetSettings,
     QuantileBudgetSettings,
     SampledReverseKLSettings,
-    TrainerConfig,
+    TruncatedReverseKLSettings,
 )
 from student_trainer.data import SpecialTokens, load_prompts
 from student_trainer.errors import ConfigError
@@ -26,12 +28,14 @@ from student_trainer.eval import Grader
 from student_trainer.losses.objective import (
     BlockGate,
     Divergence,
+    ForwardKL,
     LocalSupportMatching,
     PositionWeight,
     PrefixImportanceWeight,
     PruneWeight,
     SampledReverseKL,
     StudentTopKReverseKL,
+    TruncatedReverseKL,
 )
 from student_trainer.optim import Optimizer
 from student_trainer.records import Prompt, SamplingOptions
@@ -243,6 +247,10 @@ def divergence(config: TrainerConfig) -> Divergence:
     loss = config.loss
     if isinstance(loss, LocalSupportMatchingSettings):
         return LocalSupportMatching(clip_log_ratio=loss.clip_log_ratio)
+    if isinstance(loss, TruncatedReverseKLSettings):
+        return TruncatedReverseKL(tail=loss.tail)
+    if isinstance(loss, ForwardKLSettings):
+        return ForwardKL()
     kind = SampledReverseKL if isinstance(loss, SampledReverseKLSettings) else StudentTopKReverseKL
     return kind(clip_epsilon=loss.clip_epsilon, dual_clip=loss.dual_clip)
 

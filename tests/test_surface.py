@@ -27,7 +27,7 @@ TRAINER_SETTINGS = {
     "eval": (
         "answer_pattern every_steps max_tokens num_prompts pass_k temperature unicode_normalize"
     ),
-    "loss": "clip_epsilon clip_log_ratio dual_clip kind",
+    "loss": "clip_epsilon clip_log_ratio dual_clip kind tail",
     "optim": (
         "betas epochs final_learning_rate learning_rate max_grad_norm max_sync_gap_nats "
         "micro_batch_tokens updates_per_epoch warmup_steps weight_decay"

@@ -9,6 +9,7 @@ from .inputs import LossInputs
 from .objective import (
     BlockGate,
     Divergence,
+    ForwardKL,
     LocalSupportMatching,
     PositionWeight,
     PrefixImportanceWeight,
@@ -26,6 +27,7 @@ from .objective import (
 __all__ = [
     "BlockGate",
     "Divergence",
+    "ForwardKL",
     "LocalSupportMatching",
     "LossInputs",
     "PositionWeight",

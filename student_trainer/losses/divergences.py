@@ -218,6 +218,33 @@ def truncated_reverse_kl(
     return (student.exp() * (student - teacher)).sum(dim=-1)
 
 
+def forward_kl(
+    student_logprobs_at_teacher_topk_BTK: Tensor,
+    teacher_topk_logprobs_BTK: Tensor,
+) -> Tensor:
+    """KL(teacher || student) over the teacher's top-K and one class for everything else; >= 0.
+
+    E_{v ~ teacher}[log p_teacher(v) - log p_student(v)], with the mass outside the support as class
+    K + 1: between 0 and the exact KL, and equal to it at K = V. Its gradient with respect to a
+    student logit is p_student - p_teacher inside S, so that, unlike any reverse KL, it does not
+    vanish where the student is sure of a token that the teacher rules out: there the reverse KL's
+    gradient is proportional to the student's mass on the right token.
+
+    Source: not of the four papers; generalised knowledge distillation (arXiv 2306.13649) on the
+    student's own prefixes, with the tail bucket of TRL's `loss_add_tail`.
+
+    Args and errors as in `local_support_matching`, except that logits do not serve.
+    """
+    check_log_probs(
+        3,
+        student={"student_logprobs_at_teacher_topk_BTK": student_logprobs_at_teacher_topk_BTK},
+        fixed={"teacher_topk_logprobs_BTK": teacher_topk_logprobs_BTK},
+    )
+    student = _with_tail(student_logprobs_at_teacher_topk_BTK)
+    teacher = _with_tail(teacher_topk_logprobs_BTK)
+    return (teacher.exp() * (teacher - student)).sum(dim=-1)
+
+
 def student_topk_reverse_kl(
     student_logprobs_at_student_topk_BTJ: Tensor,
     behavior_topk_logprobs_BTJ: Tensor,

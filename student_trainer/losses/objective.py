@@ -32,6 +32,7 @@ from torch import Tensor
 from .divergences import (
     check_clip,
     check_clip_log_ratio,
+    forward_kl,
     local_support_matching,
     reverse_kl_monitor,
     sampled_reverse_kl,
@@ -104,6 +105,18 @@ class TruncatedReverseKL:
             inputs.student_logprobs_at_teacher_topk_BTK, "student_logprobs_at_teacher_topk_BTK"
         )
         return truncated_reverse_kl(student_BTK, teacher_BTK, tail=self.tail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardKL:
+    """KL from the teacher over its top-K and a tail: `divergences.forward_kl`."""
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        teacher_BTK = need(inputs.teacher_topk_logprobs_BTK, "teacher_topk_logprobs_BTK")
+        student_BTK = need(
+            inputs.student_logprobs_at_teacher_topk_BTK, "student_logprobs_at_teacher_topk_BTK"
+        )
+        return forward_kl(student_BTK, teacher_BTK)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -191,4 +191,3 @@ def combine(*weights_BT: Tensor) -> Tensor:
             )
         product_BT = product_BT * weight_BT.detach()
     return product_BT
-

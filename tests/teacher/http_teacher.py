@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-from teacher_wire.records import Scores, TeacherInfo
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,6 +16,7 @@ from teacher_server.http_api import HttpDeps, create_app
 from teacher_server.metrics import Metrics
 from teacher_server.scheduler import Scheduler, SchedulerLimits
 from teacher_server.sessions import SessionTable
+from teacher_wire.records import Scores, TeacherInfo
 
 SYMBOLS = "0123456789+*=; é"
 SPECIALS = ["<|bos|>", "<|eos|>"]

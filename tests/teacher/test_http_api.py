@@ -13,10 +13,10 @@ import pytest
 from http_teacher import PROMPT, RESPONSE, Teacher, V, error_of, no_constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from teacher_wire.errors import ERROR_CODES, NonFiniteError
 
 from teacher_server import http_api
 from teacher_server.engine.fake_engine import full_logprobs, prefix_seeds
+from teacher_wire.errors import ERROR_CODES, NonFiniteError
 
 
 @pytest.fixture

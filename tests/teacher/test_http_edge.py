@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 from http_teacher import PROMPT, RESPONSE, Teacher, error_of
+
+from teacher_server import http_edge
 from teacher_wire.errors import (
     ERROR_CODES,
     CapacityError,
@@ -17,8 +19,6 @@ from teacher_wire.errors import (
     TeacherError,
     UnauthenticatedError,
 )
-
-from teacher_server import http_edge
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 from grpc import StatusCode
 from http_teacher import INFO
 from prometheus_client.parser import text_string_to_metric_families
-from teacher_wire.errors import ERROR_CODES
 
 from teacher_server.metrics import OTHER, Metrics
+from teacher_wire.errors import ERROR_CODES
 
 SESSION = "/opd.teacher.v1.TeacherService/Session"
 SESSION_LABELS = {

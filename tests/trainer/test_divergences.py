@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from student_trainer.losses.divergences import (
+    forward_kl,
     local_support_matching,
     reverse_kl_monitor,
     sampled_reverse_kl,
@@ -78,6 +79,22 @@ def test_tail_gradient_stays_finite_at_full_mass() -> None:
     (grad,) = torch.autograd.grad(loss.sum(), student)
     assert loss.item() == pytest.approx(math.log(1 / 0.5), abs=1e-5)
     assert grad.isfinite().all()
+
+
+def test_forward_kl_counts_the_mass_outside_the_support_as_one_class() -> None:
+    student, teacher = support(0.1, 0.2).log(), support(0.5, 0.3).log()
+    expected = 0.5 * math.log(5) + 0.3 * math.log(1.5) + 0.2 * math.log(0.2 / 0.7)
+    assert forward_kl(student, teacher).item() == pytest.approx(expected)
+    assert forward_kl(teacher, teacher).item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_sure_and_wrong_student_learns_from_forward_but_not_from_reverse_kl() -> None:
+    logits = torch.tensor([[[12.0, 0.0, 0.0]]], dtype=torch.float64, requires_grad=True)
+    teacher = support(1e-4, 0.9998, 1e-4).log()
+    (forward,) = torch.autograd.grad(forward_kl(logits.log_softmax(-1), teacher).sum(), logits)
+    (reverse,) = torch.autograd.grad(local_support_matching(logits, teacher).sum(), logits)
+    assert forward[0, 0, 1].item() == pytest.approx(-0.9998, abs=1e-4)
+    assert reverse.abs().max().item() < 1e-3
 
 
 def test_sampled_surrogate_on_policy_has_gradient_minus_advantage() -> None:

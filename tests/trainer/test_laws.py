@@ -26,6 +26,7 @@ from student_trainer.losses import (
     step_scale,
 )
 from student_trainer.losses.divergences import (
+    forward_kl,
     local_support_matching,
     sampled_reverse_kl,
     student_topk_reverse_kl,
@@ -164,6 +165,26 @@ def test_tail_bucket_lies_between_zero_and_the_exact_divergence(
     found = truncated_reverse_kl(student.gather(-1, ids), teacher.gather(-1, ids), tail=True)
     assert (found >= -1e-9).all()
     assert (found <= exact_reverse_kl(student, teacher) + 1e-6).all()
+
+
+@law
+@given(seeds, st.integers(2, 8), st.data())
+def test_forward_kl_lies_between_zero_and_the_exact_one_with_gradient_p_minus_q(
+    seed: int, size: int, data: st.DataObject
+) -> None:
+    student, teacher = random_logits(seed, 1, 3, size)
+    student.requires_grad_()
+    num_support = data.draw(st.integers(1, size))
+    teacher = teacher.log_softmax(-1)
+    ids = teacher.topk(num_support).indices
+    found = forward_kl(student.log_softmax(-1).gather(-1, ids), teacher.gather(-1, ids))
+    exact = (teacher.exp() * (teacher - student.log_softmax(-1))).sum(-1)
+    assert (found >= -1e-9).all()
+    assert (found <= exact + 1e-6).all()
+    if num_support == size:
+        assert close(found, exact, 1e-5)
+        expected = student.softmax(-1) - teacher.exp()
+        assert close(grad_of(found, student), expected, 1e-5)
 
 
 @law

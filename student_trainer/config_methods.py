@@ -1,0 +1,155 @@
+"""Settings of the methods: the drift policy, the length budget, the loss and its weights.
+
+Defaults are the papers'. What a setting means is in docs/methods.md.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from teacher_wire.records import MAX_DRIFT_K
+
+
+class Section(BaseModel):
+    """A group of settings."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DriftSettings(Section):
+    metric: Literal["overlap_ratio", "teacher_top_p_accept"] = "overlap_ratio"
+    k: int = Field(16, gt=0, le=MAX_DRIFT_K)
+    """Leading entries of student and teacher that are compared."""
+    threshold: float = Field(0.7, ge=1e-9, le=1)
+    """Overlap ratio below which a position is a bad event."""
+    top_p: float = Field(0.95, ge=1e-9, le=1)
+    """Nucleus of teacher_top_p_accept."""
+    w_drop: float = Field(0.01, ge=1e-9, le=1)
+    """Reliability lost a bad event."""
+    stop_in_flight: bool = True
+    """Stop a rollout at the first position where its reliability is 0."""
+
+
+def _check_bounds(minimum: int, initial: int, maximum: int) -> None:
+    if not minimum <= initial <= maximum:
+        raise ValueError(
+            f"budget needs minimum <= initial <= maximum, got {minimum}, {initial}, {maximum}"
+        )
+
+
+class FixedBudgetSettings(Section):
+    kind: Literal["fixed"] = "fixed"
+    max_tokens: int = Field(gt=0)
+
+
+class PruneBudgetSettings(Section):
+    """Prune-OPD's batch-level controller (section 3.3 of the paper)."""
+
+    kind: Literal["prune"]
+    initial: int = Field(2048, gt=0)
+    minimum: int = Field(1024, gt=0)
+    maximum: int = Field(12288, gt=0)
+    increment: int = Field(100, gt=0)
+    margin: int = Field(100, ge=0)
+    hit_ratio: float = Field(0.1, gt=0, le=1)
+    patience: int = Field(3, gt=0)
+    boundary: Literal["paper", "code"] = "code"
+    """They differ near the minimum: the released code never looks below it."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _check_bounds(self.minimum, self.initial, self.maximum)
+        return self
+
+
+class ProgressiveBudgetSettings(Section):
+    """A horizon that grows by `increment` every `every_steps` steps (TOPD/POPD, 2605.31490)."""
+
+    kind: Literal["progressive"]
+    initial: int = Field(gt=0)
+    maximum: int = Field(gt=0)
+    increment: int = Field(ge=0)
+    every_steps: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _check_bounds(1, self.initial, self.maximum)
+        return self
+
+
+class QuantileBudgetSettings(Section):
+    """Moves towards a quantile of the effective lengths plus a margin (ours)."""
+
+    kind: Literal["quantile"]
+    initial: int = Field(gt=0)
+    minimum: int = Field(gt=0)
+    maximum: int = Field(gt=0)
+    margin: int = Field(100, ge=0)
+    quantile: float = Field(0.9, gt=0, le=1)
+    rate: float = Field(0.5, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _check_bounds(self.minimum, self.initial, self.maximum)
+        return self
+
+
+class SampledReverseKLSettings(Section):
+    kind: Literal["sampled_reverse_kl"]
+    clip_epsilon: float | None = Field(0.2, gt=0)
+    dual_clip: float | None = Field(3.0, gt=1)
+
+
+class LocalSupportMatchingSettings(Section):
+    kind: Literal["local_support_matching"]
+    clip_log_ratio: float | None = Field(None, gt=0)
+
+
+class TruncatedReverseKLSettings(Section):
+    """Local support matching without renormalising: an ablation; with a tail, a divergence."""
+
+    kind: Literal["truncated_reverse_kl"]
+    tail: bool
+    """Everything outside the support as one more class."""
+
+
+class ForwardKLSettings(Section):
+    kind: Literal["forward_kl"]
+
+
+class StudentTopKReverseKLSettings(Section):
+    kind: Literal["student_topk_reverse_kl"]
+    clip_epsilon: float | None = Field(0.2, gt=0)
+    dual_clip: float | None = Field(3.0, gt=1)
+
+
+class PruneWeightSettings(Section):
+    """Prune-OPD's L = R + w_base; R from the drift policy's w_drop."""
+
+    w_base: float = Field(0.5, ge=0)
+
+
+class PrefixImportanceSettings(Section):
+    """IW-OPD's unsigned cumulative share."""
+
+    gamma: float = Field(0.5, ge=0)
+
+
+class BlockGateSettings(Section):
+    """Blockwise policy-drift gating."""
+
+    block_size: int = Field(64, gt=0)
+    tau: float = Field(1.0, gt=0)
+    aggregate: Literal["signed_mean", "mean_abs", "rms"] = "signed_mean"
+
+
+class WeightSettings(Section):
+    """Position weights; each is off unless its table is present."""
+
+    prune: PruneWeightSettings | None = None
+    prefix_importance: PrefixImportanceSettings | None = None
+    block_gate: BlockGateSettings | None = None
