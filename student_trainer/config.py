@@ -126,6 +126,8 @@ class DataSettings(Section):
     train: Path
     """JSON lines with `prompt` (text) or `messages` (chat), and optionally `answer`."""
     heldout: Path | None = None
+    answer_field: str = "answer"
+    """Field that holds what the graded part of a response must equal."""
 
 
 class EvalSettings(Section):

@@ -29,11 +29,15 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_prompts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int,
+    answer_field: str = "answer",
 ) -> list[Prompt]:
     """Every problem of a JSON-lines file.
 
-    A line has `prompt` (text) or `messages` (for the chat template), and optionally `answer` and
+    A line has `prompt` (text) or `messages` (for the chat template), and optionally an answer and
     `id`. Raises DatasetError naming the file, the line and the limit.
     """
     if not path.is_file():
@@ -42,21 +46,32 @@ def load_prompts(
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                prompts.append(_prompt(f"{path}:{number}", line, tokenizer, max_prompt_tokens))
+                fields = _fields(f"{path}:{number}", line)
+                prompts.append(
+                    _prompt(f"{path}:{number}", fields, tokenizer, max_prompt_tokens, answer_field)
+                )
     if not prompts:
         raise DatasetError(f"{path}: the dataset is empty")
     return prompts
 
 
-def _prompt(
-    where: str, line: str, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
-) -> Prompt:
+def _fields(where: str, line: str) -> dict[str, Any]:
     try:
-        fields: dict[str, Any] = json.loads(line)
+        fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise DatasetError(f"{where}: not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise DatasetError(f"{where}: must be an object, is {type(fields).__name__}")
+    return fields
+
+
+def _prompt(
+    where: str,
+    fields: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    answer_field: str,
+) -> Prompt:
     if "messages" in fields:
         text = _chat_text(where, fields["messages"], tokenizer)
     elif isinstance(fields.get("prompt"), str):
@@ -68,7 +83,7 @@ def _prompt(
         raise DatasetError(
             f"{where}: the prompt has {len(token_ids)} tokens, must be 1 to {max_prompt_tokens}"
         )
-    answer = fields.get("answer")
+    answer = fields.get(answer_field)
     return Prompt(
         prompt_id=str(fields.get("id", where)),
         text=text,

@@ -65,7 +65,10 @@ def prompts(
     if config.data.heldout is None:
         return train, []
     heldout = load_prompts(
-        config.data.heldout, tokenizer, max_prompt_tokens=context - config.eval.max_tokens
+        config.data.heldout,
+        tokenizer,
+        max_prompt_tokens=context - config.eval.max_tokens,
+        answer_field=config.data.answer_field,
     )
     return train, heldout[: config.eval.num_prompts]
 

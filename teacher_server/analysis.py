@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from teacher_wire.errors import InvalidRequestError, NonFiniteError
-from teacher_wire.records import MAX_DRIFT_K, DriftPolicy, ScoreRows, Scores
 
 from teacher_server.drift import reliability
+from teacher_wire.errors import InvalidRequestError, NonFiniteError
+from teacher_wire.records import MAX_DRIFT_K, DriftPolicy, ScoreRows, Scores
 
 
 class Tokenizer(Protocol):

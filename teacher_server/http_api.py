@@ -23,6 +23,17 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from teacher_server import __version__
+from teacher_server.analysis import (
+    Tokenizer,
+    TokenTexts,
+    build_report,
+    refuse_non_finite,
+    report_to_json,
+)
+from teacher_server.http_edge import EXCEPTION_HANDLERS, MAX_BODY_BYTES, HttpEdge
+from teacher_server.metrics import CONTENT_TYPE, Metrics
 from teacher_wire.errors import InvalidRequestError, NotReadyError
 from teacher_wire.records import (
     MAX_DRIFT_K,
@@ -35,17 +46,6 @@ from teacher_wire.records import (
     TeacherInfo,
     TokenSpan,
 )
-
-from teacher_server import __version__
-from teacher_server.analysis import (
-    Tokenizer,
-    TokenTexts,
-    build_report,
-    refuse_non_finite,
-    report_to_json,
-)
-from teacher_server.http_edge import EXCEPTION_HANDLERS, MAX_BODY_BYTES, HttpEdge
-from teacher_server.metrics import CONTENT_TYPE, Metrics
 
 MAX_JSON_ENTRIES = 262_144
 """Largest n * K that leaves as JSON numbers; packed arrays have no such limit."""

@@ -22,6 +22,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from teacher_server.metrics import Metrics
 from teacher_wire.errors import (
     CapacityError,
     DeadlineError,
@@ -30,8 +32,6 @@ from teacher_wire.errors import (
     TeacherError,
     code_of,
 )
-
-from teacher_server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from teacher_wire.errors import ERRORS_BY_NAME
-from teacher_wire.records import TeacherInfo
 
 from teacher_server import __version__
+from teacher_wire.errors import ERRORS_BY_NAME
+from teacher_wire.records import TeacherInfo
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

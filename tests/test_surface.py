@@ -22,7 +22,7 @@ TRAINER_SETTINGS = {
         "minimum patience quantile rate"
     ),
     "checkpoint": "every_steps keep",
-    "data": "heldout train",
+    "data": "answer_field heldout train",
     "drift": "k metric stop_in_flight threshold top_p w_drop",
     "eval": (
         "answer_pattern every_steps max_tokens num_prompts pass_k temperature unicode_normalize"

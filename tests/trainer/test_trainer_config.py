@@ -140,7 +140,7 @@ def test_missing_setting_is_named(smallest: Path) -> None:
             ["data.heldout=h.jsonl", "eval.max_tokens=200"],
             r"eval\.max_tokens is 200.*rollout\.max_context 200",
         ),
-        (["loss.kind=forward_kl"], r"loss: .*forward_kl"),
+        (["loss.kind=cross_entropy"], r"loss: .*cross_entropy"),
         (["run.steps=0"], r"run\.steps: .*greater than 0 \(got 0\)"),
         (["rollout.temperature=0"], r"rollout\.temperature: .*\(got 0\)"),
         (["rollout.temperature=Infinity"], r"rollout\.temperature: .*finite.*\(got inf\)"),
