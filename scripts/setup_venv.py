@@ -68,8 +68,6 @@ def main() -> None:
     if arguments.accelerator == "cpu":
         remove = [*pip, "uninstall", "-y", *BREAKS_TRANSFORMERS]
         steps.append(("removing CUDA builds that break CPU imports", remove))
-    steps.append(("compiling", [python, "-m", "compileall", "-q", str(arguments.venv / "lib")]))
-
     venv.create(arguments.venv, with_pip=True, clear=True)
     for number, (title, command) in enumerate(steps, start=1):
         run_step(number, len(steps), title, command)
