@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-FEW_CORES = 4
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
 
 
@@ -63,9 +62,6 @@ class VllmSampler:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        if (os.cpu_count() or 1) <= FEW_CORES:
-            # Read by the package's vLLM plugin: waiting processes sleep instead of polling.
-            os.environ.setdefault("DRIFTLINE_NO_SPINNING", "1")
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self._kv_cache_gib)))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self._cpu_cores
         # The engine core is spawned, not forked: this process holds gRPC objects.

@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 
 from teacher_server.engine.base import EngineRows, ScoreQuery
 
-NO_SPINNING_VARIABLE = "DRIFTLINE_NO_SPINNING"
-"""Tells the plugin that cores are few; the trainer's sampler sets it as well."""
 ZERO_BLOCKS_VARIABLE = "DRIFTLINE_ZERO_KV_BLOCKS"
 """Tells the plugin that its process serves scores; it is loaded beside every vLLM engine."""
 

@@ -24,12 +24,7 @@ from vllm.tasks import PoolingTask
 from vllm.v1.outputs import PoolerOutput
 from vllm.v1.pool.metadata import PoolingMetadata
 
-from teacher_server.engine.row_format import (
-    HEADER,
-    NO_SPINNING_VARIABLE,
-    ZERO_BLOCKS_VARIABLE,
-    RowRequest,
-)
+from teacher_server.engine.row_format import HEADER, ZERO_BLOCKS_VARIABLE, RowRequest
 
 TASK: PoolingTask = "token_classify"
 
@@ -56,8 +51,6 @@ def register() -> None:
 
     if os.environ.get(ZERO_BLOCKS_VARIABLE) == "1":
         _zero_new_blocks()
-    if os.environ.get(NO_SPINNING_VARIABLE) == "1":
-        _wait_without_spinning()
     for architecture in BASE_MODULES:
         name = SCORING_PREFIX + architecture
         # A string keeps the model's module, and with it CUDA, out of other processes.
@@ -73,17 +66,6 @@ def _zero_new_blocks() -> None:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     KVCacheConfig.needs_kv_cache_zeroing = property(lambda config: True)  # type: ignore[assignment]
-
-
-def _wait_without_spinning() -> None:
-    """Makes vLLM's processes sleep while they wait for each other, not poll for up to a second.
-
-    Polling costs a core for each waiting process. Where engines share few cores that is the core
-    another one needs: it took 45 % of the worker's time beside a trainer on two cores.
-    """
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
-
-    SpinCondition.__init__.__defaults__ = (0,)  # busy_loop_s
 
 
 def __getattr__(name: str) -> type[torch.nn.Module]:

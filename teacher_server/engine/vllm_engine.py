@@ -23,12 +23,7 @@ from teacher_server.engine.base import (
     check_query,
 )
 from teacher_server.engine.checkpoint import read_config, resolve_dtype
-from teacher_server.engine.row_format import (
-    NO_SPINNING_VARIABLE,
-    ZERO_BLOCKS_VARIABLE,
-    RowCollector,
-    RowRequest,
-)
+from teacher_server.engine.row_format import ZERO_BLOCKS_VARIABLE, RowCollector, RowRequest
 from teacher_wire.errors import EngineError
 
 if TYPE_CHECKING:
@@ -43,8 +38,6 @@ QUIET_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 """Set before vLLM is imported, unless the operator has set them."""
-FEW_CORES = 4
-"""On so many cores or fewer vLLM's processes sleep while they wait, instead of polling."""
 
 
 class VllmEngine:
@@ -108,8 +101,6 @@ class VllmEngine:
         """Loads the model; takes tens of seconds, in a thread."""
         for name, value in QUIET_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        if (os.cpu_count() or 1) <= FEW_CORES:
-            os.environ.setdefault(NO_SPINNING_VARIABLE, "1")
         # Read by the engine's processes, which are spawned in here.
         os.environ[ZERO_BLOCKS_VARIABLE] = "1"
         try:
