@@ -6,13 +6,14 @@ nothing. A value that is not finite never gets there: it raises.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -25,8 +26,11 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from student_trainer.errors import ConfigError
+
 METRICS_FILE = "metrics.jsonl"
 PROFILES_FILE = "profiles.jsonl"
+LOCK_FILE = ".lock"
 
 
 class PhaseClock:
@@ -91,6 +95,7 @@ class RunLog:
 
     def __init__(self, folder: Path, bars: Bars, *, resume_from: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(folder)
         if resume_from is not None:
             for name in (METRICS_FILE, PROFILES_FILE):
                 _drop_later(folder / name, resume_from)
@@ -107,6 +112,7 @@ class RunLog:
         self._board.close()
         self._metrics.close()
         self._profiles.close()
+        self._lock.close()
 
     def step(self, step: int, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> None:
         """One step: its scalars and where its wall time went."""
@@ -144,6 +150,17 @@ def _line(step: int, metrics: Mapping[str, float], seconds: Mapping[str, float])
         f"length {metrics['length_mean']:.0f}  stopped {metrics['truncated_rollouts']:.0f}"
         f"/{metrics['rollouts']:.0f}  {sum(seconds.values()):.1f} s"
     )
+
+
+def _locked(folder: Path) -> TextIO:
+    """Holds the folder until closed or dead. Raises ConfigError when another run holds it."""
+    lock = (folder / LOCK_FILE).open("w", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(f"run.out {folder}: another run is writing to it") from None
+    return lock
 
 
 def _drop_later(path: Path, step: int) -> None:

@@ -20,7 +20,7 @@ from student_trainer.diagnostics import (
     rollout_metrics,
     step_profile,
 )
-from student_trainer.errors import DatasetError
+from student_trainer.errors import ConfigError, DatasetError
 from student_trainer.records import Finish, RolloutTimes
 from student_trainer.report import draw, summarize, summary_table, write_summary
 from student_trainer.run_log import Bars, PhaseClock, RunLog
@@ -290,3 +290,12 @@ def test_bars_are_silent_without_a_terminal_and_start_again() -> None:
         bars.update("rollouts", 2, 2)
         bars.update("rollouts", 1, 3)
     assert output.getvalue() == ""
+
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path: Path) -> None:
+    with Bars() as bars:
+        first = RunLog(tmp_path, bars)
+        with pytest.raises(ConfigError, match="another run is writing"):
+            RunLog(tmp_path, bars)
+        first.close()
+        RunLog(tmp_path, bars).close()
