@@ -39,7 +39,8 @@ def main() -> int:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored in a shell's background
+        signal.signal(number, _interrupt)
     trainer = [str(BIN / "student-trainer")]
     config = ["--config", str(TRAINER_CONFIG), "--set", f"run.out={out}"]
     config += [part for override in arguments.set for part in ("--set", override)]

@@ -95,6 +95,10 @@ def test_an_interrupted_demo_ends_what_it_started(tmp_path: Path) -> None:
         stdout, _ = process.communicate(timeout=40)
     finally:
         process.kill()
+        process.wait()
+        left = processes_naming(str(out))
+        for pid in left:  # each leads, or belongs to, a group that the demo made
+            os.killpg(os.getpgid(pid), signal.SIGKILL)
     assert process.returncode == 130
     assert "interrupted" in stdout
-    assert processes_naming(str(out)) == []
+    assert left == []
