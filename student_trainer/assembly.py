@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from student_trainer import from_config
+from student_trainer import from_config, methods_from_config
 from student_trainer.budget import LengthBudget
 from student_trainer.checkpoint import Checkpoints, load_state, save_student
 from student_trainer.config import TrainerConfig
 from student_trainer.data import PromptOrder, load_tokenizer
 from student_trainer.eval import EvalResult, evaluate
-from student_trainer.losses.objective import Divergence, PositionWeight
+from student_trainer.losses import Divergence, PositionWeight
 from student_trainer.optim import Optimizer
 from student_trainer.records import Prompt
 from student_trainer.rollout_source import LoopThread, RolloutSource
@@ -137,7 +137,8 @@ def assembled(config: TrainerConfig, *, resume: bool = False) -> Iterator[Run]:
         client = loop.run(from_config.connect(config, student.config.vocab_size, tokenizer))
         stack.callback(lambda: loop.run(client.aclose()))
         bars = stack.enter_context(Bars())
-        optimizer, budget = from_config.optimizer(config, student), from_config.budget(config)
+        optimizer = from_config.optimizer(config, student)
+        budget = methods_from_config.budget(config)
         first_step = 0
         if resume:
             state = load_state(checkpoints.latest())
@@ -180,8 +181,8 @@ def assembled(config: TrainerConfig, *, resume: bool = False) -> Iterator[Run]:
             student=student,
             tokenizer=tokenizer,
             optimizer=optimizer,
-            divergence=from_config.divergence(config),
-            weights=from_config.weights(config),
+            divergence=methods_from_config.divergence(config),
+            weights=methods_from_config.weights(config),
             budget=budget,
             source=source,
             loop=loop,

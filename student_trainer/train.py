@@ -14,7 +14,7 @@ from student_trainer.diagnostics import (
     rollout_metrics,
     step_profile,
 )
-from student_trainer.losses.objective import (
+from student_trainer.losses import (
     StepSums,
     merge,
     needs_normalization,

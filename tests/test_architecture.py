@@ -94,7 +94,8 @@ RULES = [
     Rule(
         modules="student_trainer.*",
         never="student_trainer.config",
-        but="student_trainer.cli student_trainer.from_config student_trainer.assembly",
+        but="student_trainer.cli student_trainer.from_config student_trainer.methods_from_config "
+        "student_trainer.assembly",
         why="values are passed, not settings",
     ),
     Rule(
@@ -106,7 +107,7 @@ RULES = [
     ),
     Rule(
         modules="student_trainer.*",
-        never="student_trainer.from_config",
+        never="student_trainer.from_config student_trainer.methods_from_config",
         but="student_trainer.assembly",
         why="one composition root",
     ),

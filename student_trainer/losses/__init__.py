@@ -1,28 +1,21 @@
 """Losses of on-policy distillation.
 
-`divergences` say what a token costs, `weights` how much it counts; `objective` joins them. Pure
-functions of tensors: no settings, no records, no models. The trainer needs the names below; the
-formulas as functions are in the modules.
+`divergences` say what a token costs, `weights` how much it counts, as functions of tensors; the
+`*_choice` modules hold one callable a method, with its constants; `objective` joins them. No
+settings, no records, no models. The trainer needs the names below.
 """
 
-from .inputs import LossInputs
-from .objective import (
-    BlockGate,
+from .divergence_choice import (
     Divergence,
     ForwardKL,
     LocalSupportMatching,
-    PositionWeight,
-    PrefixImportanceWeight,
-    PruneWeight,
     SampledReverseKL,
-    StepSums,
     StudentTopKReverseKL,
     TruncatedReverseKL,
-    merge,
-    needs_normalization,
-    objective,
-    step_scale,
 )
+from .inputs import LossInputs
+from .objective import StepSums, merge, needs_normalization, objective, step_scale
+from .weight_choice import BlockGate, PositionWeight, PrefixImportanceWeight, PruneWeight
 
 __all__ = [
     "BlockGate",
