@@ -78,10 +78,10 @@ def teacher_server(out: Path, console: Console) -> Iterator[str]:
     command = [str(BIN / "teacher-server"), "serve", "--config", str(TEACHER_CONFIG)]
     command += ["--ready-file", str(ready_file), "--grpc-port", "0", "--http-port", "0"]
     # Two engines on one machine: each has its own core, or every step of one waits for the other.
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": str((os.cpu_count() or 1) - 1)}
+    command += ["--cpu-cores", str((os.cpu_count() or 1) - 1)]
     with (
         log_file.open("w") as log,
-        process(command, stdout=log, stderr=log, env=environment) as server,
+        process(command, stdout=log, stderr=log) as server,
     ):
         _wait_until_ready(server, ready_file, log_file, console)
         yield json.loads(ready_file.read_text())["grpc_address"]

@@ -70,8 +70,8 @@ class SamplerSettings(Section):
     """KV cache on a CPU."""
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     enforce_eager: bool = True
-    cpu_cores: str = "auto"
-    """Cores of the engine on a CPU, as in VLLM_CPU_OMP_THREADS_BIND: "0", "0-3", "auto"."""
+    cpu_cores: str = Field("auto", pattern=r"^(auto|\d+(,\d+)*)$")
+    """Cores of the engine on a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares."""
 
 
 class RolloutSettings(Section):

@@ -89,6 +89,7 @@ def build_engine(config: TeacherConfig) -> ScoringEngine:
         head_dtype=config.head_dtype,
         enforce_eager=config.enforce_eager,
         tensor_parallel_size=config.tensor_parallel_size,
+        cpu_cores=config.cpu_cores,
     )
 
 

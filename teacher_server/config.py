@@ -11,6 +11,7 @@ import argparse
 import difflib
 import ipaddress
 import logging
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ENV_PREFIX = "TEACHER_"
+CORES = re.compile(r"\d+(,\d+)*")
 log = logging.getLogger(__name__)
 Value = str | int | float | bool
 
@@ -60,6 +62,7 @@ class TeacherConfig:
     max_num_seqs: int = setting(256, "queries in one engine step", low=1)
     max_num_batched_tokens: int = setting(8192, "tokens in one engine step", low=1)
     tensor_parallel_size: int = setting(1, "GPUs that share the model", low=1)
+    cpu_cores: str = setting("auto", "cores of the vllm engine on a CPU, such as 0 or 2,3")
     enforce_eager: bool = setting(False, "vllm without compiled graphs: starts sooner, runs slower")
     hf_sessions: int = setting(64, "KV caches that the hf engine keeps", low=1)
     self_test: bool = setting(True, "score a short text two ways before serving")
@@ -94,6 +97,10 @@ class TeacherConfig:
             _check(entry.name, getattr(self, entry.name), entry.metadata)
         if self.engine != "fake" and not self.model:
             raise ConfigError(f"model is empty, must name a checkpoint for engine {self.engine!r}")
+        if self.cpu_cores != "auto" and not CORES.fullmatch(self.cpu_cores):
+            raise ConfigError(
+                f"cpu_cores is {self.cpu_cores!r}, must be like '0' or '2,3', or auto"
+            )
         if not self.insecure and not is_loopback(self.host):
             raise ConfigError(
                 f"host is {self.host!r}, must be a loopback address: there is no authentication; "

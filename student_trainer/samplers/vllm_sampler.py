@@ -9,7 +9,8 @@ process busy and delay the very verdicts that stop a rollout.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
+IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""The model runs in the engine core's own process. vLLM turns "uni" into "mp" on a CPU, because it
+cannot set OpenMP's threads there; we set them before the process starts."""
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
 
 
@@ -63,7 +67,6 @@ class VllmSampler:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self._kv_cache_gib)))
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = self._cpu_cores
         # The engine core is spawned, not forked: this process holds gRPC objects.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -84,8 +87,10 @@ class VllmSampler:
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=self._seed,
+            distributed_executor_backend=None if self._cpu_cores == "auto" else IN_ENGINE_CORE,
         )
-        self._engine = AsyncLLM.from_engine_args(args)
+        with _children_on(self._cpu_cores):
+            self._engine = AsyncLLM.from_engine_args(args)
 
     async def generate(
         self, request_id: str, prompt_ids: NDArray[np.int32], options: SamplingOptions
@@ -125,6 +130,25 @@ class VllmSampler:
         if self._engine is None:
             raise RuntimeError("the sampler is not started")
         return self._engine
+
+
+@contextmanager
+def _children_on(cores: str) -> Iterator[None]:
+    """Processes started within run on these cores only, one thread each; "auto" leaves them be."""
+    if cores == "auto":
+        yield
+        return
+    chosen = {int(core) for core in cores.split(",")}
+    before = os.sched_getaffinity(0), os.environ.get("OMP_NUM_THREADS")
+    os.sched_setaffinity(0, chosen)
+    os.environ["OMP_NUM_THREADS"] = str(len(chosen))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before[0])
+        os.environ.pop("OMP_NUM_THREADS")
+        if before[1] is not None:
+            os.environ["OMP_NUM_THREADS"] = before[1]
 
 
 def _delta(output: CompletionOutput, num_topk: int) -> Delta:

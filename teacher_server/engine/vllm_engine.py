@@ -12,6 +12,8 @@ import asyncio
 import gc
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
 PLUGIN = "driftline_token_scorer"
 """Entry point of token_scorer.register, by which vLLM's own processes find it."""
+IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""The model runs in the engine core's own process. vLLM turns "uni" into "mp" on a CPU, because it
+cannot set OpenMP's threads there; we set them before the process starts."""
 QUIET_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
@@ -59,6 +64,7 @@ class VllmEngine:
         head_dtype: str = "model",
         enforce_eager: bool = False,
         tensor_parallel_size: int = 1,
+        cpu_cores: str = "auto",
     ) -> None:
         """Reads the checkpoint's configuration, nothing else.
 
@@ -68,6 +74,7 @@ class VllmEngine:
         kv_cache_gib  size of the KV cache; None leaves it to gpu_memory_utilization
         head_dtype    "model", or "float32" for a head in full precision (on CPU it casts the whole
                       head on every step: about 4 times slower)
+        cpu_cores     on a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares
         """
         config = read_config(model, revision)
         self._model = model
@@ -82,6 +89,7 @@ class VllmEngine:
         self._head_dtype = head_dtype
         self._enforce_eager = enforce_eager
         self._tensor_parallel_size = tensor_parallel_size
+        self._cpu_cores = cpu_cores
         self._info = EngineInfo(
             name="vllm",
             version=_vllm_version(),
@@ -114,7 +122,8 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         # Not returned: the thread's future would keep it alive until exit, where it fails noisily.
-        self._llm = AsyncLLM.from_engine_args(self._engine_args())
+        with _children_on(self._cpu_cores):
+            self._llm = AsyncLLM.from_engine_args(self._engine_args())
 
     def _engine_args(self) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -148,6 +157,7 @@ class VllmEngine:
             max_num_batched_tokens=self._max_num_batched_tokens,
             enforce_eager=self._enforce_eager,
             tensor_parallel_size=self._tensor_parallel_size,
+            distributed_executor_backend=None if self._cpu_cores == "auto" else IN_ENGINE_CORE,
             disable_log_stats=True,
             enable_log_requests=False,
         )
@@ -227,6 +237,25 @@ class VllmEngine:
             # vLLM's object is part of a cycle; collected as late as at exit, it fails noisily.
             del llm
             gc.collect()
+
+
+@contextmanager
+def _children_on(cores: str) -> Iterator[None]:
+    """Processes started within run on these cores only, one thread each; "auto" leaves them be."""
+    if cores == "auto":
+        yield
+        return
+    chosen = {int(core) for core in cores.split(",")}
+    before = os.sched_getaffinity(0), os.environ.get("OMP_NUM_THREADS")
+    os.sched_setaffinity(0, chosen)
+    os.environ["OMP_NUM_THREADS"] = str(len(chosen))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before[0])
+        os.environ.pop("OMP_NUM_THREADS")
+        if before[1] is not None:
+            os.environ["OMP_NUM_THREADS"] = before[1]
 
 
 def _architecture(config: PretrainedConfig) -> str:
