@@ -71,14 +71,14 @@ class DemoError(Exception):
 
 
 @contextmanager
-def teacher_server(out: Path, console: Console) -> Iterator[str]:
-    """A teacher server on free loopback ports; yields its gRPC address."""
+def teacher_server(out: Path, console: Console, flags: Sequence[str] = ()) -> Iterator[str]:
+    """The playground's teacher on free loopback ports, with further flags; yields its address."""
     ready_file, log_file = out / "teacher.ready.json", out / "teacher.log"
     ready_file.unlink(missing_ok=True)
     command = [str(BIN / "teacher-server"), "serve", "--config", str(TEACHER_CONFIG)]
     command += ["--ready-file", str(ready_file), "--grpc-port", "0", "--http-port", "0"]
     # Two engines on one machine: each has its own core, or every step of one waits for the other.
-    command += ["--cpu-cores", str((os.cpu_count() or 1) - 1)]
+    command += ["--cpu-cores", str((os.cpu_count() or 1) - 1), *flags]
     with (
         log_file.open("w") as log,
         process(command, stdout=log, stderr=log) as server,

@@ -7,7 +7,7 @@ teacher), then the learner, and the sampler, which takes tens of seconds, last.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -115,13 +115,45 @@ class Run:
         save_student(self.config.run.out / "student", self.student, self.tokenizer)
 
 
+@dataclass(frozen=True, slots=True)
+class RunningSampler:
+    """A started engine and the loop it lives on; several runs may use it, one after another."""
+
+    loop: LoopThread
+    sampler: Sampler
+
+
 @contextmanager
-def assembled(config: TrainerConfig, *, resume: bool = False) -> Iterator[Run]:
-    """A run ready for its first step; ends everything it started when the block is left."""
+def started_sampler(config: TrainerConfig, model: str, loop: LoopThread) -> Iterator[Sampler]:
+    """The engine that generates, with the weights of a checkpoint; tens of seconds."""
+    sampler = from_config.sampler(config, model)
+    try:
+        loop.run(sampler.start())
+        yield sampler
+    finally:
+        loop.run(sampler.close())
+
+
+@contextmanager
+def running_sampler(config: TrainerConfig, model: str) -> Iterator[RunningSampler]:
+    """A sampler on a loop of its own, for several runs or none."""
+    with closing(LoopThread()) as loop, started_sampler(config, model, loop) as sampler:
+        yield RunningSampler(loop, sampler)
+
+
+@contextmanager
+def assembled(
+    config: TrainerConfig, *, resume: bool = False, running: RunningSampler | None = None
+) -> Iterator[Run]:
+    """A run ready for its first step; ends everything it started when the block is left.
+
+    A sampler that is `running` already is given the run's weights and left running.
+    """
     with ExitStack() as stack:
         tokenizer = load_tokenizer(config.student.model)
         train_prompts, heldout = from_config.prompts(config, tokenizer)
         specials = from_config.special_tokens(config, tokenizer)
+        newline_ids = from_config.newline_ids(config, tokenizer)
         checkpoints = Checkpoints(config.run.out / "checkpoints", keep=config.checkpoint.keep)
         if not resume:
             checkpoints.refuse_older()
@@ -132,8 +164,7 @@ def assembled(config: TrainerConfig, *, resume: bool = False) -> Iterator[Run]:
             start_from, dtype=getattr(torch, config.student.dtype), device=device
         )
 
-        loop = LoopThread()
-        stack.callback(loop.close)
+        loop = running.loop if running else stack.enter_context(closing(LoopThread()))
         client = loop.run(from_config.connect(config, student.config.vocab_size, tokenizer))
         stack.callback(lambda: loop.run(client.aclose()))
         bars = stack.enter_context(Bars())
@@ -148,13 +179,18 @@ def assembled(config: TrainerConfig, *, resume: bool = False) -> Iterator[Run]:
         log = RunLog(config.run.out, bars, resume_from=first_step if resume else None)
         stack.callback(log.close)
 
-        sampler = from_config.sampler(config, start_from)
         bars.update("sampler", 0, 1, f"starting {config.sampler.kind}")
-        stack.callback(lambda: loop.run(sampler.close()))
-        loop.run(sampler.start())
+        sampler = (
+            running.sampler
+            if running
+            else stack.enter_context(started_sampler(config, start_from, loop))
+        )
         bars.update("sampler", 1, 1, "ready")
         sync = WeightSync(student, sampler, max_logprob_gap=config.optim.max_sync_gap_nats)
         stack.callback(sync.close)
+        probe_prompts = [p.token_ids for p in train_prompts[:NUM_PROBE_PROMPTS]]
+        if running:
+            loop.run(sync.push(probe_prompts, first_step))
         options, policy = from_config.score_options(config), from_config.drift_policy(config)
         source = RolloutSource(
             loop=loop,
@@ -182,13 +218,13 @@ def assembled(config: TrainerConfig, *, resume: bool = False) -> Iterator[Run]:
             tokenizer=tokenizer,
             optimizer=optimizer,
             divergence=methods_from_config.divergence(config),
-            weights=methods_from_config.weights(config),
+            weights=methods_from_config.weights(config, newline_ids=newline_ids),
             budget=budget,
             source=source,
             loop=loop,
             sampler=sampler,
             sync=sync,
-            probe_prompts=[p.token_ids for p in train_prompts[:NUM_PROBE_PROMPTS]],
+            probe_prompts=probe_prompts,
             heldout=heldout,
             checkpoints=checkpoints,
             log=log,
@@ -202,15 +238,11 @@ def evaluate_checkpoint(config: TrainerConfig, model: str) -> dict[str, float | 
     with ExitStack() as stack:
         tokenizer = load_tokenizer(model)
         _, heldout = from_config.prompts(config, tokenizer)
-        loop = LoopThread()
-        stack.callback(loop.close)
-        sampler = from_config.sampler(config, model)
-        stack.callback(lambda: loop.run(sampler.close()))
-        loop.run(sampler.start())
+        running = stack.enter_context(running_sampler(config, model))
         progress = stack.enter_context(Bars())
-        result = loop.run(
+        result = running.loop.run(
             evaluate(
-                sampler,
+                running.sampler,
                 heldout,
                 from_config.grader(config),
                 tokenizer,

@@ -40,6 +40,8 @@ class Batch:
     student_topk_ids_BTJ: Tensor
     behavior_topk_logprobs_BTJ: Tensor
     teacher_logprobs_at_student_topk_BTJ: Tensor | None
+    behavior_logprobs_at_teacher_topk_BTK: Tensor | None
+    teacher_entropies_BT: Tensor | None
     bad_events_BT: Tensor | None
 
     def forward(self, model: PreTrainedModel, *, temperature: float) -> Gathered:
@@ -63,7 +65,18 @@ class Batch:
         if not gathered.logprobs_BT.isfinite().all():
             raise NonFiniteLossError("the student's log-probs are not finite: it has diverged")
         at_teacher_topk, at_student_topk = gathered.logprobs_at_BTN
-        has_student_topk = self.teacher_logprobs_at_student_topk_BTJ is not None
+        teacher_ids, student_ids = self.teacher_topk_ids_BTK, self.student_topk_ids_BTJ
+        sampled_ids = self.response_ids_BT.unsqueeze(-1)
+        of_student_topk: dict[str, Tensor] = {}
+        if self.teacher_logprobs_at_student_topk_BTJ is not None:
+            of_student_topk = {
+                "behavior_topk_logprobs_BTJ": self.behavior_topk_logprobs_BTJ,
+                "teacher_logprobs_at_student_topk_BTJ": self.teacher_logprobs_at_student_topk_BTJ,
+                "student_logprobs_at_student_topk_BTJ": at_student_topk,
+                "student_topk_in_teacher_topk_BTJ": contained(student_ids, teacher_ids),
+                "teacher_topk_in_student_topk_BTK": contained(teacher_ids, student_ids),
+                "sampled_in_student_topk_BT": contained(sampled_ids, student_ids).squeeze(-1),
+            }
         return LossInputs(
             mask_BT=self.mask_BT,
             behavior_logprobs_BT=self.behavior_logprobs_BT,
@@ -71,13 +84,25 @@ class Batch:
             teacher_logprobs_BT=self.teacher_logprobs_BT,
             teacher_topk_logprobs_BTK=self.teacher_topk_logprobs_BTK,
             student_logprobs_at_teacher_topk_BTK=at_teacher_topk,
-            behavior_topk_logprobs_BTJ=self.behavior_topk_logprobs_BTJ
-            if has_student_topk
-            else None,
-            teacher_logprobs_at_student_topk_BTJ=self.teacher_logprobs_at_student_topk_BTJ,
-            student_logprobs_at_student_topk_BTJ=at_student_topk if has_student_topk else None,
+            behavior_logprobs_at_teacher_topk_BTK=self.behavior_logprobs_at_teacher_topk_BTK,
+            sampled_in_teacher_topk_BT=contained(sampled_ids, teacher_ids).squeeze(-1),
             bad_events_BT=self.bad_events_BT,
+            teacher_entropies_BT=self.teacher_entropies_BT,
+            student_entropies_BT=gathered.entropy_BT,
+            response_ids_BT=self.response_ids_BT,
+            **of_student_topk,
         )
+
+
+def contained(ids_BTN: Tensor, others_BTM: Tensor) -> Tensor:
+    """bool [B, T, N]: whether an id is among the position's others.
+
+    One pass an other, so that it never holds [B, T, N, M].
+    """
+    found_BTN = torch.zeros_like(ids_BTN, dtype=torch.bool)
+    for other_BT in others_BTM.unbind(dim=-1):
+        found_BTN |= ids_BTN == other_BT.unsqueeze(-1)
+    return found_BTN
 
 
 def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
@@ -116,6 +141,10 @@ def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
         teacher_logprobs_at_student_topk_BTJ=optional(
             [r.teacher.candidate_logprobs for r in rollouts], torch.float32
         ),
+        behavior_logprobs_at_teacher_topk_BTK=optional(
+            [r.behavior_logprobs_at_teacher_topk for r in rollouts], torch.float32
+        ),
+        teacher_entropies_BT=optional([r.teacher.entropies for r in rollouts], torch.float32),
         bad_events_BT=optional([r.teacher.bad_events for r in rollouts], torch.bool),
     )
 
@@ -152,19 +181,22 @@ def recompute_behavior(
     """The rollouts with behavior log-probs from the learner, over the full vocabulary.
 
     Needed where the sampler's are renormalised on a nucleus: ratios and gates compare like with
-    like.
+    like. Also keeps them at the teacher's top-k, which no sampler knows while it generates.
     """
     recomputed = []
     for part in split_micro(rollouts, micro_batch_tokens):
         with torch.no_grad():
             gathered = collate(part, device).forward(model, temperature=temperature)
+        own = gathered.logprobs_BT.cpu().numpy()
+        at_teacher_topk, at_student_topk = (at.cpu().numpy() for at in gathered.logprobs_at_BTN)
         for row, rollout in enumerate(part):
-            length = len(rollout)
+            stop = len(rollout)
             recomputed.append(
                 replace(
                     rollout,
-                    behavior_logprobs=gathered.logprobs_BT[row, :length].cpu().numpy(),
-                    student_topk_logprobs=gathered.logprobs_at_BTN[1][row, :length].cpu().numpy(),
+                    behavior_logprobs=own[row, :stop],
+                    student_topk_logprobs=at_student_topk[row, :stop],
+                    behavior_logprobs_at_teacher_topk=at_teacher_topk[row, :stop],
                 )
             )
     return recomputed

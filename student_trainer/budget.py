@@ -12,27 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-RELIABILITY_EPSILON = 1e-8
-"""Reliability up to this is zero (the Prune-OPD code's value; the paper gives none)."""
-
-
-def effective_lengths(
-    reliability_BT: ArrayLike, mask_BT: ArrayLike, *, epsilon: float = RELIABILITY_EPSILON
-) -> NDArray[np.int64]:
-    """E = #{t: m_t = 1 and R_t > epsilon} per sequence, [B], from R and not from R + w_base.
-
-    R never recovers, so a rollout stopped where R reached zero has the E it would have had
-    unstopped.
-    """
-    reliability_BT, mask_BT = np.asarray(reliability_BT), np.asarray(mask_BT)
-    if reliability_BT.shape != mask_BT.shape or mask_BT.dtype != np.bool_:
-        raise ValueError(
-            f"mask must be bool of shape {reliability_BT.shape}, "
-            f"got {mask_BT.dtype} {mask_BT.shape}"
-        )
-    return np.asarray(((reliability_BT > epsilon) & mask_BT).sum(axis=-1), dtype=np.int64)
 
 
 class LengthBudget(Protocol):
@@ -42,8 +21,8 @@ class LengthBudget(Protocol):
     def max_tokens(self) -> int:
         """Response tokens a rollout of the coming step may have."""
 
-    def update(self, effective_lengths: Sequence[int]) -> None:
-        """Account for a finished step, given E of every rollout in it."""
+    def update(self, effective_lengths: Sequence[int]) -> dict[str, float]:
+        """Account for a finished step, given E of every rollout in it; returns what to log."""
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run needs; plain integers."""
@@ -82,8 +61,9 @@ class FixedBudget:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         self.max_tokens = max_tokens
 
-    def update(self, effective_lengths: Sequence[int]) -> None:
+    def update(self, effective_lengths: Sequence[int]) -> dict[str, float]:
         """Nothing to learn."""
+        return {}
 
     def state_dict(self) -> dict[str, int]:
         return {}
@@ -138,17 +118,17 @@ class PruneBudget:
         """Effective length from which a rollout of the present step hits."""
         return max(self._floor, self.max_tokens - self._margin)
 
-    def update(self, effective_lengths: Sequence[int]) -> None:
+    def update(self, effective_lengths: Sequence[int]) -> dict[str, float]:
         _check_rollouts(effective_lengths)
         num_hits = sum(length >= self.boundary for length in effective_lengths)
-        if num_hits / len(effective_lengths) >= self._hit_share:
+        hit_share = num_hits / len(effective_lengths)
+        self._num_low = 0 if hit_share >= self._hit_share else self._num_low + 1
+        if self._num_low == 0:
             self.max_tokens = min(self.max_tokens + self._step, self._maximum)
-            self._num_low = 0
-            return
-        self._num_low += 1
-        if self._num_low >= self._patience:
+        elif self._num_low >= self._patience:
             self.max_tokens = max(self.max_tokens - self._step, self._minimum)
             self._num_low = 0
+        return {"budget_hit_share": hit_share}
 
     def state_dict(self) -> dict[str, int]:
         return {"max_tokens": self.max_tokens, "num_low": self._num_low}
@@ -180,8 +160,9 @@ class ProgressiveBudget:
         grown = self._initial + self._increment * (self._num_updates // self._every)
         return min(self._maximum, grown)
 
-    def update(self, effective_lengths: Sequence[int]) -> None:
+    def update(self, effective_lengths: Sequence[int]) -> dict[str, float]:
         self._num_updates += 1
+        return {}
 
     def state_dict(self) -> dict[str, int]:
         return {"num_updates": self._num_updates}
@@ -217,11 +198,12 @@ class QuantileBudget:
         self._minimum, self._maximum, self._margin = minimum, maximum, margin
         self._quantile, self._rate = quantile, rate
 
-    def update(self, effective_lengths: Sequence[int]) -> None:
+    def update(self, effective_lengths: Sequence[int]) -> dict[str, float]:
         _check_rollouts(effective_lengths)
         target = float(np.quantile(effective_lengths, self._quantile)) + self._margin
         moved = math.ceil(self.max_tokens + self._rate * (target - self.max_tokens))
         self.max_tokens = min(max(moved, self._minimum), self._maximum)
+        return {}
 
     def state_dict(self) -> dict[str, int]:
         return {"max_tokens": self.max_tokens}

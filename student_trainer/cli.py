@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from student_trainer.config import TrainerConfig, load_config
+from student_trainer.config_warnings import warnings
 from student_trainer.errors import TrainerError
 from teacher_wire.errors import TeacherError
 
@@ -74,6 +75,8 @@ def _config(arguments: argparse.Namespace) -> TrainerConfig:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
+    for warning in warnings(config):
+        print(f"warning: {warning}", file=sys.stderr)
     _quiet_libraries()
     from student_trainer.assembly import assembled
     from student_trainer.train import train
@@ -110,7 +113,13 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from student_trainer.report import draw, summarize, summary_table, write_summary
+    from student_trainer.report import (
+        draw,
+        summarize,
+        summary_table,
+        warning_lines,
+        write_summary,
+    )
 
     extra: dict[str, Any] = {}
     if arguments.teacher_eval:
@@ -118,6 +127,8 @@ def _report(arguments: argparse.Namespace) -> int:
     summary = summarize(arguments.folder, extra)
     console = Console()
     console.print(summary_table(summary))
+    for line in warning_lines(summary):
+        console.print(line, style="yellow", highlight=False, markup=False)
     console.print(f"{write_summary(arguments.folder, summary)}", highlight=False)
     console.print(f"{draw(arguments.folder, summary)}", highlight=False)
     return 0

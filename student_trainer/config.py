@@ -21,24 +21,22 @@ from pydantic import (
     model_validator,
 )
 
+from student_trainer.config_loss import LossSettings
 from student_trainer.config_methods import (
     DriftSettings,
     FixedBudgetSettings,
-    ForwardKLSettings,
-    LocalSupportMatchingSettings,
     ProgressiveBudgetSettings,
     PruneBudgetSettings,
     QuantileBudgetSettings,
-    SampledReverseKLSettings,
     Section,
-    StudentTopKReverseKLSettings,
-    TruncatedReverseKLSettings,
-    WeightSettings,
 )
 from student_trainer.config_problems import explain
+from student_trainer.config_weights import WeightSettings
 from student_trainer.errors import ConfigError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+LOSSES_WITH_A_RATIO = ("sampled_reverse_kl", "student_topk_reverse_kl")
+"""Their surrogate holds p_student / p_behavior."""
 
 
 class RunSettings(Section):
@@ -133,8 +131,8 @@ class DataSettings(Section):
 class EvalSettings(Section):
     every_steps: int = Field(10, gt=0)
     num_prompts: int = Field(128, gt=0)
-    pass_k: int = Field(4, gt=0)
-    """Samples a prompt for pass@k in the first and the last evaluation."""
+    pass_k: int = Field(4, ge=0)
+    """Samples a prompt for pass@k in the first and the last evaluation; 0 for none."""
     temperature: float = Field(1.0, gt=0)
     """Of the samples for pass@k; accuracy is greedy."""
     max_tokens: int = Field(512, gt=0)
@@ -177,14 +175,7 @@ class TrainerConfig(Section):
         | QuantileBudgetSettings,
         Field(discriminator="kind"),
     ]
-    loss: Annotated[
-        SampledReverseKLSettings
-        | LocalSupportMatchingSettings
-        | TruncatedReverseKLSettings
-        | ForwardKLSettings
-        | StudentTopKReverseKLSettings,
-        Field(discriminator="kind"),
-    ]
+    loss: LossSettings
     weights: WeightSettings = WeightSettings()
     special_tokens: SpecialTokenSettings = SpecialTokenSettings()
     optim: OptimSettings
@@ -201,13 +192,6 @@ class TrainerConfig(Section):
         if self.drift.metric == "overlap_ratio" and k > topk:
             raise ValueError(
                 f"drift.k is {k}, more than the rollout.student_topk {topk} it compares"
-            )
-        if self.loss.kind == "student_topk_reverse_kl" and topk == 0:
-            raise ValueError("loss student_topk_reverse_kl needs rollout.student_topk > 0, it is 0")
-        if self.loss.kind == "student_topk_reverse_kl" and self.rollout.top_p < 1.0:
-            raise ValueError(
-                "loss student_topk_reverse_kl needs the behavior policy's full distribution, but "
-                f"rollout.top_p is {self.rollout.top_p}: ids outside the nucleus have no log-prob"
             )
         if self.drift.metric == "overlap_ratio" and self.rollout.top_p < 1.0:
             raise ValueError(
@@ -226,6 +210,36 @@ class TrainerConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _weights_fit_the_loss(self) -> Self:
+        if self.weights.importance_ratio is not None and self.loss.kind in LOSSES_WITH_A_RATIO:
+            raise ValueError(
+                f"weights.importance_ratio with loss {self.loss.kind}: its surrogate already holds "
+                "the policy ratio, which would count twice"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_has_what_it_needs(self) -> Self:
+        loss, rollout = self.loss, self.rollout
+        if loss.needs_student_topk and rollout.student_topk == 0:
+            raise ValueError(
+                f"loss {loss.kind} sums over the student's top-k and needs rollout.student_topk > "
+                "0, it is 0"
+            )
+        if loss.needs_student_topk and rollout.top_p < 1.0:
+            raise ValueError(
+                f"loss {loss.kind} sums over the student's top-k and needs the behavior policy's "
+                f"full distribution, but rollout.top_p is {rollout.top_p}: ids outside the nucleus "
+                "are arbitrary and have no log-prob"
+            )
+        if loss.renormalizes_on_teacher_topk and self.teacher.k == 1:
+            raise ValueError(
+                f"loss {loss.kind} renormalises on the teacher's top-k and is 0 on a single token: "
+                "teacher.k must be at least 2, or loss.tail true"
+            )
+        return self
+
     @property
     def longest_response(self) -> int:
         """The most tokens that the budget may ever give a rollout."""
@@ -233,14 +247,16 @@ class TrainerConfig(Section):
 
     @property
     def needs_learner_behavior(self) -> bool:
-        """Whether behavior log-probs must come from the learner: the sampler's, under top-p, are
-        renormalised on its nucleus and cannot be compared with the learner's."""
+        """Whether behavior log-probs must come from the learner: at ids that only the teacher named
+        nobody else has them; under top-p the sampler's are renormalised on its nucleus and cannot
+        be compared with the learner's."""
         compares = (
-            self.loss.kind == "sampled_reverse_kl"
+            self.loss.compares_with_behavior
             or self.weights.prefix_importance is not None
             or self.weights.block_gate is not None
+            or self.weights.importance_ratio is not None
         )
-        return compares and self.rollout.top_p < 1.0
+        return self.loss.needs_behavior_at_teacher_topk or (compares and self.rollout.top_p < 1.0)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainerConfig:

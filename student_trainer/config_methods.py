@@ -1,4 +1,4 @@
-"""Settings of the methods: the drift policy, the length budget, the loss and its weights.
+"""Settings of the methods: the drift policy, the length budget and the loss.
 
 Defaults are the papers'. What a setting means is in docs/methods.md.
 """
@@ -96,60 +96,3 @@ class QuantileBudgetSettings(Section):
     def _ordered(self) -> Self:
         _check_bounds(self.minimum, self.initial, self.maximum)
         return self
-
-
-class SampledReverseKLSettings(Section):
-    kind: Literal["sampled_reverse_kl"]
-    clip_epsilon: float | None = Field(0.2, gt=0)
-    dual_clip: float | None = Field(3.0, gt=1)
-
-
-class LocalSupportMatchingSettings(Section):
-    kind: Literal["local_support_matching"]
-    clip_log_ratio: float | None = Field(None, gt=0)
-
-
-class TruncatedReverseKLSettings(Section):
-    """Local support matching without renormalising: an ablation; with a tail, a divergence."""
-
-    kind: Literal["truncated_reverse_kl"]
-    tail: bool
-    """Everything outside the support as one more class."""
-
-
-class ForwardKLSettings(Section):
-    kind: Literal["forward_kl"]
-
-
-class StudentTopKReverseKLSettings(Section):
-    kind: Literal["student_topk_reverse_kl"]
-    clip_epsilon: float | None = Field(0.2, gt=0)
-    dual_clip: float | None = Field(3.0, gt=1)
-
-
-class PruneWeightSettings(Section):
-    """Prune-OPD's L = R + w_base; R from the drift policy's w_drop."""
-
-    w_base: float = Field(0.5, ge=0)
-
-
-class PrefixImportanceSettings(Section):
-    """IW-OPD's unsigned cumulative share."""
-
-    gamma: float = Field(0.5, ge=0)
-
-
-class BlockGateSettings(Section):
-    """Blockwise policy-drift gating."""
-
-    block_size: int = Field(64, gt=0)
-    tau: float = Field(1.0, gt=0)
-    aggregate: Literal["signed_mean", "mean_abs", "rms"] = "signed_mean"
-
-
-class WeightSettings(Section):
-    """Position weights; each is off unless its table is present."""
-
-    prune: PruneWeightSettings | None = None
-    prefix_importance: PrefixImportanceSettings | None = None
-    block_gate: BlockGateSettings | None = None

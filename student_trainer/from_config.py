@@ -55,6 +55,30 @@ def special_tokens(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) ->
     return SpecialTokens(ids, first_only=config.special_tokens.occurrences == "first")
 
 
+def newline_ids(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a span of the gate; none unless its spans are those between newlines.
+
+    Raises ConfigError for one that the tokenizer does not have, or when none holds a newline.
+    """
+    gate = config.weights.block_gate
+    if gate is None or gate.granularity != "newline":
+        return ()
+    vocabulary = tokenizer.get_vocab()
+    if gate.newline_tokens is None:
+        ids = sorted(vocabulary.values())
+        texts = tokenizer.batch_decode([[token_id] for token_id in ids])
+        found = tuple(i for i, text in zip(ids, texts, strict=True) if "\n" in text)
+        if not found:
+            raise ConfigError("weights.block_gate: no token of the vocabulary holds a newline")
+        return found
+    for token in gate.newline_tokens:
+        if token not in vocabulary:
+            raise ConfigError(
+                f"weights.block_gate.newline_tokens: {token!r} is not in the vocabulary"
+            )
+    return tuple(vocabulary[token] for token in gate.newline_tokens)
+
+
 def device(config: TrainerConfig) -> torch.device:
     """Where the learner runs."""
     if config.student.device == "auto":
@@ -105,6 +129,7 @@ def score_options(config: TrainerConfig) -> ScoreOptions:
         k=config.teacher.k,
         temperature=config.rollout.temperature,
         logprob_dtype=LogprobDtype(config.teacher.logprob_dtype),
+        want_entropy=config.loss.needs_teacher_entropy,
     )
 
 

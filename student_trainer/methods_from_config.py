@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from student_trainer.budget import (
     FixedBudget,
     LengthBudget,
@@ -11,20 +13,21 @@ from student_trainer.budget import (
 )
 from student_trainer.config import TrainerConfig
 from student_trainer.config_methods import (
-    ForwardKLSettings,
-    LocalSupportMatchingSettings,
     ProgressiveBudgetSettings,
     PruneBudgetSettings,
     QuantileBudgetSettings,
-    SampledReverseKLSettings,
-    TruncatedReverseKLSettings,
 )
 from student_trainer.losses import (
     BlockGate,
     Divergence,
+    EntropyAwareKL,
+    EntropyTop,
     ForwardKL,
+    GeneralizedJSD,
+    ImportanceRatio,
     LocalSupportMatching,
     PositionWeight,
+    PositionWindow,
     PrefixImportanceWeight,
     PruneWeight,
     SampledReverseKL,
@@ -66,26 +69,38 @@ def budget(config: TrainerConfig) -> LengthBudget:
     return FixedBudget(settings.max_tokens)
 
 
+_DIVERGENCES: dict[str, Callable[..., Divergence]] = {
+    "entropy_aware_kl": EntropyAwareKL,
+    "forward_kl": ForwardKL,
+    "generalized_jsd": GeneralizedJSD,
+    "local_support_matching": LocalSupportMatching,
+    "sampled_reverse_kl": SampledReverseKL,
+    "student_topk_reverse_kl": StudentTopKReverseKL,
+    "truncated_reverse_kl": TruncatedReverseKL,
+}
+"""By kind of [loss]; constants and settings have the same names."""
+
+
 def divergence(config: TrainerConfig) -> Divergence:
     """The loss of one position."""
-    loss = config.loss
-    if isinstance(loss, LocalSupportMatchingSettings):
-        return LocalSupportMatching(clip_log_ratio=loss.clip_log_ratio)
-    if isinstance(loss, TruncatedReverseKLSettings):
-        return TruncatedReverseKL(tail=loss.tail)
-    if isinstance(loss, ForwardKLSettings):
-        return ForwardKL()
-    kind = SampledReverseKL if isinstance(loss, SampledReverseKLSettings) else StudentTopKReverseKL
-    return kind(clip_epsilon=loss.clip_epsilon, dual_clip=loss.dual_clip)
+    return _DIVERGENCES[config.loss.kind](**config.loss.model_dump(exclude={"kind"}))
 
 
-def weights(config: TrainerConfig) -> list[PositionWeight]:
-    """The position weights that are on, in the order of methods: prune, prefix importance, gate."""
+def weights(config: TrainerConfig, *, newline_ids: tuple[int, ...] = ()) -> list[PositionWeight]:
+    """The position weights that are on; `newline_ids` for a gate on the spans between newlines."""
     chosen: list[PositionWeight] = []
-    if (prune := config.weights.prune) is not None:
-        chosen.append(PruneWeight(w_drop=config.drift.w_drop, w_base=prune.w_base))
-    if (prefix := config.weights.prefix_importance) is not None:
-        chosen.append(PrefixImportanceWeight(gamma=prefix.gamma))
-    if (gate := config.weights.block_gate) is not None:
-        chosen.append(BlockGate(block_size=gate.block_size, tau=gate.tau, aggregate=gate.aggregate))
+    settings = config.weights
+    if (prune := settings.prune) is not None:
+        chosen.append(PruneWeight(w_drop=config.drift.w_drop, **prune.model_dump()))
+    if (prefix := settings.prefix_importance) is not None:
+        chosen.append(PrefixImportanceWeight(**prefix.model_dump()))
+    if (window := settings.position_window) is not None:
+        chosen.append(PositionWindow(**window.model_dump()))
+    if (top := settings.entropy_top) is not None:
+        chosen.append(EntropyTop(**top.model_dump()))
+    if (gate := settings.block_gate) is not None:
+        constants = gate.model_dump(exclude={"newline_tokens"})
+        chosen.append(BlockGate(newline_ids=newline_ids, **constants))
+    if (ratio := settings.importance_ratio) is not None:
+        chosen.append(ImportanceRatio(**ratio.model_dump()))
     return chosen

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from student_trainer.errors import NonFiniteLossError
@@ -50,8 +51,13 @@ class Optimizer:
     def step(self, scale: float) -> float:
         """Applies the accumulated gradients times `scale`; returns their norm before clipping.
 
+        Under torch.distributed the gradients are first summed over its processes: each has those of
+        its own sequences, and `scale` is of the sums over all.
+
         Raises NonFiniteLossError, with the weights untouched, when the norm is not finite.
         """
+        if dist.is_available() and dist.is_initialized():
+            self._sum_gradients_over_processes()
         for parameter in self._parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
@@ -65,6 +71,19 @@ class Optimizer:
         self._schedule.step()
         self._adamw.zero_grad(set_to_none=True)
         return norm
+
+    def _sum_gradients_over_processes(self) -> None:
+        """A parameter that only some processes used counts as nought in the others."""
+        used = torch.tensor(
+            [float(p.grad is not None) for p in self._parameters],
+            device=self._parameters[0].device,
+        )
+        dist.all_reduce(used, op=dist.ReduceOp.MAX)
+        for parameter, is_used in zip(self._parameters, used.tolist(), strict=True):
+            if is_used:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad, op=dist.ReduceOp.SUM)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""

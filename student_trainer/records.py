@@ -115,6 +115,8 @@ class Rollout:
     policy_version: int
     """Number of optimiser steps of the weights that sampled."""
     times: RolloutTimes
+    behavior_logprobs_at_teacher_topk: NDArray[np.float32] | None = None
+    """[T, K] of the learner before its first update; None unless recomputed."""
 
     def __len__(self) -> int:
         return len(self.response_ids)

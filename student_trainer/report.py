@@ -16,6 +16,20 @@ from student_trainer.run_log import METRICS_FILE, PROFILES_FILE, read_lines
 
 PHASES = ("generate", "teacher_wait", "learn", "sync")
 COLORS = {"generate": "#4878a8", "teacher_wait": "#c44e52", "learn": "#6aa66a", "sync": "#c9a227"}
+NEEDED = {
+    "step": (
+        "generated_tokens",
+        "kept_tokens",
+        "overshoot_tokens",
+        "rollouts",
+        "sync_gap_nats",
+        "truncated_rollouts",
+        *(f"seconds_{phase}" for phase in PHASES),
+    ),
+    "eval": ("accuracy",),
+    "warning": ("warning", "message"),
+}
+"""What the report reads, by kind of record."""
 FIRST, LAST = "#9aa5b1", "#1f4e79"
 MIN_BAND_SHARE = 0.1
 """A position band is drawn when at least this share of the rollouts reaches it."""
@@ -25,9 +39,9 @@ def summarize(folder: Path, extra: dict[str, Any] | None = None) -> dict[str, An
     """The figures of a run; tokens are totals over all steps, shares are of the loop's wall time.
 
     `extra` is added as it is (a teacher's accuracy, say). Raises DatasetError when the folder holds
-    no finished step.
+    no finished step, or a line of a file is broken.
     """
-    steps, evals = _records(folder)
+    steps, evals, warned = _records(folder)
     totals = {
         name: int(sum(s[name] for s in steps))
         for name in ("generated_tokens", "kept_tokens", "overshoot_tokens", "truncated_rollouts")
@@ -61,7 +75,19 @@ def summarize(folder: Path, extra: dict[str, Any] | None = None) -> dict[str, An
             "pass_at_k_before": evals[0].get("pass_at_k"),
             "pass_at_k_after": evals[-1].get("pass_at_k"),
         }
+    if warned:
+        summary["warnings"] = _by_kind(warned)
     return summary | (extra or {})
+
+
+def _by_kind(warned: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Warning -> at how many steps, which were the first and last, and what it last said."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for record in warned:
+        about = kinds.setdefault(record["warning"], {"steps": 0, "first_step": record["step"]})
+        about["steps"] += 1
+        about |= {"last_step": record["step"], "message": record["message"]}
+    return kinds
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> Path:
@@ -99,9 +125,18 @@ def summary_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def warning_lines(summary: dict[str, Any]) -> list[str]:
+    """The run's warnings as a person reads them, one a kind, none if there were none."""
+    return [
+        f"warning at {about['steps']} of {summary['steps']} steps "
+        f"({about['first_step']} to {about['last_step']}): {about['message']}"
+        for about in summary.get("warnings", {}).values()
+    ]
+
+
 def draw(folder: Path, summary: dict[str, Any]) -> Path:
     """report.png: accuracy by step, overlap by position, rollout lengths, where the time went."""
-    steps, evals = _records(folder)
+    steps, evals, _ = _records(folder)
     profiles = read_lines(folder / PROFILES_FILE)
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -142,6 +177,8 @@ def _overlap(axis: Axes, profiles: list[dict[str, Any]]) -> None:
         ylabel="overlap",
         ylim=(0, 1.05),
     )
+    if not profiles:  # killed before its first step was written down whole
+        return
     for profile, color, name in ((profiles[0], FIRST, "first"), (profiles[-1], LAST, "last")):
         if profile["overlap_by_band"] is None:
             axis.text(0.5, 0.5, "no student top-k was sent", transform=axis.transAxes, ha="center")
@@ -167,7 +204,8 @@ def _lengths(axis: Axes, profiles: list[dict[str, Any]]) -> None:
             jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(steps))
             axis.plot(np.array(steps) + jitter, lengths, ".", ms=2.5, color=color, label=name)
     axis.set_ylim(bottom=0)
-    axis.legend(frameon=False, markerscale=4, loc="lower right")
+    if profiles:
+        axis.legend(frameon=False, markerscale=4, loc="lower right")
 
 
 def _time(axis: Axes, steps: list[dict[str, Any]]) -> None:
@@ -184,12 +222,17 @@ def _time(axis: Axes, steps: list[dict[str, Any]]) -> None:
     axis.legend(frameon=False, loc="upper right", ncols=4, columnspacing=1.2)
 
 
-def _records(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _records(folder: Path) -> tuple[list[dict[str, Any]], ...]:
+    """Steps, evaluations and warnings."""
     path = folder / METRICS_FILE
-    if not path.is_file():
-        raise DatasetError(f"{path}: no such file; is {folder} a run?")
-    records = read_lines(path)
-    steps = [r for r in records if r["kind"] == "step"]
-    if not steps:
+    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in NEEDED}
+    for number, record in enumerate(read_lines(path), start=1):
+        kind = record.get("kind")
+        if kind not in NEEDED:
+            raise DatasetError(f"{path}:{number}: kind must be one of {sorted(NEEDED)}, is {kind}")
+        if missing := [name for name in NEEDED[kind] if name not in record]:
+            raise DatasetError(f"{path}:{number}: kind {kind} lacks {', '.join(missing)}")
+        kinds[kind].append(record)
+    if not kinds["step"]:
         raise DatasetError(f"{path}: no step was finished")
-    return steps, [r for r in records if r["kind"] == "eval"]
+    return kinds["step"], kinds["eval"], kinds["warning"]

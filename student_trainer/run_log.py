@@ -1,7 +1,7 @@
 """What a run says as it goes: metrics.jsonl, profiles.jsonl, TensorBoard, and bars in the terminal.
 
-A line of metrics.jsonl is one step or one evaluation; it is flushed at once, so a killed run loses
-nothing. A value that is not finite never gets there: it raises.
+A line of metrics.jsonl is one step, evaluation or warning; it is flushed at once, so a killed run
+loses nothing. A value that is not finite never gets there: it raises.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import fcntl
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,11 +26,14 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from student_trainer.errors import ConfigError
+from student_trainer.diagnostics import Alarm
+from student_trainer.errors import ConfigError, DatasetError
 
 METRICS_FILE = "metrics.jsonl"
 PROFILES_FILE = "profiles.jsonl"
 LOCK_FILE = ".lock"
+WARN_EVERY_STEPS = 10
+"""A warning that lasts is printed again after so many steps."""
 
 
 class PhaseClock:
@@ -96,9 +99,16 @@ class RunLog:
     def __init__(self, folder: Path, bars: Bars, *, resume_from: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(folder)
+        self.first_step: dict[str, Any] = {}
+        """Metrics of the run's first step; empty before it."""
+        self._warned: dict[str, int] = {}
+        """Kind of a warning -> the step at which it was last printed."""
         if resume_from is not None:
-            for name in (METRICS_FILE, PROFILES_FILE):
-                _drop_later(folder / name, resume_from)
+            try:
+                self._go_on_after(folder, resume_from)
+            except BaseException:
+                self._lock.close()
+                raise
         mode = "w" if resume_from is None else "a"
         self._metrics = (folder / METRICS_FILE).open(mode, encoding="utf-8")
         self._profiles = (folder / PROFILES_FILE).open(mode, encoding="utf-8")
@@ -106,6 +116,13 @@ class RunLog:
             folder / "tensorboard", purge_step=None if resume_from is None else resume_from + 1
         )
         self._bars = bars
+
+    def _go_on_after(self, folder: Path, step: int) -> None:
+        for name in (METRICS_FILE, PROFILES_FILE):
+            _drop_later(folder / name, step)
+        if (folder / METRICS_FILE).is_file():
+            kept = read_lines(folder / METRICS_FILE)
+            self.first_step = next((r for r in kept if r.get("kind") == "step"), {})
 
     def close(self) -> None:
         """Closes the files."""
@@ -118,6 +135,7 @@ class RunLog:
         """One step: its scalars and where its wall time went."""
         record = {**metrics, **{f"seconds_{name}": value for name, value in seconds.items()}}
         self._write("step", step, record)
+        self.first_step = self.first_step or record
         self._bars.console.print(_line(step, metrics, seconds), highlight=False)
 
     def evaluation(self, step: int, results: Mapping[str, float | None]) -> None:
@@ -127,6 +145,21 @@ class RunLog:
         self._bars.console.print(
             f"step {step:>3}  accuracy {results['accuracy']:.1%}", style="bold", highlight=False
         )
+
+    def alarms(self, step: int, alarms: Sequence[Alarm]) -> None:
+        """What is wrong with a step: all of it is written; printed when new and now and then."""
+        for alarm in alarms:
+            record = {"kind": "warning", "step": step, "warning": alarm.kind}
+            self._metrics.write(json.dumps({**record, "message": alarm.message}) + "\n")
+            if step - self._warned.get(alarm.kind, -WARN_EVERY_STEPS) >= WARN_EVERY_STEPS:
+                self._warned[alarm.kind] = step
+                self._bars.console.print(
+                    f"step {step:>3}  warning: {alarm.message}",
+                    style="yellow",
+                    highlight=False,
+                    markup=False,
+                )
+        self._metrics.flush()
 
     def profile(self, step: int, profile: Mapping[str, Any]) -> None:
         """Lengths, ends and overlap by position of one step's rollouts."""
@@ -168,8 +201,9 @@ def _drop_later(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n") or _record(f"{path}:{number}", line)["step"] > step:
             break
         kept.append(line)
     partial = path.with_suffix(".partial")
@@ -178,6 +212,18 @@ def _drop_later(path: Path, step: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file."""
+    """The records of a JSON-lines file. Raises DatasetError naming the file and the line."""
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such file; is {path.parent} a run?")
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        return [_record(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
+
+
+def _record(where: str, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DatasetError(f"{where}: not JSON, cut short perhaps: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise DatasetError(f"{where}: must be an object with `step`")
+    return record

@@ -139,5 +139,5 @@ def _head_rows(
     logprobs_RN = logits_RV.gather(-1, ids_RN) - lse_R.unsqueeze(-1)
     with torch.no_grad():
         probs_RV = torch.exp(logits_RV - lse_R.unsqueeze(-1))
-        entropy_R = lse_R - (probs_RV * logits_RV).sum(-1)
+        entropy_R = torch.special.entr(probs_RV).sum(-1)  # 0 where a logit is -inf
     return logprobs_RN, entropy_R

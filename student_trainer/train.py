@@ -13,6 +13,7 @@ from student_trainer.diagnostics import (
     phase_seconds,
     rollout_metrics,
     step_profile,
+    warnings_of,
 )
 from student_trainer.losses import (
     StepSums,
@@ -20,6 +21,7 @@ from student_trainer.losses import (
     needs_normalization,
     objective,
     step_scale,
+    sum_over_processes,
 )
 from student_trainer.records import Rollout
 from student_trainer.run_log import PhaseClock
@@ -33,7 +35,8 @@ def train(run: Run) -> None:
     for step in range(run.first_step, config.run.steps):
         clock = PhaseClock()
         with clock.phase("rollout"):
-            rollouts = next(run.source).rollouts
+            scored = next(run.source)
+        rollouts = scored.rollouts
         generate_s, teacher_wait_s = phase_seconds(rollouts)
 
         with clock.phase("learn"):
@@ -42,15 +45,24 @@ def train(run: Run) -> None:
             run.source.wait_until_idle()
             metrics["sync_gap_nats"] = run.push_weights(step + 1)
 
-        run.budget.update(effective_lengths(rollouts))
+        metrics |= run.budget.update(effective_lengths(rollouts))
         metrics |= rollout_metrics(rollouts, overlap_k=run.overlap_k)
+        metrics["unscored_rollouts"] = scored.num_unscored
         metrics["max_tokens"] = run.budget.max_tokens
         rollout_s = clock.seconds.pop("rollout")
         clock.add("generate", max(0.0, rollout_s - teacher_wait_s))
         clock.add("teacher_wait", min(rollout_s, teacher_wait_s))
         metrics["generation_span_s"] = generate_s
         run.log.step(step + 1, metrics, clock.seconds)
-        run.log.profile(step + 1, step_profile(rollouts, overlap_k=run.overlap_k))
+        profile = step_profile(rollouts, overlap_k=run.overlap_k)
+        run.log.profile(step + 1, profile)
+        alarms = warnings_of(
+            metrics,
+            first=run.log.first_step,
+            mismatched=profile["mismatched_tokens"],
+            decode=run.tokenizer.decode,
+        )
+        run.log.alarms(step + 1, alarms)
         run.bars.update("steps", step + 1, config.run.steps)
 
         if run.evaluation_due(step + 1):
@@ -86,7 +98,7 @@ def learn(run: Run, rollouts: list[Rollout], step: int) -> dict[str, float]:
                 )
                 sums.loss_sum.backward()
                 parts.append(sums.detached())
-            totals = merge(parts)
+            totals = sum_over_processes(merge(parts))
             scale = step_scale(totals.weight_sum.item(), totals.num_tokens.item(), normalize)
             grad_norms.append(run.optimizer.step(scale))
             all_sums.append(totals)

@@ -84,7 +84,7 @@ RULES = [
         why="whether to try again is independent of transport",
     ),
     Rule(modules="student_trainer.budget", only="numpy", why="pure"),
-    Rule(modules="student_trainer.diagnostics", never=f"{TORCH} grpc", why="pure"),
+    Rule(modules="student_trainer.diagnostics*", never=f"{TORCH} grpc", why="pure"),
     Rule(modules="student_trainer.records", never=f"{TORCH} grpc", why="numpy until the learner"),
     Rule(
         modules="student_trainer.config",
@@ -95,7 +95,7 @@ RULES = [
         modules="student_trainer.*",
         never="student_trainer.config",
         but="student_trainer.cli student_trainer.from_config student_trainer.methods_from_config "
-        "student_trainer.assembly",
+        "student_trainer.assembly student_trainer.config_warnings",
         why="values are passed, not settings",
     ),
     Rule(

@@ -27,7 +27,9 @@ TRAINER_SETTINGS = {
     "eval": (
         "answer_pattern every_steps max_tokens num_prompts pass_k temperature unicode_normalize"
     ),
-    "loss": "clip_epsilon clip_log_ratio dual_clip kind tail",
+    "loss": (
+        "beta clip_epsilon clip_log_ratio dual_clip entropy_threshold kind support tail weight_mode"
+    ),
     "optim": (
         "betas epochs final_learning_rate learning_rate max_grad_norm max_sync_gap_nats "
         "micro_batch_tokens updates_per_epoch warmup_steps weight_decay"
@@ -44,14 +46,18 @@ TRAINER_SETTINGS = {
     "special_tokens": "occurrences tokens",
     "student": "device dtype model",
     "teacher": "connect_timeout_s endpoints k logprob_dtype on_absent",
-    "weights.block_gate": "aggregate block_size tau",
-    "weights.prefix_importance": "gamma",
-    "weights.prune": "w_base",
+    "weights.block_gate": "aggregate block_size granularity max_span min_span newline_tokens tau",
+    "weights.entropy_top": "ratio",
+    "weights.importance_ratio": "granularity max_ratio min_ratio mode",
+    "weights.position_window": "end_share start_share",
+    "weights.prefix_importance": "alpha gamma kind max_gap_nats normalize prefix_share tau_nats",
+    "weights.prune": "normalize w_base",
 }
 TEACHER_SETTINGS = """
-block_size cpu_cores device drain_s dtype enforce_eager engine engine_stall_s event_loop evict_idle_s
-fake_latency_s fake_tokens_per_s fake_vocab_size gpu_memory_utilization grpc_port head_dtype
-hf_sessions host http_port insecure kv_cache_gib log_level max_append_tokens max_context max_k
+block_size cpu_cores device drain_s dtype enforce_eager engine engine_stall_s event_loop
+evict_idle_s fake_latency_s fake_tokens_per_s fake_vocab_size gpu_memory_utilization grpc_port
+head_dtype hf_sessions host http_port insecure kv_cache_gib log_level max_append_tokens max_context
+max_k
 max_num_batched_tokens max_num_seqs max_queued_tokens max_reply_bytes max_running max_sessions
 model ready_file reflection revision self_test session_ttl_s slow_client_s tensor_parallel_size
 tokenizer

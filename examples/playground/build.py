@@ -5,7 +5,8 @@
 The teacher is trained on whole problems of every length up to TRAINING_ROUNDS. The student is
 cold-started on short chains only, up to STUDENT_LINES lines, and then gets so brief a taste of
 whole problems that it is unsure beyond those lines rather than surely wrong: reverse KL learns
-nothing from a right token that the student holds impossible.
+nothing from a right token that the student holds impossible. The near student is the same one after
+a few more steps on whole problems; the study's high-compatibility pair begins with it.
 """
 
 import argparse
@@ -52,23 +53,31 @@ STUDENT_RUNS = (
     (Stage(num_steps=20, lessons=(WHOLE[TRAINING_ROUNDS],)),),
 )
 
+NEAR_RUNS = ((Stage(num_steps=30, lessons=(WHOLE[TRAINING_ROUNDS],)),),)
+"""What the near student gets on top of the student."""
+
+RUNS = {"teacher": TEACHER_RUNS, "student": STUDENT_RUNS, "student-near": NEAR_RUNS}
+SEED_OFFSETS = {"teacher": 0, "student": 0, "student-near": 200}
+
 console = Console()
 
 
 def build_checkpoint(name: str, path: Path, seed: int) -> Qwen3ForCausalLM:
-    """Train the teacher or the student from random weights and save it with its tokenizer."""
+    """Train one of RUNS and save it with its tokenizer; the near student starts as the student."""
     if name == "teacher":
-        model, runs = build_model(num_layers=3, hidden_size=128, seed=seed), TEACHER_RUNS
+        model = build_model(num_layers=3, hidden_size=128, seed=seed)
+    elif name == "student":
+        model = build_model(num_layers=2, hidden_size=128, seed=seed + 1)
     else:
-        model, runs = build_model(num_layers=2, hidden_size=128, seed=seed + 1), STUDENT_RUNS
+        model = Qwen3ForCausalLM.from_pretrained(path.with_name("student"))
     with Progress(console=console) as progress:
-        for index, stages in enumerate(runs):
+        for index, stages in enumerate(RUNS[name]):
             bar = progress.add_task(name, total=sum(stage.num_steps for stage in stages))
 
             def report(step: int, loss: float, bar: TaskID = bar) -> None:
                 progress.update(bar, completed=step, description=f"{name}, loss {loss:.4f}")
 
-            train(model, stages, seed=seed + 100 * index, report=report)
+            train(model, stages, seed=seed + SEED_OFFSETS[name] + 100 * index, report=report)
     model.save_pretrained(path)
     save_tokenizer(path)
     return model
@@ -125,14 +134,14 @@ def main() -> None:
     """Write the problem files and build what --only asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write to")
-    parser.add_argument("--only", choices=("teacher", "student"), help="build just this one")
+    parser.add_argument("--only", choices=tuple(RUNS), help="build just this one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="1 is best on a busy machine")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     heldout = write_splits(arguments.out, arguments.seed)
-    for name in (arguments.only,) if arguments.only else ("teacher", "student"):
+    for name in (arguments.only,) if arguments.only else RUNS:
         build_and_measure(name, arguments.out, arguments.seed, heldout)
 
 

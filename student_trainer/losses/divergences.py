@@ -1,9 +1,13 @@
 """Per-token divergences of student and teacher: [B, T], with gradient, not masked, not reduced.
 
 Shape legend for this package:
-  B = sequences, T = response positions, K = teacher support, J = student top-k, V = vocabulary.
+  B = sequences, T = response positions, K = teacher support, J = student top-k, V = vocabulary,
+  N = candidates of a support (`supports`): K, or more where lists stand side by side.
 Alignment: index t is the t-th response token; every log-prob is log p(token_t | prompt, tokens <
 t), in nats. Masked positions hold 0.0 and never reach a sum.
+
+`included_BTN` is True for the candidates that belong to the support S; the others enter no sum, no
+normalisation and no gradient, and a position with none costs 0. None includes all.
 
 Nothing here knows which tokens count, what a token is worth or how many there are: `weights` says
 the second, `objective` the rest.
@@ -11,13 +15,11 @@ the second, `objective` the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-
-MAX_LOG_RATIO = 20.0
-"""Policy ratios are taken of log-ratios clamped to +-20 nats, so that exp cannot overflow."""
 
 
 def check_log_probs(
@@ -45,87 +47,39 @@ def check_log_probs(
             raise ValueError(f"{name} must not carry gradient; detach it")
 
 
-def check_clip(clip_epsilon: float | None, dual_clip: float | None) -> None:
-    """Raise ValueError unless 0 < clip_epsilon < 1 and dual_clip > 1, each where given."""
-    if clip_epsilon is not None and not 0.0 < clip_epsilon < 1.0:
-        raise ValueError(f"clip_epsilon must be in (0, 1), got {clip_epsilon}")
-    if dual_clip is not None and not dual_clip > 1.0:
-        raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
-
-
 def check_clip_log_ratio(clip_log_ratio: float | None) -> None:
     """Raise ValueError unless clip_log_ratio is positive, where given."""
     if clip_log_ratio is not None and not clip_log_ratio > 0.0:
         raise ValueError(f"clip_log_ratio must be positive, got {clip_log_ratio}")
 
 
-def _clipped_surrogate(
-    student_logprobs: Tensor,
-    behavior_logprobs: Tensor,
-    advantage: Tensor,
-    clip_epsilon: float | None,
-    dual_clip: float | None,
-) -> Tensor:
-    """-min(r A, clip(r, 1 - eps, 1 + eps) A), and at most -c A where A < 0, in PPO's notation.
-
-    r = p_student / p_behavior, A the advantage, c the dual clip. Homogeneous of degree one in A, so
-    multiplying the loss by a weight >= 0 equals multiplying the advantage by it, which is how the
-    papers write their weights.
-    """
-    log_ratio = (student_logprobs - behavior_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
-    loss = -advantage * ratio
-    if clip_epsilon is not None:
-        clipped_ratio = ratio.clamp(1.0 - clip_epsilon, 1.0 + clip_epsilon)
-        loss = torch.maximum(loss, -advantage * clipped_ratio)
-    if dual_clip is not None:
-        loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * dual_clip), loss)
-    return loss
+def check_fraction_open(name: str, value: float) -> None:
+    """Raise ValueError unless 0 < value < 1."""
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must be in (0, 1), got {value}")
 
 
-def sampled_reverse_kl(
-    student_logprobs_BT: Tensor,
-    behavior_logprobs_BT: Tensor,
-    teacher_logprobs_BT: Tensor,
-    *,
-    clip_epsilon: float | None,
-    dual_clip: float | None,
-) -> Tensor:
-    """Surrogate whose gradient is, on policy and in expectation, that of KL(student || teacher).
+def check_entropy_threshold(entropy_threshold: float) -> None:
+    """Raise ValueError unless entropy_threshold is a number >= 0."""
+    if not entropy_threshold >= 0.0:
+        raise ValueError(f"entropy_threshold must be >= 0, got {entropy_threshold}")
 
-    KL(student || teacher) = E_{y ~ student}[log p_student(y) - log p_teacher(y)] at one prefix,
-    estimated with the sampled token: advantage A = log p_teacher - log p_behavior, constant, times
-    the PPO ratio p_student / p_behavior. The value is not a KL; log `reverse_kl_monitor` instead.
-    The expectation runs over the sampled token only: what the token does to later prefixes is left
-    out on purpose.
 
-    Source: thinkingmachines.ai/blog/on-policy-distillation; as the baseline of arXiv 2603.25562 and
-    2606.22600 (eq. 4-6; clip 0.2, dual clip 3.0).
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
-    Args:
-        student_logprobs_BT: of the sampled tokens, with gradient.
-        behavior_logprobs_BT: of the policy that sampled them, no gradient.
-        teacher_logprobs_BT: no gradient.
-        clip_epsilon: PPO clip of the ratio, in (0, 1); None leaves the ratio alone.
-        dual_clip: bound of the ratio where A < 0, above 1; None leaves it unbounded.
 
-    Raises:
-        ValueError: shapes differ, a fixed input carries gradient, half precision, or a clip out of
-        range.
-    """
-    check_clip(clip_epsilon, dual_clip)
-    check_log_probs(
-        2,
-        student={"student_logprobs_BT": student_logprobs_BT},
-        fixed={
-            "behavior_logprobs_BT": behavior_logprobs_BT,
-            "teacher_logprobs_BT": teacher_logprobs_BT,
-        },
-    )
-    advantage_BT = teacher_logprobs_BT - behavior_logprobs_BT
-    return _clipped_surrogate(
-        student_logprobs_BT, behavior_logprobs_BT, advantage_BT, clip_epsilon, dual_clip
-    )
+def check_included(included_BTN: Tensor | None, candidates_BTN: Tensor) -> None:
+    """Raise ValueError unless the mask, where given, is bool and of the candidates' shape."""
+    if included_BTN is None:
+        return
+    if included_BTN.dtype != torch.bool or included_BTN.shape != candidates_BTN.shape:
+        raise ValueError(
+            f"included_BTN must be bool of shape {tuple(candidates_BTN.shape)}, "
+            f"got {included_BTN.dtype} {tuple(included_BTN.shape)}"
+        )
 
 
 def reverse_kl_monitor(behavior_logprobs_BT: Tensor, teacher_logprobs_BT: Tensor) -> Tensor:
@@ -146,150 +100,199 @@ def reverse_kl_monitor(behavior_logprobs_BT: Tensor, teacher_logprobs_BT: Tensor
     return behavior_logprobs_BT - teacher_logprobs_BT
 
 
+def masked_log_softmax(logprobs_BTN: Tensor, included_BTN: Tensor | None) -> Tensor:
+    """Log-probs renormalised over the included candidates, -inf at the others.
+
+    A position without any is renormalised over all, so that no NaN arises; the caller drops it.
+    """
+    if included_BTN is None:
+        return logprobs_BTN.log_softmax(dim=-1)
+    kept_BTN = included_BTN | ~included_BTN.any(dim=-1, keepdim=True)
+    return logprobs_BTN.masked_fill(~kept_BTN, -math.inf).log_softmax(dim=-1)
+
+
+def _log_ratio(student_BTN: Tensor, teacher_BTN: Tensor, included_BTN: Tensor | None) -> Tensor:
+    """log p_student - log p_teacher, 0.0 and without gradient where a candidate is excluded."""
+    log_ratio_BTN = student_BTN - teacher_BTN
+    if included_BTN is None:
+        return log_ratio_BTN
+    return log_ratio_BTN.masked_fill(~included_BTN, 0.0)
+
+
+def _check_pair(
+    student_logprobs_BTN: Tensor, teacher_logprobs_BTN: Tensor, included_BTN: Tensor | None = None
+) -> None:
+    check_log_probs(
+        3,
+        student={"student_logprobs_BTN": student_logprobs_BTN},
+        fixed={"teacher_logprobs_BTN": teacher_logprobs_BTN},
+    )
+    check_included(included_BTN, student_logprobs_BTN)
+
+
 def local_support_matching(
-    student_logprobs_at_teacher_topk_BTK: Tensor,
-    teacher_topk_logprobs_BTK: Tensor,
+    student_logprobs_BTN: Tensor,
+    teacher_logprobs_BTN: Tensor,
     *,
+    included_BTN: Tensor | None = None,
     clip_log_ratio: float | None = None,
 ) -> Tensor:
-    """KL(student || teacher) on the teacher's top-K support S, both renormalised on S; >= 0.
+    """KL(student || teacher) on a support S, both renormalised on S; >= 0.
 
     E_{v ~ student | S}[log p_student(v | S) - log p_teacher(v | S)], exact over S, differentiated
     through the student. The gradient with respect to a student logit is p(v|S) (log-ratio_v - KL)
-    inside S and zero outside: it cannot move mass into S, so watch the student's mass there. K = V
+    inside S and zero outside: it cannot move mass into S, so watch the student's mass there. S = V
     is the exact KL. Logits serve as well as log-probs, since a constant per position cancels.
 
-    Source: arXiv 2603.25562, eq. 6-8; `clip_log_ratio` clamps the log-ratio to +-that many nats as
-    in the released code (5 there, off by default), after which the value may be negative.
+    Source: arXiv 2603.25562, eq. 6-8, where S is the teacher's top-K; `clip_log_ratio` clamps the
+    log-ratio to +-that many nats as in the released code (5 there, off by default), after which the
+    value may be negative.
 
     Args:
-        student_logprobs_at_teacher_topk_BTK: at the teacher's ids, with gradient.
-        teacher_topk_logprobs_BTK: no gradient.
+        student_logprobs_BTN: at the candidates, with gradient.
+        teacher_logprobs_BTN: at the candidates, no gradient.
+        included_BTN: the candidates in S; None for all.
         clip_log_ratio: nats, or None.
 
     Raises:
-        ValueError: shapes differ, the teacher carries gradient, K is 0, half precision, clip not
+        ValueError: shapes differ, the teacher carries gradient, N is 0, half precision, clip not
         positive.
     """
     check_clip_log_ratio(clip_log_ratio)
-    check_log_probs(
-        3,
-        student={"student_logprobs_at_teacher_topk_BTK": student_logprobs_at_teacher_topk_BTK},
-        fixed={"teacher_topk_logprobs_BTK": teacher_topk_logprobs_BTK},
-    )
-    student_BTK = student_logprobs_at_teacher_topk_BTK.log_softmax(dim=-1)
-    log_ratio_BTK = student_BTK - teacher_topk_logprobs_BTK.log_softmax(dim=-1)
+    _check_pair(student_logprobs_BTN, teacher_logprobs_BTN, included_BTN)
+    student_BTN = masked_log_softmax(student_logprobs_BTN, included_BTN)
+    teacher_BTN = masked_log_softmax(teacher_logprobs_BTN, included_BTN)
+    log_ratio_BTN = _log_ratio(student_BTN, teacher_BTN, included_BTN)
     if clip_log_ratio is not None:
-        log_ratio_BTK = log_ratio_BTK.clamp(-clip_log_ratio, clip_log_ratio)
-    return (student_BTK.exp() * log_ratio_BTK).sum(dim=-1)
+        log_ratio_BTN = log_ratio_BTN.clamp(-clip_log_ratio, clip_log_ratio)
+    return (student_BTN.exp() * log_ratio_BTN).sum(dim=-1)
 
 
-def _with_tail(logprobs_BTK: Tensor) -> Tensor:
-    """[B, T, K + 1]: the log of the mass outside the support appended, of at least 1e-7."""
-    log_mass_BT1 = logprobs_BTK.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7)
-    return torch.cat([logprobs_BTK, torch.log(-torch.expm1(log_mass_BT1))], dim=-1)
+def _with_tail(logprobs_BTN: Tensor, included_BTN: Tensor | None = None) -> Tensor:
+    """[B, T, N + 1]: the log of the mass outside the support appended, of at least 1e-7."""
+    if included_BTN is not None:
+        logprobs_BTN = logprobs_BTN.masked_fill(~included_BTN, -math.inf)
+    log_mass_BT1 = logprobs_BTN.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([logprobs_BTN, torch.log(-torch.expm1(log_mass_BT1))], dim=-1)
 
 
 def truncated_reverse_kl(
-    student_logprobs_at_teacher_topk_BTK: Tensor,
-    teacher_topk_logprobs_BTK: Tensor,
+    student_logprobs_BTN: Tensor,
+    teacher_logprobs_BTN: Tensor,
     *,
     tail: bool,
+    included_BTN: Tensor | None = None,
 ) -> Tensor:
-    """The terms of KL(student || teacher) on the teacher's support, not renormalised: an ablation.
+    """The terms of KL(student || teacher) on a support S, not renormalised; with a tail, a KL.
 
     tail=False: sum over S of p_student (log p_student - log p_teacher). **Not a divergence:
     negative values are normal**, and emptying S lowers it; arXiv 2603.25562 reports collapse
     without renormalisation. tail=True adds everything outside S as one more class, which makes it a
-    KL of K + 1 classes: between 0 and the exact KL, and it does move mass into S (TRL's
-    `loss_add_tail`). Both equal the exact KL at K = V. Unlike in `local_support_matching`, logits
-    do not serve here.
+    KL of one class more than S has tokens, E_{c ~ student}[log p_student(c) - log p_teacher(c)]:
+    between 0 and the exact KL, and it does move mass into S (TRL's `loss_add_tail`). Both equal the
+    exact KL at S = V. Unlike in `local_support_matching`, logits do not serve here.
 
     Args and errors as in `local_support_matching`.
     """
-    check_log_probs(
-        3,
-        student={"student_logprobs_at_teacher_topk_BTK": student_logprobs_at_teacher_topk_BTK},
-        fixed={"teacher_topk_logprobs_BTK": teacher_topk_logprobs_BTK},
-    )
-    student, teacher = student_logprobs_at_teacher_topk_BTK, teacher_topk_logprobs_BTK
+    _check_pair(student_logprobs_BTN, teacher_logprobs_BTN, included_BTN)
+    student, teacher = student_logprobs_BTN, teacher_logprobs_BTN
     if tail:
-        student, teacher = _with_tail(student), _with_tail(teacher)
-    return (student.exp() * (student - teacher)).sum(dim=-1)
+        student, teacher = _with_tail(student, included_BTN), _with_tail(teacher, included_BTN)
+        if included_BTN is not None:
+            included_BTN = torch.nn.functional.pad(included_BTN, (0, 1), value=True)
+    return (student.exp() * _log_ratio(student, teacher, included_BTN)).sum(dim=-1)
 
 
 def forward_kl(
-    student_logprobs_at_teacher_topk_BTK: Tensor,
-    teacher_topk_logprobs_BTK: Tensor,
+    student_logprobs_BTK: Tensor, teacher_logprobs_BTK: Tensor, *, tail: bool = True
 ) -> Tensor:
-    """KL(teacher || student) over the teacher's top-K and one class for everything else; >= 0.
+    """KL(teacher || student) over the teacher's top-K support S; >= 0.
 
-    E_{v ~ teacher}[log p_teacher(v) - log p_student(v)], with the mass outside the support as class
-    K + 1: between 0 and the exact KL, and equal to it at K = V. Its gradient with respect to a
+    tail=True: E_{c ~ teacher}[log p_teacher(c) - log p_student(c)] over K + 1 classes, the tokens
+    of S and everything else as one: between 0 and the exact KL. Its gradient with respect to a
     student logit is p_student - p_teacher inside S, so that, unlike any reverse KL, it does not
     vanish where the student is sure of a token that the teacher rules out: there the reverse KL's
     gradient is proportional to the student's mass on the right token.
+    tail=False: E_{v ~ teacher | S}[log p_teacher(v | S) - log p_student(v)], the teacher
+    renormalised on S against the student over the whole vocabulary. It is 0 only where the student
+    has no mass outside S, so it also drives that mass out.
+    Both equal the exact KL at K = V.
 
     Source: not of the four papers; generalised knowledge distillation (arXiv 2306.13649) on the
-    student's own prefixes, with the tail bucket of TRL's `loss_add_tail`.
+    student's own prefixes, with the tail bucket of TRL's `loss_add_tail`; without the tail, the
+    forward term of arXiv 2603.07079.
 
     Args and errors as in `local_support_matching`, except that logits do not serve.
     """
-    check_log_probs(
-        3,
-        student={"student_logprobs_at_teacher_topk_BTK": student_logprobs_at_teacher_topk_BTK},
-        fixed={"teacher_topk_logprobs_BTK": teacher_topk_logprobs_BTK},
-    )
-    student = _with_tail(student_logprobs_at_teacher_topk_BTK)
-    teacher = _with_tail(teacher_topk_logprobs_BTK)
+    _check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
+    if tail:
+        student, teacher = _with_tail(student_logprobs_BTK), _with_tail(teacher_logprobs_BTK)
+    else:
+        student, teacher = student_logprobs_BTK, teacher_logprobs_BTK.log_softmax(dim=-1)
     return (teacher.exp() * (teacher - student)).sum(dim=-1)
 
 
-def student_topk_reverse_kl(
-    student_logprobs_at_student_topk_BTJ: Tensor,
-    behavior_topk_logprobs_BTJ: Tensor,
-    teacher_logprobs_at_student_topk_BTJ: Tensor,
-    *,
-    clip_epsilon: float | None,
-    dual_clip: float | None,
+def generalized_jsd(
+    student_logprobs_BTK: Tensor, teacher_logprobs_BTK: Tensor, *, beta: float
 ) -> Tensor:
-    """Surrogate of KL(student || teacher): policy gradient over the behaviour policy's top J.
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
 
-    Candidate j has the constant reward -w_j (log p_behavior(j) - log p_teacher(j)), w the behaviour
-    probabilities renormalised over the J candidates, and its own PPO ratio; the sum over j is
-    returned. KL(student || teacher) = E_{y ~ student}[log p_student(y) - log p_teacher(y)], of
-    which, on policy, this is the exact gradient at J = V. At J < V the rewards do not sum to zero
-    and log p_student is normalised over V, so the gradient also moves the total mass of the
-    candidates, mostly down: unlike `local_support_matching`, this is biased (arXiv 2605.11182).
+    KL(teacher || m) = E_{c ~ teacher}[log p_teacher(c) - log m(c)], KL(student || m) =
+    E_{c ~ student}[log p_student(c) - log m(c)], over K + 1 classes: the teacher's top-K and
+    everything else. In [0, H(beta)], H the entropy of a coin of bias beta: at most log 2 nats, so a
+    hopeless token cannot dominate a step. Equal to the exact divergence at K = V. beta = 1/2 is the
+    Jensen-Shannon divergence. The limits are reached after dividing: JSD / beta tends to the
+    forward KL(teacher || student) as beta -> 0, JSD / (1 - beta) to the reverse KL(student ||
+    teacher) as beta -> 1. The value is not divided here, so a small beta is a small learning rate.
 
-    Source: released code of arXiv 2605.07804 (Prune-OPD) and of thunlp/OPD, whose paper states eq.
-    2, sum_t KL(student || teacher). The value is not a KL.
+    Source: arXiv 2306.13649 (GKD), eq. 1, and TRL's `beta`. Departures: top-K and tail instead of
+    the whole vocabulary; beta of exactly 0 or 1 is refused, `forward_kl` and
+    `truncated_reverse_kl(tail=True)` are those.
 
-    Args:
-        student_logprobs_at_student_topk_BTJ: current student at the candidate ids, with gradient.
-        behavior_topk_logprobs_BTJ: the candidates' log-probs when they were chosen, no gradient.
-        teacher_logprobs_at_student_topk_BTJ: no gradient.
-        clip_epsilon, dual_clip: as in `sampled_reverse_kl`.
-
-    Raises:
-        ValueError: as in `sampled_reverse_kl`, or J is 0.
+    Args and errors as in `forward_kl`; ValueError unless 0 < beta < 1.
     """
-    check_clip(clip_epsilon, dual_clip)
-    check_log_probs(
-        3,
-        student={"student_logprobs_at_student_topk_BTJ": student_logprobs_at_student_topk_BTJ},
-        fixed={
-            "behavior_topk_logprobs_BTJ": behavior_topk_logprobs_BTJ,
-            "teacher_logprobs_at_student_topk_BTJ": teacher_logprobs_at_student_topk_BTJ,
-        },
-    )
-    share_BTJ = behavior_topk_logprobs_BTJ.softmax(dim=-1)
-    reward_BTJ = share_BTJ * (teacher_logprobs_at_student_topk_BTJ - behavior_topk_logprobs_BTJ)
-    surrogate_BTJ = _clipped_surrogate(
-        student_logprobs_at_student_topk_BTJ,
-        behavior_topk_logprobs_BTJ,
-        reward_BTJ,
-        clip_epsilon,
-        dual_clip,
-    )
-    return surrogate_BTJ.sum(dim=-1)
+    check_fraction_open("beta", beta)
+    _check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
+    student, teacher = _with_tail(student_logprobs_BTK), _with_tail(teacher_logprobs_BTK)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    from_teacher_BT = (teacher.exp() * (teacher - mixture)).sum(dim=-1)
+    from_student_BT = (student.exp() * (student - mixture)).sum(dim=-1)
+    return beta * from_teacher_BT + (1.0 - beta) * from_student_BT
+
+
+def entropy_aware_kl(
+    student_logprobs_BTK: Tensor,
+    teacher_logprobs_BTK: Tensor,
+    teacher_entropies_BT: Tensor,
+    *,
+    entropy_threshold: float,
+    tail: bool,
+) -> Tensor:
+    """Reverse KL at every position, plus the forward KL where the teacher is unsure; >= 0.
+
+    KL(student || teacher) + 1[H(teacher) >= entropy_threshold] KL(teacher || student), H in nats of
+    the teacher's full distribution. tail=False: the reverse KL is `local_support_matching`, E_{v ~
+    student | S}[log p_student(v | S) - log p_teacher(v | S)], and the forward KL that of the
+    teacher renormalised on S against the student over V, `forward_kl(tail=False)`. tail=True: both
+    over K + 1 classes. Both equal the exact sum at K = V.
+
+    Source: arXiv 2603.07079 (entropy-aware OPD). The published threshold is not known to us; 0.8
+    nats, the default of the setting, is that of a third party's reimplementation.
+
+    Args and errors as in `forward_kl`; teacher_entropies_BT carries no gradient.
+    """
+    check_entropy_threshold(entropy_threshold)
+    _check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
+    check_log_probs(2, student={}, fixed={"teacher_entropies_BT": teacher_entropies_BT})
+    if teacher_entropies_BT.shape != student_logprobs_BTK.shape[:2]:
+        raise ValueError(
+            f"teacher_entropies_BT has shape {tuple(teacher_entropies_BT.shape)}, "
+            f"student_logprobs_BTK has shape {tuple(student_logprobs_BTK.shape)}"
+        )
+    if tail:
+        reverse_BT = truncated_reverse_kl(student_logprobs_BTK, teacher_logprobs_BTK, tail=True)
+    else:
+        reverse_BT = local_support_matching(student_logprobs_BTK, teacher_logprobs_BTK)
+    forward_BT = forward_kl(student_logprobs_BTK, teacher_logprobs_BTK, tail=tail)
+    unsure_BT = teacher_entropies_BT >= entropy_threshold
+    return reverse_BT + forward_BT.masked_fill(~unsure_BT, 0.0)

@@ -3,16 +3,16 @@
 Shape legend: B = sequences, T = response positions, K = teacher support, J = student top-k.
 Index t is the t-th response token; nats; masked positions hold 0.0 and never reach a sum.
 
-A step over any number of micro-batches (and processes, after an all-reduce of the totals):
+A step over any number of micro-batches and processes:
 
     for inputs in micro_batches:
         sums = objective(inputs, divergence=divergence, weights=weights)
         sums.loss_sum.backward()
         parts.append(sums.detached())
-    totals = merge(parts)
+    totals = sum_over_processes(merge(parts))
     normalize = needs_normalization(weights)
     scale = step_scale(totals.weight_sum.item(), totals.num_tokens.item(), normalize)
-    # multiply every gradient by scale, then clip, then step
+    # sum every gradient over processes, multiply it by scale, then clip, then step
 
 Weights are detached and their mean is one number per step, so scaling the accumulated gradient of
 sum(m w l) by 1 / sum(m w) is mean-normalising the weights over the whole step (BPDG eq. 3-4, with
@@ -26,20 +26,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .divergence_choice import Divergence
 from .divergences import reverse_kl_monitor
 from .inputs import LossInputs
-from .weight_choice import PositionWeight, PruneWeight
+from .weight_choice import PositionWeight
 from .weights import combine
 
 
 def needs_normalization(weights: Sequence[PositionWeight]) -> bool:
     """Whether a step divides by the sum of its weights rather than by its number of tokens.
 
-    Each method alone as published: the gate does, Prune-OPD and IW-OPD do not (their weights raise
-    the learning rate by up to half). More than one: the product is normalised.
+    Each method alone as published or as its `normalize` says: gates and hard selections of tokens
+    do, Prune-OPD and IW-OPD do not (their weights raise the learning rate by up to half). More than
+    one: the product is normalised.
     """
     return len(weights) > 1 or any(w.mean_normalized for w in weights)
 
@@ -113,11 +115,47 @@ def merge(parts: Sequence[StepSums]) -> StepSums:
     )
 
 
-def monitors(inputs: LossInputs, weights: Sequence[PositionWeight]) -> dict[str, Tensor]:
+def sum_over_processes(sums: StepSums) -> StepSums:
+    """The sums over every process of torch.distributed's default group; unchanged without one.
+
+    With these totals, and gradients summed likewise, the step of several processes is that of one
+    process with all of their sequences. Every process calls it once a step with the same weights
+    and divergence, hence the same monitors.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return sums
+    names = sorted(sums.monitor_sums)
+    totals = torch.stack(
+        [
+            value.detach().double()
+            for value in (
+                sums.loss_sum,
+                sums.weight_sum,
+                sums.num_tokens,
+                *(sums.monitor_sums[name] for name in names),
+            )
+        ]
+    )
+    weight_min, weight_max = sums.weight_min.clone(), sums.weight_max.clone()
+    dist.all_reduce(totals, op=dist.ReduceOp.SUM)
+    dist.all_reduce(weight_min, op=dist.ReduceOp.MIN)
+    dist.all_reduce(weight_max, op=dist.ReduceOp.MAX)
+    loss_sum, weight_sum, num_tokens, *monitor_sums = totals.unbind()
+    return StepSums(
+        loss_sum=loss_sum.to(sums.loss_sum.dtype),
+        weight_sum=weight_sum,
+        num_tokens=num_tokens,
+        weight_min=weight_min,
+        weight_max=weight_max,
+        monitor_sums=dict(zip(names, monitor_sums, strict=True)),
+    )
+
+
+def monitors(inputs: LossInputs) -> dict[str, Tensor]:
     """Per-token quantities whose mean to log, [B, T], detached; only those the inputs allow.
 
     reverse_kl: sampled estimate of KL(behavior || teacher). *_mass_at_*: probability mass on a
-    support. bad_events, unreliable: shares of tokens with a bad event, and with Prune-OPD's R = 0.
+    support.
     """
     found = {
         "reverse_kl": reverse_kl_monitor(inputs.behavior_logprobs_BT, inputs.teacher_logprobs_BT)
@@ -131,11 +169,6 @@ def monitors(inputs: LossInputs, weights: Sequence[PositionWeight]) -> dict[str,
     for name, logprobs in masses.items():
         if logprobs is not None:
             found[name] = logprobs.detach().exp().sum(dim=-1)
-    if inputs.bad_events_BT is not None:
-        found["bad_events"] = inputs.bad_events_BT
-    for weight in weights:
-        if isinstance(weight, PruneWeight):
-            found["unreliable"] = weight.unreliable(inputs)
     return found
 
 
@@ -174,8 +207,7 @@ def objective(
         weight_min=torch.cat([low, infinity]).amin(),
         weight_max=torch.cat([high, -infinity]).amax(),
         monitor_sums={
-            name: _masked_sum(value_BT, mask_BT)
-            for name, value_BT in monitors(inputs, weights).items()
+            name: _masked_sum(value_BT, mask_BT) for name, value_BT in monitors(inputs).items()
         },
     )
 

@@ -6,91 +6,253 @@ Shape legend: B = sequences, T = response positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor
 
-from .inputs import LossInputs, need
-from .weights import (
+from .gates import (
     Aggregate,
-    block_gates,
-    check_block_gate,
+    RatioGranularity,
+    RatioMode,
+    check_gate,
+    check_importance_ratio,
+    importance_ratios,
+    span_gates,
+)
+from .inputs import LossInputs, need
+from .prefix_weights import (
+    causal_weights,
+    fixed_prefix_weights,
+    ideal_blend_weights,
+    ideal_ratio_weights,
+    linear_weights,
+    prefix_importance_weights,
+    signed_importance_weights,
+    surrogate_only_weights,
+)
+from .spans import block_spans, check_span_lengths, newline_spans
+from .weights import (
     check_fraction,
     check_non_negative,
-    prefix_importance_weights,
+    check_positive,
+    check_window,
+    entropy_top_weights,
+    position_window,
     prune_weights,
-    reliability,
+    sample_mean_normalize,
 )
+
+PrefixKind = Literal[
+    "cumulative",
+    "signed",
+    "linear",
+    "fixed_prefix",
+    "surrogate_only",
+    "ideal_ratio",
+    "ideal_blend",
+    "causal",
+]
+Normalize = Literal["none", "sample_mean", "batch_mean"]
+Granularity = Literal["block", "token", "sequence", "newline"]
 
 
 class PositionWeight(Protocol):
-    """[B, T], detached, 0.0 where masked; `mean_normalized` if its paper divides it by its mean."""
+    """[B, T], detached, 0.0 where masked."""
 
-    mean_normalized: ClassVar[bool]
+    @property
+    def mean_normalized(self) -> bool:
+        """Whether, used alone, it is divided by its mean over the valid tokens of the step."""
 
     def __call__(self, inputs: LossInputs) -> Tensor: ...
 
 
+def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneWeight:
-    """Prune-OPD's reliability plus a floor: `weights.prune_weights`."""
+    """Prune-OPD's reliability plus a floor: `weights.prune_weights`; `normalize` is ours."""
 
-    mean_normalized: ClassVar[bool] = False
     w_drop: float = 0.01
     w_base: float = 0.5
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         check_fraction("w_drop", self.w_drop)
         check_non_negative("w_base", self.w_base)
 
+    @property
+    def mean_normalized(self) -> bool:
+        return self.normalize
+
     def __call__(self, inputs: LossInputs) -> Tensor:
         bad_events_BT = need(inputs.bad_events_BT, "bad_events_BT")
         return prune_weights(bad_events_BT, inputs.mask_BT, w_drop=self.w_drop, w_base=self.w_base)
 
-    def unreliable(self, inputs: LossInputs) -> Tensor:
-        """bool [B, T]: valid tokens whose reliability has reached zero."""
-        bad_events_BT = need(inputs.bad_events_BT, "bad_events_BT")
-        reliability_BT = reliability(bad_events_BT, inputs.mask_BT, w_drop=self.w_drop)
-        return (reliability_BT == 0.0) & inputs.mask_BT
-
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixImportanceWeight:
-    """IW-OPD's share of the advantage still to come: `weights.prefix_importance_weights`."""
+    """IW-OPD's share of the advantage still to come, or a row of its ablation: `prefix_weights`.
 
-    mean_normalized: ClassVar[bool] = False
+    The literal ratio is a weight only after division by its mean, so for it "none" is the mean of
+    the step.
+    """
+
+    kind: PrefixKind = "cumulative"
     gamma: float = 0.5
+    prefix_share: float = 0.3
+    alpha: float = 0.01
+    tau_nats: float | None = None
+    max_gap_nats: float | None = None
+    normalize: Normalize = "none"
 
     def __post_init__(self) -> None:
+        _check_one_of("kind", self.kind, get_args(PrefixKind))
+        _check_one_of("normalize", self.normalize, get_args(Normalize))
         check_non_negative("gamma", self.gamma)
+        check_fraction("prefix_share", self.prefix_share)
+        check_positive("alpha", self.alpha)
+        if self.max_gap_nats is not None:
+            check_positive("max_gap_nats", self.max_gap_nats)
+        if self.kind == "causal":
+            if self.tau_nats is None:
+                raise ValueError("kind causal needs tau_nats: the median of sum |A| of a response")
+            check_positive("tau_nats", self.tau_nats)
+
+    @property
+    def mean_normalized(self) -> bool:
+        return self.normalize == "batch_mean" or (
+            self.kind == "ideal_ratio" and self.normalize == "none"
+        )
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        return prefix_importance_weights(
-            inputs.teacher_logprobs_BT,
-            inputs.behavior_logprobs_BT,
-            inputs.mask_BT,
-            gamma=self.gamma,
+        weight_BT = self._raw(inputs)
+        if self.normalize == "sample_mean":
+            return sample_mean_normalize(weight_BT, inputs.mask_BT)
+        return weight_BT
+
+    def _raw(self, inputs: LossInputs) -> Tensor:
+        mask_BT, gamma, gap = inputs.mask_BT, self.gamma, self.max_gap_nats
+        if self.kind == "linear":
+            return linear_weights(mask_BT, gamma=gamma)
+        if self.kind == "fixed_prefix":
+            return fixed_prefix_weights(mask_BT, gamma=gamma, prefix_share=self.prefix_share)
+        logprobs = (inputs.teacher_logprobs_BT, inputs.behavior_logprobs_BT, mask_BT)
+        if self.kind == "signed":
+            return signed_importance_weights(*logprobs, gamma=gamma, max_gap_nats=gap)
+        if self.kind == "surrogate_only":
+            return surrogate_only_weights(*logprobs, max_gap_nats=gap)
+        if self.kind == "ideal_ratio":
+            return ideal_ratio_weights(*logprobs, alpha=self.alpha, max_gap_nats=gap)
+        if self.kind == "ideal_blend":
+            return ideal_blend_weights(*logprobs, alpha=self.alpha, gamma=gamma, max_gap_nats=gap)
+        if self.kind == "causal":
+            assert self.tau_nats is not None  # checked above
+            tau = self.tau_nats
+            return causal_weights(*logprobs, gamma=gamma, tau_nats=tau, max_gap_nats=gap)
+        return prefix_importance_weights(*logprobs, gamma=gamma, max_gap_nats=gap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionWindow:
+    """Only the tokens between two shares of the response: `weights.position_window`."""
+
+    mean_normalized: ClassVar[bool] = True
+    start_share: float
+    end_share: float
+
+    def __post_init__(self) -> None:
+        check_window(self.start_share, self.end_share)
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return position_window(
+            inputs.mask_BT, start_share=self.start_share, end_share=self.end_share
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockGate:
-    """BPDG's gate on the student's own drift since the rollout: `weights.block_gates`."""
+class EntropyTop:
+    """Only the tokens where the student is least sure: `weights.entropy_top_weights`."""
 
     mean_normalized: ClassVar[bool] = True
+    ratio: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_fraction("ratio", self.ratio)
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        entropies_BT = need(inputs.student_entropies_BT, "student_entropies_BT")
+        return entropy_top_weights(entropies_BT, inputs.mask_BT, ratio=self.ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockGate:
+    """BPDG's gate on the student's own drift since the rollout: `gates.span_gates`.
+
+    What is gated at once: a block (as published), a token, the whole sequence, or a span between
+    newlines (`spans.newline_spans`), which alone reads the last three constants.
+    """
+
+    mean_normalized: ClassVar[bool] = True
+    granularity: Granularity = "block"
     block_size: int = 64
     tau: float = 1.0
     aggregate: Aggregate = "signed_mean"
+    newline_ids: tuple[int, ...] = ()
+    min_span: int = 16
+    max_span: int = 128
 
     def __post_init__(self) -> None:
-        check_block_gate(self.block_size, self.tau, self.aggregate)
+        _check_one_of("granularity", self.granularity, get_args(Granularity))
+        check_gate(self.tau, self.aggregate)
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {self.block_size}")
+        if self.granularity == "newline":
+            check_span_lengths(self.min_span, self.max_span)
+            if not self.newline_ids:
+                raise ValueError("granularity newline needs newline_ids, got none")
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        return block_gates(
+        logprobs = (inputs.student_logprobs_BT, inputs.behavior_logprobs_BT, inputs.mask_BT)
+        return span_gates(*logprobs, self._spans(inputs), tau=self.tau, aggregate=self.aggregate)
+
+    def _spans(self, inputs: LossInputs) -> Tensor:
+        mask_BT = inputs.mask_BT
+        if self.granularity == "newline":
+            return newline_spans(
+                need(inputs.response_ids_BT, "response_ids_BT"),
+                mask_BT,
+                newline_ids=self.newline_ids,
+                min_span=self.min_span,
+                max_span=self.max_span,
+                block_size=self.block_size,
+            )
+        sizes = {"block": self.block_size, "token": 1, "sequence": max(1, mask_BT.shape[1])}
+        return block_spans(mask_BT, block_size=sizes[self.granularity])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceRatio:
+    """The bounded policy ratio, for losses that have none: `gates.importance_ratios`."""
+
+    mean_normalized: ClassVar[bool] = False
+    mode: RatioMode = "truncate"
+    granularity: RatioGranularity = "token"
+    min_ratio: float = 0.2
+    max_ratio: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_importance_ratio(self.mode, self.granularity, self.min_ratio, self.max_ratio)
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return importance_ratios(
             inputs.student_logprobs_BT,
             inputs.behavior_logprobs_BT,
             inputs.mask_BT,
-            block_size=self.block_size,
-            tau=self.tau,
-            aggregate=self.aggregate,
+            mode=self.mode,
+            granularity=self.granularity,
+            min_ratio=self.min_ratio,
+            max_ratio=self.max_ratio,
         )

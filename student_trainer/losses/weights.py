@@ -4,27 +4,23 @@ Shape legend: B = sequences, T = response positions. Index t is the t-th respons
 
 Every weight counts valid tokens only: deleting a masked position, wherever it stands, changes no
 other weight. Hence padding side cannot matter, and a masked special token moves neither the
-bad-event count, nor the accumulated advantage, nor the blocks. Nothing here normalises over the
-batch except `mean_normalize`; a step split into micro-batches normalises its gradient instead
-(`objective.step_scale`).
+bad-event count, nor the accumulated advantage, nor the blocks. Here are the weights of drift and
+position; `prefix_weights` has IW-OPD's, `gates` those of the student's own drift. Nothing
+normalises over the batch except `mean_normalize`; a step split into micro-batches normalises its
+gradient instead (`objective.step_scale`).
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
-
-from .divergences import check_log_probs
-
-Aggregate = Literal["signed_mean", "mean_abs", "rms"]
 
 RELIABILITY_EPSILON = 1e-8
 """Reliability up to this is zero (the Prune-OPD code's value; the paper gives none)."""
 
 
-def _check_mask(mask_BT: Tensor, **others_BT: Tensor) -> None:
+def check_mask(mask_BT: Tensor, **others_BT: Tensor) -> None:
+    """Raise ValueError unless the mask is bool [B, T] and the others have its shape."""
     if mask_BT.dtype != torch.bool or mask_BT.ndim != 2:
         raise ValueError(
             f"mask_BT must be bool with 2 axes, got {mask_BT.dtype} {tuple(mask_BT.shape)}"
@@ -48,13 +44,18 @@ def check_non_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be >= 0, got {value}")
 
 
-def check_block_gate(block_size: int, tau: float, aggregate: str) -> None:
-    """Raise ValueError unless block_size >= 1, tau >= 0 and the aggregate is known."""
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
-    check_non_negative("tau", tau)
-    if aggregate not in ("signed_mean", "mean_abs", "rms"):
-        raise ValueError(f"aggregate must be signed_mean, mean_abs or rms, got {aggregate!r}")
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless value > 0."""
+    if not value > 0.0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def check_window(start_share: float, end_share: float) -> None:
+    """Raise ValueError unless 0 <= start_share < end_share <= 1."""
+    if not 0.0 <= start_share < end_share <= 1.0:
+        raise ValueError(
+            f"a window needs 0 <= start_share < end_share <= 1, got {start_share} and {end_share}"
+        )
 
 
 def reliability(bad_events_BT: Tensor, mask_BT: Tensor, *, w_drop: float) -> Tensor:
@@ -65,7 +66,7 @@ def reliability(bad_events_BT: Tensor, mask_BT: Tensor, *, w_drop: float) -> Ten
     number ceil(1 / w_drop) on: computed in float64, and residues up to 1e-8 are snapped to 0.
     """
     check_fraction("w_drop", w_drop)
-    _check_mask(mask_BT, bad_events_BT=bad_events_BT)
+    check_mask(mask_BT, bad_events_BT=bad_events_BT)
     if bad_events_BT.dtype != torch.bool:
         raise ValueError(f"bad_events_BT must be bool, got {bad_events_BT.dtype}")
     num_bad_BT = (bad_events_BT & mask_BT).cumsum(dim=-1).double()
@@ -87,84 +88,55 @@ def prune_weights(
     return torch.where(mask_BT, reliability_BT + w_base, 0.0)
 
 
-def prefix_importance_weights(
-    teacher_logprobs_BT: Tensor,
-    behavior_logprobs_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    gamma: float,
-    epsilon: float = 1e-8,
-) -> Tensor:
-    """w_t = 1 + gamma (1 - sum_{k<t} |A_k| / (sum_k |A_k| + epsilon)).
+def elapsed_shares(mask_BT: Tensor) -> Tensor:
+    """t / n: the valid tokens before a position, over all n of its response; [B, T], float64.
 
-    A = log p_teacher - log p_behavior of the sampled token.     arXiv 2606.22600 (IW-OPD), eq. 17.
-    In [1, 1 + gamma], 1 + gamma at the first valid token, non-increasing, and 1 + gamma everywhere
-    if teacher and behaviour agree on every token. Needs the whole response. The denominator
-    includes the last token, as in the released code; the paper's index stops before it. Departure:
-    the prefix sum is taken by shifting in float64 instead of cumsum(d) - d, whose rounding breaks
-    monotonicity.
+    In [0, 1) on valid tokens, 0.0 where masked. One correctly rounded division, so that comparing
+    it with a share written in decimals (0.3 of 10 tokens) is exact.
     """
-    check_non_negative("gamma", gamma)
-    check_log_probs(
-        2,
-        student={},
-        fixed={
-            "teacher_logprobs_BT": teacher_logprobs_BT,
-            "behavior_logprobs_BT": behavior_logprobs_BT,
-        },
-    )
-    _check_mask(mask_BT, teacher_logprobs_BT=teacher_logprobs_BT)
-    gap_BT = (teacher_logprobs_BT.double() - behavior_logprobs_BT.double()).abs()
-    gap_BT = torch.where(mask_BT, gap_BT, 0.0)
-    before_BT = torch.nn.functional.pad(gap_BT, (1, 0)).cumsum(dim=-1)[:, :-1]
-    remaining_BT = 1.0 - before_BT / (gap_BT.sum(dim=-1, keepdim=True) + epsilon)
-    weight_BT = 1.0 + gamma * remaining_BT.clamp(0.0, 1.0)
-    return torch.where(mask_BT, weight_BT, 0.0).to(teacher_logprobs_BT.dtype)
+    check_mask(mask_BT)
+    before_BT = (mask_BT.cumsum(dim=-1) - mask_BT.long()).double()
+    num_valid_B1 = mask_BT.sum(dim=-1, keepdim=True).clamp(min=1).double()
+    return torch.where(mask_BT, before_BT / num_valid_B1, 0.0)
 
 
-def block_gates(
-    student_logprobs_BT: Tensor,
-    behavior_logprobs_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    block_size: int,
-    tau: float,
-    aggregate: Aggregate,
-) -> Tensor:
-    """g = exp(-tau |s|) in (0, 1], s the block's aggregate of log p_student - log p_behavior.
+def position_window(mask_BT: Tensor, *, start_share: float, end_share: float) -> Tensor:
+    """1.0 where start_share <= t / n < end_share, else 0.0; float32.
 
-    arXiv 2606.24084 (BPDG), eq. 1-2: block_size 64, tau 1, signed mean; raw, that is before the
-    division by the mean over valid tokens (eq. 3; `mean_normalize`, or `objective.step_scale` for a
-    step in several micro-batches). All ones when the student is still the behaviour policy. The
-    paper's behaviour log-probs are recomputed by the trainer before the first update.
+    t counts valid tokens from 0, n is their number in the kept response. Windows that meet cover
+    every token once; one that does not start at 0 may hold no token of a short response.
 
-    Where the paper is silent: the last, partial block averages over its own valid tokens, and a
-    block is block_size consecutive *valid* tokens, so masked ones take no place in it. `mean_abs`
-    and `rms` do not let opposite shifts cancel (the authors' own suggestion).
+    Source: the first- and last-30 % baselines of arXiv 2606.22600 (IW-OPD), which do not say how
+    the share is rounded.
     """
-    check_block_gate(block_size, tau, aggregate)
-    student_logprobs_BT = student_logprobs_BT.detach()
-    check_log_probs(
-        2,
-        student={"student_logprobs_BT": student_logprobs_BT},
-        fixed={"behavior_logprobs_BT": behavior_logprobs_BT},
-    )
-    _check_mask(mask_BT, student_logprobs_BT=student_logprobs_BT)
-    drift_BT = torch.where(mask_BT, student_logprobs_BT - behavior_logprobs_BT, 0.0)
-    block_BT = (mask_BT.cumsum(dim=-1) - 1).clamp(min=0) // block_size
-    size_BT = _block_sums(mask_BT.to(drift_BT.dtype), block_BT).clamp(min=1.0)
-    if aggregate == "signed_mean":
-        shift_BT = (_block_sums(drift_BT, block_BT) / size_BT).abs()
-    elif aggregate == "mean_abs":
-        shift_BT = _block_sums(drift_BT.abs(), block_BT) / size_BT
-    else:
-        shift_BT = (_block_sums(drift_BT.square(), block_BT) / size_BT).sqrt()
-    return torch.where(mask_BT, torch.exp(-tau * shift_BT), 0.0)
+    check_window(start_share, end_share)
+    share_BT = elapsed_shares(mask_BT)
+    return ((share_BT >= start_share) & (share_BT < end_share) & mask_BT).float()
 
 
-def _block_sums(values_BT: Tensor, block_BT: Tensor) -> Tensor:
-    """[B, T]: at every position the sum over its block."""
-    return torch.zeros_like(values_BT).scatter_add(-1, block_BT, values_BT).gather(-1, block_BT)
+def entropy_top_weights(entropies_BT: Tensor, mask_BT: Tensor, *, ratio: float) -> Tensor:
+    """1.0 on the ceil(ratio * n) valid tokens of highest entropy of each response, else 0.0.
+
+    n is the response's number of valid tokens; of equal entropies the earlier position wins.
+    float32.
+
+    Source: `entropy_top_ratio` of the released code of arXiv 2603.25562, whose README has 0.2 and
+    whose paper does not mention it.
+
+    Args:
+        entropies_BT: of the student's distributions, nats, no gradient; finite where valid.
+        mask_BT: bool.
+        ratio: in (0, 1]; 1 keeps every token.
+    """
+    check_fraction("ratio", ratio)
+    check_mask(mask_BT, entropies_BT=entropies_BT)
+    ranked_BT = torch.where(mask_BT, entropies_BT.detach().double(), -torch.inf)
+    order_BT = ranked_BT.sort(dim=-1, descending=True, stable=True).indices
+    ranks_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device).expand_as(order_BT)
+    rank_BT = torch.empty_like(order_BT).scatter_(-1, order_BT, ranks_BT)
+    num_valid_B1 = mask_BT.sum(dim=-1, keepdim=True).clamp(min=1)
+    # rank / n < ratio holds for ceil(ratio * n) ranks, without the rounding of that product.
+    return ((rank_BT.double() / num_valid_B1 < ratio) & mask_BT).float()
 
 
 def mean_normalize(weight_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -172,11 +144,24 @@ def mean_normalize(weight_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
     Exact for one whole batch. Over micro-batches it would normalise each by its own mean.
     """
-    _check_mask(mask_BT, weight_BT=weight_BT)
+    check_mask(mask_BT, weight_BT=weight_BT)
     weight_BT = torch.where(mask_BT, weight_BT.detach(), 0.0)
     total = weight_BT.sum(dtype=torch.float64)
     scale = torch.where(total > 0, mask_BT.sum() / total, 0.0)
     return weight_BT * scale.to(weight_BT.dtype)
+
+
+def sample_mean_normalize(weight_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Each response's weights divided by their own mean over its valid tokens; zeros if all zero.
+
+    By response, hence the same in any micro-batch.
+    """
+    check_mask(mask_BT, weight_BT=weight_BT)
+    weight_BT = torch.where(mask_BT, weight_BT.detach(), 0.0)
+    total_B1 = weight_BT.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    num_valid_B1 = mask_BT.sum(dim=-1, keepdim=True)
+    scale_B1 = torch.where(total_B1 > 0, num_valid_B1 / total_B1, 0.0)
+    return (weight_BT * scale_B1).to(weight_BT.dtype)
 
 
 def combine(*weights_BT: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ def random_rollout(
             token_logprobs=teacher[rows, response].astype(np.float32),
             candidate_logprobs=at(teacher, behavior_top) if has_candidates else None,
             bad_events=rng.random(num_response) < 0.3,
+            entropies=-(np.exp(teacher) * teacher).sum(-1).astype(np.float32),
         ),
         drift=None,
         finish=Finish.STOP,

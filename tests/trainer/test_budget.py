@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,21 +12,7 @@ from student_trainer.budget import (
     ProgressiveBudget,
     PruneBudget,
     QuantileBudget,
-    effective_lengths,
 )
-
-
-def test_effective_length_of_the_golden_trajectory_is_seven() -> None:
-    reliability = np.array([[1, 1, 0.75, 0.75, 0.5, 0.25, 0.25, 0, 0]])
-    assert effective_lengths(reliability, np.ones((1, 9), dtype=bool)).tolist() == [7]
-
-
-def test_effective_length_counts_valid_reliable_tokens_only() -> None:
-    reliability = np.array([[1.0, 1e-8, 2e-8, 0.5], [0.0, 0.0, 0.0, 0.0]])
-    mask = np.array([[False, True, True, True], [True] * 4])
-    assert effective_lengths(reliability, mask).tolist() == [2, 0]
-    with pytest.raises(ValueError, match="mask must be bool"):
-        effective_lengths(reliability, mask.astype(float))
 
 
 def test_one_hit_in_ten_grows_the_budget_at_once() -> None:
@@ -49,6 +34,13 @@ def test_the_third_low_step_in_a_row_shrinks_the_budget() -> None:
     budget.load_state_dict({"max_tokens": 2048, "num_low": 2})
     budget.update([300] * 10)
     assert budget.state_dict() == {"max_tokens": 1948, "num_low": 0}
+
+
+def test_share_of_hits_is_what_there_is_to_log() -> None:
+    assert PruneBudget(initial=2048).update([300, 1948, 2048, 0]) == {"budget_hit_share": 0.5}
+    assert FixedBudget(10).update([10]) == {}
+    assert QuantileBudget(initial=10, minimum=1, maximum=20).update([10]) == {}
+    assert ProgressiveBudget(initial=1, maximum=2, increment=1, every=2).update([10]) == {}
 
 
 def test_low_steps_survive_a_checkpoint() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import StringIO
@@ -13,8 +14,10 @@ import pytest
 from made_rollouts import plain_rollout
 from rich.console import Console
 
+from student_trainer import cli
 from student_trainer.diagnostics import (
     BAND_TOKENS,
+    Alarm,
     effective_lengths,
     phase_seconds,
     rollout_metrics,
@@ -22,8 +25,14 @@ from student_trainer.diagnostics import (
 )
 from student_trainer.errors import ConfigError, DatasetError
 from student_trainer.records import Finish, RolloutTimes
-from student_trainer.report import draw, summarize, summary_table, write_summary
-from student_trainer.run_log import Bars, PhaseClock, RunLog
+from student_trainer.report import (
+    draw,
+    summarize,
+    summary_table,
+    warning_lines,
+    write_summary,
+)
+from student_trainer.run_log import Bars, PhaseClock, RunLog, read_lines
 
 STOPPED = plain_rollout(
     overlap_counts=[4, 4, 0],
@@ -229,6 +238,54 @@ def test_run_without_a_step_is_named(tmp_path: Path) -> None:
         summarize(tmp_path)
 
 
+BROKEN_LINES = {
+    "cut short": ('{"kind": "step", "st', "not JSON"),
+    "no object": ("[1, 2]", "must be an object with `step`"),
+    "no step": ('{"kind": "eval", "accuracy": 1.0}', "must be an object with `step`"),
+    "no kind": ('{"step": 3}', "kind must be one of"),
+    "no figures": ('{"kind": "step", "step": 3}', "kind step lacks generated_tokens"),
+    "eval without figures": ('{"kind": "eval", "step": 3}', "kind eval lacks accuracy"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_LINES)
+def test_line_that_is_broken_is_named(
+    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path)
+    line, reason = BROKEN_LINES[case]
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as lines:
+        lines.write(line)
+    with pytest.raises(DatasetError, match=re.escape(f"{path}:5: {reason}")):
+        summarize(tmp_path)
+    assert cli.main(["report", str(tmp_path)]) == cli.EXIT_FAILED
+    assert f"DatasetError: {path}:5: {reason}" in capsys.readouterr().err
+
+
+def test_profile_that_is_broken_or_absent_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    summary = summarize(tmp_path)
+    path = tmp_path / "profiles.jsonl"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(DatasetError, match=rf"{path}:2: not JSON"):
+        draw(tmp_path, summary)
+    path.unlink()
+    with pytest.raises(DatasetError, match=rf"{path}: no such file"):
+        draw(tmp_path, summary)
+
+
+def test_broken_line_before_the_last_stops_a_resume(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("{\n" + path.read_text())
+    with (
+        pytest.raises(DatasetError, match=rf"{path}:1: not JSON"),
+        run_log(tmp_path, resume_from=1),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_metric_that_is_not_finite_raises_and_is_not_written(tmp_path: Path, bad: float) -> None:
     with run_log(tmp_path) as (log, _):
@@ -282,6 +339,52 @@ def test_new_run_starts_its_record_anew(tmp_path: Path) -> None:
     with run_log(tmp_path):
         pass
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_warning_is_written_always_and_printed_at_times(tmp_path: Path) -> None:
+    loop, lost = (Alarm(kind=kind, message=f"[{kind}] is bad") for kind in ("loop", "lost"))
+    with run_log(tmp_path) as (log, output):
+        for step in range(1, 24):
+            log.step(step, step_metrics(0, overshoot=0), SECONDS)
+            log.alarms(step, [loop] * (step >= 2) + [lost] * (step == 20))
+    printed = [line for line in output.getvalue().splitlines() if "warning" in line]
+    assert printed == [
+        "step   2  warning: [loop] is bad",
+        "step  12  warning: [loop] is bad",
+        "step  20  warning: [lost] is bad",
+        "step  22  warning: [loop] is bad",
+    ]
+    records = [r for r in read_lines(tmp_path / "metrics.jsonl") if r["kind"] == "warning"]
+    assert [r["step"] for r in records if r["warning"] == "loop"] == list(range(2, 24))
+    draw(tmp_path, summarize(tmp_path))
+
+
+def test_report_shows_each_kind_of_warning_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path)
+    assert warning_lines(summarize(tmp_path)) == []
+    with run_log(tmp_path, resume_from=2) as (log, _):
+        log.alarms(1, [Alarm(kind="loop", message="30% [loop]")])
+        log.alarms(2, [Alarm(kind="loop", message="40% [loop]")])
+    (line,) = warning_lines(summarize(tmp_path))
+    assert line == "warning at 2 of 2 steps (1 to 2): 40% [loop]"
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert line in capsys.readouterr().out
+
+
+def test_first_step_is_known_after_a_resume(tmp_path: Path) -> None:
+    with run_log(tmp_path) as (log, _):
+        assert log.first_step == {}
+    write_run(tmp_path)
+    with run_log(tmp_path, resume_from=2) as (log, _):
+        assert (log.first_step["step"], log.first_step["truncated_rollouts"]) == (1, 3)
+        log.step(3, step_metrics(0, overshoot=0), SECONDS)
+        assert log.first_step["step"] == 1
+    with run_log(tmp_path, resume_from=0) as (log, _):
+        assert log.first_step == {}
+        log.step(1, step_metrics(2, overshoot=9), SECONDS)
+        assert log.first_step["truncated_rollouts"] == 2
 
 
 def test_bars_are_silent_without_a_terminal_and_start_again() -> None:

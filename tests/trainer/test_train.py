@@ -6,6 +6,7 @@ Only the connection to the teacher is replaced. Run: python -m pytest tests/trai
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from student_trainer import from_config
 from student_trainer.assembly import Run, assembled, evaluate_checkpoint
 from student_trainer.config import TrainerConfig, load_config
 from student_trainer.errors import CheckpointError, ConfigError, DatasetError
+from student_trainer.rollout_source import RolloutSource
 from student_trainer.run_log import read_lines
 from student_trainer.train import learn, train
 from teacher_wire.errors import EngineError
@@ -72,6 +74,9 @@ class ModelSession(ScriptedSession):
                 :, 0
             ].numpy(),
             candidate_logprobs=logprobs.gather(1, candidates).numpy(),
+            entropies=torch.special.entr(logprobs.exp()).sum(-1).numpy()
+            if self._options.want_entropy
+            else None,
         )
         return replace(scores, rows=rows)
 
@@ -206,6 +211,67 @@ def test_run_learns_and_writes_everything_down(folder: Path, client: InMemoryCli
     assert max(spans) <= INFO.max_append_tokens
 
 
+DOCUMENTED = Path(__file__).parents[2] / "docs" / "diagnostics.md"
+
+
+class StoppingClient(InMemoryClient):
+    """Its sessions end a response after six tokens."""
+
+    def open(
+        self, prompt_ids: NDArray[np.int32], options: ScoreOptions, policy: DriftPolicy
+    ) -> ModelSession:
+        session = super().open(prompt_ids, options, policy)
+        session._truncate_at = 6
+        return session
+
+
+def logged(config: TrainerConfig) -> list[dict[str, object]]:
+    """Everything that a run wrote down."""
+    run_through(config)
+    names = ("metrics.jsonl", "profiles.jsonl")
+    return [record for name in names for record in read_lines(config.run.out / name)]
+
+
+def test_every_logged_metric_is_explained_and_every_explained_one_is_logged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = re.findall(r"^\| (`.*?) \|", DOCUMENTED.read_text(), re.MULTILINE)
+    explained = {
+        name: "optional" in row
+        for row in rows
+        for name in re.findall(r"`(\w+)`", row.split(" (optional")[0])
+    }
+    connect_to(InMemoryClient(), monkeypatch)
+    plain = logged(configured(folder, "run.steps=2"))
+    connect_to(StoppingClient(), monkeypatch)
+    path = folder / "trainer.toml"
+    fixed, prune = (
+        'kind = "fixed"\nmax_tokens = 10',
+        'kind = "prune"\ninitial = 10\nminimum = 5\nmaximum = 10',
+    )
+    path.write_text(path.read_text().replace(fixed, prune))
+    weights = ("weights.prune.w_base=0.5", "weights.prefix_importance.gamma=0.5")
+    methods = logged(configured(folder, "run.steps=2", f"run.out={folder}/methods", *weights))
+    always, ever = (set[str]().union(*records) for records in (plain, [*plain, *methods]))
+    assert sorted(ever - explained.keys()) == []
+    assert sorted(explained.keys() - ever) == []
+    assert sorted(name for name in explained if not explained[name] and name not in always) == []
+    assert any(record.get("kind") == "warning" for record in methods)
+
+
+def test_rollouts_that_the_teacher_missed_are_counted_and_warned_of(
+    folder: Path, client: InMemoryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(folder, "run.steps=1")
+    with assembled(config) as run:
+        batch = replace(next(run.source), num_unscored=2)
+        monkeypatch.setattr(RolloutSource, "__next__", lambda _: batch)
+        train(run)
+    (step,) = records(config, "step")
+    assert step["unscored_rollouts"] == 2
+    assert "unscored" in [record["warning"] for record in records(config, "warning")]
+
+
 def test_queue_of_one_is_one_step_stale_and_generates_no_more(
     folder: Path, client: InMemoryClient
 ) -> None:
@@ -267,8 +333,17 @@ def learnt(run: Run, rollouts: list) -> dict[str, torch.Tensor]:  # type: ignore
         ["loss.kind=sampled_reverse_kl", "weights.prefix_importance.gamma=0.5"],
         ["loss.kind=student_topk_reverse_kl", "weights.prune.w_base=0.5"],
         ["loss.kind=sampled_reverse_kl", "weights.block_gate.block_size=2"],
+        [
+            "loss.kind=forward_kl",
+            "weights.entropy_top.ratio=0.5",
+            'weights.block_gate={"granularity":"newline","min_span":1,"max_span":3}',
+        ],
+        ["loss.support=student_topk_and_sampled"],
+        ["loss.kind=student_topk_reverse_kl", "loss.support=union"],
+        ["loss.kind=generalized_jsd"],
+        ["loss.kind=entropy_aware_kl"],
     ],
-    ids=lambda overrides: overrides[0],
+    ids=lambda overrides: " ".join(overrides),
 )
 def test_learning_is_the_same_whatever_the_micro_batch(
     folder: Path, client: InMemoryClient, overrides: list[str]

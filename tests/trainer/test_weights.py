@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from student_trainer.losses.gates import block_gates
+from student_trainer.losses.prefix_weights import prefix_importance_weights
 from student_trainer.losses.weights import (
-    block_gates,
     combine,
     mean_normalize,
-    prefix_importance_weights,
     prune_weights,
     reliability,
 )

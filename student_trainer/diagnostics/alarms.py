@@ -1,0 +1,150 @@
+"""When the numbers of a step say that the run is being wasted. Thresholds are rules of thumb.
+
+The reasons and remedies stand in docs/diagnostics.md. No warning stops a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from student_trainer.diagnostics.mismatch import MismatchedToken
+
+MIN_SUPPORT_MASS = 0.5
+"""Below, most of the student's probability is where local support matching has no gradient."""
+SUPPORT_MASS_DROP = 0.5
+"""Share of the first step's mass that is an alarm, whatever the mass was."""
+MAX_BAD_EVENT_RATE = 0.9
+"""Two tokenizers, or a k and threshold that no pair meets, give nearly 1. Prune-OPD's least
+compatible pairs come near it: 100 bad events within their first 100 to 400 tokens."""
+MIN_EFFECTIVE_TOKENS = 10
+EXHAUSTED_MAJORITY = 0.5
+"""Short answers have a short E too; it is drift if at least this share of rollouts ran out of R."""
+MAX_UNRELIABLE_SHARE = 0.8
+MAX_REPETITION_RATE = 0.3
+MAX_WEIGHT_RATIO = 100.0
+"""As published, prune weights span 1 to 3, prefix importance 1 to 1.5, a gate 1 to e a nat."""
+MAX_WEIGHT_OVER_MEAN = 20.0
+"""With a smallest weight of 0 the ratio says nothing; this does."""
+MAX_TOKENS_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """One warning."""
+
+    kind: str
+    """The same at every step at which it holds."""
+    message: str
+
+
+def warnings_of(
+    metrics: Mapping[str, float],
+    *,
+    first: Mapping[str, float],
+    mismatched: Sequence[MismatchedToken] = (),
+    decode: Callable[[int], str] = str,
+) -> list[Alarm]:
+    """What is wrong with a step, given the metrics of the run's first step.
+
+    Metrics that are absent give no warning. `decode` gives the text of a token id.
+    """
+    found = [*_support(metrics, first), *_drift(metrics), *_learning(metrics), *_teacher(metrics)]
+    if (rate := metrics.get("repetition_rate", 0.0)) > MAX_REPETITION_RATE:
+        message = (
+            f"{rate:.0%} of the tokens continue a loop: look at the responses before trusting a "
+            "falling loss; a teacher agrees with a loop once it is in one"
+        )
+        found.append(Alarm(kind="repetition", message=message))
+    if mismatched:
+        found.append(Alarm(kind="mismatched_tokens", message=_mismatch(mismatched, decode)))
+    return found
+
+
+def _support(metrics: Mapping[str, float], first: Mapping[str, float]) -> Iterator[Alarm]:
+    name = "student_mass_at_teacher_topk"
+    if (mass := metrics.get(name)) is None:
+        return
+    before = first.get(name, mass)
+    if mass < MIN_SUPPORT_MASS or mass < SUPPORT_MASS_DROP * before:
+        yield Alarm(
+            kind="support_mass",
+            message=f"the student's mass on the teacher's top-k is {mass:.2f} ({before:.2f} in the "
+            "first step): local support matching cannot bring it back. Raise "
+            "teacher.k, lower rollout.top_p, or use a loss with a tail",
+        )
+
+
+def _drift(metrics: Mapping[str, float]) -> Iterator[Alarm]:
+    if (rate := metrics.get("bad_event_rate", 0.0)) > MAX_BAD_EVENT_RATE:
+        yield Alarm(
+            kind="bad_events",
+            message=f"{rate:.0%} of the tokens are bad events: drift.k and drift.threshold do not "
+            "fit this pair, or the two tokenizers or chat templates differ",
+        )
+    effective = metrics.get("effective_length_p50")
+    exhausted = metrics.get("exhausted_rate", 0.0)
+    if (
+        effective is not None
+        and effective < MIN_EFFECTIVE_TOKENS
+        and exhausted >= EXHAUSTED_MAJORITY
+    ):
+        yield Alarm(
+            kind="effective_length",
+            message=f"half of the rollouts drift away within {effective:.0f} tokens, "
+            f"{exhausted:.0%} of them in all: nearly nothing is learnt from. Lower drift.w_drop or "
+            "drift.threshold, or start from a student nearer to the teacher",
+        )
+    if (share := metrics.get("unreliable_share", 0.0)) > MAX_UNRELIABLE_SHARE:
+        yield Alarm(
+            kind="unreliable",
+            message=f"{share:.0%} of the tokens come after R reached 0: lower the budget, or set "
+            "drift.stop_in_flight",
+        )
+
+
+def _learning(metrics: Mapping[str, float]) -> Iterator[Alarm]:
+    if metrics.get("loss_tokens") == 0.0:
+        yield Alarm(
+            kind="no_tokens",
+            message="no token counted, nothing was learnt: special_tokens masks all of them",
+        )
+    high = metrics.get("weight_max")
+    if high is None:
+        return
+    low, mean = metrics.get("weight_min", high), metrics.get("weight_mean", high)
+    if high <= 0.0:
+        message = "every weight is 0, nothing was learnt: raise weights.prune.w_base"
+    elif high > MAX_WEIGHT_OVER_MEAN * mean or 0.0 < low * MAX_WEIGHT_RATIO < high:
+        message = (
+            f"weights go from {low:.2g} to {high:.2g}, mean {mean:.2g}: a few tokens decide the "
+            "step. Lower weights.block_gate.tau, or use fewer optimizer steps on one batch"
+        )
+    else:
+        return
+    yield Alarm(kind="weights", message=message)
+
+
+def _teacher(metrics: Mapping[str, float]) -> Iterator[Alarm]:
+    unscored = metrics.get("unscored_rollouts", 0)
+    partly = metrics.get("partly_scored_rollouts", 0)
+    if unscored or partly:
+        yield Alarm(
+            kind="unscored",
+            message=f"the teacher stayed away: {unscored:.0f} rollouts are lost, {partly:.0f} are "
+            "scored in part. The step is smaller than configured; see the teacher's log",
+        )
+
+
+def _mismatch(mismatched: Sequence[MismatchedToken], decode: Callable[[int], str]) -> str:
+    named = ", ".join(
+        f"{decode(token['token_id'])!r} (id {token['token_id']}, {token['rollouts']} rollouts, "
+        f"teacher {token['teacher_logprob']:.1f}, student {token['behavior_logprob']:.2f} nats)"
+        for token in mismatched[:MAX_TOKENS_NAMED]
+    )
+    more = len(mismatched) - MAX_TOKENS_NAMED
+    return (
+        f"the student is sure of tokens that the teacher excludes: {named}"
+        f"{f' and {more} more' if more > 0 else ''}. If they are special tokens or parts of the "
+        "chat template put them under special_tokens.tokens (there already: set occurrences to all)"
+    )

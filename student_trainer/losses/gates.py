@@ -1,0 +1,155 @@
+"""Weights of the student's own drift since the rollout: [B, T], detached, 0.0 where masked.
+
+Shape legend: B = sequences, T = response positions. Index t is the t-th response token; nats.
+
+All are about d_t = log p_student - log p_behavior of the sampled token. Both count valid tokens
+only and normalise nothing: a gate is divided by its mean at the step (`objective.step_scale`), an
+importance ratio is not.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .divergences import check_log_probs
+from .policy_gradients import MAX_LOG_RATIO
+from .spans import block_spans
+from .weights import check_mask, check_non_negative
+
+Aggregate = Literal["signed_mean", "mean_abs", "rms"]
+RatioMode = Literal["truncate", "mask"]
+RatioGranularity = Literal["token", "sequence"]
+
+
+def check_gate(tau: float, aggregate: str) -> None:
+    """Raise ValueError unless tau >= 0 and the aggregate is known."""
+    check_non_negative("tau", tau)
+    if aggregate not in ("signed_mean", "mean_abs", "rms"):
+        raise ValueError(f"aggregate must be signed_mean, mean_abs or rms, got {aggregate!r}")
+
+
+def check_importance_ratio(mode: str, granularity: str, min_ratio: float, max_ratio: float) -> None:
+    """Raise ValueError unless min_ratio <= 1 <= max_ratio and the names are known."""
+    if mode not in ("truncate", "mask"):
+        raise ValueError(f"mode must be truncate or mask, got {mode!r}")
+    if granularity not in ("token", "sequence"):
+        raise ValueError(f"granularity must be token or sequence, got {granularity!r}")
+    if not 0.0 <= min_ratio <= 1.0 <= max_ratio:
+        raise ValueError(
+            f"an importance ratio needs 0 <= min_ratio <= 1 <= max_ratio, got {min_ratio} and "
+            f"{max_ratio}"
+        )
+
+
+def _drift(student_logprobs_BT: Tensor, behavior_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """d, detached, 0.0 where masked."""
+    student_logprobs_BT = student_logprobs_BT.detach()
+    check_log_probs(
+        2,
+        student={"student_logprobs_BT": student_logprobs_BT},
+        fixed={"behavior_logprobs_BT": behavior_logprobs_BT},
+    )
+    check_mask(mask_BT, student_logprobs_BT=student_logprobs_BT)
+    return torch.where(mask_BT, student_logprobs_BT - behavior_logprobs_BT, 0.0)
+
+
+def span_gates(
+    student_logprobs_BT: Tensor,
+    behavior_logprobs_BT: Tensor,
+    mask_BT: Tensor,
+    span_BT: Tensor,
+    *,
+    tau: float,
+    aggregate: Aggregate,
+) -> Tensor:
+    """g = exp(-tau |s|) in (0, 1], s the aggregate of d over the token's span.
+
+    arXiv 2606.24084 (BPDG), eq. 1-2: signed mean, tau 1; raw, that is before the division by the
+    mean over valid tokens (eq. 3; `mean_normalize`, or `objective.step_scale` for a step in several
+    micro-batches). All ones when the student is still the behaviour policy. The paper's behaviour
+    log-probs are recomputed by the trainer before the first update. `mean_abs` and `rms` do not let
+    opposite shifts cancel (the authors' own suggestion).
+
+    Args:
+        span_BT: int64 in [0, T), the same number for tokens of one span (`spans`); its average is
+            over valid tokens.
+    """
+    check_gate(tau, aggregate)
+    drift_BT = _drift(student_logprobs_BT, behavior_logprobs_BT, mask_BT)
+    check_mask(mask_BT, span_BT=span_BT)
+    size_BT = _span_sums(mask_BT.to(drift_BT.dtype), span_BT).clamp(min=1.0)
+    if aggregate == "signed_mean":
+        shift_BT = (_span_sums(drift_BT, span_BT) / size_BT).abs()
+    elif aggregate == "mean_abs":
+        shift_BT = _span_sums(drift_BT.abs(), span_BT) / size_BT
+    else:
+        shift_BT = (_span_sums(drift_BT.square(), span_BT) / size_BT).sqrt()
+    return torch.where(mask_BT, torch.exp(-tau * shift_BT), 0.0)
+
+
+def _span_sums(values_BT: Tensor, span_BT: Tensor) -> Tensor:
+    """[B, T]: at every position the sum over its span."""
+    return torch.zeros_like(values_BT).scatter_add(-1, span_BT, values_BT).gather(-1, span_BT)
+
+
+def block_gates(
+    student_logprobs_BT: Tensor,
+    behavior_logprobs_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    block_size: int,
+    tau: float,
+    aggregate: Aggregate,
+) -> Tensor:
+    """`span_gates` over fixed blocks: BPDG as published, with block_size 64.
+
+    Where the paper is silent: the last, partial block averages over its own valid tokens, and a
+    block is block_size consecutive *valid* tokens, so masked ones take no place in it.
+    """
+    return span_gates(
+        student_logprobs_BT,
+        behavior_logprobs_BT,
+        mask_BT,
+        block_spans(mask_BT, block_size=block_size),
+        tau=tau,
+        aggregate=aggregate,
+    )
+
+
+def importance_ratios(
+    student_logprobs_BT: Tensor,
+    behavior_logprobs_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    mode: RatioMode,
+    granularity: RatioGranularity,
+    min_ratio: float,
+    max_ratio: float,
+) -> Tensor:
+    """p_student / p_behavior of the sampled token, bounded: corrects a loss for stale rollouts.
+
+    "truncate": min(ratio, max_ratio), the token-level rollout correction of verl (threshold 5 in
+    arXiv 2606.22600, Table 6); min_ratio is not read. "mask": the ratio inside [min_ratio,
+    max_ratio], 0 outside. Granularity "sequence" gives every valid token of a response the
+    geometric mean of their ratios. Not for a divergence whose surrogate already has the ratio.
+
+    Departure: verl compares the trainer's and the sampler's log-probs of one policy; here the
+    student that is being updated stands in the numerator, so that staleness and the mismatch of the
+    engines are corrected together. Log-ratios are clamped to +-20 nats.
+    """
+    check_importance_ratio(mode, granularity, min_ratio, max_ratio)
+    log_ratio_BT = _drift(student_logprobs_BT, behavior_logprobs_BT, mask_BT)
+    if granularity == "sequence":
+        num_valid_B1 = mask_BT.sum(dim=-1, keepdim=True).clamp(min=1)
+        mean_B1 = log_ratio_BT.double().sum(dim=-1, keepdim=True) / num_valid_B1
+        log_ratio_BT = mean_B1.to(log_ratio_BT.dtype).expand_as(log_ratio_BT)
+    ratio_BT = log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    if mode == "truncate":
+        ratio_BT = ratio_BT.clamp(max=max_ratio)
+    else:
+        inside_BT = (ratio_BT >= min_ratio) & (ratio_BT <= max_ratio)
+        ratio_BT = torch.where(inside_BT, ratio_BT, 0.0)
+    return torch.where(mask_BT, ratio_BT, 0.0)

@@ -1,0 +1,175 @@
+"""Surrogates whose gradient is that of a divergence: candidates' rewards times policy ratios.
+
+Shape legend: B = sequences, T = response positions, N = candidates of a support. Index t is the
+t-th response token; nats. Values are [B, T], with gradient, not masked, not reduced, and no KL:
+log `divergences.reverse_kl_monitor` instead.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .divergences import check_choice, check_included, check_log_probs, masked_log_softmax
+
+WeightMode = Literal["student_p", "teacher_p", "uniform"]
+
+MAX_LOG_RATIO = 20.0
+"""Policy ratios are taken of log-ratios clamped to +-20 nats, so that exp cannot overflow."""
+
+
+def check_clip(clip_epsilon: float | None, dual_clip: float | None) -> None:
+    """Raise ValueError unless 0 < clip_epsilon < 1 and dual_clip > 1, each where given."""
+    if clip_epsilon is not None and not 0.0 < clip_epsilon < 1.0:
+        raise ValueError(f"clip_epsilon must be in (0, 1), got {clip_epsilon}")
+    if dual_clip is not None and not dual_clip > 1.0:
+        raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
+
+
+def _clipped_surrogate(
+    student_logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    advantage: Tensor,
+    clip_epsilon: float | None,
+    dual_clip: float | None,
+) -> Tensor:
+    """-min(r A, clip(r, 1 - eps, 1 + eps) A), and at most -c A where A < 0, in PPO's notation.
+
+    r = p_student / p_behavior, A the advantage, c the dual clip. Homogeneous of degree one in A, so
+    multiplying the loss by a weight >= 0 equals multiplying the advantage by it, which is how the
+    papers write their weights.
+    """
+    log_ratio = (student_logprobs - behavior_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    loss = -advantage * ratio
+    if clip_epsilon is not None:
+        clipped_ratio = ratio.clamp(1.0 - clip_epsilon, 1.0 + clip_epsilon)
+        loss = torch.maximum(loss, -advantage * clipped_ratio)
+    if dual_clip is not None:
+        loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * dual_clip), loss)
+    return loss
+
+
+def sampled_reverse_kl(
+    student_logprobs_BT: Tensor,
+    behavior_logprobs_BT: Tensor,
+    teacher_logprobs_BT: Tensor,
+    *,
+    clip_epsilon: float | None,
+    dual_clip: float | None,
+) -> Tensor:
+    """Surrogate whose gradient is, on policy and in expectation, that of KL(student || teacher).
+
+    KL(student || teacher) = E_{y ~ student}[log p_student(y) - log p_teacher(y)] at one prefix,
+    estimated with the sampled token: advantage A = log p_teacher - log p_behavior, constant, times
+    the PPO ratio p_student / p_behavior. The value is not a KL; log `reverse_kl_monitor` instead.
+    The expectation runs over the sampled token only: what the token does to later prefixes is left
+    out on purpose.
+
+    Source: thinkingmachines.ai/blog/on-policy-distillation; as the baseline of arXiv 2603.25562 and
+    2606.22600 (eq. 4-6; clip 0.2, dual clip 3.0).
+
+    Args:
+        student_logprobs_BT: of the sampled tokens, with gradient.
+        behavior_logprobs_BT: of the policy that sampled them, no gradient.
+        teacher_logprobs_BT: no gradient.
+        clip_epsilon: PPO clip of the ratio, in (0, 1); None leaves the ratio alone.
+        dual_clip: bound of the ratio where A < 0, above 1; None leaves it unbounded.
+
+    Raises:
+        ValueError: shapes differ, a fixed input carries gradient, half precision, or a clip out of
+        range.
+    """
+    check_clip(clip_epsilon, dual_clip)
+    check_log_probs(
+        2,
+        student={"student_logprobs_BT": student_logprobs_BT},
+        fixed={
+            "behavior_logprobs_BT": behavior_logprobs_BT,
+            "teacher_logprobs_BT": teacher_logprobs_BT,
+        },
+    )
+    advantage_BT = teacher_logprobs_BT - behavior_logprobs_BT
+    return _clipped_surrogate(
+        student_logprobs_BT, behavior_logprobs_BT, advantage_BT, clip_epsilon, dual_clip
+    )
+
+
+def candidate_rewards(
+    behavior_logprobs_BTN: Tensor,
+    teacher_logprobs_BTN: Tensor,
+    *,
+    included_BTN: Tensor | None,
+    weight_mode: WeightMode,
+    normalize_weights: bool,
+) -> Tensor:
+    """-w_v (log p_behavior(v) - log p_teacher(v)), [B, T, N], constant; of no meaning outside S.
+
+    w is p_behavior ("student_p"), p_teacher ("teacher_p") or 1 ("uniform"), divided by its sum over
+    S unless normalize_weights is off.
+    """
+    check_choice("weight_mode", weight_mode, get_args(WeightMode))
+    if weight_mode == "uniform":
+        log_weight_BTN = torch.zeros_like(behavior_logprobs_BTN)
+    else:
+        by_student = weight_mode == "student_p"
+        log_weight_BTN = behavior_logprobs_BTN if by_student else teacher_logprobs_BTN
+    if normalize_weights:
+        log_weight_BTN = masked_log_softmax(log_weight_BTN, included_BTN)
+    return log_weight_BTN.exp() * (teacher_logprobs_BTN - behavior_logprobs_BTN)
+
+
+def support_reverse_kl(
+    student_logprobs_BTN: Tensor,
+    behavior_logprobs_BTN: Tensor,
+    teacher_logprobs_BTN: Tensor,
+    *,
+    included_BTN: Tensor | None = None,
+    weight_mode: WeightMode = "student_p",
+    normalize_weights: bool = True,
+    clip_epsilon: float | None,
+    dual_clip: float | None,
+) -> Tensor:
+    """Surrogate of KL(student || teacher): policy gradient over the candidates of a support S.
+
+    Every candidate has a constant reward (`candidate_rewards`) and its own PPO ratio; the sum over
+    S is returned. KL(student || teacher) = E_{y ~ student}[log p_student(y) - log p_teacher(y)], of
+    which, on policy and with "student_p", this is the exact gradient at S = V. On a smaller S the
+    rewards do not sum to zero and log p_student is normalised over V, so the gradient also moves
+    the total mass of S, mostly down: unlike `local_support_matching`, this is biased (arXiv
+    2605.11182). With another weight it is the gradient of no KL. The value is not a KL.
+
+    Source: released code of arXiv 2605.07804 (Prune-OPD) and of thunlp/OPD, whose paper states eq.
+    2, sum_t KL(student || teacher): S the student's top 16, "student_p" renormalised on S. The
+    other supports and weights are options of that code; its weights on the symmetric difference are
+    not renormalised.
+
+    Args:
+        student_logprobs_BTN: current student at the candidates, with gradient.
+        behavior_logprobs_BTN: before the first update, no gradient.
+        teacher_logprobs_BTN: no gradient.
+        included_BTN: the candidates in S; None for all.
+        weight_mode, normalize_weights: as in `candidate_rewards`.
+        clip_epsilon, dual_clip: as in `sampled_reverse_kl`.
+
+    Raises:
+        ValueError: as in `sampled_reverse_kl`, or N is 0, or an unknown weight mode.
+    """
+    check_clip(clip_epsilon, dual_clip)
+    student, behavior, teacher = student_logprobs_BTN, behavior_logprobs_BTN, teacher_logprobs_BTN
+    fixed = {"behavior_logprobs_BTN": behavior, "teacher_logprobs_BTN": teacher}
+    check_log_probs(3, student={"student_logprobs_BTN": student}, fixed=fixed)
+    check_included(included_BTN, student)
+    reward_BTN = candidate_rewards(
+        behavior,
+        teacher,
+        included_BTN=included_BTN,
+        weight_mode=weight_mode,
+        normalize_weights=normalize_weights,
+    )
+    surrogate_BTN = _clipped_surrogate(student, behavior, reward_BTN, clip_epsilon, dual_clip)
+    if included_BTN is not None:
+        surrogate_BTN = surrogate_BTN.masked_fill(~included_BTN, 0.0)
+    return surrogate_BTN.sum(dim=-1)
