@@ -212,9 +212,9 @@ def test_repetition_of_a_step_is_mean_and_tail() -> None:
 
 def mismatching(**changes: object) -> list[Rollout]:
     """Ten rollouts; in two of them the student is sure of token 7, and the teacher excludes it."""
-    odd: dict[str, object] = {"behavior": [-0.5, -0.1, -1], "teacher": [-20, -1, -58], "mask": None}
+    odd: dict[str, object] = {"behavior": [-0.25, -0.1, -0.5], "teacher": [-20, -1, -58], "mask": None}
     odd |= changes
-    plain = responded([7, 3, 7], behavior=[-0.5, -0.1, -1], teacher=[-14, -1, -14])
+    plain = responded([7, 3, 7], behavior=[-0.25, -0.1, -0.5], teacher=[-14, -1, -14])
     return [responded([7, 3, 7], **odd)] * 2 + [plain] * 8  # type: ignore[arg-type]
 
 
@@ -224,7 +224,7 @@ def test_mismatch_of_a_worked_example() -> None:
         "token_id": 7,
         "rollouts": 2,
         "teacher_logprob": -39.0,
-        "behavior_logprob": -0.75,
+        "behavior_logprob": -0.375,
     }
     assert rollout_metrics(mismatching(), overlap_k=None)["mismatched_token_ids"] == 1
     profile = step_profile(mismatching(), overlap_k=None)
@@ -236,7 +236,7 @@ def test_mismatch_of_a_worked_example() -> None:
     "changes",
     [
         {"teacher": [-15, -1, -15]},
-        {"behavior": [-2.5, -0.1, -1.5]},
+        {"behavior": [-0.75, -0.1, -0.25]},
         {"mask": [0, 1, 0]},
     ],
     ids=["the teacher allows it", "the student is not sure", "already masked"],
@@ -400,7 +400,7 @@ def test_mismatched_tokens_are_named_by_their_text() -> None:
         HEALTHY, first=HEALTHY, mismatched=[found] * 7, decode={7: "<|im_end|>"}.__getitem__
     )
     assert alarm.kind == "mismatched_tokens"
-    assert "'<|im_end|>' (id 7, 2 rollouts, teacher -39.0, student -0.75 nats)" in alarm.message
+    assert "'<|im_end|>' (id 7, 2 rollouts, teacher -39.0, student -0.38 nats)" in alarm.message
     assert alarm.message.count("im_end") == 5
     assert "and 2 more" in alarm.message
     assert "special_tokens.tokens" in alarm.message
