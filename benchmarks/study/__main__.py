@@ -71,7 +71,7 @@ def _run(
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    with workbench(arguments.runs, todo[0][0], console) as bench:
+    with workbench(arguments.runs, console) as bench:
         for number, (arm, seed) in enumerate(todo, start=1):
             console.rule(f"{number}/{len(todo)}  {arm.name}, seed {seed}", align="left")
             record = bench.run(arm, seed, steps=arguments.steps)

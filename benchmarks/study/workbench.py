@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -103,18 +103,18 @@ def measured(out: Path) -> dict[str, Any]:
     }
 
 
-def _totals(values: Iterator[float]) -> list[float]:
+def _totals(values: Iterable[float]) -> list[float]:
     return list(accumulate(values, initial=0.0))
 
 
 @contextmanager
-def workbench(folder: Path, first: Arm, console: Console) -> Iterator[Workbench]:
+def workbench(folder: Path, console: Console) -> Iterator[Workbench]:
     """A teacher server in its own process and a sampler; both are ended with the block."""
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        unconnected = settings(first, 0, steps=1, out=folder, teacher="127.0.0.1:1")
-        flags = ["--max-context", str(unconnected.rollout.max_context)]
-        teacher = stack.enter_context(teacher_server(folder, console, flags))
-        config = settings(first, 0, steps=1, out=folder, teacher=teacher)
-        running = stack.enter_context(running_sampler(config, str(first.pair.student)))
+    config = load_config(BASE_CONFIG)
+    flags = ["--max-context", str(config.rollout.max_context)]
+    with (
+        teacher_server(folder, console, flags) as teacher,
+        running_sampler(config, config.student.model) as running,
+    ):
         yield Workbench(folder=folder, teacher=teacher, running=running)
