@@ -32,6 +32,7 @@ OTHER_VALUES: dict[str, Any] = {
     "event_loop": "asyncio",
     "host": "127.0.0.2",
     "gpu_memory_utilization": 0.5,
+    "cpu_cores": "2,3",
 }
 
 
@@ -156,3 +157,9 @@ def test_printed_settings_load_as_they_were(
 def test_a_bad_setting_ends_the_command_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--engine", "fake", "--host", "0.0.0.0"]) == 2
     assert "must be a loopback address" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cores", ["", "0-3", "all", "1,", "-1", "0 1"])
+def test_cores_are_numbers_with_commas(cores: str) -> None:
+    with pytest.raises(ConfigError, match=f"cpu_cores is {cores!r}, must be like '0' or '2,3'"):
+        TeacherConfig(engine="fake", cpu_cores=cores)
