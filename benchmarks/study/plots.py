@@ -21,6 +21,7 @@ GROUPS = {
     "high": ("high_opd", "high_topk", "high_topk_stop", "high_prune_batch", "high_prune_both"),
 }
 """Plot -> the arms it compares."""
+RIGHT_ANSWER_TOKENS = 256
 COLORS = ("#444444", "#4878a8", "#d1605e", "#6aa66a", "#c9a227", "#85629b", "#8c6d46")
 
 
@@ -40,7 +41,8 @@ def write_plots(arms: Mapping[str, Any]) -> list[str]:
         goal = target(arms, arms[present[0]]["pair"])
         for axes in (tokens, seconds):
             if goal is not None:
-                axes.axhline(goal, color="#999999", linewidth=0.8, linestyle=":")
+                label = "where full OPD ends"
+                axes.axhline(goal, color="#777777", linewidth=0.9, linestyle=":", label=label)
         figure.legend(
             *tokens.get_legend_handles_labels(), loc="outside right center", frameon=False
         )
@@ -100,6 +102,8 @@ def _overlap_and_lengths(arms: Mapping[str, Any]) -> str:
             overlap.plot(
                 16 * np.arange(shortest), mean, style, color=color, label=f"{pair}, {when} step"
             )
+    overlap.axvline(RIGHT_ANSWER_TOKENS, color="#777777", linewidth=0.9, linestyle=":")
+    overlap.annotate("a right answer ends", (RIGHT_ANSWER_TOKENS + 4, 1.0), fontsize=8)
     overlap.set_xlabel("response position, tokens")
     overlap.set_ylabel("top-3 overlap with the teacher")
     for name, color in (
@@ -113,9 +117,11 @@ def _overlap_and_lengths(arms: Mapping[str, Any]) -> str:
             if windows:
                 pair = arms[name]["pair"]
                 mean = np.mean(windows, axis=0)
+                style = "--" if "both" in name else "-"
                 window.plot(
                     np.arange(1, len(mean) + 1),
                     mean,
+                    style,
                     color=color,
                     marker="o",
                     markersize=3,

@@ -68,6 +68,7 @@ async def vllm_engine(model_dir: Path) -> AsyncIterator[VllmEngine]:
         max_num_seqs=32,
         max_num_batched_tokens=MAX_BATCHED_TOKENS,
         enforce_eager=True,
+        cpu_cores="0",
     )
     await engine.start()
     yield engine
