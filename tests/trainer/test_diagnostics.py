@@ -212,7 +212,11 @@ def test_repetition_of_a_step_is_mean_and_tail() -> None:
 
 def mismatching(**changes: object) -> list[Rollout]:
     """Ten rollouts; in two of them the student is sure of token 7, and the teacher excludes it."""
-    odd: dict[str, object] = {"behavior": [-0.25, -0.1, -0.5], "teacher": [-20, -1, -58], "mask": None}
+    odd: dict[str, object] = {
+        "behavior": [-0.25, -0.1, -0.5],
+        "teacher": [-20, -1, -58],
+        "mask": None,
+    }
     odd |= changes
     plain = responded([7, 3, 7], behavior=[-0.25, -0.1, -0.5], teacher=[-14, -1, -14])
     return [responded([7, 3, 7], **odd)] * 2 + [plain] * 8  # type: ignore[arg-type]
