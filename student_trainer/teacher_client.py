@@ -315,13 +315,10 @@ class TeacherSession:
                 log.info("session %s ended without an answer: %s", self.session_id, error)
 
     async def _deliver(self, span: TokenSpan, deadline_ms: int) -> Scores:
-        append = pb.SessionRequest(
-            append=pb.Append(
-                session_id=self.session_id,
-                span=codec.encode_span(span),
-                deadline_ms=deadline_ms,
-            )
-        )
+        append = pb.SessionRequest()
+        append.append.session_id = self.session_id
+        append.append.deadline_ms = deadline_ms
+        codec.write_span(append.append.span, span)
         size = append.ByteSize()
         if size > codec.MAX_MESSAGE_BYTES:
             limit = codec.MAX_MESSAGE_BYTES

@@ -24,7 +24,8 @@ class ReplyQueue:
         self._replies: deque[tuple[pb.SessionResponse, int]] = deque()
         self._bytes = 0
         self._writing = 0
-        self._changed = asyncio.Condition()
+        self._waiting: list[asyncio.Future[None]] = []
+        """Resolved at the next change; everything runs on one loop, so there is nothing to lock."""
 
     @property
     def num_bytes(self) -> int:
@@ -34,56 +35,62 @@ class ReplyQueue:
     async def put(self, reply: pb.SessionResponse) -> None:
         """Adds a reply at the end, as soon as there is room; an empty queue takes any."""
         size = reply.ByteSize()
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: not self._bytes or self._bytes + size <= self._max_bytes
-            )
-            self._replies.append((reply, size))
-            self._bytes += size
-            self._changed.notify_all()
+        while self._bytes and self._bytes + size > self._max_bytes:
+            await self._change()
+        self._replies.append((reply, size))
+        self._bytes += size
+        self._changed()
 
-    async def put_first(self, reply: pb.SessionResponse) -> None:
+    def put_first(self, reply: pb.SessionResponse) -> None:
         """Adds a reply that overtakes all others and waits for nothing."""
-        async with self._changed:
-            size = reply.ByteSize()
-            self._replies.appendleft((reply, size))
-            self._bytes += size
-            self._changed.notify_all()
+        size = reply.ByteSize()
+        self._replies.appendleft((reply, size))
+        self._bytes += size
+        self._changed()
 
-    async def grant(self, num_bytes: int) -> None:
+    def grant(self, num_bytes: int) -> None:
         """Adds to the client's credit."""
-        async with self._changed:
-            self._credit += num_bytes
-            self._changed.notify_all()
+        self._credit += num_bytes
+        self._changed()
 
     async def wait_for_reply(self) -> None:
         """Returns when there is a reply, whether or not there is credit for it."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: bool(self._replies))
+        while not self._replies:
+            await self._change()
 
     async def take(self) -> pb.SessionResponse:
         """The next reply, as soon as credit allows; `written` must follow."""
-        async with self._changed:
-            await self._changed.wait_for(self._may_send)
-            reply, size = self._replies.popleft()
-            if self._paced and reply.HasField("scores"):
-                self._credit -= size
-            self._writing = size
-            return reply
+        while not self._may_send():
+            await self._change()
+        reply, size = self._replies.popleft()
+        if self._paced and reply.HasField("scores"):
+            self._credit -= size
+        self._writing = size
+        return reply
 
     def _may_send(self) -> bool:
         if not self._replies:
             return False
         return not self._paced or self._credit > 0 or not self._replies[0][0].HasField("scores")
 
-    async def written(self) -> None:
+    def written(self) -> None:
         """The reply taken last is on its way, and its room is free."""
-        async with self._changed:
-            self._bytes -= self._writing
-            self._writing = 0
-            self._changed.notify_all()
+        self._bytes -= self._writing
+        self._writing = 0
+        self._changed()
 
     async def flushed(self) -> None:
         """Returns when every reply has been written."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._bytes)
+        while self._bytes:
+            await self._change()
+
+    async def _change(self) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        await waiter
+
+    def _changed(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():
+                waiter.set_result(None)

@@ -5,7 +5,10 @@ Knows no session and no transport.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from teacher_server import drift
 from teacher_server.engine.base import EngineRows, ScoreQuery
@@ -34,11 +37,12 @@ def check_rows(rows: EngineRows, query: ScoreQuery) -> None:
         "token_ranks": (n,) if query.want_rank else None,
     }
     for name, shape in expected.items():
-        array = getattr(rows, name)
+        array: NDArray[Any] | None = getattr(rows, name)
         got = None if array is None else array.shape
         if got != shape:
             raise EngineError(f"the engine's {name} has shape {got}, must be {shape}")
-        if array is not None and not np.isfinite(array).all():
+        # An integer is finite.
+        if array is not None and array.dtype.kind == "f" and not np.isfinite(array).all():
             raise NonFiniteError(f"the engine's {name} holds a NaN or an infinity")
 
 

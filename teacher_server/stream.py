@@ -56,10 +56,21 @@ class StreamLimits:
 
 
 @dataclass(slots=True, eq=False)
+class _Request:
+    """A message of a session, waiting."""
+
+    kind: str
+    """open, append or close."""
+    message: pb.SessionRequest
+    size: int
+    """Bytes it counts with."""
+
+
+@dataclass(slots=True, eq=False)
 class _Lane:
     """The messages of one session, and the task that carries them out."""
 
-    requests: deque[pb.SessionRequest] = field(default_factory=deque)
+    requests: deque[_Request] = field(default_factory=deque)
     task: asyncio.Task[None] | None = None
 
 
@@ -115,7 +126,7 @@ class SessionStream:
         if not self._draining:
             self._draining = True
             go_away = pb.GoAway(reason=reason, deadline_ms=deadline_ms)
-            await self._replies.put_first(pb.SessionResponse(go_away=go_away))
+            self._replies.put_first(pb.SessionResponse(go_away=go_away))
             self._start(self._end_when_settled())
 
     def _start(self, work: object) -> asyncio.Task[None]:
@@ -157,39 +168,42 @@ class SessionStream:
                 await self._context.write(await self._replies.take())
             finally:
                 timer.cancel()
-            await self._replies.written()
+            self._replies.written()
 
     async def _read(self, requests: AsyncIterator[pb.SessionRequest]) -> None:
         async for request in requests:
             kind = request.WhichOneof("message")
             if kind == "credit":
-                await self._replies.grant(request.credit.bytes)
+                self._replies.grant(request.credit.bytes)
             elif kind in ("open", "append", "close"):
-                self._enqueue(request)
+                self._enqueue(kind, request)
             else:
                 error = InvalidRequestError(
                     f"message is {kind}, must be open, append, close, credit"
                 )
                 await self._answer_error(error, "", None)
 
-    def _enqueue(self, request: pb.SessionRequest) -> None:
-        self._request_bytes += request.ByteSize() + _REQUEST_OVERHEAD_BYTES
+    def _enqueue(self, kind: str, request: pb.SessionRequest) -> None:
+        size = request.ByteSize() + _REQUEST_OVERHEAD_BYTES
+        self._request_bytes += size
         if self._request_bytes > self._limits.max_request_bytes:
             limit = self._limits.max_request_bytes
             self._cut(CapacityError(f"unanswered requests pass the limit of {limit} bytes"))
             return
-        session_id = _session_id(request)
-        lane = self._lanes.setdefault(session_id, _Lane())
-        lane.requests.append(request)
+        session_id = getattr(request, kind).session_id
+        lane = self._lanes.get(session_id)
+        if lane is None:
+            lane = self._lanes[session_id] = _Lane()
+        lane.requests.append(_Request(kind, request, size))
         if lane.task is None:
             lane.task = asyncio.create_task(self._run_lane(session_id, lane))
 
     async def _run_lane(self, session_id: str, lane: _Lane) -> None:
         while lane.requests:
             request = lane.requests.popleft()
-            self._request_bytes -= request.ByteSize() + _REQUEST_OVERHEAD_BYTES
+            self._request_bytes -= request.size
             try:
-                await self._carry_out(request)
+                await self._carry_out(request.kind, request.message)
             except TeacherError as error:
                 await self._answer_error(error, session_id, _offset(request))
             except Exception:
@@ -198,10 +212,10 @@ class SessionStream:
                 await self._answer_error(hidden, session_id, _offset(request))
         del self._lanes[session_id]
 
-    async def _carry_out(self, request: pb.SessionRequest) -> None:
-        if request.HasField("open"):
+    async def _carry_out(self, kind: str, request: pb.SessionRequest) -> None:
+        if kind == "open":
             await self._replies.put(pb.SessionResponse(opened=self._open(request.open)))
-        elif request.HasField("append"):
+        elif kind == "append":
             await self._append(request.append)
         else:
             session_id = request.close.session_id
@@ -234,8 +248,8 @@ class SessionStream:
             tenant=self._tenant,
             deadline_s=request.deadline_ms / 1000 if request.deadline_ms else None,
         )
-        for chunk in codec.encode_scores(scores, options.logprob_dtype, session_id):
-            await self._replies.put(pb.SessionResponse(scores=chunk))
+        for reply in codec.encode_scores(scores, options.logprob_dtype, session_id):
+            await self._replies.put(reply)
 
     async def _answer_error(self, error: TeacherError, session_id: str, offset: int | None) -> None:
         self._metrics.error(type(error).__name__)
@@ -243,12 +257,5 @@ class SessionStream:
         await self._replies.put(pb.SessionResponse(error=message))
 
 
-def _session_id(request: pb.SessionRequest) -> str:
-    for message in (request.open, request.append, request.close):
-        if message.session_id:
-            return message.session_id
-    return ""
-
-
-def _offset(request: pb.SessionRequest) -> int | None:
-    return request.append.span.offset if request.HasField("append") else None
+def _offset(request: _Request) -> int | None:
+    return request.message.append.span.offset if request.kind == "append" else None

@@ -25,13 +25,12 @@ MAX_SESSION_ID_BYTES = 256
 
 def check_ids(ids: NDArray[np.int32], field: str, vocab_size: int) -> None:
     """Every id is in 0 <= id < vocab_size; names the first that is not."""
+    if not ids.size or (ids.min() >= 0 and ids.max() < vocab_size):
+        return
     bad = np.argwhere((ids < 0) | (ids >= vocab_size))
-    if len(bad):
-        where = tuple(int(index) for index in bad[0])
-        place = ", ".join(map(str, where))
-        raise InvalidRequestError(
-            f"{field}[{place}] is {ids[where]}, must be in 0..{vocab_size - 1}"
-        )
+    where = tuple(int(index) for index in bad[0])
+    place = ", ".join(map(str, where))
+    raise InvalidRequestError(f"{field}[{place}] is {ids[where]}, must be in 0..{vocab_size - 1}")
 
 
 def check_total_length(info: TeacherInfo, num_tokens: int) -> None:

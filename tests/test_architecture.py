@@ -28,7 +28,8 @@ GENERATED = "teacher_wire.pb."
 TORCH = "torch transformers safetensors vllm"
 ENGINES = (
     "teacher_server.engine.vllm_engine teacher_server.engine.hf_engine "
-    "teacher_server.engine.token_scorer teacher_server.engine.fake_engine"
+    "teacher_server.engine.token_scorer teacher_server.engine.row_scores "
+    "teacher_server.engine.fake_engine"
 )
 
 

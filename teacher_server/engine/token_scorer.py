@@ -25,6 +25,7 @@ from vllm.v1.outputs import PoolerOutput
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from teacher_server.engine.row_format import HEADER, ZERO_BLOCKS_VARIABLE, RowRequest
+from teacher_server.engine.row_scores import rows_at_once, score_rows
 
 TASK: PoolingTask = "token_classify"
 
@@ -39,10 +40,6 @@ BASE_MODULES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 """vLLM module of each checkpoint architecture that can be served."""
-
-LOGITS_PER_CHUNK_CPU = 2**24
-LOGITS_PER_CHUNK_GPU = 2**26
-"""Rows times vocabulary held at once; at most 4 + 4 bytes each (head output and fp32 copy)."""
 
 
 def register() -> None:
@@ -174,8 +171,7 @@ class TokenScorer(Pooler):
             [np.full(s.num_rows, 1.0 / s.request.temperature) for s in spans], torch.float32
         )
         candidates = torch.from_numpy(candidates_RC).to(hidden_TH.device)
-        limit = LOGITS_PER_CHUNK_CPU if hidden_TH.device.type == "cpu" else LOGITS_PER_CHUNK_GPU
-        rows_per_chunk = max(16, limit // self._vocab_size)
+        rows_per_chunk = rows_at_once(self._vocab_size, hidden_TH.device.type)
         chunks: list[torch.Tensor] = []
         for start in range(0, max(len(hidden_index_R), 1), rows_per_chunk):
             chunk = slice(start, start + rows_per_chunk)
@@ -249,53 +245,4 @@ def _narrow(packed_nW: torch.Tensor, request: RowRequest, spans: list[_Span]) ->
     num_candidates = request.candidate_ids.shape[1]
     return torch.cat(
         [header_nX, ids_nK[:, :k], logprobs_nK[:, :k], candidates_nC[:, :num_candidates]], dim=1
-    )
-
-
-def score_rows(
-    logits_RV: torch.Tensor,
-    positions_R: torch.Tensor,
-    targets_R: torch.Tensor,
-    candidates_RC: torch.Tensor,
-    inverse_temperatures_R: torch.Tensor,
-    *,
-    k: int,
-    want_entropy: bool,
-    want_rank: bool,
-) -> torch.Tensor:
-    """[R, HEADER + 2k + C] packed rows. Overwrites float32 logits; copies others once, to float32.
-
-    log p(v) = (z_v - z_top) / temperature - log sum_u exp((z_u - z_top) / temperature). A NaN or
-    +inf among the logits makes every log-prob of its row NaN, so no bad row can look good.
-    """
-    top_logits_RK, top_ids_RK = logits_RV.topk(k, dim=-1)
-    target_logits_R1 = logits_RV.gather(1, targets_R[:, None])
-    picked_logits_RX = torch.cat(
-        [target_logits_R1, top_logits_RK, logits_RV.gather(1, candidates_RC)], dim=1
-    ).float()
-    zeros_R1 = positions_R.new_zeros(len(positions_R), 1)
-    ranks_R1 = entropy_bits_R1 = zeros_R1
-    if want_rank:
-        ranks_R1 = (logits_RV > target_logits_R1).sum(-1, keepdim=True, dtype=torch.int32) + 1
-
-    inverse_R1 = inverse_temperatures_R[:, None]
-    top_R1 = picked_logits_RX[:, 1:2]
-    weights_RV = logits_RV.float().sub_(top_R1).mul_(inverse_R1).exp_()
-    sums_R1 = weights_RV.sum(-1, keepdim=True)
-    logprobs_RX = (picked_logits_RX - top_R1) * inverse_R1 - sums_R1.log()
-    if want_entropy:
-        entropies_R1 = torch.special.entr(weights_RV.div_(sums_R1)).sum(-1, keepdim=True)
-        entropy_bits_R1 = entropies_R1.view(torch.int32)
-
-    logprob_bits_RX = logprobs_RX.view(torch.int32)
-    return torch.cat(
-        [
-            positions_R[:, None],
-            logprob_bits_RX[:, :1],
-            entropy_bits_R1,
-            ranks_R1,
-            top_ids_RK.int(),
-            logprob_bits_RX[:, 1:],
-        ],
-        dim=1,
     )

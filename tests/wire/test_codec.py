@@ -269,7 +269,7 @@ def test_large_answers_are_split_below_the_limit_and_joined_again(
         timing=Timing(queue_us=1, engine_us=2),
     )
     session_id = "s" * 256
-    chunks = list(codec.encode_scores(scores, dtype, session_id))
+    chunks = [reply.scores for reply in codec.encode_scores(scores, dtype, session_id)]
     wire = [pb.SessionResponse(scores=chunk).SerializeToString() for chunk in chunks]
     assert max(map(len, wire)) <= codec.MAX_REPLY_BYTES
     assert [chunk.last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
@@ -286,7 +286,7 @@ def test_an_answer_with_a_gap_or_without_its_end_is_refused() -> None:
         keep_tokens=None,
         timing=Timing(),
     )
-    chunks = list(codec.encode_scores(scores, LogprobDtype.F32, "s"))
+    chunks = [reply.scores for reply in codec.encode_scores(scores, LogprobDtype.F32, "s")]
     assert len(chunks) > 2
     with pytest.raises(InvalidRequestError, match="must go on at"):
         codec.decode_scores([chunks[0], *chunks[2:]])

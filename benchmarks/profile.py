@@ -1,0 +1,389 @@
+"""Where the time of one append goes, by stage. One session, so that nothing waits for another.
+
+python -m benchmarks.profile --json PATH                 stored rows: the service alone
+python -m benchmarks.profile --engine vllm --model tiny  a real engine; hf likewise
+
+The server runs in this process with stopwatches at its seams: around the engine, the scheduler and
+the session table. What lies between seams is a difference, codec and checks are timed alone on the
+same messages, and the engine's forward pass is what it takes to score the last row only. Both ends
+run on one thread here, so `wire and loops` is more than in two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+
+import grpc
+import numpy as np
+import uvloop
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from benchmarks.measuring import Measured, Sample, first_line, write
+from benchmarks.models import SHAPES, checkpoint
+from benchmarks.service_load import POLICY, PROMPT, Load, connect
+from benchmarks.stored_rows import VOCAB_SIZE, StoredEngine, Table, made_table, rows_of
+from teacher_server.engine.base import (
+    EngineInfo,
+    EngineRows,
+    ScoreQuery,
+    ScoringEngine,
+    check_finite,
+)
+from teacher_server.engine.fake_engine import FakeEngine
+from teacher_server.engine.row_format import POSITION, RowCollector, RowRequest
+from teacher_server.metrics import Metrics
+from teacher_server.rows import check_rows, judged_rows
+from teacher_server.scheduler import Scheduler, SchedulerLimits
+from teacher_server.server_options import SERVER_OPTIONS
+from teacher_server.service import TeacherService
+from teacher_server.sessions import SessionTable
+from teacher_server.testing import teacher_info
+from teacher_server.validation import check_span
+from teacher_wire import codec
+from teacher_wire.errors import TeacherError
+from teacher_wire.pb import teacher_pb2 as pb
+from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
+from teacher_wire.records import Scores, Timing, TokenSpan, Verdict
+
+ENGINES = ("stored", "fake", "hf", "vllm")
+LAG_INTERVAL_S = 0.002
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Seconds of each append, by seam."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, seam: str, started: float) -> None:
+        self.seconds.setdefault(seam, []).append(time.perf_counter() - started)
+
+    def median(self, seam: str) -> float:
+        return median(self.seconds[seam]) if seam in self.seconds else 0.0
+
+
+class TimedEngine:
+    """An engine with a stopwatch."""
+
+    def __init__(self, engine: ScoringEngine, watch: Stopwatch) -> None:
+        self._engine = engine
+        self._watch = watch
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._engine.info
+
+    async def start(self) -> None:
+        await self._engine.start()
+
+    async def score(self, query: ScoreQuery) -> EngineRows:
+        started = time.perf_counter()
+        try:
+            return await self._engine.score(query)
+        finally:
+            self._watch.add("engine", started)
+
+    def forget(self, session: str) -> None:
+        self._engine.forget(session)
+
+    async def healthy(self) -> bool:
+        return await self._engine.healthy()
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+class TimedScheduler(Scheduler):
+    """A scheduler with a stopwatch."""
+
+    watch: Stopwatch
+
+    async def score(
+        self, query: ScoreQuery, *, tenant: str, deadline_s: float | None = None
+    ) -> tuple[EngineRows, Timing]:
+        started = time.perf_counter()
+        try:
+            return await super().score(query, tenant=tenant, deadline_s=deadline_s)
+        finally:
+            self.watch.add("scheduler", started)
+
+
+class TimedSessions(SessionTable):
+    """A session table with a stopwatch."""
+
+    watch: Stopwatch
+
+    async def append(
+        self,
+        session_id: str,
+        span: TokenSpan,
+        *,
+        tenant: str,
+        deadline_s: float | None = None,
+    ) -> Scores:
+        started = time.perf_counter()
+        try:
+            return await super().append(session_id, span, tenant=tenant, deadline_s=deadline_s)
+        finally:
+            self.watch.add("sessions", started)
+
+
+@asynccontextmanager
+async def timed_teacher(engine: ScoringEngine, watch: Stopwatch) -> AsyncIterator[str]:
+    """The address of a server in this process, put together from its timed parts."""
+    timed = TimedEngine(engine, watch)
+    info, metrics = teacher_info(timed), Metrics()
+    scheduler = TimedScheduler(timed, SchedulerLimits())
+    sessions = TimedSessions(scheduler, info, metrics=metrics)
+    scheduler.watch = sessions.watch = watch
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    service = TeacherService(info, sessions, metrics=metrics)
+    pb_grpc.add_TeacherServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+def built(name: str, model: str, table: Table, load: Load) -> ScoringEngine:
+    """The engine to look into."""
+    if name == "stored":
+        return StoredEngine({load.k: table})
+    if name == "fake":
+        return FakeEngine(vocab_size=VOCAB_SIZE, max_context=1 << 20)
+    folder, max_context = str(checkpoint(model)), len(PROMPT) + len(table) + 1
+    if name == "hf":
+        from teacher_server.engine.hf_engine import HfEngine
+
+        return HfEngine(model=folder, max_context=max_context)
+    from teacher_server.engine.vllm_engine import VllmEngine
+
+    return VllmEngine(model=folder, max_context=max_context, kv_cache_gib=1.0, enforce_eager=True)
+
+
+async def appends(address: str, load: Load, table: Table, watch: Stopwatch) -> None:
+    """One response, append by append."""
+    client = await connect(address)
+    session = client.open(PROMPT, load.options(), POLICY)
+    for span in load.spans(table):
+        started = time.perf_counter()
+        await session.append(span)
+        watch.add("client", started)
+    await session.close()
+    await client.aclose()
+
+
+async def loop_lag(watch: Stopwatch) -> None:
+    """How late this loop wakes a sleeper."""
+    while True:
+        started = time.perf_counter()
+        await asyncio.sleep(LAG_INTERVAL_S)
+        watch.add("lag", started + LAG_INTERVAL_S)
+
+
+async def last_rows(engine: ScoringEngine, load: Load, table: Table, watch: Stopwatch) -> None:
+    """The same growth with one row an append: a forward pass and next to nothing of the head."""
+    ids = np.concatenate([PROMPT, table.token_ids[::-1]])
+    for stop in range(len(PROMPT) + load.append_tokens, len(ids) + 1, load.append_tokens):
+        query = ScoreQuery(
+            token_ids=ids[:stop],
+            first_row=stop - 1,
+            candidate_ids=table.candidate_ids[:1],
+            k=load.k,
+            temperature=1.0,
+            session="last-rows",
+        )
+        started = time.perf_counter()
+        await engine.score(query)
+        watch.add("forward", started)
+    engine.forget("last-rows")
+
+
+def _alone(work: Callable[[], object], times: int = 50) -> float:
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)
+
+
+def pieces(load: Load, table: Table) -> dict[str, float]:
+    """Seconds of what needs no loop: codec, checks, judgement, an engine's copies."""
+    span = load.spans(table)[0]
+    rows = rows_of(table, span)
+    info, options = teacher_info(StoredEngine({load.k: table})), load.options()
+    query = ScoreQuery(
+        token_ids=np.concatenate([PROMPT, span.token_ids]),
+        first_row=len(PROMPT),
+        candidate_ids=span.candidate_ids,
+        k=load.k,
+        temperature=1.0,
+    )
+    request = pb.SessionRequest()
+    codec.write_span(request.append.span, span)
+    asked = request.SerializeToString()
+    scores = Scores(
+        rows=judged_rows(rows, span, POLICY),
+        drift=None,
+        verdict=Verdict.CONTINUE,
+        keep_tokens=None,
+        timing=Timing(),
+    )
+    (reply,) = codec.encode_scores(scores, load.dtype, "0" * 32)
+    answered = reply.SerializeToString()
+    return {
+        "client encode": _alone(lambda: codec.encode_span(span).SerializeToString()),
+        "decode": _alone(
+            lambda: codec.decode_span(pb.SessionRequest.FromString(asked).append.span)
+        ),
+        "checks": _alone(
+            lambda: (check_span(info, options, POLICY, span), check_rows(rows, query))
+        ),
+        "overlap and drift": _alone(lambda: judged_rows(rows, span, POLICY)),
+        "copy": _alone(_copies(RowRequest.of_query(query))),
+        "encode": _alone(
+            lambda: [r.SerializeToString() for r in codec.encode_scores(scores, load.dtype, "0")]
+        ),
+        "client decode": _alone(
+            lambda: codec.decode_scores([pb.SessionResponse.FromString(answered).scores])
+        ),
+    }
+
+
+def _copies(request: RowRequest) -> Callable[[], None]:
+    """What happens to a packed answer in front of an engine."""
+    num_rows = len(request.target_ids)
+    packed = np.zeros((num_rows, request.width()), np.int32)
+    packed[:, POSITION] = np.arange(request.first_row, request.first_row + num_rows)
+
+    def copies() -> None:
+        collector = RowCollector(request)
+        collector.add(packed)
+        check_finite(collector.rows(), request.first_row)
+
+    return copies
+
+
+def stages(watch: Stopwatch, alone: dict[str, float], *, model: bool) -> dict[str, float]:
+    """Seconds an append, in order; they add up to what the client waits."""
+    engine, forward = watch.median("engine"), min(watch.median("forward"), watch.median("engine"))
+    copy = min(alone["copy"], engine - forward) if model else 0.0
+    judging = alone["checks"] + alone["overlap and drift"]
+    codec_s = sum(alone[name] for name in ("client encode", "decode", "encode", "client decode"))
+    found = {
+        "client encode": alone["client encode"],
+        "decode": alone["decode"],
+        "admission: checks": alone["checks"],
+        "admission: overlap and drift": alone["overlap and drift"],
+        "admission: session": watch.median("sessions") - watch.median("scheduler") - judging,
+        "engine queue": watch.median("scheduler") - engine,
+        "engine: forward" if model else "engine": forward if model else engine,
+    }
+    if model:
+        found |= {"engine: head and rows": engine - forward - copy, "engine: copy": copy}
+    found |= {
+        "encode": alone["encode"],
+        "client decode": alone["client decode"],
+        "wire and loops": watch.median("client") - watch.median("sessions") - codec_s,
+    }
+    return found
+
+
+async def measure(arguments: argparse.Namespace) -> tuple[dict[str, Measured], Stopwatch]:
+    """An arm a stage; its seconds are those of one append, in each repeat."""
+    load = Load(k=arguments.k, append_tokens=arguments.append_tokens)
+    is_model = arguments.engine in ("hf", "vllm")
+    vocab_size = SHAPES[arguments.model].vocab if is_model else VOCAB_SIZE
+    table = made_table(arguments.tokens, load.k, vocab_size=vocab_size)
+    engine = built(arguments.engine, arguments.model, table, load)
+    await engine.start()
+    arms: dict[str, Measured] = {}
+    lags = Stopwatch()
+    try:
+        for repeat in range(-1, 2 if arguments.quick else arguments.repeats):
+            watch = Stopwatch()
+            async with timed_teacher(engine, watch) as address:
+                lagging = asyncio.create_task(loop_lag(watch))
+                await appends(address, load, table, watch)
+                lagging.cancel()
+            if is_model:
+                await last_rows(engine, load, table, watch)
+            if repeat < 0:
+                continue
+            for name, seconds in stages(watch, pieces(load, table), model=is_model).items():
+                arms.setdefault(name, Measured()).samples.append(Sample(seconds=seconds))
+            lags.seconds.setdefault("lag", []).extend(watch.seconds.get("lag", [0.0]))
+    finally:
+        await engine.close()
+    return arms, lags
+
+
+def shown(arms: dict[str, Measured], lags: Stopwatch, append_tokens: int) -> RichTable:
+    """Medians and shares."""
+    table = RichTable(title="one append, by stage", title_justify="left", pad_edge=False)
+    table.add_column("stage")
+    for title in ("us an append", "us a token", "share"):
+        table.add_column(title, justify="right")
+    total = sum(arm.median_s or 0.0 for arm in arms.values()) or 1.0
+    for name, arm in arms.items():
+        seconds = arm.median_s or 0.0
+        table.add_row(
+            name,
+            f"{seconds * 1e6:,.0f}",
+            f"{seconds * 1e6 / append_tokens:,.2f}",
+            arm.error or f"{seconds / total:.1%}",
+        )
+    if not lags.seconds:
+        return table
+    table.add_row("what the client waits", f"{total * 1e6:,.0f}", "", "", end_section=True)
+    table.add_row("loop lag, median", f"{lags.median('lag') * 1e6:,.0f}", "", "")
+    table.add_row("loop lag, p95", f"{quantiles(lags.seconds['lag'], n=20)[-1] * 1e6:,.0f}", "", "")
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--engine", choices=ENGINES, default="stored")
+    parser.add_argument("--model", choices=SHAPES, default="qwen3-0.6b", help="shape, for hf, vllm")
+    parser.add_argument("--tokens", type=int, default=1024, help="of the response")
+    parser.add_argument("--append-tokens", type=int, default=64)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--quick", action="store_true", help="two repeats")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    arguments = parser.parse_args()
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            arms, lags = runner.run(measure(arguments))
+    except (TeacherError, ImportError, OSError) as error:
+        arms, lags = {"engine": Measured(error=first_line(error))}, Stopwatch()
+    Console().print(shown(arms, lags, arguments.append_tokens))
+    if arguments.json:
+        total = sum(arm.median_s or 0.0 for arm in arms.values()) or 1.0
+        shares = {
+            f"{name}_over_append": round((arm.median_s or 0.0) / total, 4)
+            for name, arm in arms.items()
+        }
+        names = ("engine", "model", "tokens", "append_tokens", "k")
+        write(arguments.json, arms, shares, {name: getattr(arguments, name) for name in names})
+    return 1 if any(arm.error for arm in arms.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
