@@ -223,6 +223,8 @@ def _figure(record: Record, figure: Figure) -> float:
 
 def _answer(claim: Claim, pairs: list[tuple[float, float]]) -> str:
     """Yes or no where every seed says so; else it is not settled."""
+    if claim.figure in ("accuracy", "early_accuracy") and not any(a or b for a, b in pairs):
+        return "cannot be told: neither learnt anything"
     if claim.expected == "not below":
         holds = [a >= b - SAME_WITHIN for a, b in pairs]
     elif claim.expected == "above":

@@ -18,6 +18,13 @@ from benchmarks.study.arms import BASE_CONFIG, Arm
 
 REFERENCE = {"low": "opd", "high": "high_opd"}
 """Pair -> the arm whose final accuracy is the target of all arms of the pair."""
+SAME_LOSS = (
+    ("topk_stop", "topk"),
+    ("prune_stop", "topk"),
+    ("prune_batch", "topk"),
+    ("high_topk_stop", "high_topk"),
+)
+"""(arm, full OPD with the loss of the arm): what pruning alone is worth."""
 Record = Mapping[str, Any]
 
 
@@ -112,26 +119,28 @@ def cost_to_reach(record: Record, accuracy: float, cost: str) -> float | None:
 def ratios(arms: Mapping[str, Any]) -> dict[str, float | None]:
     """Cost of each arm to reach full OPD's final accuracy over full OPD's whole cost.
 
-    Median over seeds of runs that lie next to each other in time; None where not every seed got
-    there.
+    The same with full OPD of the same loss for the arms that stop in flight. Median over seeds of
+    runs that lie next to each other in time; None where not every seed got there.
     """
+    compared = [(name, REFERENCE[arm["pair"]]) for name, arm in arms.items()]
     found: dict[str, float | None] = {}
-    for name, arm in arms.items():
-        goal, reference = target(arms, arm["pair"]), arms.get(REFERENCE[arm["pair"]])
-        if goal is None or reference is None or name == REFERENCE[arm["pair"]]:
+    for name, reference in [*compared, *SAME_LOSS]:
+        if name == reference or name not in arms or reference not in arms:
             continue
-        whole = {record["seed"]: record for record in reference["seeds"]}
+        goal = over_seeds(arms[reference], "accuracy").mean
+        whole = {record["seed"]: record for record in arms[reference]["seeds"]}
+        label = "opd" if reference in REFERENCE.values() else reference
         for cost, short in (("generated_tokens", "tokens"), ("wall_s", "wall")):
             shares = [
                 None
                 if (reached := cost_to_reach(record, goal, cost)) is None
                 else reached / whole[record["seed"]][cost]
-                for record in arm["seeds"]
+                for record in arms[name]["seeds"]
                 if record["seed"] in whole
             ]
             complete = [share for share in shares if share is not None]
-            key = f"{name}_{short}_to_opd_accuracy_over_opd_{short}"
             is_complete = bool(shares) and len(complete) == len(shares)
+            key = f"{name}_{short}_to_{label}_accuracy_over_{label}_{short}"
             found[key] = round(median(complete), 4) if is_complete else None
     return found
 

@@ -98,6 +98,11 @@ def test_ratios_compare_seed_by_seed_and_say_nothing_where_one_never_got_there(
     assert found["topk_stop_tokens_to_opd_accuracy_over_opd_tokens"] == pytest.approx(0.375)
     assert found["iw_wall_to_opd_accuracy_over_opd_wall"] is None
     assert not any(name.startswith("opd_tokens") for name in found)
+    assert not any("topk_accuracy" in name for name in found)
+    filled(tmp_path, topk=[record(0, [0.0, 0.0, 1.0]), record(1, [0.0, 0.0, 0.5])])
+    found = ratios(Results(results.path).arms)
+    assert found["topk_stop_wall_to_topk_accuracy_over_topk_wall"] is None  # 0.75, not by seed 1
+    assert found["topk_wall_to_opd_accuracy_over_opd_wall"] == pytest.approx(0.875)
     assert json.loads(results.path.read_text())["ratios"] == found
 
 
@@ -127,6 +132,7 @@ def test_every_seed_begins_elsewhere_and_leaves_none_out() -> None:
         ([0.7, 0.8], [0.6, 0.7], "yes"),
         ([0.7, 0.6], [0.6, 0.7], "not settled (1 of 2 seeds)"),
         ([0.5, 0.6], [0.6, 0.7], "no"),
+        ([0.0, 0.0], [0.0, 0.0], "cannot be told: neither learnt anything"),
     ],
 )
 def test_a_claim_holds_where_every_seed_says_so(
