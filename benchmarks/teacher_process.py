@@ -15,11 +15,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import uvloop
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.provenance import ROOT
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from student_trainer.config_methods import (
 from student_trainer.config_problems import explain
 from student_trainer.config_weights import WeightSettings
 from student_trainer.errors import ConfigError
+from teacher_wire.cpu_cores import CORES_PATTERN
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LOSSES_WITH_A_RATIO = ("sampled_reverse_kl", "student_topk_reverse_kl")
@@ -68,7 +69,7 @@ class SamplerSettings(Section):
     """KV cache on a CPU."""
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     enforce_eager: bool = True
-    cpu_cores: str = Field("auto", pattern=r"^(auto|\d+(,\d+)*)$")
+    cpu_cores: str = Field("auto", pattern=CORES_PATTERN)
     """Cores of the engine on a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares."""
 
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from teacher_wire.cpu_cores import CORES_PATTERN
+
 ENV_PREFIX = "TEACHER_"
-CORES = re.compile(r"\d+(,\d+)*")
 log = logging.getLogger(__name__)
 Value = str | int | float | bool
 
@@ -97,7 +98,7 @@ class TeacherConfig:
             _check(entry.name, getattr(self, entry.name), entry.metadata)
         if self.engine != "fake" and not self.model:
             raise ConfigError(f"model is empty, must name a checkpoint for engine {self.engine!r}")
-        if self.cpu_cores != "auto" and not CORES.fullmatch(self.cpu_cores):
+        if not re.fullmatch(CORES_PATTERN, self.cpu_cores):
             raise ConfigError(
                 f"cpu_cores is {self.cpu_cores!r}, must be like '0' or '2,3', or auto"
             )

@@ -18,9 +18,8 @@ import numpy as np
 
 from benchmarks.arms.base import Arm, Setup, Text
 from benchmarks.processes import child
+from teacher_wire.cpu_cores import IN_ENGINE_CORE
 
-IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""See teacher_server.engine.vllm_engine: what our engine uses, too."""
 REQUEST_LIMIT_S = 1200.0
 
 

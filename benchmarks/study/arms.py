@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.provenance import ROOT
+
 CHECKPOINTS = ROOT / "examples" / "playground" / "checkpoints"
 BASE_CONFIG = Path(__file__).with_name("base.toml")
 

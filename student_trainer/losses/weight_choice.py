@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor
 
+from .divergences import check_choice
 from .gates import (
     Aggregate,
     RatioGranularity,
@@ -66,11 +67,6 @@ class PositionWeight(Protocol):
     def __call__(self, inputs: LossInputs) -> Tensor: ...
 
 
-def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class PruneWeight:
     """Prune-OPD's reliability plus a floor: `weights.prune_weights`; `normalize` is ours."""
@@ -109,8 +105,8 @@ class PrefixImportanceWeight:
     normalize: Normalize = "none"
 
     def __post_init__(self) -> None:
-        _check_one_of("kind", self.kind, get_args(PrefixKind))
-        _check_one_of("normalize", self.normalize, get_args(Normalize))
+        check_choice("kind", self.kind, get_args(PrefixKind))
+        check_choice("normalize", self.normalize, get_args(Normalize))
         check_non_negative("gamma", self.gamma)
         check_fraction("prefix_share", self.prefix_share)
         check_positive("alpha", self.alpha)
@@ -205,7 +201,7 @@ class BlockGate:
     max_span: int = 128
 
     def __post_init__(self) -> None:
-        _check_one_of("granularity", self.granularity, get_args(Granularity))
+        check_choice("granularity", self.granularity, get_args(Granularity))
         check_gate(self.tau, self.aggregate)
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {self.block_size}")

@@ -9,8 +9,7 @@ process busy and delay the very verdicts that stop a rollout.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,15 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.records import Delta, Finish, SamplingOptions
+from teacher_wire.cpu_cores import children_on, executor_on
 
 if TYPE_CHECKING:
     from vllm.logprobs import FlatLogprobs
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""The model runs in the engine core's own process. vLLM turns "uni" into "mp" on a CPU, because it
-cannot set OpenMP's threads there; we set them before the process starts."""
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
 
 
@@ -87,9 +84,9 @@ class VllmSampler:
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=self._seed,
-            distributed_executor_backend=None if self._cpu_cores == "auto" else IN_ENGINE_CORE,
+            distributed_executor_backend=executor_on(self._cpu_cores),
         )
-        with _children_on(self._cpu_cores):
+        with children_on(self._cpu_cores):
             self._engine = AsyncLLM.from_engine_args(args)
 
     async def generate(
@@ -130,25 +127,6 @@ class VllmSampler:
         if self._engine is None:
             raise RuntimeError("the sampler is not started")
         return self._engine
-
-
-@contextmanager
-def _children_on(cores: str) -> Iterator[None]:
-    """Processes started within run on these cores only, one thread each; "auto" leaves them be."""
-    if cores == "auto":
-        yield
-        return
-    chosen = {int(core) for core in cores.split(",")}
-    before = os.sched_getaffinity(0), os.environ.get("OMP_NUM_THREADS")
-    os.sched_setaffinity(0, chosen)
-    os.environ["OMP_NUM_THREADS"] = str(len(chosen))
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before[0])
-        os.environ.pop("OMP_NUM_THREADS")
-        if before[1] is not None:
-            os.environ["OMP_NUM_THREADS"] = before[1]
 
 
 def _delta(output: CompletionOutput, num_topk: int) -> Delta:

@@ -1,8 +1,8 @@
 """From logits to packed rows: top-K, log-sum-exp, and the log-probs of given ids. Torch, no vLLM.
 
-Two ways to the same rows. `score_rows_at_once` is short and right, and what a GPU runs; on a CPU it
-is bound by memory and by a top-K that looks at every logit, so `score_rows` takes a few rows at a
-time there, which stay in cache, and looks for the top-K in few of their logits.
+Two ways to the same rows. At once is short and right, and what a GPU runs; on a CPU it is bound by
+memory and by a top-K that looks at every logit, so `score_rows` takes a few rows at a time there,
+which stay in cache, and looks for the top-K in few of their logits.
 
 Legend: R = rows, V = vocabulary, K = top-k, C = candidate ids a row, B = logits a block,
 X = 1 + K + C.
@@ -54,42 +54,20 @@ def score_rows(
     k: int,
     want_entropy: bool,
     want_rank: bool,
+    at_once: bool | None = None,
 ) -> torch.Tensor:
     """[R, HEADER + 2k + C] packed rows. On a GPU float32 logits are overwritten.
 
     log p(v) = (z_v - z_top) / temperature - log sum_u exp((z_u - z_top) / temperature). A NaN or
     +inf among the logits makes every log-prob of its row NaN, so no bad row can look good. Among
-    equal logits any may be in the top-k.
+    equal logits any may be in the top-k. `at_once` chooses the way: by default the one for the
+    device; True, whole-matrix operations only, is the reference.
     """
+    if at_once is None:
+        at_once = logits_RV.device.type != "cpu"
     target_logits_R1 = logits_RV.gather(1, targets_R[:, None]).float()
     candidate_logits_RC = logits_RV.gather(1, candidates_RC).float()
-    facts_of = _facts_in_chunks if logits_RV.device.type == "cpu" else _facts_at_once
-    facts = facts_of(
-        logits_RV,
-        target_logits_R1 if want_rank else None,
-        inverse_temperatures_R[:, None],
-        k,
-        want_entropy,
-    )
-    logits_RX = torch.cat([target_logits_R1, facts.top_logits_RK, candidate_logits_RC], dim=1)
-    return _packed(positions_R, inverse_temperatures_R[:, None], logits_RX, facts)
-
-
-def score_rows_at_once(
-    logits_RV: torch.Tensor,
-    positions_R: torch.Tensor,
-    targets_R: torch.Tensor,
-    candidates_RC: torch.Tensor,
-    inverse_temperatures_R: torch.Tensor,
-    *,
-    k: int,
-    want_entropy: bool,
-    want_rank: bool,
-) -> torch.Tensor:
-    """The reference for score_rows: whole-matrix operations only."""
-    target_logits_R1 = logits_RV.gather(1, targets_R[:, None]).float()
-    candidate_logits_RC = logits_RV.gather(1, candidates_RC).float()
-    facts = _facts_at_once(
+    facts = (_facts_at_once if at_once else _facts_in_chunks)(
         logits_RV,
         target_logits_R1 if want_rank else None,
         inverse_temperatures_R[:, None],

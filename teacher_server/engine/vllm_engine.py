@@ -12,8 +12,6 @@ import asyncio
 import gc
 import itertools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -26,6 +24,7 @@ from teacher_server.engine.base import (
 )
 from teacher_server.engine.checkpoint import read_config, resolve_dtype
 from teacher_server.engine.row_format import ZERO_BLOCKS_VARIABLE, RowCollector, RowRequest
+from teacher_wire.cpu_cores import children_on, executor_on
 from teacher_wire.errors import EngineError
 
 if TYPE_CHECKING:
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
 
 PLUGIN = "driftline_token_scorer"
 """Entry point of token_scorer.register, by which vLLM's own processes find it."""
-IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""The model runs in the engine core's own process. vLLM turns "uni" into "mp" on a CPU, because it
-cannot set OpenMP's threads there; we set them before the process starts."""
 QUIET_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
@@ -122,7 +118,7 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         # Not returned: the thread's future would keep it alive until exit, where it fails noisily.
-        with _children_on(self._cpu_cores):
+        with children_on(self._cpu_cores):
             self._llm = AsyncLLM.from_engine_args(self._engine_args())
 
     def _engine_args(self) -> AsyncEngineArgs:
@@ -157,7 +153,7 @@ class VllmEngine:
             max_num_batched_tokens=self._max_num_batched_tokens,
             enforce_eager=self._enforce_eager,
             tensor_parallel_size=self._tensor_parallel_size,
-            distributed_executor_backend=None if self._cpu_cores == "auto" else IN_ENGINE_CORE,
+            distributed_executor_backend=executor_on(self._cpu_cores),
             disable_log_stats=True,
             enable_log_requests=False,
         )
@@ -237,25 +233,6 @@ class VllmEngine:
             # vLLM's object is part of a cycle; collected as late as at exit, it fails noisily.
             del llm
             gc.collect()
-
-
-@contextmanager
-def _children_on(cores: str) -> Iterator[None]:
-    """Processes started within run on these cores only, one thread each; "auto" leaves them be."""
-    if cores == "auto":
-        yield
-        return
-    chosen = {int(core) for core in cores.split(",")}
-    before = os.sched_getaffinity(0), os.environ.get("OMP_NUM_THREADS")
-    os.sched_setaffinity(0, chosen)
-    os.environ["OMP_NUM_THREADS"] = str(len(chosen))
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before[0])
-        os.environ.pop("OMP_NUM_THREADS")
-        if before[1] is not None:
-            os.environ["OMP_NUM_THREADS"] = before[1]
 
 
 def _architecture(config: PretrainedConfig) -> str:

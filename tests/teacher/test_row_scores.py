@@ -88,8 +88,10 @@ def test_rows_equal_their_definition(
 ) -> None:
     given_rows = arguments(seed, num_rows, vocab_size, dtype, grain=grain)
     expected = slow_score_rows(*given_rows, k=k)
-    for score_rows in (row_scores.score_rows, row_scores.score_rows_at_once):
-        packed = score_rows(*given_rows, k=k, want_entropy=True, want_rank=True)
+    for at_once in (False, True):
+        packed = row_scores.score_rows(
+            *given_rows, k=k, want_entropy=True, want_rank=True, at_once=at_once
+        )
         assert_packed(packed.numpy(), expected, k)
 
 

@@ -6,6 +6,7 @@ import typing
 from pathlib import Path
 
 import pytest
+from smallest_config import SMALLEST
 from tiny_student import character_tokenizer
 
 from student_trainer import from_config, methods_from_config
@@ -24,29 +25,6 @@ from student_trainer.losses import (
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SMALLEST = """
-[run]
-out = "runs/x"
-steps = 3
-[student]
-model = "student"
-[data]
-train = "train.jsonl"
-[rollout]
-prompts_per_step = 4
-max_context = 200
-[teacher]
-endpoints = ["127.0.0.1:1"]
-[budget]
-kind = "fixed"
-max_tokens = 100
-[loss]
-kind = "local_support_matching"
-[optim]
-learning_rate = 1e-3
-[eval]
-max_tokens = 100
-"""
 GATE = "weights.block_gate.tau=1"
 RATIO = "weights.importance_ratio.mode=mask"
 PRUNE = "weights.prune.w_base=0.5"

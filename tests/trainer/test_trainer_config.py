@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from smallest_config import SMALLEST
 
 from student_trainer.config import TrainerConfig, load_config
 from student_trainer.errors import ConfigError
@@ -24,29 +25,6 @@ from student_trainer.methods_from_config import divergence
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOPK_LOSS = ["loss.kind=student_topk_reverse_kl", "drift.metric=teacher_top_p_accept"]
 V2_LOSS = ["loss.support=student_topk_and_sampled", "drift.metric=teacher_top_p_accept"]
-SMALLEST = """
-[run]
-out = "runs/x"
-steps = 3
-[student]
-model = "student"
-[data]
-train = "train.jsonl"
-[rollout]
-prompts_per_step = 4
-max_context = 200
-[teacher]
-endpoints = ["127.0.0.1:1"]
-[budget]
-kind = "fixed"
-max_tokens = 100
-[loss]
-kind = "local_support_matching"
-[optim]
-learning_rate = 1e-3
-[eval]
-max_tokens = 100
-"""
 
 
 @pytest.fixture
