@@ -74,7 +74,7 @@ async def main(arguments: argparse.Namespace, console: Console) -> int:
     common = options.setup(
         arguments,
         max_context=PROMPT + arguments.response + 64,
-        kv_cache_gib=_kv_cache_gib(arguments.model, [job for job, _ in cells.values()]),
+        kv_cache_gib=_kv_cache_gib(arguments, [job for job, _ in cells.values()]),
     )
     found = {cell: Measured(description=DESCRIPTION) for cell in cells}
     found[f"oneshot_b{batch}"].description = "whole sequences through the Score call, all at once"
@@ -125,11 +125,11 @@ def _job(arguments: argparse.Namespace, sessions: int) -> Job:
     return Job(seed=0, prompt=PROMPT, response=response, piece=arguments.piece, texts=sessions)
 
 
-def _kv_cache_gib(model: str, jobs: Sequence[Job]) -> float:
+def _kv_cache_gib(arguments: argparse.Namespace, jobs: Sequence[Job]) -> float:
     """Room for the largest job and a tenth more."""
-    shape = SHAPES[model]
-    # Keys and values, two bytes each in bfloat16.
-    token_bytes = 4 * shape.layers * shape.kv_heads * shape.head_dim
+    shape = SHAPES[arguments.model]
+    value_bytes = 4 if arguments.dtype == "float32" else 2
+    token_bytes = 2 * value_bytes * shape.layers * shape.kv_heads * shape.head_dim
     tokens = max(job.texts * (job.prompt + job.response) for job in jobs)
     return round(max(1.0, 1.1 * tokens * token_bytes / 2**30), 2)
 

@@ -28,6 +28,12 @@ def parser(name: str, text: str) -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="smaller, and fewer repeats")
     made.add_argument("--json", type=Path, default=default_json, metavar="PATH", help="results")
     made.add_argument("--model", choices=SHAPES, default="qwen3-0.6b", help="shape")
+    made.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="arithmetic of every arm (few CPUs have bfloat16; without it float32 is far faster)",
+    )
     made.add_argument("--arms", nargs="+", metavar="NAME", help="only these arms")
     made.add_argument("--repeats", type=int, help=f"of each arm (default {REPEATS})")
     made.add_argument("--k", type=int, default=32, help="top-k and candidates a row")
@@ -53,6 +59,7 @@ def setup(arguments: argparse.Namespace, *, max_context: int, kv_cache_gib: floa
     return Setup(
         model=str(checkpoint(arguments.model)),
         vocab_size=SHAPES[arguments.model].vocab,
+        dtype=arguments.dtype,
         k=arguments.k,
         max_context=max_context,
         max_num_batched_tokens=arguments.max_num_batched_tokens,

@@ -21,6 +21,8 @@ class Setup:
     model: str
     """Folder of the checkpoint."""
     vocab_size: int
+    dtype: str = "bfloat16"
+    """Arithmetic of the model in every arm."""
     k: int = 32
     max_context: int = 2048
     max_num_batched_tokens: int = 4096

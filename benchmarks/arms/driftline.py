@@ -19,6 +19,7 @@ def server_command(setup: Setup, ready: str) -> list[str]:
     """A teacher server on free loopback ports."""
     flags = {
         "model": setup.model,
+        "dtype": setup.dtype,
         "cpu-cores": setup.cores,
         "max-context": setup.max_context,
         "max-k": setup.k,

@@ -13,7 +13,11 @@ class Transformers(Arm):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self._engine = HfEngine(
-            model=setup.model, max_context=setup.max_context, max_k=setup.k, max_sessions=256
+            model=setup.model,
+            dtype=setup.dtype,
+            max_context=setup.max_context,
+            max_k=setup.k,
+            max_sessions=256,
         )
         self._responses = 0
 

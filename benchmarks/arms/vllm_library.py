@@ -38,6 +38,7 @@ class VllmLibrary(Arm):
         in_core = self.setup.cores != "auto" and self.setup.vllm_executor == "core"
         arguments: dict[str, Any] = {
             "model": self.setup.model,
+            "dtype": self.setup.dtype,
             "skip_tokenizer_init": True,
             "max_model_len": self.setup.max_context,
             "max_num_batched_tokens": self.setup.max_num_batched_tokens,

@@ -57,6 +57,7 @@ class VllmServer(Arm):
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         flags: dict[str, Any] = {
             "model": self.setup.model,
+            "dtype": self.setup.dtype,
             "served-model-name": "teacher",
             "host": "127.0.0.1",
             "port": port,

@@ -3,9 +3,11 @@
 Free of torch and vLLM, so that both ends may import it. Legend as in base.py; S = submitted tokens,
 W = columns of a packed answer.
 
-Alignment: the row of token i comes from the hidden state of token i - 1. The last token of a query
-is therefore never submitted (S = L - 1); it travels as a target. Were it submitted, its KV would be
-cached, and the session's next append, which needs exactly its hidden state, could find it skipped.
+Alignment: the row of token i comes from the hidden state of token i - 1. The prefix cache works in
+whole blocks, so a query whose end completes a block submits that last token too (S = L, else
+S = L - 1): the block is then cached, and the next append computes none of it again. What that
+append needs of it, the hidden state of its last token, the worker keeps under the digest of the
+text; where it has been dropped the block is computed once more.
 
 A packed answer is int32 [rows, W], W = HEADER + 2K + C: position, token log-prob, entropy, rank,
 top-K ids, top-K log-probs, candidate log-probs; floats are bit patterns of float32. Its rows start
@@ -14,7 +16,8 @@ where the prefix cache ended, so there may be fewer than were asked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,9 +45,13 @@ class RowRequest:
     """[n] the tokens to score, from first_row on."""
     candidate_ids: NDArray[np.int32]
     """[n, C], C = 0 without candidates."""
+    before: bytes = b""
+    """Digest of the text before first_row where that is whole blocks, else empty."""
+    whole: bytes = b""
+    """Digest of the whole text where that is whole blocks and a session may go on, else empty."""
 
     @classmethod
-    def of_query(cls, query: ScoreQuery) -> RowRequest:
+    def of_query(cls, query: ScoreQuery, block_size: int) -> RowRequest:
         target_ids = np.ascontiguousarray(query.token_ids[query.first_row :], dtype=np.int32)
         candidate_ids = query.candidate_ids
         if candidate_ids is None:
@@ -57,6 +64,8 @@ class RowRequest:
             want_rank=query.want_rank,
             target_ids=target_ids,
             candidate_ids=np.ascontiguousarray(candidate_ids, dtype=np.int32),
+            before=_digest(query.token_ids[: query.first_row], block_size),
+            whole=_digest(query.token_ids, block_size) if query.session is not None else b"",
         )
 
     @classmethod
@@ -71,6 +80,8 @@ class RowRequest:
             want_rank=kwargs["want_rank"],
             target_ids=target_ids,
             candidate_ids=candidate_ids.reshape(len(target_ids), -1),
+            before=kwargs["before"],
+            whole=kwargs["whole"],
         )
 
     def to_kwargs(self) -> dict[str, Any]:
@@ -83,7 +94,19 @@ class RowRequest:
             "want_rank": self.want_rank,
             "target_ids": self.target_ids.tobytes(),
             "candidate_ids": self.candidate_ids.tobytes(),
+            "before": self.before,
+            "whole": self.whole,
         }
+
+    @property
+    def end(self) -> int:
+        """One past the last token to score."""
+        return self.first_row + len(self.target_ids)
+
+    def boundaries(self) -> list[tuple[bytes, int]]:
+        """Texts of whole blocks, and the index of the last token of each."""
+        texts = [(self.before, self.first_row - 1), (self.whole, self.end - 1)]
+        return [(text, position) for text, position in texts if text]
 
     def width(self) -> int:
         """Columns of the packed answer."""
@@ -92,15 +115,19 @@ class RowRequest:
     def until(self, end: int) -> RowRequest:
         """The same for the rows of the tokens before `end`."""
         num_rows = end - self.first_row
-        return RowRequest(
-            first_row=self.first_row,
-            k=self.k,
-            temperature=self.temperature,
-            want_entropy=self.want_entropy,
-            want_rank=self.want_rank,
+        return replace(
+            self,
             target_ids=self.target_ids[:num_rows],
             candidate_ids=self.candidate_ids[:num_rows],
+            whole=b"",
         )
+
+
+def _digest(token_ids: NDArray[np.int32], block_size: int) -> bytes:
+    """Names a text of whole blocks; empty for any other."""
+    if len(token_ids) % block_size:
+        return b""
+    return hashlib.blake2b(np.ascontiguousarray(token_ids, np.int32), digest_size=16).digest()
 
 
 class RowCollector:

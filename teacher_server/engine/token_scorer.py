@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 
@@ -28,6 +29,9 @@ from teacher_server.engine.row_format import HEADER, ZERO_BLOCKS_VARIABLE, RowRe
 from teacher_server.engine.row_scores import rows_at_once, score_rows
 
 TASK: PoolingTask = "token_classify"
+
+KEPT_BYTES = 64 << 20
+"""Hidden states that a worker keeps for the appends to come: 8,192 of 4,096 values in bfloat16."""
 
 SCORING_PREFIX = "Scoring"
 BASE_MODULES = {
@@ -93,11 +97,14 @@ class _Span:
     """The rows of one request that one engine step can give."""
 
     request: RowRequest
-    first_hidden: int
-    """Index into the step's T hidden states."""
+    hidden_n: NDArray[np.int64]
+    """[n] index of each row's hidden state: into the step's T, then into those recalled."""
     first_row: int
     """Token index of the first row."""
-    num_rows: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.hidden_n)
 
     def targets_n(self) -> NDArray[np.int32]:
         start = self.first_row - self.request.first_row
@@ -106,6 +113,28 @@ class _Span:
     def candidates_nC(self) -> NDArray[np.int32]:
         start = self.first_row - self.request.first_row
         return self.request.candidate_ids[start : start + self.num_rows]
+
+
+class KeptStates:
+    """Hidden states of tokens that end a cached block, by the digest of the text up to them."""
+
+    def __init__(self) -> None:
+        self._states: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+
+    def keep(self, text: bytes, hidden_H: torch.Tensor) -> None:
+        """Makes room by dropping what was not used for longest."""
+        # A view would keep the hidden states of the whole step.
+        self._states[text] = hidden_H.clone()
+        self._states.move_to_end(text)
+        while len(self._states) * hidden_H.nbytes > KEPT_BYTES:
+            self._states.popitem(last=False)
+
+    def recall(self, text: bytes) -> torch.Tensor | None:
+        """[H], or None for a text that is not there."""
+        hidden_H = self._states.get(text)
+        if hidden_H is not None:
+            self._states.move_to_end(text)
+        return hidden_H
 
 
 class TokenScorer(Pooler):
@@ -118,6 +147,7 @@ class TokenScorer(Pooler):
         # A bound method: as a submodule the model would contain itself.
         self._compute_logits = compute_logits
         self._vocab_size = vocab_size
+        self._kept = KeptStates()
 
     def get_supported_tasks(self) -> Set[PoolingTask]:
         return {TASK}
@@ -127,7 +157,9 @@ class TokenScorer(Pooler):
     ) -> PoolerOutput:
         """hidden_states [T, H] -> a packed answer for each request that ends with this step."""
         cursor = pooling_metadata.get_pooling_cursor()
-        spans = _spans(pooling_metadata)
+        spans, recalled = _spans(pooling_metadata, hidden_states, self._kept)
+        if recalled:
+            hidden_states = torch.cat([hidden_states, torch.stack(recalled)])
         packed_RW = self._score(hidden_states, spans)
         if packed_RW is None:
             return [None] * len(spans)
@@ -148,7 +180,10 @@ class TokenScorer(Pooler):
         return outputs
 
     def _score(self, hidden_TH: torch.Tensor, spans: list[_Span]) -> torch.Tensor | None:
-        """[R, W] packed rows of all spans; None on a tensor-parallel rank without logits."""
+        """[R, W] packed rows of all spans; None on a tensor-parallel rank without logits.
+
+        hidden_TH: the step's hidden states, then those recalled.
+        """
         num_candidates = max(span.request.candidate_ids.shape[1] for span in spans)
         candidates_RC = np.zeros((sum(s.num_rows for s in spans), num_candidates), dtype=np.int64)
         row = 0
@@ -160,9 +195,7 @@ class TokenScorer(Pooler):
         def joined(parts: list[NDArray[np.generic]], dtype: torch.dtype) -> torch.Tensor:
             return torch.from_numpy(np.concatenate(parts)).to(hidden_TH.device, dtype)
 
-        hidden_index_R = joined(
-            [np.arange(s.first_hidden, s.first_hidden + s.num_rows) for s in spans], torch.int64
-        )
+        hidden_index_R = joined([s.hidden_n for s in spans], torch.int64)
         positions_R = joined(
             [np.arange(s.first_row, s.first_row + s.num_rows) for s in spans], torch.int32
         )
@@ -193,9 +226,13 @@ class TokenScorer(Pooler):
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
-def _spans(metadata: PoolingMetadata) -> list[_Span]:
+def _spans(
+    metadata: PoolingMetadata, hidden_TH: torch.Tensor, kept: KeptStates
+) -> tuple[list[_Span], list[torch.Tensor]]:
+    """The rows of each request of a step, and the hidden states that were recalled for them."""
     cursor = metadata.get_pooling_cursor()
     spans: list[_Span] = []
+    recalled: list[torch.Tensor] = []
     step_offset = 0
     for params, num_scheduled, seq_len in zip(
         metadata.pooling_params,
@@ -208,17 +245,21 @@ def _spans(metadata: PoolingMetadata) -> list[_Span]:
         else:
             request = RowRequest.of_kwargs(params.extra_kwargs)
         step_start = seq_len - num_scheduled
-        first_position = max(step_start, request.first_row - 1)
-        spans.append(
-            _Span(
-                request=request,
-                first_hidden=step_offset + first_position - step_start,
-                first_row=first_position + 1,
-                num_rows=max(0, seq_len - first_position),
-            )
-        )
+        to_hidden = step_offset - step_start
+        for text, position in request.boundaries():
+            if step_start <= position < seq_len:
+                kept.keep(text, hidden_TH[position + to_hidden])
+        # Of the last token submitted there may be no row: what follows it is not known yet.
+        first = max(step_start, request.first_row - 1)
+        hidden_n = np.arange(first, min(seq_len, request.end - 1)) + to_hidden
+        before_H = kept.recall(request.before) if step_start == request.first_row else None
+        if before_H is not None:
+            first -= 1
+            hidden_n = np.append(len(hidden_TH) + len(recalled), hidden_n)
+            recalled.append(before_H)
+        spans.append(_Span(request, hidden_n, first + 1))
         step_offset += num_scheduled
-    return spans
+    return spans, recalled
 
 
 def _profiling_request(num_rows: int) -> RowRequest:

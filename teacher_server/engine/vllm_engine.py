@@ -160,10 +160,11 @@ class VllmEngine:
 
     async def score(self, query: ScoreQuery) -> EngineRows:
         check_query(query, self._info)
-        request = RowRequest.of_query(query)
+        request = RowRequest.of_query(query, self._block_size)
         token_ids = query.token_ids.tolist()
         collector = RowCollector(request)
-        await self._submit(token_ids[:-1], request, collector)
+        submitted = token_ids if request.whole else token_ids[:-1]
+        await self._submit(submitted, request, collector)
         await self._fill_head(token_ids, request, collector)
         rows = collector.rows()
         check_finite(rows, query.first_row)
@@ -200,7 +201,7 @@ class VllmEngine:
         *,
         read_cache: bool = True,
     ) -> None:
-        """Runs S = first_row + n - 1 tokens through the model and collects the rows it gives."""
+        """Runs S tokens through the model and collects the rows it gives."""
         from vllm import PoolingParams
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 

@@ -7,6 +7,7 @@ import multiprocessing
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,8 +221,12 @@ class TestVllm:
         head_HV = torch.randn(16, VOCAB_SIZE, generator=torch.Generator().manual_seed(1))
         hidden_TH = torch.randn(70, 16, generator=torch.Generator().manual_seed(2))
         spans = [
-            _Span(RowRequest.of_query(a_query(random_ids(1, 60), 20)), 0, 20, 40),
-            _Span(RowRequest.of_query(a_query(random_ids(2, 40), 5, k=3)), 45, 15, 25),
+            _Span(RowRequest.of_query(a_query(random_ids(1, 60), 20), BLOCK), np.arange(40), 20),
+            _Span(
+                RowRequest.of_query(a_query(random_ids(2, 40), 5, k=3), BLOCK),
+                np.arange(45, 70),
+                15,
+            ),
         ]
         scorers = [
             TokenScorer(compute_logits=lambda hidden: hidden @ head_HV, vocab_size=vocab_size)
@@ -260,11 +265,16 @@ class TestVllm:
             list(range(40, 75)),
         ],
     )
+    @pytest.mark.parametrize("session", [None, "growing"])
     async def test_pieces_at_block_boundaries_equal_hf(
-        self, vllm_engine: VllmEngine, reference: HfEngine, bounds: list[int]
+        self,
+        vllm_engine: VllmEngine,
+        reference: HfEngine,
+        bounds: list[int],
+        session: str | None,
     ) -> None:
-        token_ids = random_ids(sum(bounds), bounds[-1])
-        pieces = await grow(vllm_engine, token_ids, bounds)
+        token_ids = random_ids(sum(bounds) + (session is None), bounds[-1])
+        pieces = await grow(vllm_engine, token_ids, bounds, session=session)
         assert_same_rows(pieces, await reference.score(a_query(token_ids, bounds[0])))
 
     @pytest.mark.parametrize("seed", range(4))
@@ -276,7 +286,9 @@ class TestVllm:
         token_ids = random_ids(200 + seed, length)
         bounds = random_bounds(rng, int(rng.integers(1, 100)), length, 12)
         temperature = float(rng.choice([0.7, 1.0, 2.0]))
-        pieces = await grow(vllm_engine, token_ids, bounds, temperature=temperature)
+        pieces = await grow(
+            vllm_engine, token_ids, bounds, temperature=temperature, session="growing"
+        )
         expected = await reference.score(a_query(token_ids, bounds[0], temperature=temperature))
         assert_same_rows(pieces, expected)
 
@@ -292,7 +304,7 @@ class TestVllm:
         ks = rng.integers(3, 12, len(sessions)).tolist()
         together = await asyncio.gather(
             *(
-                grow(vllm_engine, *session, temperature=temperature, k=k)
+                grow(vllm_engine, *session, temperature=temperature, k=k, session="growing")
                 for *session, temperature, k in zip(sessions, bounds, temperatures, ks, strict=True)
             )
         )
@@ -344,6 +356,46 @@ class TestVllm:
             del vllm_engine._submit
         # Hidden states 899..991 lie in the blocks that end at 928, 960 and 992.
         assert submitted == [999, 992, 960, 928]
+
+    async def test_whole_blocks_are_computed_once(
+        self, vllm_engine: VllmEngine, reference: HfEngine
+    ) -> None:
+        token_ids = random_ids(502, 8 * BLOCK)
+        bounds = [2 * BLOCK, 4 * BLOCK, 5 * BLOCK, 8 * BLOCK]
+        assert vllm_engine._llm is not None
+        encode, computed = vllm_engine._llm.encode, []
+
+        async def counting(prompt: Any, *args: object) -> AsyncIterator[Any]:
+            async for output in encode(prompt, *args):
+                computed.append(len(prompt["prompt_token_ids"]) - output.num_cached_tokens)
+                yield output
+
+        vllm_engine._llm.encode = counting
+        try:
+            pieces = await grow(vllm_engine, token_ids, bounds, session="growing")
+            # Another session with the same prompt finds the prompt's last hidden state too.
+            other_ids = np.concatenate([token_ids[: 2 * BLOCK], random_ids(503, BLOCK)])
+            other = await vllm_engine.score(a_query(other_ids, 2 * BLOCK, session="another"))
+        finally:
+            del vllm_engine._llm.encode
+        assert computed == [4 * BLOCK, BLOCK, 3 * BLOCK, BLOCK]
+        assert_same_rows(pieces, await reference.score(a_query(token_ids, bounds[0])))
+        assert_same_rows(other, await reference.score(a_query(other_ids, 2 * BLOCK)))
+
+    async def test_kept_states_are_bounded_and_the_least_used_go_first(self) -> None:
+        import torch
+
+        from teacher_server.engine import token_scorer
+
+        kept, state_H = token_scorer.KeptStates(), torch.ones(1 << 20)
+        room = token_scorer.KEPT_BYTES // state_H.nbytes
+        for text in range(room):
+            kept.keep(b"%d" % text, state_H)
+        assert kept.recall(b"0") is not None
+        kept.keep(b"one more", state_H)
+        assert kept.recall(b"0") is not None
+        assert kept.recall(b"1") is None
+        assert kept.recall(b"2") is not None
 
     async def test_nan_is_an_error_and_poisons_no_one_else(
         self, vllm_engine: VllmEngine, reference: HfEngine
