@@ -153,6 +153,7 @@ def rollout_rules(
     return RolloutRules(
         chunk_tokens=config.rollout.chunk_tokens,
         max_span_tokens=info.max_append_tokens,
+        block_tokens=max(1, info.block_tokens),
         specials=specials,
         drop_when_absent=config.teacher.on_absent == "drop",
     )

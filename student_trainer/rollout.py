@@ -42,8 +42,9 @@ class TeacherSession(Protocol):
 class GrowingResponse:
     """The tokens of one rollout so far, with room for all it may have."""
 
-    def __init__(self, options: SamplingOptions) -> None:
+    def __init__(self, options: SamplingOptions, *, num_prompt: int) -> None:
         room, num_topk = options.max_tokens, options.num_topk
+        self.num_prompt = num_prompt
         self.token_ids = np.empty(room, np.int32)
         self.logprobs = np.empty(room, np.float32)
         self.topk_ids = np.empty((room, num_topk), np.int32)
@@ -98,6 +99,8 @@ class RolloutRules:
     """Tokens gathered before an append, unless generation ends."""
     max_span_tokens: int
     """The most tokens that the teacher takes in one append."""
+    block_tokens: int
+    """An append ends where prompt plus response is a multiple of this, where it can."""
     specials: SpecialTokens
     drop_when_absent: bool
 
@@ -117,7 +120,7 @@ async def run_rollout(
     Raises TeacherError when the teacher fails.
     """
     started_s = time.monotonic()
-    growing = GrowingResponse(options)
+    growing = GrowingResponse(options, num_prompt=len(prompt.token_ids))
     judge = asyncio.create_task(_judge(growing, session, sampler, request_id, rules))
     try:
         await _generate(prompt, request_id, options, sampler, growing)
@@ -188,6 +191,9 @@ async def _judgement(
         if there == judgement.num_scored:
             return judgement
         upto = min(there, judgement.num_scored + rules.max_span_tokens)
+        if upto < there or growing.finish is None:
+            block_end = upto - (growing.num_prompt + upto) % rules.block_tokens
+            upto = block_end if block_end > judgement.num_scored else upto
         span = _span(growing, judgement.num_scored, upto, rules.specials)
         try:
             scores = await session.append(span)

@@ -128,6 +128,7 @@ def describe(config: TeacherConfig, engine: ScoringEngine, tokenizer: Any) -> Te
         max_sessions=config.max_sessions,
         max_append_tokens=config.max_append_tokens,
         server_version=__version__,
+        block_tokens=served.block_tokens,
     )
 
 

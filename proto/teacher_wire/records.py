@@ -210,6 +210,9 @@ class TeacherInfo:
     max_append_tokens: int
     protocol_version: int = PROTOCOL_VERSION
     server_version: str = ""
+    block_tokens: int = 1
+    """An append that ends where prompt plus response is a multiple of this lets the next one begin
+    without computing a token again."""
 
 
 def slice_rows(rows: ScoreRows, start: int, stop: int) -> ScoreRows:

@@ -64,6 +64,8 @@ class EngineInfo:
     vocab_size: int
     max_context: int
     max_k: int
+    block_tokens: int = 1
+    """Reuse of earlier work ends at a multiple of this."""
 
 
 def check_query(query: ScoreQuery, info: EngineInfo) -> None:

@@ -93,6 +93,7 @@ class VllmEngine:
             vocab_size=config.vocab_size,
             max_context=max_context,
             max_k=min(max_k, config.vocab_size),
+            block_tokens=block_size,
         )
         self._llm: AsyncLLM | None = None
         self._request_ids = itertools.count()

@@ -190,11 +190,13 @@ def rules(
     specials: Sequence[int] = (),
     drop_when_absent: bool = False,
     max_span_tokens: int = 1000,
+    block_tokens: int = 1,
 ) -> RolloutRules:
     """Rules of a run, plain unless told."""
     return RolloutRules(
         chunk_tokens=chunk_tokens,
         max_span_tokens=max_span_tokens,
+        block_tokens=block_tokens,
         specials=SpecialTokens(specials, first_only=True),
         drop_when_absent=drop_when_absent,
     )

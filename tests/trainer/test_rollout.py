@@ -80,6 +80,7 @@ async def test_rollout_holds_what_was_sampled_and_what_the_teacher_said() -> Non
     stop_after=st.none() | st.integers(1, 40),
     truncate_at=st.none() | st.integers(1, 40),
     max_span_tokens=st.integers(12, 20),
+    block_tokens=st.integers(1, 9),
 )
 def test_spans_cover_every_kept_token_exactly_once_whatever_the_timing(
     max_tokens: int,
@@ -89,10 +90,13 @@ def test_spans_cover_every_kept_token_exactly_once_whatever_the_timing(
     stop_after: int | None,
     truncate_at: int | None,
     max_span_tokens: int,
+    block_tokens: int,
 ) -> None:
     sampler = InMemorySampler(tokens_per_delta=tokens_per_delta, stop_after=stop_after)
     session = ScriptedSession(turns_per_append=turns_per_append, truncate_at=truncate_at)
-    run_rules = rules(chunk_tokens=chunk_tokens, max_span_tokens=max_span_tokens)
+    run_rules = rules(
+        chunk_tokens=chunk_tokens, max_span_tokens=max_span_tokens, block_tokens=block_tokens
+    )
     rollout = asyncio.run(roll(sampler, session, max_tokens=max_tokens, run_rules=run_rules))
     assert rollout is not None
 
@@ -149,6 +153,20 @@ async def test_span_is_never_longer_than_the_teacher_takes() -> None:
     session = ScriptedSession(turns_per_append=100)
     await roll(InMemorySampler(), session, run_rules=rules(max_span_tokens=7))
     assert [len(span) for span in session.spans] == [4, 7, 7, 7, 7, 7, 1]
+
+
+async def test_appends_end_on_the_teachers_blocks_until_the_response_ends() -> None:
+    session = ScriptedSession()
+    await roll(InMemorySampler(), session, run_rules=rules(chunk_tokens=8, block_tokens=8))
+    assert len(PROMPT.token_ids) == 2
+    ends = np.cumsum([len(span) for span in session.spans])
+    assert ends.tolist() == [6, 14, 22, 30, 38, 40]
+
+
+async def test_blocks_larger_than_a_chunk_do_not_hold_tokens_back() -> None:
+    session = ScriptedSession()
+    await roll(InMemorySampler(), session, run_rules=rules(chunk_tokens=4, block_tokens=64))
+    assert [len(span) for span in session.spans] == [4] * 10
 
 
 async def test_nothing_is_generated_after_the_student_ended() -> None:
