@@ -96,7 +96,8 @@ class TeacherSettings(Section):
     on_absent: Literal["wait", "drop", "fail"] = "wait"
     """When the teacher stays away: wait for it, drop the unscored rest of a rollout, or fail."""
     token_file: Path | None = None
-    """File with the bearer token alone; without it DRIFTLINE_TEACHER_TOKEN is used, if set."""
+    """File with the bearer token alone. Without it DRIFTLINE_TEACHER_TOKEN_FILE names the file, or
+    DRIFTLINE_TEACHER_TOKEN holds the token."""
     tls_ca: Path | None = None
     """PEM file of the CA of the teacher's certificate; without it there is no TLS."""
     tls_cert: Path | None = None

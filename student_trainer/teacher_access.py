@@ -18,6 +18,8 @@ from student_trainer.errors import ConfigError
 log = logging.getLogger(__name__)
 TOKEN_VARIABLE = "DRIFTLINE_TEACHER_TOKEN"
 """Holds the token when no file does."""
+TOKEN_FILE_VARIABLE = "DRIFTLINE_TEACHER_TOKEN_FILE"
+"""Names the file when the settings do not, as container platforms do for a secret."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,7 @@ class TeacherAccess:
         token, source = self.token, TOKEN_VARIABLE
         if self.token_file is not None:
             token = _read("token_file", self.token_file).decode("utf-8", "replace").strip()
-            source = f"teacher.token_file {self.token_file}"
+            source = f"teacher.token_file {str(self.token_file)!r}"
             if not token:
                 raise ConfigError(f"{source} is empty, must hold a token")
         if not token:
