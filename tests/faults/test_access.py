@@ -165,10 +165,12 @@ async def test_health_needs_no_token(guarded: Server) -> None:
 
 
 async def test_a_stream_that_writes_at_once_still_sees_why_it_is_refused(guarded: Server) -> None:
-    hello = pb.Hello(protocol_version=1)
+    # More than flow control lets through at once, so that the client is still writing when the
+    # refusal would come, were the message not read.
+    hello = pb.Hello(protocol_version=1, run_id="x" * (2 << 20))
     async with grpc.aio.insecure_channel(guarded.grpc_address) as channel:
-        for metadata in [metadata_of(BAD_HEADERS["wrong token"])] * 100:
-            raw = Raw(channel, metadata)
+        for _ in range(30):
+            raw = Raw(channel, metadata_of(BAD_HEADERS["wrong token"]))
             await raw.send(hello=hello)
             assert type(await raw.failure()) is UnauthenticatedError
 
