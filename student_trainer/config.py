@@ -95,6 +95,23 @@ class TeacherSettings(Section):
     connect_timeout_s: float = Field(60.0, gt=0)
     on_absent: Literal["wait", "drop", "fail"] = "wait"
     """When the teacher stays away: wait for it, drop the unscored rest of a rollout, or fail."""
+    token_file: Path | None = None
+    """File with the bearer token alone. Without it DRIFTLINE_TEACHER_TOKEN_FILE names the file, or
+    DRIFTLINE_TEACHER_TOKEN holds the token."""
+    tls_ca: Path | None = None
+    """PEM file of the CA of the teacher's certificate; without it there is no TLS."""
+    tls_cert: Path | None = None
+    """PEM file of the trainer's own certificate, for a teacher with mutual TLS."""
+    tls_key: Path | None = None
+    """PEM file of its private key."""
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key must be given together")
+        if self.tls_cert is not None and self.tls_ca is None:
+            raise ValueError("tls_cert needs tls_ca: without it there is no TLS")
+        return self
 
 
 class SpecialTokenSettings(Section):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,6 +18,7 @@ from student_trainer.rollout import RolloutRules
 from student_trainer.samplers.base import Sampler
 from student_trainer.samplers.hf_sampler import HfSampler
 from student_trainer.samplers.vllm_sampler import VllmSampler
+from student_trainer.teacher_access import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, TeacherAccess
 from student_trainer.teacher_client import TeacherClient
 from teacher_wire.fingerprint import tokenizer_fingerprint
 from teacher_wire.records import (
@@ -101,6 +105,7 @@ async def connect(
         run_id=config.run.out.name,
         connect_timeout_s=config.teacher.connect_timeout_s,
         on_absent="wait" if config.teacher.on_absent == "wait" else "error",
+        access=teacher_access(config),
     )
     try:
         check_limits(config, client.info)
@@ -108,6 +113,18 @@ async def connect(
         await client.aclose()
         raise
     return client
+
+
+def teacher_access(config: TrainerConfig) -> TeacherAccess:
+    """Token and certificates; nothing is read yet but the environment."""
+    token_file = os.environ.get(TOKEN_FILE_VARIABLE)
+    return TeacherAccess(
+        token_file=config.teacher.token_file or (Path(token_file) if token_file else None),
+        token=os.environ.get(TOKEN_VARIABLE, ""),
+        tls_ca=config.teacher.tls_ca,
+        tls_cert=config.teacher.tls_cert,
+        tls_key=config.teacher.tls_key,
+    )
 
 
 def check_limits(config: TrainerConfig, info: TeacherInfo) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.patience import BrokenStreamError, Patience, RetryLimits, backoff_s
+from student_trainer.teacher_access import TeacherAccess
 from student_trainer.teacher_stream import Handshake, TeacherStream
 from teacher_wire import codec
 from teacher_wire.errors import (
@@ -89,10 +90,12 @@ class TeacherClient:
         on_absent: OnAbsent = "error",
         credit_bytes: int = 32 << 20,
         limits: RetryLimits | None = None,
+        access: TeacherAccess | None = None,
     ) -> TeacherClient:
         """A client after its first handshake.
 
-        Raises FingerprintMismatchError when the teacher speaks of other tokens, NotReadyError
+        Raises FingerprintMismatchError when the teacher speaks of other tokens,
+        UnauthenticatedError or PermissionDeniedError when it turns this trainer away, NotReadyError
         naming the endpoints when none is ready within connect_timeout_s.
         """
         handshake = Handshake(
@@ -100,6 +103,7 @@ class TeacherClient:
             vocab_size=vocab_size,
             run_id=run_id,
             credit_bytes=credit_bytes,
+            access=access or TeacherAccess(),
         )
         client = cls(
             endpoints,

@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 
 from student_trainer.patience import BrokenStreamError
+from student_trainer.teacher_access import TeacherAccess
 from teacher_wire import codec
 from teacher_wire.errors import EngineError, NotReadyError, TeacherError
 from teacher_wire.pb import teacher_pb2 as pb
@@ -46,6 +47,7 @@ class Handshake:
     run_id: str
     credit_bytes: int = 32 << 20
     """Bytes of scores that may be on their way to this trainer."""
+    access: TeacherAccess = field(default_factory=TeacherAccess)
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +70,8 @@ class TeacherStream:
         self.broken: TeacherError | None = None
         """Why the stream ended."""
         self._handshake = handshake
-        self._channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+        self._metadata = handshake.access.metadata()
+        self._channel = handshake.access.channel(endpoint, CHANNEL_OPTIONS)
         self._stub = pb_grpc.TeacherServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._call: Any = None
         self._welcome: asyncio.Future[TeacherInfo] = asyncio.get_running_loop().create_future()
@@ -84,8 +87,9 @@ class TeacherStream:
     ) -> tuple[TeacherStream, TeacherInfo]:
         """A stream after its handshake, and what the server serves.
 
-        Raises FingerprintMismatchError when the server refuses, NotReadyError when it is absent,
-        loading or silent.
+        Raises FingerprintMismatchError, UnauthenticatedError or PermissionDeniedError when the
+        server refuses, NotReadyError when it is absent, loading or silent, ConfigError when a file
+        of the access cannot be used.
         """
         stream = cls(endpoint, handshake)
         try:
@@ -106,7 +110,7 @@ class TeacherStream:
 
     async def _shake_hands(self, timeout_s: float) -> TeacherInfo:
         await self._wait_until_connected(timeout_s)
-        self._call = self._stub.Session()
+        self._call = self._stub.Session(metadata=self._metadata)
         hello = pb.Hello(
             protocol_version=PROTOCOL_VERSION,
             tokenizer_fingerprint=self._handshake.tokenizer_fingerprint,
@@ -129,7 +133,7 @@ class TeacherStream:
         state = self._channel.get_state(try_to_connect=True)
         while state is not grpc.ChannelConnectivity.READY:
             if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-                raise NotReadyError(f"no teacher listens at {self.endpoint}")
+                raise NotReadyError(await self._absence())
             left = give_up - asyncio.get_running_loop().time()
             try:
                 await asyncio.wait_for(self._channel.wait_for_state_change(state), max(left, 0.0))
@@ -137,6 +141,14 @@ class TeacherStream:
                 text = f"no teacher answers at {self.endpoint} within {timeout_s:.1f} s"
                 raise NotReadyError(text) from None
             state = self._channel.get_state(try_to_connect=True)
+
+    async def _absence(self) -> str:
+        """Why there is no connection, in gRPC's words: the channel's state says nothing of TLS."""
+        try:
+            await self._stub.GetInfo(pb.GetInfoRequest(), timeout=1.0)
+        except grpc.aio.AioRpcError as error:
+            return f"no teacher listens at {self.endpoint}: {error.details()}"
+        return f"no teacher listens at {self.endpoint}"
 
     async def exchange(
         self, session_id: str, requests: Sequence[pb.SessionRequest]
@@ -159,7 +171,7 @@ class TeacherStream:
         """The chunks of one Score call. Raises BrokenStreamError when the channel is closed."""
         self._num_calls += 1
         try:
-            return [chunk async for chunk in self._stub.Score(request)]
+            return [chunk async for chunk in self._stub.Score(request, metadata=self._metadata)]
         except grpc.aio.AioRpcError as error:
             raise decode_status(error) from error
         except asyncio.CancelledError:

@@ -16,22 +16,25 @@ import os
 import signal
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
-import uvicorn
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from teacher_server import __version__, http_api
+from teacher_server.auth import Access
 from teacher_server.config import TeacherConfig
 from teacher_server.engine.base import ScoringEngine
 from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
 from teacher_server.engine.self_test import self_test
+from teacher_server.http_edge import DEFAULT_TENANT
+from teacher_server.http_server import http_server
+from teacher_server.interceptors import AccessInterceptor
 from teacher_server.metrics import Metrics
 from teacher_server.scheduler import Scheduler, SchedulerLimits
 from teacher_server.server_options import SERVER_OPTIONS
@@ -132,14 +135,6 @@ def describe(config: TeacherConfig, engine: ScoringEngine, tokenizer: Any) -> Te
     )
 
 
-class _HttpServer(uvicorn.Server):
-    """uvicorn without signal handlers of its own: the process has one set, in `serve`."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 @dataclass(slots=True)
 class _State:
     """What of the server changes while it runs."""
@@ -159,10 +154,16 @@ class TeacherApp:
     """One server: its parts and what happens to them from start to end."""
 
     def __init__(
-        self, config: TeacherConfig, engine: ScoringEngine, info: TeacherInfo, tokenizer: Any
+        self,
+        config: TeacherConfig,
+        engine: ScoringEngine,
+        info: TeacherInfo,
+        tokenizer: Any,
+        access: Access,
     ) -> None:
         self._config = config
         self._engine = engine
+        self._access = access
         self._state = _State()
         self._stop = asyncio.Event()
         self._signalled_at = 0.0
@@ -188,6 +189,7 @@ class TeacherApp:
             limits=StreamLimits(
                 max_reply_bytes=config.max_reply_bytes, slow_client_s=config.slow_client_s
             ),
+            caller=self._access.tenant_of,
         )
         deps = http_api.HttpDeps(
             info=info,
@@ -195,18 +197,14 @@ class TeacherApp:
             ready=lambda: self._state.ready,
             metrics=metrics,
             tokenizer=tokenizer,
+            authenticate=self._http_tenant if self._access.required else None,
+            open_metrics=config.open_metrics,
         )
-        self._http = _HttpServer(
-            uvicorn.Config(
-                http_api.create_app(deps),
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=2,
-            )
-        )
+        tls = self._access.tls
+        self._http = http_server(http_api.create_app(deps), tls and tls.http_context())
         self._health = health_aio.HealthServicer()
-        self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        guard = AccessInterceptor(self._access.admit, metrics=metrics)
+        self._grpc = grpc.aio.server(interceptors=[guard], options=SERVER_OPTIONS)
         pb_grpc.add_TeacherServiceServicer_to_server(self._service, self._grpc)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if config.reflection:
@@ -237,7 +235,11 @@ class TeacherApp:
     def _bind_grpc(self) -> str:
         address = _address(self._config.host, self._config.grpc_port)
         try:
-            port = self._grpc.add_insecure_port(address)
+            if self._access.tls is None:
+                port = self._grpc.add_insecure_port(address)
+            else:
+                credentials = self._access.tls.grpc_credentials()
+                port = self._grpc.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise StartError(f"gRPC cannot listen on {address}: {error}") from error
         if port == 0:
@@ -261,6 +263,16 @@ class TeacherApp:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        if self._access.has_files:
+            loop.add_signal_handler(signal.SIGHUP, self._refresh_access, True)
+
+    def _http_tenant(self, authorization: Sequence[str], certificate_name: str | None) -> str:
+        return self._access.tenant_of(authorization, certificate_name, DEFAULT_TENANT)
+
+    def _refresh_access(self, force: bool = False) -> None:
+        """Reads changed files of tenants and TLS; ends streams that are not allowed any more."""
+        self._access.poll(force=force)
+        self._service.recheck()
 
     def _on_signal(self, number: int) -> None:
         now = asyncio.get_running_loop().time()
@@ -317,6 +329,7 @@ class TeacherApp:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), _WATCH_INTERVAL_S)
             self._sessions.expire()
+            self._refresh_access()
             age_s = self._scheduler.oldest_running_s()
             stalled = age_s > self._config.engine_stall_s
             if stalled != self._state.stalled:
@@ -347,11 +360,12 @@ def _address(host: str, port: int) -> str:
 
 
 async def serve(config: TeacherConfig) -> int:
-    """Builds and runs a server; returns its exit code. Raises StartError."""
+    """Builds and runs a server; returns its exit code. Raises StartError and ConfigError."""
+    access = Access.from_config(config)
     try:
         engine = await asyncio.to_thread(build_engine, config)
         tokenizer = await asyncio.to_thread(load_tokenizer, config)
         info = await asyncio.to_thread(describe, config, engine, tokenizer)
     except (TeacherError, OSError) as error:
         raise StartError(f"cannot read the checkpoint {config.model!r}: {error}") from error
-    return await TeacherApp(config, engine, info, tokenizer).run()
+    return await TeacherApp(config, engine, info, tokenizer, access).run()

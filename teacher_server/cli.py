@@ -1,4 +1,4 @@
-"""`teacher-server serve | probe | show-config`. Only the chosen command's modules are imported."""
+"""`teacher-server serve | probe | token | show-config`. Imports only what the command needs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from teacher_server.config import ConfigError, TeacherConfig, add_flags, load_config, to_toml
+
+if TYPE_CHECKING:
+    import grpc
 
 EXIT_CONFIG = 2
 PROBE_SERVING, PROBE_NOT_SERVING, PROBE_UNREACHABLE = 0, 1, 2
@@ -28,6 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--address", default="127.0.0.1:50051", help="gRPC address of the server")
     probe.add_argument("--timeout-s", type=float, default=3.0, help="time to answer")
+    probe.add_argument("--tls-ca", help="PEM file of the CA of the server's certificate: use TLS")
+    probe.add_argument("--tls-cert", help="PEM file of a client certificate, for mutual TLS")
+    probe.add_argument("--tls-key", help="PEM file of its key")
+    probe.add_argument("--tls-name", help="name in the server's certificate, when not the address")
+    token = commands.add_parser("token", help="make a bearer token; it is printed this once")
+    token.add_argument("name", help="name of the tenant")
     return parser
 
 
@@ -35,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     arguments = build_parser().parse_args(argv)
     if arguments.command == "probe":
-        return _probe(arguments.address, arguments.timeout_s)
+        return _probe(arguments)
     try:
+        if arguments.command == "token":
+            return _token(arguments.name)
         config, sources = load_config(vars(arguments), os.environ)
     except ConfigError as error:
         print(f"teacher-server: {error}", file=sys.stderr)
@@ -63,28 +76,58 @@ def _serve(config: TeacherConfig) -> int:
     try:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             return runner.run(serve(config))
-    except StartError as error:
+    except (StartError, ConfigError) as error:
         print(f"teacher-server: {error}", file=sys.stderr)
         return EXIT_CONFIG
 
 
-def _probe(address: str, timeout_s: float) -> int:
+def _token(name: str) -> int:
+    from teacher_server.tenants_file import new_token
+
+    token, lines = new_token(name)
+    print(f"# for the trainer, shown this once: its teacher.token_file\n{token}\n")
+    print(f"# for the tenants file of the teacher\n{lines}", end="")
+    return 0
+
+
+def _probe(arguments: argparse.Namespace) -> int:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from teacher_server.service import SERVICE_NAME
 
-    with grpc.insecure_channel(address) as channel:
+    address = arguments.address
+    try:
+        channel = _probe_channel(arguments)
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        return PROBE_UNREACHABLE
+    with channel:
         stub = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=SERVICE_NAME)
         try:
-            status = stub.Check(request, timeout=timeout_s).status
+            status = stub.Check(request, timeout=arguments.timeout_s).status
         except grpc.RpcError as error:
             print(f"{address}: {error.details() or error.code().name}", file=sys.stderr)
             return PROBE_UNREACHABLE
     print(f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(status)}")
     serving = status == health_pb2.HealthCheckResponse.SERVING
     return PROBE_SERVING if serving else PROBE_NOT_SERVING
+
+
+def _probe_channel(arguments: argparse.Namespace) -> grpc.Channel:
+    """A channel as the flags say. Raises OSError for a file that cannot be read."""
+    import grpc
+
+    if not arguments.tls_ca:
+        return grpc.insecure_channel(arguments.address)
+    files = (arguments.tls_ca, arguments.tls_key, arguments.tls_cert)
+    pems = [Path(name).read_bytes() if name else None for name in files]
+    name = arguments.tls_name
+    options = [("grpc.ssl_target_name_override", name)] if name else []
+    return grpc.secure_channel(
+        arguments.address, grpc.ssl_channel_credentials(*pems), options=options
+    )
 
 
 if __name__ == "__main__":

@@ -73,7 +73,14 @@ class TeacherConfig:
     host: str = setting("127.0.0.1", "address to listen on")
     grpc_port: int = setting(50051, "port of gRPC, 0 for a free one", low=0, high=65535)
     http_port: int = setting(8080, "port of HTTP, 0 for a free one", low=0, high=65535)
-    insecure: bool = setting(False, "listen beyond loopback without authentication")
+    insecure: bool = setting(
+        False, "listen beyond loopback without authentication or without encryption"
+    )
+    tenants_file: str = setting("", "TOML file of tenants and their tokens; empty: no tokens")
+    open_metrics: bool = setting(False, "serve /metrics without a token")
+    tls_cert: str = setting("", "PEM file of the server's certificate chain; empty: no TLS")
+    tls_key: str = setting("", "PEM file of its private key")
+    tls_client_ca: str = setting("", "PEM file of the CA whose certificates clients must show")
     reflection: bool = setting(True, "serve gRPC reflection")
     max_sessions: int = setting(4096, "open sessions", low=1)
     session_ttl_s: float = setting(600.0, "idle time after which a session ends, s", low=0.1)
@@ -102,11 +109,26 @@ class TeacherConfig:
             raise ConfigError(
                 f"cpu_cores is {self.cpu_cores!r}, must be like '0' or '2,3', or auto"
             )
+        if bool(self.tls_cert) != bool(self.tls_key):
+            given, other = ("cert", "key") if self.tls_cert else ("key", "cert")
+            raise ConfigError(f"tls_{other} is empty, must be given with tls_{given}")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("tls_cert is empty, must be given with tls_client_ca")
         if not self.insecure and not is_loopback(self.host):
-            raise ConfigError(
-                f"host is {self.host!r}, must be a loopback address: there is no authentication; "
-                "insecure = true listens there all the same"
-            )
+            self._refuse_open_network()
+
+    def _refuse_open_network(self) -> None:
+        # A token that crosses a network in the clear is everybody's, so it does not count either.
+        if not self.tenants_file and not self.tls_client_ca:
+            missing = "authentication (tenants_file or tls_client_ca)"
+        elif not self.tls_cert:
+            missing = "encryption (tls_cert)"
+        else:
+            return
+        raise ConfigError(
+            f"host is {self.host!r}, must be a loopback address: there is no {missing}; "
+            "insecure = true listens there all the same"
+        )
 
 
 _FIELDS = {entry.name: entry for entry in fields(TeacherConfig)}

@@ -32,7 +32,13 @@ from teacher_server.analysis import (
     refuse_non_finite,
     report_to_json,
 )
-from teacher_server.http_edge import EXCEPTION_HANDLERS, MAX_BODY_BYTES, HttpEdge
+from teacher_server.http_edge import (
+    EXCEPTION_HANDLERS,
+    MAX_BODY_BYTES,
+    METRICS_PATH,
+    Authenticate,
+    HttpEdge,
+)
 from teacher_server.metrics import CONTENT_TYPE, Metrics
 from teacher_wire.errors import InvalidRequestError, NotReadyError
 from teacher_wire.records import (
@@ -78,8 +84,10 @@ class HttpDeps:
     metrics: Metrics
     tokenizer: Tokenizer | None
     """None: texts are refused, token ids still work."""
-    authenticate: Callable[[str | None], str] | None = None
-    """Authorization header -> tenant, for every path under /v1/; raises UnauthenticatedError."""
+    authenticate: Authenticate | None = None
+    """Who asks, for every path but the open ones of the edge."""
+    open_metrics: bool = False
+    """/metrics is open too."""
 
 
 class ArrayEncoding(Enum):
@@ -204,6 +212,7 @@ def create_app(deps: HttpDeps, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
         HttpEdge,
         metrics=deps.metrics,
         authenticate=deps.authenticate,
+        open_metrics=deps.open_metrics,
         max_body_bytes=max_body_bytes,
     )
     return app
@@ -230,7 +239,7 @@ def _plain_routes(deps: HttpDeps) -> APIRouter:
             raise NotReadyError("the teacher is loading or draining", retry_after_ms=1000)
         return {"status": "ready"}
 
-    @router.get("/metrics")
+    @router.get(METRICS_PATH)
     async def prometheus() -> Response:
         """Prometheus text format."""
         return Response(deps.metrics.render(), media_type=CONTENT_TYPE)

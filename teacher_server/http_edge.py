@@ -14,7 +14,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Request, Response
@@ -42,6 +42,12 @@ MAX_BODIES_IN_FLIGHT = 32
 """Requests with a body served at once; with MAX_BODY_BYTES this bounds the memory they hold."""
 DEFAULT_TENANT = "http"
 """Tenant of every request when nothing authenticates."""
+Authenticate = Callable[[Sequence[str], str | None], str]
+"""Authorization headers and common name of the client's certificate ("" if it has none, None
+without a certificate) -> tenant. Raises UnauthenticatedError or PermissionDeniedError."""
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
+"""Probes, and the page: it is the same for everybody and asks for the token itself."""
+METRICS_PATH = "/metrics"
 
 _UNROUTED = "unrouted"
 """Route in the metrics of what no route matches, or what is refused before that is known."""
@@ -63,12 +69,14 @@ class HttpEdge:
         app: ASGIApp,
         *,
         metrics: Metrics,
-        authenticate: Callable[[str | None], str] | None,
+        authenticate: Authenticate | None,
+        open_metrics: bool,
         max_body_bytes: int,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._authenticate = authenticate
+        self._open_paths = OPEN_PATHS | {METRICS_PATH} if open_metrics else OPEN_PATHS
         self._max_body_bytes = max_body_bytes
         self._bodies_in_flight = 0
 
@@ -106,9 +114,11 @@ class HttpEdge:
 
     async def _serve(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         tenant = DEFAULT_TENANT
-        if self._authenticate is not None and scope["path"].startswith("/v1/"):
-            tenant = self._authenticate(headers.get("authorization"))
-        scope["state"]["tenant"] = tenant
+        state = scope["state"]
+        if self._authenticate is not None and scope["path"] not in self._open_paths:
+            name = state.get("certificate_name")
+            tenant = self._authenticate(headers.getlist("authorization"), name)
+        state["tenant"] = tenant
         if scope["method"] in ("GET", "HEAD"):
             await self._app(scope, receive, send)
             return

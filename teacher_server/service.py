@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 import grpc
 
+from teacher_server.interceptors import authorization_of, certificate_name_of
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import Context, SessionStream, StreamLimits
 from teacher_wire import codec
@@ -25,6 +26,7 @@ from teacher_wire.errors import (
     InvalidRequestError,
     NotReadyError,
     TeacherError,
+    UnauthenticatedError,
     code_of,
 )
 from teacher_wire.pb import teacher_pb2 as pb
@@ -36,6 +38,8 @@ log = logging.getLogger(__name__)
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 DEFAULT_TENANT = "default"
 MAX_RUN_ID_BYTES = 256
+TenantOf = Callable[[Sequence[str], str | None, str], str]
+"""Authorization headers, common name of the certificate, run_id -> tenant; raises TeacherError."""
 
 
 class ServiceMetrics(Protocol):
@@ -59,14 +63,17 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         metrics: ServiceMetrics,
         ready: Callable[[], bool] = lambda: True,
         limits: StreamLimits | None = None,
+        caller: TenantOf = lambda _authorization, _certificate_name, run_id: run_id,
     ) -> None:
         """While `ready` is False every scoring call is refused with NotReadyError."""
+        self._caller = caller
         self._info = info
         self._sessions = sessions
         self._metrics = metrics
         self._ready = ready
         self._limits = limits or StreamLimits()
-        self._streams: set[SessionStream] = set()
+        self._streams: dict[SessionStream, Callable[[], None]] = {}
+        """Each with the question whether its caller may still call."""
         self._num_calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -80,6 +87,14 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         except TimeoutError:
             return False
         return True
+
+    def recheck(self) -> None:
+        """Ends the streams of callers that may not call any more: tokens expire and are revoked."""
+        for stream, check in list(self._streams.items()):
+            try:
+                check()
+            except TeacherError as error:
+                stream.end(error)
 
     async def GetInfo(
         self,
@@ -102,7 +117,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                 codec.decode_span(request.span),
                 options,
                 codec.decode_policy(request.policy),
-                tenant=tenant_of(request.run_id),
+                tenant=self._tenant(context, request.run_id),
                 deadline_s=context.time_remaining(),
             )
             for chunk in codec.encode_score_responses(scores, options.logprob_dtype):
@@ -123,19 +138,28 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                 raise InvalidRequestError(f"the first message is {kind}, must be hello")
             hello = first.hello
             check_hello(hello, self._info)
+            tenant = self._tenant(context, hello.run_id)
             stream = SessionStream(
                 context,
                 self._sessions,
-                tenant=tenant_of(hello.run_id),
+                tenant=tenant,
                 credit_bytes=hello.credit_bytes,
                 limits=self._limits,
                 metrics=self._metrics,
             )
-            self._streams.add(stream)
+            self._streams[stream] = lambda: self._check(context, hello.run_id, tenant)
             try:
                 await stream.run(request_iterator, codec.encode_info(self._info))
             finally:
-                self._streams.discard(stream)
+                del self._streams[stream]
+
+    def _tenant(self, context: grpc.aio.ServicerContext[Any, Any], run_id: str) -> str:
+        authorization = authorization_of(context.invocation_metadata())
+        return self._caller(authorization, certificate_name_of(context), tenant_of(run_id))
+
+    def _check(self, context: grpc.aio.ServicerContext[Any, Any], run_id: str, tenant: str) -> None:
+        if self._tenant(context, run_id) != tenant:
+            raise UnauthenticatedError("the credentials now stand for another tenant")
 
     def _refuse_unless_ready(self) -> None:
         if not self._ready():
@@ -174,7 +198,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
 
 
 def tenant_of(run_id: str) -> str:
-    """Whose share a call counts against."""
+    """Whose share a call counts against where nobody is authenticated."""
     size = len(run_id.encode())
     if size > MAX_RUN_ID_BYTES:
         raise InvalidRequestError(f"run_id has {size} bytes, the limit is {MAX_RUN_ID_BYTES}")

@@ -91,8 +91,8 @@ class Session:
 
     @property
     def engine_name(self) -> str:
-        """Name of the session for the engine; tenants do not see each other's."""
-        return f"{self.tenant}/{self.session_id}"
+        """Name of the session for the engine; no two tenants share one, whatever their names."""
+        return f"{len(self.tenant)}:{self.tenant}/{self.session_id}"
 
     def rewind(self, offset: int) -> None:
         """Forgets the tokens from `offset` on."""

@@ -152,6 +152,10 @@ class SessionStream:
         if not self._over.done():
             self._over.set_result(None)
 
+    def end(self, error: TeacherError) -> None:
+        """Ends the stream with this error; its sessions stay."""
+        self._cut(error)
+
     def _cut(self, error: TeacherError) -> None:
         if not self._over.done():
             self._over.set_exception(error)

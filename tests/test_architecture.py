@@ -137,8 +137,29 @@ RULES = [
             "metrics",
             "http_api",
             "http_edge",
+            "http_server",
             "config",
+            "auth",
+            "interceptors",
+            "secret_files",
+            "tenants",
+            "tenants_file",
+            "tls",
         )
+    ),
+    *(
+        Rule(
+            modules=f"teacher_server.{name}",
+            never="grpc fastapi uvicorn teacher_server.service teacher_server.http_edge",
+            why="who may call is independent of transport",
+        )
+        for name in ("auth", "secret_files", "tenants", "tenants_file")
+    ),
+    Rule(
+        modules="teacher_server.interceptors",
+        never="teacher_server.auth teacher_server.tenants_file teacher_server.config "
+        "teacher_wire.pb teacher_wire.codec",
+        why="it decodes nothing and knows no secret",
     ),
     Rule(modules="teacher_server.engine.base", never=f"{TORCH} grpc", why="the seam is free"),
     Rule(

@@ -45,7 +45,9 @@ TRAINER_SETTINGS = {
     ),
     "special_tokens": "occurrences tokens",
     "student": "device dtype model",
-    "teacher": "connect_timeout_s endpoints k logprob_dtype on_absent",
+    "teacher": (
+        "connect_timeout_s endpoints k logprob_dtype on_absent tls_ca tls_cert tls_key token_file"
+    ),
     "weights.block_gate": "aggregate block_size granularity max_span min_span newline_tokens tau",
     "weights.entropy_top": "ratio",
     "weights.importance_ratio": "granularity max_ratio min_ratio mode",
@@ -59,7 +61,8 @@ evict_idle_s fake_latency_s fake_tokens_per_s fake_vocab_size gpu_memory_utiliza
 head_dtype hf_sessions host http_port insecure kv_cache_gib log_level max_append_tokens max_context
 max_k
 max_num_batched_tokens max_num_seqs max_queued_tokens max_reply_bytes max_running max_sessions
-model ready_file reflection revision self_test session_ttl_s slow_client_s tensor_parallel_size
+model open_metrics ready_file reflection revision self_test session_ttl_s slow_client_s
+tenants_file tensor_parallel_size tls_cert tls_client_ca tls_key
 tokenizer
 """
 MESSAGES = {

@@ -4,6 +4,7 @@ TeacherError
 ├── InvalidRequestError      bad ids, shapes, k or length; the message names value and limit
 ├── FingerprintMismatchError another tokenizer, vocabulary or protocol version
 ├── UnauthenticatedError     no token, or a wrong one
+├── PermissionDeniedError    known, but not allowed to do this
 ├── SessionNotFoundError     expired, evicted or never opened: re-open with the full prefix
 ├── SessionOffsetError       append at the wrong position: rewind to expected_offset
 ├── CapacityError            sessions, tokens or queue are full: try again after the hint
@@ -50,6 +51,10 @@ class UnauthenticatedError(TeacherError):
     """No credentials, or wrong ones."""
 
 
+class PermissionDeniedError(TeacherError, PermissionError):
+    """The caller is known and may not do this."""
+
+
 class SessionNotFoundError(TeacherError, LookupError):
     """The server holds no such session."""
 
@@ -91,6 +96,7 @@ ERROR_CODES: dict[type[TeacherError], ErrorCode] = {
     InvalidRequestError: ErrorCode(StatusCode.INVALID_ARGUMENT, 400, False),
     FingerprintMismatchError: ErrorCode(StatusCode.FAILED_PRECONDITION, 412, False),
     UnauthenticatedError: ErrorCode(StatusCode.UNAUTHENTICATED, 401, False),
+    PermissionDeniedError: ErrorCode(StatusCode.PERMISSION_DENIED, 403, False),
     SessionNotFoundError: ErrorCode(StatusCode.NOT_FOUND, 404, True),
     SessionOffsetError: ErrorCode(StatusCode.ABORTED, 409, True),
     CapacityError: ErrorCode(StatusCode.RESOURCE_EXHAUSTED, 429, True),

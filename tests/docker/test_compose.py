@@ -15,6 +15,7 @@ import yaml
 
 from student_trainer import cli as trainer_cli
 from student_trainer.config import load_config as load_trainer_config
+from student_trainer.from_config import teacher_access
 from teacher_server import cli as teacher_cli
 from teacher_server.config import load_config as load_teacher_config
 
@@ -26,6 +27,8 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 TEACHERS = [name for name in SERVICES if name.startswith("teacher")]
 TRAINERS = [name for name in SERVICES if name.startswith("trainer")]
 NAMES = ["teacher", "trainer"]
+TOKENS_TEXT = (ROOT / "docker" / "tokens.yml").read_text()
+TOKENS: dict[str, Any] = yaml.safe_load(TOKENS_TEXT)
 
 
 def interpolated(text: str) -> str:
@@ -64,7 +67,7 @@ def arguments(name: str) -> list[str]:
     return ["teacher-server", *command]
 
 
-@pytest.mark.parametrize("text", [COMPOSE_TEXT, interpolated(COMPOSE_TEXT)])
+@pytest.mark.parametrize("text", [COMPOSE_TEXT, interpolated(COMPOSE_TEXT), TOKENS_TEXT])
 def test_the_compose_file_fits_the_specification(text: str) -> None:
     try:
         carrier = metadata.distribution("check-jsonschema")
@@ -282,3 +285,30 @@ def test_bind_mounts_exist() -> None:
                 assert (ROOT / source).is_dir()
             else:
                 assert source in COMPOSE["volumes"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_tokens_are_secrets_that_the_programs_look_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = TOKENS["services"][name]
+    (secret,) = service["secrets"]
+    ((variable, path),) = service["environment"].items()
+    assert path == f"/run/secrets/{secret}"
+    assert interpolated(TOKENS["secrets"][secret]["file"]).startswith("./secrets/")
+    if name in TEACHERS:
+        config, _ = load_teacher_config({"engine": "fake"}, {variable: path})
+        assert config.tenants_file == path
+    else:
+        (tmp_path / "token").write_text("abc")
+        monkeypatch.setenv(variable, str(tmp_path / "token"))
+        words = arguments(name)[1:]
+        parsed = trainer_cli._parser().parse_args(words)
+        config_of_trainer = load_trainer_config(ROOT / parsed.config, parsed.set)
+        assert teacher_access(config_of_trainer).metadata() == (("authorization", "Bearer abc"),)
+
+
+def test_secrets_are_neither_committed_nor_sent_to_docker() -> None:
+    assert set(TOKENS["services"]) == set(SERVICES)
+    assert "secrets/" in (ROOT / ".gitignore").read_text().splitlines()
+    assert not is_sent_to_docker("secrets")

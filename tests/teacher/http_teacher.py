@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -74,7 +73,7 @@ class Teacher:
         self,
         *,
         has_tokenizer: bool = True,
-        authenticate: Callable[[str | None], str] | None = None,
+        authenticate: http_edge.Authenticate | None = None,
         max_body_bytes: int = http_edge.MAX_BODY_BYTES,
     ) -> None:
         self.engine = FakeEngine(vocab_size=V, max_k=V)

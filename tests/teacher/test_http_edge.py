@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import httpx
@@ -131,8 +131,8 @@ async def test_requests_past_the_bound_are_turned_away_with_a_hint(
 
 
 async def test_v1_needs_the_token_and_names_the_tenant() -> None:
-    def authenticate(header: str | None) -> str:
-        if header != "Bearer good":
+    def authenticate(headers: Sequence[str], _certificate_name: str | None) -> str:
+        if headers != ["Bearer good"]:
             raise UnauthenticatedError("no or wrong token")
         return "team-a"
 
@@ -150,8 +150,9 @@ async def test_v1_needs_the_token_and_names_the_tenant() -> None:
     headers = {"authorization": "Bearer good"}
     assert (await teacher.client.post("/v1/score", json=body, headers=headers)).status_code == 200
     assert 'teacher_tokens_scored_total{tenant="team-a"} 6.0' in teacher.metrics.render().decode()
-    for path in ("/", "/healthz", "/readyz", "/metrics"):
+    for path in ("/", "/healthz", "/readyz"):
         assert (await teacher.client.get(path)).status_code == 200
+    assert (await teacher.client.get("/metrics")).status_code == 401
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,13 @@ OTHER_VALUES: dict[str, Any] = {
     "cpu_cores": "2,3",
 }
 
+NEEDS: dict[str, dict[str, str]] = {
+    "tls_cert": {"TEACHER_TLS_KEY": "k"},
+    "tls_key": {"TEACHER_TLS_CERT": "c"},
+    "tls_client_ca": {"TEACHER_TLS_CERT": "c", "TEACHER_TLS_KEY": "k"},
+}
+"""Settings that another one needs beside it."""
+
 
 def other_value(name: str, default: Any) -> Any:
     if name in OTHER_VALUES:
@@ -65,6 +72,7 @@ def test_every_setting_has_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
         else:
             arguments = [flag, word]
         base = {"TEACHER_ENGINE": "fake"} if entry.name != "engine" else {}
+        base |= NEEDS.get(entry.name, {})
         for flags, env, source in (
             (parse(*arguments), {}, "flag"),
             ({}, {f"TEACHER_{entry.name.upper()}": word}, "environment"),
@@ -94,7 +102,18 @@ def test_flags_win_over_variables_over_the_file(tmp_path: Path) -> None:
         ({"drain_s": float("nan")}, "drain_s is nan"),
         ({"engine": "jax"}, "engine is 'jax', must be one of vllm, hf, fake"),
         ({"engine": "hf"}, "model is empty, must name a checkpoint for engine 'hf'"),
-        ({"host": "0.0.0.0"}, "host is '0.0.0.0', must be a loopback address"),
+        ({"host": "0.0.0.0"}, "host is '0.0.0.0', must be a loopback address: there is no authent"),
+        (
+            {"host": "0.0.0.0", "tenants_file": "t"},
+            "host is '0.0.0.0', must be a loopback address: there is no encryption (tls_cert)",
+        ),
+        (
+            {"host": "0.0.0.0", "tls_cert": "c", "tls_key": "k"},
+            "there is no authentication (tenants_file or tls_client_ca)",
+        ),
+        ({"tls_cert": "c"}, "tls_key is empty, must be given with tls_cert"),
+        ({"tls_key": "k"}, "tls_cert is empty, must be given with tls_key"),
+        ({"tls_client_ca": "ca"}, "tls_cert is empty, must be given with tls_client_ca"),
     ],
 )
 def test_bad_values_are_named_with_their_limit(values: dict[str, Any], text: str) -> None:
@@ -104,7 +123,14 @@ def test_bad_values_are_named_with_their_limit(values: dict[str, Any], text: str
 
 
 def test_beyond_loopback_only_when_said_so() -> None:
-    assert TeacherConfig(engine="fake", host="0.0.0.0", insecure=True).host == "0.0.0.0"
+    tls = {"tls_cert": "c", "tls_key": "k"}
+    for enough in (
+        {"insecure": True},
+        {"insecure": True, "tenants_file": "t"},
+        {"tenants_file": "t", **tls},
+        {"tls_client_ca": "ca", **tls},
+    ):
+        assert TeacherConfig(engine="fake", host="0.0.0.0", **enough).host == "0.0.0.0"
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "")))
 

@@ -244,7 +244,7 @@ async def test_open_replaces_and_close_forgets() -> None:
     assert len(table.sessions) == 1
     assert table.sessions.close("s", tenant="t")
     assert not table.sessions.close("s", tenant="t")
-    assert table.engine.forgotten == ["t/s"]
+    assert table.engine.forgotten == ["1:t/s"]
     with pytest.raises(SessionNotFoundError):
         await table.append(span)
 

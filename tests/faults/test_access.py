@@ -1,0 +1,399 @@
+"""Nobody gets at a teacher, or at another tenant's sessions, without the right token.
+
+Run: pytest tests/faults/test_access.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from access_servers import (
+    OPTIONS,
+    PROMPT,
+    SPAN,
+    Metadata,
+    Raw,
+    Server,
+    bearer,
+    cli,
+    eventually,
+    raw_stream,
+    server,
+    tenants_toml,
+    write_private,
+)
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import MethodDescriptor
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from student_trainer.patience import RetryLimits
+from student_trainer.teacher_access import TeacherAccess
+from student_trainer.teacher_client import TeacherClient
+from teacher_server.engine.fake_engine import FakeEngine
+from teacher_server.http_api import HttpDeps, create_app
+from teacher_server.http_edge import OPEN_PATHS
+from teacher_server.metrics import Metrics
+from teacher_server.tenants_file import TenantsFile
+from teacher_server.testing import teacher_info
+from teacher_wire import codec
+from teacher_wire.errors import SessionNotFoundError, UnauthenticatedError
+from teacher_wire.pb import teacher_pb2 as pb
+from teacher_wire.records import TokenSpan
+from teacher_wire.status import decode_error, decode_status
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(30)]
+
+ALICE, BOB, CAROL = ("alice-token-" + "a" * 31, "bob-token-" + "b" * 33, "carol-token-" + "c" * 31)
+EXPIRED = "expires = 2026-01-01T00:00:00+01:00"
+TENANTS = tenants_toml({"alice": ALICE, "bob": BOB, "carol": CAROL}, carol=EXPIRED)
+BAD_HEADERS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "wrong scheme": (f"Basic {ALICE}",),
+    "no scheme": (ALICE,),
+    "empty": ("Bearer",),
+    "wrong token": ("Bearer " + "x" * 43,),
+    "nearly right": (f"Bearer {ALICE[:-1]}",),
+    "too long": ("Bearer " + "x" * 5000,),
+    "expired": (f"Bearer {CAROL}",),
+    "two tokens": (f"Bearer {ALICE}", f"Bearer {BOB}"),
+}
+MORE = TokenSpan(offset=len(SPAN), token_ids=np.array([7], np.int32))
+HEALTH = "grpc.health.v1.Health"
+BIG_IDS = (123_457, 145_679, 167_891, 178_913)
+"""Token ids that nothing else in a log looks like."""
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A teacher with three tenants, one of them expired, that logs all it can."""
+    folder = tmp_path_factory.mktemp("guarded")
+    write_private(folder / "tenants.toml", TENANTS)
+    arguments = ("--tenants-file", str(folder / "tenants.toml"), "--log-level", "debug")
+    with server(folder, *arguments, "--fake-vocab-size", "200000", "--no-self-test") as running:
+        yield running
+
+
+def metadata_of(headers: tuple[str, ...]) -> Metadata:
+    return tuple(("authorization", header) for header in headers)
+
+
+async def served_methods(channel: grpc.aio.Channel) -> list[MethodDescriptor]:
+    """Every method of every service that the server says it has."""
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[no-untyped-call]
+    call = stub.ServerReflectionInfo(metadata=bearer(ALICE))
+    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    names = [service.name for service in (await call.read()).list_services_response.service]
+    call.cancel()
+    services = [descriptor_pool.Default().FindServiceByName(name) for name in names]
+    return [method for service in services for method in service.methods]
+
+
+def path_of(method: MethodDescriptor) -> str:
+    return f"/{method.containing_service.full_name}/{method.name}"
+
+
+async def called(
+    channel: grpc.aio.Channel, method: MethodDescriptor, metadata: Metadata
+) -> grpc.StatusCode:
+    """How a call ends whose message is no message at all."""
+    many = "stream" if method.client_streaming else "unary"
+    answers = "stream" if method.server_streaming else "unary"
+    ask = getattr(channel, f"{many}_{answers}")(path_of(method))
+    junk = b"\xff\xff\xff"
+    call = ask(iter([junk]) if method.client_streaming else junk, metadata=metadata, timeout=5)
+    try:
+        if method.server_streaming:
+            async for _ in call:
+                pass
+        else:
+            await call
+    except grpc.aio.AioRpcError:
+        pass
+    code: grpc.StatusCode = await call.code()
+    return code
+
+
+async def test_every_rpc_but_health_refuses_strangers_before_it_reads(guarded: Server) -> None:
+    async with grpc.aio.insecure_channel(guarded.grpc_address) as channel:
+        methods = await served_methods(channel)
+        paths = {path_of(method) for method in methods}
+        assert {"/opd.teacher.v1.TeacherService/Session", f"/{HEALTH}/Watch"} <= paths
+        assert any(path.endswith("/ServerReflectionInfo") for path in paths)
+        for method in methods:
+            is_health = method.containing_service.full_name == HEALTH
+            for name, headers in BAD_HEADERS.items():
+                code = await called(channel, method, metadata_of(headers))
+                refused = code is grpc.StatusCode.UNAUTHENTICATED
+                assert refused is not is_health, f"{path_of(method)}, {name}: {code}"
+            code = await called(channel, method, bearer(ALICE))
+            assert code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN), (
+                f"{path_of(method)}: {code}"
+            )
+
+
+async def test_a_method_that_does_not_exist_is_refused_alike(guarded: Server) -> None:
+    async with grpc.aio.insecure_channel(guarded.grpc_address) as channel:
+        unknown = channel.unary_unary("/opd.teacher.v1.TeacherService/Guess")
+        for metadata, code in (
+            ((), grpc.StatusCode.UNAUTHENTICATED),
+            (bearer(ALICE), grpc.StatusCode.UNIMPLEMENTED),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await unknown(b"", metadata=metadata, timeout=5)
+            assert caught.value.code() is code
+
+
+async def test_health_needs_no_token(guarded: Server) -> None:
+    async with grpc.aio.insecure_channel(guarded.grpc_address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+        reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_stream_that_writes_at_once_still_sees_why_it_is_refused(guarded: Server) -> None:
+    # More than flow control lets through at once, so that the client is still writing when the
+    # refusal would come, were the message not read.
+    hello = pb.Hello(protocol_version=1, run_id="x" * (2 << 20))
+    async with grpc.aio.insecure_channel(guarded.grpc_address) as channel:
+        for _ in range(30):
+            raw = Raw(channel, metadata_of(BAD_HEADERS["wrong token"]))
+            await raw.send(hello=hello)
+            assert type(await raw.failure()) is UnauthenticatedError
+
+
+async def test_a_silent_stranger_is_not_kept(guarded: Server) -> None:
+    async with grpc.aio.insecure_channel(guarded.grpc_address) as channel:
+        started = time.monotonic()
+        failures = await asyncio.gather(*(Raw(channel, ()).failure() for _ in range(40)))
+        assert {type(failure) for failure in failures} == {UnauthenticatedError}
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("on_absent", ["wait", "error"])
+async def test_the_client_never_retries_a_refusal(guarded: Server, on_absent: Any) -> None:
+    before = count(guarded, "grpc_server_handled_total", 'grpc_code="UNAUTHENTICATED"')
+    for access in (TeacherAccess(), TeacherAccess(token="x" * 43), TeacherAccess(token=CAROL)):
+        with pytest.raises(UnauthenticatedError):
+            await connect(guarded, access, on_absent=on_absent)
+    after = count(guarded, "grpc_server_handled_total", 'grpc_code="UNAUTHENTICATED"')
+    assert after == before + 3
+
+
+async def test_the_client_shows_the_token_of_its_file(guarded: Server, tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text(f"{BOB}\n")
+    before = scored(guarded, "bob")
+    client = await connect(guarded, TeacherAccess(token_file=path, token="not this one"))
+    scores = await client.open(PROMPT, OPTIONS, None).append(SPAN)
+    assert len(scores.rows) == len(SPAN)
+    assert len((await client.score(PROMPT, SPAN, OPTIONS, None)).rows) == len(SPAN)
+    await client.aclose()
+    assert scored(guarded, "bob") == before + 2 * len(SPAN)
+
+
+async def connect(running: Server, access: TeacherAccess, **changes: Any) -> TeacherClient:
+    return await TeacherClient.connect(
+        [running.grpc_address],
+        tokenizer_fingerprint="",
+        vocab_size=0,
+        run_id="someone",
+        access=access,
+        **({"connect_timeout_s": 5.0, "limits": RetryLimits(max_resends=3)} | changes),
+    )
+
+
+def sample(running: Server) -> str:
+    url = f"http://{running.http_address}/metrics"
+    reply = httpx.get(url, headers={"authorization": f"Bearer {ALICE}"})
+    assert reply.status_code == 200
+    return reply.text
+
+
+def count(running: Server, family: str, label: str) -> float:
+    lines = sample(running).splitlines()
+    return sum(float(x.split()[-1]) for x in lines if x.startswith(family) and label in x)
+
+
+def scored(running: Server, tenant: str) -> float:
+    return count(running, "teacher_tokens_scored_total", f'tenant="{tenant}"')
+
+
+async def test_another_tenants_session_looks_like_none(guarded: Server) -> None:
+    async with AsyncExitStack() as stack:
+        alice, bob = [
+            # The run_id is a label: claiming another's name changes nothing.
+            await stack.enter_async_context(
+                raw_stream(guarded.grpc_address, bearer(token), run_id="alice")
+            )
+            for token in (ALICE, BOB)
+        ]
+        absent = await bob.append("shared-name")
+        assert type(decode_error(absent.error)) is SessionNotFoundError
+        closed = await bob.ask(close=pb.Close(session_id="shared-name"))
+        assert (await alice.open("shared-name")).HasField("opened")
+        mine = await alice.append("shared-name")
+        assert mine.scores.rows.count == len(SPAN)
+        forbidden = await bob.append("shared-name")
+        assert forbidden.SerializeToString(True) == absent.SerializeToString(True)
+        again = await bob.ask(close=pb.Close(session_id="shared-name"))
+        assert again.SerializeToString(True) == closed.SerializeToString(True)
+        # Neither of them, nor a session of the same name, has touched it.
+        assert (await bob.open("shared-name")).HasField("opened")
+        assert (await alice.append("shared-name", MORE)).scores.rows.offset == len(SPAN)
+        assert (await bob.append("shared-name", MORE)).HasField("error")
+
+
+def test_http_has_no_way_to_name_a_session() -> None:
+    schema = json.dumps(http_app().openapi())
+    assert "/v1/score" in schema
+    assert "session" not in schema
+
+
+def http_app() -> Any:
+    info = teacher_info(FakeEngine())
+    sessions: Any = None
+    return create_app(
+        HttpDeps(
+            info=info, sessions=sessions, ready=lambda: True, metrics=Metrics(), tokenizer=None
+        )
+    )
+
+
+async def test_every_http_route_but_probes_and_page_needs_a_token(guarded: Server) -> None:
+    routes = [(m, r.path) for r in http_app().routes for m in sorted(r.methods)]
+    assert {("POST", "/v1/score"), ("GET", "/metrics"), ("GET", "/healthz")} <= set(routes)
+    assert {"/", "/healthz", "/readyz"} == OPEN_PATHS
+    routes.append(("GET", "/no/such/path"))
+    async with httpx.AsyncClient(base_url=f"http://{guarded.http_address}") as client:
+        for method, path in routes:
+            for name, headers in BAD_HEADERS.items():
+                given = [("authorization", header) for header in headers]
+                reply = await client.request(method, path, headers=given, content=b"\xff")
+                refused = reply.status_code == 401
+                assert refused is (path not in OPEN_PATHS), f"{method} {path}, {name}"
+                assert not refused or reply.headers["www-authenticate"] == "Bearer"
+            good = {"authorization": f"Bearer {ALICE}"}
+            reply = await client.request(method, path, headers=good, content=b"\xff")
+            assert reply.status_code not in (401, 403), f"{method} {path}"
+
+
+def test_a_token_counts_over_http_for_its_tenant(guarded: Server) -> None:
+    before = scored(guarded, "bob")
+    url = f"http://{guarded.http_address}/v1/score"
+    body = {"prompt_ids": [1, 2], "response_ids": [3, 4, 5], "k": 2}
+    headers = {"authorization": f"bearer {BOB}"}
+    assert httpx.post(url, json=body, headers=headers).status_code == 200
+    assert scored(guarded, "bob") == before + 3
+
+
+async def test_tenants_reload_and_a_revoked_stream_ends(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.toml"
+    write_private(path, tenants_toml({"alice": ALICE, "bob": BOB}))
+    with server(tmp_path, "--tenants-file", str(path), "--open-metrics") as running:
+        address = running.grpc_address
+        assert httpx.get(f"http://{running.http_address}/metrics").status_code == 200
+        async with AsyncExitStack() as stack:
+            enter = stack.enter_async_context
+            alice = await enter(raw_stream(address, bearer(ALICE)))
+            bob = await enter(raw_stream(address, bearer(BOB)))
+            assert (await alice.open("s")).HasField("opened")
+
+            write_private(path, "[tenants.alice]\ntoken_sha = []\n")
+            await eventually(lambda: "the tenants stay as they were" in running.log())
+            assert "did you mean 'token_sha256'?" in running.log()
+            assert (await bob.open("s")).HasField("opened")
+
+            client = await connect(running, TeacherAccess(token=BOB), on_absent="wait")
+            session = client.open(PROMPT, OPTIONS, None)
+            await session.append(SPAN)
+            soon = (datetime.now(UTC) + timedelta(seconds=1.5)).isoformat()
+            write_private(
+                path, tenants_toml({"alice": ALICE, "dora": CAROL}, dora=f"expires = {soon}")
+            )
+            running.hang_up()
+            revoked = await bob.failure()
+            assert (type(revoked), revoked.message) == (
+                UnauthenticatedError,
+                "the bearer token is not known",
+            )
+            # A client that would wait for its teacher for ever does not wait for its token.
+            with pytest.raises(UnauthenticatedError):
+                await asyncio.wait_for(session.append(MORE), 10)
+            await client.aclose()
+            dora = await enter(raw_stream(address, bearer(CAROL)))
+            expired = await asyncio.wait_for(dora.failure(), 6)
+            assert type(expired) is UnauthenticatedError
+            assert "expired at" in expired.message
+            assert (await alice.append("s")).scores.rows.count == len(SPAN)
+        assert running.process.poll() is None
+
+
+async def test_no_token_and_no_token_id_is_in_the_log(guarded: Server) -> None:
+    """After everything above, and after every kind of failure with ids that are easy to find."""
+    ids = np.array(BIG_IDS, np.int32)
+    span = TokenSpan(offset=0, token_ids=ids)
+    async with raw_stream(guarded.grpc_address, bearer(ALICE)) as raw:
+        options = codec.encode_options(OPTIONS)
+        opening = pb.Open(session_id="s", prompt_ids=codec.encode_ids(ids), options=options)
+        assert (await raw.ask(open=opening)).HasField("opened")
+        assert (await raw.append("s", span)).scores.rows.count == len(ids)
+        far = TokenSpan(offset=99, token_ids=ids)
+        outside = TokenSpan(offset=0, token_ids=ids + 100_000)
+        for name, wrong in (("s", far), ("s", outside), ("absent", span)):
+            assert (await raw.append(name, wrong)).HasField("error")
+        await raw.call.write(pb.SessionRequest(hello=pb.Hello(run_id=ALICE)))
+    body = {"prompt_ids": list(BIG_IDS), "response_ids": list(BIG_IDS), "k": 2}
+    async with httpx.AsyncClient(base_url=f"http://{guarded.http_address}") as client:
+        for token in (ALICE, CAROL, "wrong" * 8):
+            for changes in ({}, {"k": -1}, {"response_ids": [BIG_IDS[0] + 100_000]}):
+                headers = {"authorization": f"Bearer {token}"}
+                await client.post("/v1/score", json=body | changes, headers=headers)
+            await client.get(f"/v1/info?access_token={token}")
+    log = guarded.log()
+    assert "teacher-server ready" in log
+    secrets = [ALICE, BOB, CAROL, "wrong" * 8, "x" * 43]
+    secrets += [hashlib.sha256(token.encode()).hexdigest() for token in (ALICE, BOB, CAROL)]
+    secrets += [str(i) for i in (*BIG_IDS, *(i + 100_000 for i in BIG_IDS))]
+    assert [secret for secret in secrets if secret in log] == []
+
+
+def test_the_printed_lines_admit_the_printed_token(tmp_path: Path) -> None:
+    command = cli("token", "team_a-1")
+    outputs = [
+        subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        for _ in range(2)
+    ]
+    lines = outputs[0].splitlines()
+    token = lines[1]
+    assert outputs[0] != outputs[1]
+    assert len(token) == 43
+    path = tmp_path / "tenants.toml"
+    write_private(path, outputs[0].split("\n\n")[1])
+    assert TenantsFile(path).tenant_of(token) == "team_a-1"
+    assert token not in path.read_text()
+    refused = subprocess.run(cli("token", "a b"), capture_output=True, text=True, timeout=20)
+    assert refused.returncode == 2
+    assert "'a b' must be 1 to 64 letters" in refused.stderr
+
+
+async def test_a_refusal_carries_its_class(guarded: Server) -> None:
+    async with grpc.aio.insecure_channel(guarded.grpc_address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/opd.teacher.v1.TeacherService/GetInfo")(b"", timeout=5)
+    error = decode_status(caught.value)
+    assert type(error) is UnauthenticatedError
+    assert error.message.startswith("no bearer token")
