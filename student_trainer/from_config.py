@@ -100,7 +100,7 @@ async def connect(
         vocab_size=vocab_size,
         run_id=config.run.out.name,
         connect_timeout_s=config.teacher.connect_timeout_s,
-        on_absent="wait" if config.teacher.on_absent == "wait" else "error",
+        on_absent="wait" if config.teacher.on_absent == "wait" else "fail",
     )
     try:
         check_limits(config, client.info)
@@ -154,7 +154,7 @@ def rollout_rules(
         chunk_tokens=config.rollout.chunk_tokens,
         max_span_tokens=info.max_append_tokens,
         specials=specials,
-        drop_when_absent=config.teacher.on_absent == "drop",
+        finish_when_absent=config.teacher.on_absent == "finish_unscored",
     )
 
 

@@ -99,7 +99,7 @@ class RolloutRules:
     max_span_tokens: int
     """The most tokens that the teacher takes in one append."""
     specials: SpecialTokens
-    drop_when_absent: bool
+    finish_when_absent: bool
 
 
 async def run_rollout(
@@ -192,7 +192,7 @@ async def _judgement(
         try:
             scores = await session.append(span)
         except NotReadyError:
-            if not rules.drop_when_absent:
+            if not rules.finish_when_absent:
                 raise
             judgement.absent = True
             return judgement

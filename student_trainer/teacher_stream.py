@@ -33,6 +33,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
+    # Else channels to one address share a connection, and a new one inherits the pause after a
+    # failure of the old one.
+    ("grpc.use_local_subchannel_pool", 1),
 )
 _CLOSE_TIMEOUT_S = 2.0
 
@@ -67,6 +70,7 @@ class TeacherStream:
         """The server will end the stream soon."""
         self.broken: TeacherError | None = None
         """Why the stream ended."""
+        self._unusable = asyncio.Event()
         self._handshake = handshake
         self._channel = grpc.aio.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
         self._stub = pb_grpc.TeacherServiceStub(self._channel)  # type: ignore[no-untyped-call]
@@ -98,6 +102,10 @@ class TeacherStream:
     def usable(self) -> bool:
         """New work may be sent."""
         return self.broken is None and not self.going_away
+
+    async def until_unusable(self) -> None:
+        """Returns when the stream breaks or the server goes away."""
+        await self._unusable.wait()
 
     @property
     def busy(self) -> bool:
@@ -216,6 +224,7 @@ class TeacherStream:
         elif kind == "go_away":
             log.info("%s goes away: %s", self.endpoint, message.go_away.reason)
             self.going_away = True
+            self._unusable.set()
         elif kind == "scores":
             self._count(message)
             self._answered(message.scores.session_id, chunk=message.scores)
@@ -271,6 +280,7 @@ class TeacherStream:
         if self.broken is not None:
             return
         self.broken = reason
+        self._unusable.set()
         if not self._welcome.done():
             self._welcome.set_exception(reason)
             self._welcome.exception()  # seen: connect may have given up already
