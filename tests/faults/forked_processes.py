@@ -30,17 +30,18 @@ def _serve(folder: str, ready_file: str, settings: dict[str, Any]) -> None:
     from teacher_server.app import serve
     from teacher_server.config import TeacherConfig
 
-    config = TeacherConfig(engine="fake", ready_file=ready_file, **settings)
+    config = TeacherConfig(ready_file=ready_file, **settings)
     raise SystemExit(asyncio.run(serve(config)))
 
 
 class ForkedTeacher:
-    """A whole teacher server with a fake engine, as a process that can be killed and come back."""
+    """A whole teacher server as a process that can be killed and come back; fake unless told."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         """The settings are those of TeacherConfig."""
         self._folder = folder
-        self._settings = {"grpc_port": 0, "http_port": 0, "self_test": False, **settings}
+        defaults = {"engine": "fake", "self_test": False, "grpc_port": 0, "http_port": 0}
+        self._settings: dict[str, Any] = {**defaults, **settings}
         self._process: ForkServerProcess | None = None
         self.ready: dict[str, Any] = {}
 
