@@ -6,7 +6,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 _BLOCK_BYTES = 4096
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -95,8 +95,10 @@ async def cut_proxy(
         yield proxy
     finally:
         server.close()
-        tasks = list(proxy._open)
-        for task in tasks:
-            task.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks, return_exceptions=True)
+        # Handlers that are cancelled are logged as errors by asyncio; these end by themselves.
+        handlers = dict(proxy._open)
+        for pair in handlers.values():
+            for end in pair:
+                end.transport.abort()  # type: ignore[attr-defined]
+        if handlers:
+            await asyncio.wait(handlers, timeout=5)

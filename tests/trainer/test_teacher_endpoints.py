@@ -147,6 +147,26 @@ async def test_a_draining_replica_answers_what_it_has_and_its_sessions_move() ->
             assert_same_response([*parts[0], *parts[1], *parts[2]], whole)
 
 
+async def test_a_session_leaves_a_draining_replica_before_that_has_ended() -> None:
+    async with replicas() as group:
+        await group.append(0, 30)
+        draining = group.servers[0]
+        busy, idle = [s for s in group.sessions if group.home(s) == group.addresses[0]][:2]
+        draining.engine._base_latency_s = 1.0
+        asked = draining.engine.num_queries
+        waiting = asyncio.create_task(busy.append(cut(SPAN, 30, 45)))
+        while draining.engine.num_queries == asked:
+            await asyncio.sleep(0.01)
+        ending = asyncio.create_task(draining.teacher.service.drain("test", 5.0))
+        await asyncio.sleep(0.1)
+        await idle.append(cut(SPAN, 30, 45))
+        assert not ending.done()
+        assert group.home(idle) == group.preferred(idle, 1)
+        assert len((await waiting).rows) == 15
+        assert await ending
+        assert draining.engine.num_queries == asked + 1
+
+
 async def test_whole_scores_spread_and_survive_the_loss_of_a_replica() -> None:
     async with replicas() as group:
         await asyncio.gather(
