@@ -88,13 +88,16 @@ class RolloutSettings(Section):
 
 class TeacherSettings(Section):
     endpoints: tuple[str, ...] = Field(min_length=1)
-    """host:port of each replica."""
+    """host:port of each replica; all serve the same weights, sessions spread over those that are
+    up."""
     k: int = Field(16, gt=0)
     """Size of the teacher's top-k in every row (K)."""
     logprob_dtype: Literal["f16", "f32"] = "f32"
     connect_timeout_s: float = Field(60.0, gt=0)
-    on_absent: Literal["wait", "drop", "fail"] = "wait"
-    """When the teacher stays away: wait for it, drop the unscored rest of a rollout, or fail."""
+    """How long a teacher may be away before the run does not start, or on_absent applies."""
+    on_absent: Literal["wait", "finish_unscored", "fail"] = "wait"
+    """When every replica stays away: wait for one; end the rollouts without the scores that are
+    missing, and learn from what was scored; or end the run."""
     token_file: Path | None = None
     """File with the bearer token alone. Without it DRIFTLINE_TEACHER_TOKEN_FILE names the file, or
     DRIFTLINE_TEACHER_TOKEN holds the token."""

@@ -104,7 +104,7 @@ async def connect(
         vocab_size=vocab_size,
         run_id=config.run.out.name,
         connect_timeout_s=config.teacher.connect_timeout_s,
-        on_absent="wait" if config.teacher.on_absent == "wait" else "error",
+        on_absent="wait" if config.teacher.on_absent == "wait" else "fail",
         access=teacher_access(config),
     )
     try:
@@ -172,7 +172,7 @@ def rollout_rules(
         max_span_tokens=info.max_append_tokens,
         block_tokens=max(1, info.block_tokens),
         specials=specials,
-        drop_when_absent=config.teacher.on_absent == "drop",
+        finish_when_absent=config.teacher.on_absent == "finish_unscored",
     )
 
 

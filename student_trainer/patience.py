@@ -67,6 +67,10 @@ class Patience:
 
 
 def backoff_s(limits: RetryLimits, attempt: int) -> float:
-    """Pause before attempt + 1: doubling, capped, and anywhere between half and the whole of it."""
+    """Pause before attempt + 1, s: doubling, capped, and anywhere from a quarter of it to all.
+
+    So wide that clients which lost a server together are spread over the whole pause when it comes
+    back, and so short that none is later than max_backoff_s.
+    """
     full = min(limits.max_backoff_s, limits.first_backoff_s * 2.0 ** min(attempt, 30))
-    return full * random.uniform(0.5, 1.0)
+    return full * random.uniform(0.25, 1.0)

@@ -27,6 +27,7 @@ NEEDED = {
         *(f"seconds_{phase}" for phase in PHASES),
     ),
     "eval": ("accuracy",),
+    "skipped": ("unscored_rollouts",),
     "warning": ("warning", "message"),
 }
 """What the report reads, by kind of record."""

@@ -102,7 +102,7 @@ class RolloutRules:
     block_tokens: int
     """An append ends where prompt plus response is a multiple of this, where it can."""
     specials: SpecialTokens
-    drop_when_absent: bool
+    finish_when_absent: bool
 
 
 async def run_rollout(
@@ -198,7 +198,7 @@ async def _judgement(
         try:
             scores = await session.append(span)
         except NotReadyError:
-            if not rules.drop_when_absent:
+            if not rules.finish_when_absent:
                 raise
             judgement.absent = True
             return judgement

@@ -24,7 +24,6 @@ from student_trainer.data import PromptOrder
 from student_trainer.records import Prompt, Rollout, SamplingOptions
 from student_trainer.rollout import RolloutRules, TeacherSession, run_rollout
 from student_trainer.samplers.base import Sampler
-from teacher_wire.errors import NotReadyError
 
 T = TypeVar("T")
 CLOSE_TIMEOUT_S = 5.0
@@ -67,6 +66,7 @@ class RolloutBatch:
 
     step: int
     rollouts: list[Rollout]
+    """Empty when the teacher stayed away all through the step."""
     num_unscored: int
     """Rollouts that the teacher scored nothing of; they are not in the list."""
 
@@ -173,10 +173,6 @@ class RolloutSource:
 
         outcomes = await _all_or_first_error([one(i, p) for i, p in enumerate(prompts)])
         rollouts = [rollout for rollout in outcomes if rollout is not None]
-        if not rollouts:
-            raise NotReadyError(
-                f"the teacher scored none of the {len(outcomes)} rollouts of step {step}"
-            )
         return RolloutBatch(
             step=step, rollouts=rollouts, num_unscored=len(outcomes) - len(rollouts)
         )

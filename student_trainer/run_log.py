@@ -138,6 +138,16 @@ class RunLog:
         self.first_step = self.first_step or record
         self._bars.console.print(_line(step, metrics, seconds), highlight=False)
 
+    def skipped(self, step: int, num_unscored: int, waited_s: float) -> None:
+        """A step in which the teacher scored nothing, so that nothing was learnt."""
+        record = {"unscored_rollouts": num_unscored, "updates": 0, "seconds_teacher_wait": waited_s}
+        self._write("skipped", step, record)
+        self._bars.console.print(
+            f"step {step:>3}  skipped: the teacher stayed away, {num_unscored} rollouts are lost",
+            style="yellow",
+            highlight=False,
+        )
+
     def evaluation(self, step: int, results: Mapping[str, float | None]) -> None:
         """One evaluation of the weights after `step` steps; absent results are left out."""
         present = {name: value for name, value in results.items() if value is not None}

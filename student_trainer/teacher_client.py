@@ -2,9 +2,9 @@
 No torch.
 
 A TeacherSession holds the truth of one response: prompt, scored tokens, drift. A server only
-caches it. After a broken stream, a restart or an eviction the session is opened again with that
-truth and the unanswered append is sent again; appends are idempotent, so no row is lost, repeated
-or changed.
+caches it. After a broken stream, a restart, the loss of a replica or an eviction the session is
+opened again with that truth, where it belongs now, and the unanswered append is sent again; appends
+are idempotent, so no row is lost, repeated or changed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from student_trainer.patience import BrokenStreamError, Patience, RetryLimits, backoff_s
+from student_trainer.patience import BrokenStreamError, Patience, RetryLimits
 from student_trainer.teacher_access import TeacherAccess
+from student_trainer.teacher_endpoints import TeacherEndpoints
 from student_trainer.teacher_stream import Handshake, TeacherStream
 from teacher_wire import codec
 from teacher_wire.errors import (
-    CapacityError,
-    FingerprintMismatchError,
     InvalidRequestError,
-    NotReadyError,
     SessionOffsetError,
     TeacherError,
 )
@@ -42,41 +40,26 @@ from teacher_wire.records import (
 
 log = logging.getLogger(__name__)
 
-OnAbsent = Literal["error", "wait"]
+OnAbsent = Literal["fail", "wait"]
 """What to do when every endpoint is gone in mid-run: fail after the connect timeout, or wait."""
-
-_SAME_TEACHER = ("weights_digest", "dtype", "vocab_size", "tokenizer_fingerprint")
-"""Two servers that differ in one of these give different rows."""
-_SAME_NAME = ("model_id", "revision")
-"""What stands for the weights of a teacher without a digest."""
 
 
 class TeacherClient:
-    """A trainer's connection to its teacher, over one of several endpoints of the same model."""
+    """A trainer's connection to its teacher, over all its replicas that are up."""
 
     def __init__(
         self,
-        endpoints: Sequence[str],
-        handshake: Handshake,
+        endpoints: TeacherEndpoints,
         *,
-        connect_timeout_s: float,
-        on_absent: OnAbsent,
+        run_id: str,
+        absent_timeout_s: float | None,
         limits: RetryLimits,
     ) -> None:
         """Use `connect`."""
-        if not endpoints:
-            raise InvalidRequestError("endpoints is empty, must name at least one teacher")
-        self._endpoints = list(endpoints)
-        self._handshake = handshake
-        self._connect_timeout_s = connect_timeout_s
-        self._on_absent = on_absent
+        self._endpoints = endpoints
+        self._run_id = run_id
+        self._absent_timeout_s = absent_timeout_s
         self.limits = limits
-        self._info: TeacherInfo | None = None
-        self._stream: TeacherStream | None = None
-        self._connecting: asyncio.Task[TeacherStream] | None = None
-        self._next_endpoint = 0
-        self._retiring: dict[asyncio.Task[None], TeacherStream] = {}
-        self._closed = False
 
     @classmethod
     async def connect(
@@ -87,16 +70,16 @@ class TeacherClient:
         vocab_size: int,
         run_id: str,
         connect_timeout_s: float = 30.0,
-        on_absent: OnAbsent = "error",
+        on_absent: OnAbsent = "fail",
         credit_bytes: int = 32 << 20,
         limits: RetryLimits | None = None,
         access: TeacherAccess | None = None,
     ) -> TeacherClient:
         """A client after its first handshake.
 
-        Raises FingerprintMismatchError when the teacher speaks of other tokens,
-        UnauthenticatedError or PermissionDeniedError when it turns this trainer away, NotReadyError
-        naming the endpoints when none is ready within connect_timeout_s.
+        Raises FingerprintMismatchError when a teacher speaks of other tokens or is not the same as
+        the others, UnauthenticatedError or PermissionDeniedError when it turns this trainer away,
+        NotReadyError naming the endpoints when none is ready within connect_timeout_s.
         """
         handshake = Handshake(
             tokenizer_fingerprint=tokenizer_fingerprint,
@@ -105,27 +88,25 @@ class TeacherClient:
             credit_bytes=credit_bytes,
             access=access or TeacherAccess(),
         )
-        client = cls(
-            endpoints,
-            handshake,
-            connect_timeout_s=connect_timeout_s,
-            on_absent=on_absent,
-            limits=limits or RetryLimits(),
+        limits = limits or RetryLimits()
+        return cls(
+            await TeacherEndpoints.connect(
+                endpoints, handshake, timeout_s=connect_timeout_s, limits=limits
+            ),
+            run_id=run_id,
+            absent_timeout_s=None if on_absent == "wait" else connect_timeout_s,
+            limits=limits,
         )
-        client._stream = await client._connect_any(connect_timeout_s)
-        return client
 
     @property
     def info(self) -> TeacherInfo:
         """What the teacher serves."""
-        if self._info is None:
-            raise NotReadyError("the client is not connected")
-        return self._info
+        return self._endpoints.info
 
     def open(
         self, prompt_ids: NDArray[np.int32], options: ScoreOptions, policy: DriftPolicy | None
     ) -> TeacherSession:
-        """A session for one response; the server hears of it with the first append."""
+        """A session for one response; a server hears of it with the first append."""
         return TeacherSession(self, prompt_ids, options, policy)
 
     async def score(
@@ -135,119 +116,34 @@ class TeacherClient:
         options: ScoreOptions,
         policy: DriftPolicy | None,
     ) -> Scores:
-        """Scores one whole response."""
+        """Scores one whole response, on any of the replicas."""
         request = pb.ScoreRequest(
             prompt_ids=codec.encode_ids(prompt_ids),
             span=codec.encode_span(span),
             options=codec.encode_options(options),
             policy=codec.encode_policy(policy),
-            run_id=self._handshake.run_id,
+            run_id=self._run_id,
         )
         patience = Patience(self.limits)
+        key = uuid.uuid4().hex
         while True:
-            stream = await self.live_stream()
+            stream = await self.stream_for(key)
             try:
                 return codec.decode_scores(await stream.score(request))
             except (TeacherError, BrokenStreamError) as error:
                 await patience.after(error)
 
     async def aclose(self) -> None:
-        """Ends the stream; the server drops the sessions that are still open."""
-        self._closed = True
-        if self._connecting is not None:
-            self._connecting.cancel()
-            await asyncio.gather(self._connecting, return_exceptions=True)
-        if self._stream is not None:
-            await self._stream.aclose()
-        retiring = dict(self._retiring)
-        await asyncio.gather(*(stream.aclose() for stream in retiring.values()))
-        await asyncio.gather(*retiring, return_exceptions=True)
+        """Ends the streams; the servers drop the sessions that are still open."""
+        await self._endpoints.aclose()
 
-    async def live_stream(self) -> TeacherStream:
-        """A usable stream: the one in use, or a new one to the first endpoint that answers.
+    async def stream_for(self, key: str) -> TeacherStream:
+        """A usable stream to the replica where a session or a call belongs.
 
-        Raises NotReadyError when none answers in time, FingerprintMismatchError when a server
-        that came back serves something else.
+        Raises NotReadyError when none is up in time, FingerprintMismatchError when those that came
+        back serve something else.
         """
-        if self._closed:
-            raise NotReadyError("the client is closed")
-        if self._stream is not None and self._stream.usable:
-            return self._stream
-        if self._connecting is None or self._connecting.done():
-            self._connecting = asyncio.create_task(self._reconnect())
-            self._connecting.add_done_callback(_seen)
-        return await asyncio.shield(self._connecting)
-
-    def live_stream_or_none(self) -> TeacherStream | None:
-        """The stream in use, if it is usable without waiting."""
-        usable = self._stream is not None and self._stream.usable and not self._closed
-        return self._stream if usable else None
-
-    async def _reconnect(self) -> TeacherStream:
-        old, self._stream = self._stream, None
-        if old is not None:
-            self._next_endpoint = self._endpoints.index(old.endpoint) + 1
-            log.info("leaving %s: %s", old.endpoint, old.broken or "it goes away")
-            task = asyncio.create_task(_retire(old))
-            self._retiring[task] = old
-            task.add_done_callback(self._retiring.pop)
-        timeout_s = None if self._on_absent == "wait" else self._connect_timeout_s
-        self._stream = await self._connect_any(timeout_s)
-        return self._stream
-
-    async def _connect_any(self, timeout_s: float | None) -> TeacherStream:
-        loop = asyncio.get_running_loop()
-        give_up = None if timeout_s is None else loop.time() + timeout_s
-        attempt = 0
-        while True:
-            endpoint = self._endpoints[(self._next_endpoint + attempt) % len(self._endpoints)]
-            left = self._connect_timeout_s if give_up is None else give_up - loop.time()
-            try:
-                # Several endpoints share the time; a single one gets it all.
-                share_s = max(left, 0.0) / len(self._endpoints)
-                stream, info = await TeacherStream.connect(
-                    endpoint, self._handshake, max(share_s, 0.05)
-                )
-            except (NotReadyError, CapacityError) as error:
-                attempt += 1
-                pause_s = backoff_s(self.limits, attempt // len(self._endpoints))
-                if give_up is not None and loop.time() + pause_s >= give_up:
-                    raise NotReadyError(
-                        f"no teacher at {', '.join(self._endpoints)} is ready after "
-                        f"{timeout_s:.1f} s: {error.message}"
-                    ) from error
-                await asyncio.sleep(pause_s)
-                continue
-            try:
-                self._accept(endpoint, info)
-            except FingerprintMismatchError:
-                await stream.aclose()
-                raise
-            return stream
-
-    def _accept(self, endpoint: str, info: TeacherInfo) -> None:
-        first = self._info or info
-        names = _SAME_TEACHER if first.weights_digest else (*_SAME_NAME, *_SAME_TEACHER)
-        for name in names:
-            before, now = getattr(first, name), getattr(info, name)
-            if before != now:
-                raise FingerprintMismatchError(
-                    f"{endpoint} now serves {name} {now!r}, the run began with {before!r}"
-                )
-        self._info = info
-
-
-def _seen(task: asyncio.Task[TeacherStream]) -> None:
-    """Those who waited get the error; there may be none left."""
-    if not task.cancelled():
-        task.exception()
-
-
-async def _retire(stream: TeacherStream) -> None:
-    """Lets a stream that goes away answer what it still owes, then closes it."""
-    while stream.busy and stream.broken is None:
-        await asyncio.sleep(0.05)
-    await stream.aclose()
+        return await self._endpoints.stream_for(key, self._absent_timeout_s)
 
 
 class TeacherSession:
@@ -310,7 +206,7 @@ class TeacherSession:
         """Tells the server to forget the session. Never fails: a lost server has forgotten it."""
         async with self._lock:
             stream, self._opened_on = self._opened_on, None
-            if stream is None or stream is not self._client.live_stream_or_none():
+            if stream is None or not stream.usable:
                 return
             request = pb.SessionRequest(close=pb.Close(session_id=self.session_id))
             try:
@@ -329,7 +225,7 @@ class TeacherSession:
             raise InvalidRequestError(f"the append has {size} bytes, the limit is {limit}")
         patience = Patience(self._client.limits)
         while True:
-            stream = await self._client.live_stream()
+            stream = await self._stream()
             in_step = self._in_step and self._opened_on is stream
             requests = [append] if in_step else [self._open_request(), append]
             self._opened_on, self._in_step = stream, False
@@ -341,6 +237,12 @@ class TeacherSession:
             else:
                 self._in_step = True
                 return scores
+
+    async def _stream(self) -> TeacherStream:
+        """Where the session is, as long as that is up; else where it belongs now."""
+        if self._opened_on is not None and self._opened_on.usable:
+            return self._opened_on
+        return await self._client.stream_for(self.session_id)
 
     def _open_request(self) -> pb.SessionRequest:
         return pb.SessionRequest(

@@ -34,6 +34,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
+    # Else channels to one address share a connection, and a new one inherits the pause after a
+    # failure of the old one.
+    ("grpc.use_local_subchannel_pool", 1),
 )
 _CLOSE_TIMEOUT_S = 2.0
 
@@ -69,6 +72,7 @@ class TeacherStream:
         """The server will end the stream soon."""
         self.broken: TeacherError | None = None
         """Why the stream ended."""
+        self._unusable = asyncio.Event()
         self._handshake = handshake
         self._metadata = handshake.access.metadata()
         self._channel = handshake.access.channel(endpoint, CHANNEL_OPTIONS)
@@ -102,6 +106,10 @@ class TeacherStream:
     def usable(self) -> bool:
         """New work may be sent."""
         return self.broken is None and not self.going_away
+
+    async def until_unusable(self) -> None:
+        """Returns when the stream breaks or the server goes away."""
+        await self._unusable.wait()
 
     @property
     def busy(self) -> bool:
@@ -228,6 +236,7 @@ class TeacherStream:
         elif kind == "go_away":
             log.info("%s goes away: %s", self.endpoint, message.go_away.reason)
             self.going_away = True
+            self._unusable.set()
         elif kind == "scores":
             self._count(message)
             self._answered(message.scores.session_id, chunk=message.scores)
@@ -283,6 +292,7 @@ class TeacherStream:
         if self.broken is not None:
             return
         self.broken = reason
+        self._unusable.set()
         if not self._welcome.done():
             self._welcome.set_exception(reason)
             self._welcome.exception()  # seen: connect may have given up already

@@ -24,6 +24,7 @@ from student_trainer.losses import (
     sum_over_processes,
 )
 from student_trainer.records import Rollout
+from student_trainer.rollout_source import RolloutBatch
 from student_trainer.run_log import PhaseClock
 
 
@@ -36,39 +37,50 @@ def train(run: Run) -> None:
         clock = PhaseClock()
         with clock.phase("rollout"):
             scored = next(run.source)
-        rollouts = scored.rollouts
-        generate_s, teacher_wait_s = phase_seconds(rollouts)
-
-        with clock.phase("learn"):
-            metrics = learn(run, rollouts, step)
-        with clock.phase("sync"):
-            run.source.wait_until_idle()
-            metrics["sync_gap_nats"] = run.push_weights(step + 1)
-
-        metrics |= run.budget.update(effective_lengths(rollouts))
-        metrics |= rollout_metrics(rollouts, overlap_k=run.overlap_k)
-        metrics["unscored_rollouts"] = scored.num_unscored
-        metrics["max_tokens"] = run.budget.max_tokens
-        rollout_s = clock.seconds.pop("rollout")
-        clock.add("generate", max(0.0, rollout_s - teacher_wait_s))
-        clock.add("teacher_wait", min(rollout_s, teacher_wait_s))
-        metrics["generation_span_s"] = generate_s
-        run.log.step(step + 1, metrics, clock.seconds)
-        profile = step_profile(rollouts, overlap_k=run.overlap_k)
-        run.log.profile(step + 1, profile)
-        alarms = warnings_of(
-            metrics,
-            first=run.log.first_step,
-            mismatched=profile["mismatched_tokens"],
-            decode=run.tokenizer.decode,
-        )
-        run.log.alarms(step + 1, alarms)
+        if scored.rollouts:
+            take_step(run, scored, clock)
+        else:
+            # Nothing to learn from: weights, optimizer and budget stay as they are.
+            run.log.skipped(step + 1, scored.num_unscored, clock.seconds["rollout"])
+            run.log.alarms(
+                step + 1, warnings_of({"unscored_rollouts": scored.num_unscored}, first={})
+            )
         run.bars.update("steps", step + 1, config.run.steps)
 
         if run.evaluation_due(step + 1):
             run.evaluate(step + 1)
         if run.checkpoint_due(step + 1):
             run.save_checkpoint(step + 1)
+
+
+def take_step(run: Run, scored: RolloutBatch, clock: PhaseClock) -> None:
+    """Learns from a batch, moves the weights into the sampler, writes it down."""
+    step, rollouts = scored.step, scored.rollouts
+    generate_s, teacher_wait_s = phase_seconds(rollouts)
+    with clock.phase("learn"):
+        metrics = learn(run, rollouts, step)
+    with clock.phase("sync"):
+        run.source.wait_until_idle()
+        metrics["sync_gap_nats"] = run.push_weights(step + 1)
+
+    metrics |= run.budget.update(effective_lengths(rollouts))
+    metrics |= rollout_metrics(rollouts, overlap_k=run.overlap_k)
+    metrics["unscored_rollouts"] = scored.num_unscored
+    metrics["max_tokens"] = run.budget.max_tokens
+    rollout_s = clock.seconds.pop("rollout")
+    clock.add("generate", max(0.0, rollout_s - teacher_wait_s))
+    clock.add("teacher_wait", min(rollout_s, teacher_wait_s))
+    metrics["generation_span_s"] = generate_s
+    run.log.step(step + 1, metrics, clock.seconds)
+    profile = step_profile(rollouts, overlap_k=run.overlap_k)
+    run.log.profile(step + 1, profile)
+    alarms = warnings_of(
+        metrics,
+        first=run.log.first_step,
+        mismatched=profile["mismatched_tokens"],
+        decode=run.tokenizer.decode,
+    )
+    run.log.alarms(step + 1, alarms)
 
 
 def learn(run: Run, rollouts: list[Rollout], step: int) -> dict[str, float]:

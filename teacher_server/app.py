@@ -180,6 +180,7 @@ class TeacherApp:
             metrics=metrics,
             ttl_s=config.session_ttl_s,
             evict_idle_s=config.evict_idle_s,
+            resume_window_s=config.resume_window_s,
         )
         self._service = TeacherService(
             info,

@@ -87,6 +87,9 @@ class TeacherConfig:
     evict_idle_s: float = setting(
         1.0, "idle time after which a session may make room for a new one, s", low=0.0
     )
+    resume_window_s: float = setting(
+        1.0, "time that a session outlives its broken stream, s", low=0.0
+    )
     max_append_tokens: int = setting(4096, "tokens in one append", low=1)
     max_running: int = setting(64, "queries in the engine at once", low=1)
     max_queued_tokens: int = setting(262_144, "tokens waiting for the engine", low=1)

@@ -75,11 +75,14 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         self._streams: dict[SessionStream, Callable[[], None]] = {}
         """Each with the question whether its caller may still call."""
         self._num_calls = 0
+        self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def drain(self, reason: str, deadline_s: float) -> bool:
-        """Ends all streams in good order; False when some were still busy after deadline_s."""
+        """Ends all streams in good order and takes no new ones; False when some were still busy
+        after deadline_s."""
+        self._draining = True
         for stream in list(self._streams):
             await stream.drain(reason, int(deadline_s * 1000))
         try:
@@ -162,7 +165,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             raise UnauthenticatedError("the credentials now stand for another tenant")
 
     def _refuse_unless_ready(self) -> None:
-        if not self._ready():
+        if self._draining or not self._ready():
             raise NotReadyError("the server is loading or draining", retry_after_ms=1000)
 
     @asynccontextmanager

@@ -4,7 +4,8 @@ A session is a cache of what the client knows: prompt, scored tokens and drift. 
 idempotent by (session, offset): an offset below the scored length rewinds first, one beyond it is
 a SessionOffsetError. A session can be rewound down to the point at which it was last opened,
 because the bad events before it are known only as a sum. Idle sessions end after a time, or sooner
-when a new one needs the room; the client then opens it again with the full prefix.
+when a new one needs the room or their stream breaks; the client then opens it again with the full
+prefix.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -117,20 +118,25 @@ class SessionTable:
         metrics: SessionMetrics,
         ttl_s: float = 600.0,
         evict_idle_s: float = 1.0,
+        resume_window_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Limits come from `info`, which is also what clients are told.
 
-        A session idle for ttl_s ends; one idle for evict_idle_s may make room for a new one.
+        A session idle for ttl_s ends; one idle for evict_idle_s may make room for a new one; one
+        whose stream broke ends after resume_window_s, unless it is opened again before.
         """
         self._scorer = scorer
         self._info = info
         self._metrics = metrics
         self._ttl_s = ttl_s
         self._evict_idle_s = evict_idle_s
+        self._resume_window_s = resume_window_s
         self._clock = clock
         self._sessions: OrderedDict[tuple[str, str], Session] = OrderedDict()
         """Least recently used first."""
+        self._detached: deque[tuple[float, Session]] = deque()
+        """Sessions whose stream broke, with the time at which they end; first to end first."""
         self._once = itertools.count()
 
     def __len__(self) -> int:
@@ -217,18 +223,35 @@ class SessionTable:
         self._let_go(session)
         return True
 
+    def detach(self, session_ids: Iterable[str], *, tenant: str, owner: object) -> None:
+        """Their stream broke: those that nobody opens again end after the resume window."""
+        ends_at = self._clock() + self._resume_window_s
+        found = [self._sessions.get((tenant, session_id)) for session_id in session_ids]
+        ours = [session for session in found if session is not None and session.owner is owner]
+        self._detached.extend((ends_at, session) for session in ours)
+        if ours:
+            asyncio.get_running_loop().call_later(self._resume_window_s + 0.01, self.expire)
+
     def expire(self) -> int:
-        """Ends the sessions that have been idle for ttl_s; returns how many."""
-        limit = self._clock() - self._ttl_s
+        """Ends the sessions that are idle for ttl_s or detached for too long; returns how many."""
+        now = self._clock()
+        num_ended = 0
+        while self._detached and self._detached[0][0] <= now:
+            session = self._detached.popleft()[1]
+            key = (session.tenant, session.session_id)
+            # One that was opened again is another object.
+            if self._sessions.get(key) is session:
+                self._let_go(self._sessions.pop(key))
+                num_ended += 1
         stale = []
         for key, session in self._sessions.items():
-            if session.last_used > limit:
+            if session.last_used > now - self._ttl_s:
                 break
             if not session.num_pending:
                 stale.append(key)
         for key in stale:
             self._let_go(self._sessions.pop(key))
-        return len(stale)
+        return num_ended + len(stale)
 
     async def score_once(
         self,

@@ -104,7 +104,8 @@ class SessionStream:
         """Serves until the client is done, the stream breaks, or it is drained.
 
         Raises CapacityError for a client that is too slow or asks too much. When the client ends
-        the stream its sessions end with it; when the stream breaks they stay, to be resumed.
+        the stream its sessions end with it; when the stream breaks they stay a while, to be
+        resumed.
         """
         await self._replies.put(pb.SessionResponse(welcome=pb.Welcome(info=info)))
         reader = self._start(self._read(requests))
@@ -116,6 +117,7 @@ class SessionStream:
                 for session_id in self._opened:
                     self._sessions.close(session_id, tenant=self._tenant, owner=self)
         finally:
+            self._sessions.detach(self._opened, tenant=self._tenant, owner=self)
             tasks = [*self._helpers, *(lane.task for lane in self._lanes.values() if lane.task)]
             for task in tasks:
                 task.cancel()

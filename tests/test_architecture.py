@@ -84,6 +84,9 @@ RULES = [
         only="teacher_wire.errors",
         why="whether to try again is independent of transport",
     ),
+    Rule(
+        modules="student_trainer.rendezvous", never=f"{TORCH} grpc numpy teacher_wire", why="pure"
+    ),
     Rule(modules="student_trainer.budget", only="numpy", why="pure"),
     Rule(modules="student_trainer.diagnostics*", never=f"{TORCH} grpc", why="pure"),
     Rule(modules="student_trainer.records", never=f"{TORCH} grpc", why="numpy until the learner"),

@@ -277,6 +277,24 @@ async def test_idle_sessions_expire() -> None:
     await table.append(make_span(5), "new")
 
 
+async def test_a_session_whose_stream_broke_ends_unless_it_is_opened_again() -> None:
+    table, stream, next_stream = Table(), object(), object()
+    for name in ("lost", "resumed", "elsewhere"):
+        table.open(name, owner=stream)
+    table.open("elsewhere", owner=next_stream)
+    table.sessions.detach(["lost", "resumed", "elsewhere"], tenant="t", owner=stream)
+    table.clock.now += 0.9
+    table.open("resumed", owner=next_stream)
+    assert len(table.sessions) == 3
+    table.clock.now += 0.2
+    assert table.sessions.expire() == 1
+    with pytest.raises(SessionNotFoundError):
+        await table.append(make_span(5), "lost")
+    await table.append(make_span(5), "resumed")
+    await table.append(make_span(5), "elsewhere")
+    assert table.engine.forgotten == ["t/lost"]
+
+
 async def test_the_least_recently_used_idle_session_makes_room() -> None:
     table = Table(max_sessions=2, evict_idle_s=5.0)
     table.open("a")

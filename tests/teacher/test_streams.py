@@ -98,7 +98,7 @@ async def test_a_client_that_asks_too_much_is_cut_off() -> None:
         assert "20000 bytes" in error.message
 
 
-async def test_sessions_end_with_a_finished_stream_and_stay_after_a_broken_one() -> None:
+async def test_sessions_end_with_a_finished_stream_and_soon_after_a_broken_one() -> None:
     async with local_teacher() as teacher, stub_of(teacher) as stub:
         for finish in (True, False):
             raw = Raw(stub)
@@ -115,6 +115,8 @@ async def test_sessions_end_with_a_finished_stream_and_stay_after_a_broken_one()
                 raw.call.cancel()
                 await eventually(lambda: not teacher.service._streams)
                 assert len(teacher.sessions) == 1
+                await eventually(lambda: len(teacher.sessions) == 0)
+                assert b'teacher_sessions{state="open"} 0.0' in teacher.metrics.render()
 
 
 async def test_a_vanished_client_frees_the_engine() -> None:

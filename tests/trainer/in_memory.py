@@ -188,7 +188,7 @@ def rules(
     *,
     chunk_tokens: int = 4,
     specials: Sequence[int] = (),
-    drop_when_absent: bool = False,
+    finish_when_absent: bool = False,
     max_span_tokens: int = 1000,
     block_tokens: int = 1,
 ) -> RolloutRules:
@@ -198,5 +198,5 @@ def rules(
         max_span_tokens=max_span_tokens,
         block_tokens=block_tokens,
         specials=SpecialTokens(specials, first_only=True),
-        drop_when_absent=drop_when_absent,
+        finish_when_absent=finish_when_absent,
     )

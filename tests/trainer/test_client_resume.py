@@ -125,19 +125,6 @@ async def test_rewinding_equals_fresh_even_after_a_restart(break_between: bool) 
         assert session.num_scored == 60
 
 
-async def test_going_away_moves_sessions_to_another_server() -> None:
-    span = make_span(60)
-    async with local_teacher() as first, local_teacher() as second:
-        async with client_of(first.address, second.address) as client:
-            session = client.open(PROMPT, OPTIONS, POLICY)
-            parts = [await session.append(cut(span, 0, 30))]
-            assert await first.service.drain("test", 5.0)
-            await first.server.stop(None)
-            parts.append(await session.append(cut(span, 30, 60)))
-            assert len(second.sessions) == 1
-        assert_same_response(parts, await reference(span))
-
-
 async def test_a_full_server_is_waited_for() -> None:
     span = make_span(20)
     engine = FakeEngine()

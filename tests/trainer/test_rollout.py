@@ -215,7 +215,7 @@ async def test_absent_teacher_is_an_error_unless_dropping_is_asked_for() -> None
 async def test_absent_teacher_keeps_what_it_had_scored_when_dropping() -> None:
     sampler = InMemorySampler()
     session = ScriptedSession(failures={2: NotReadyError("away")})
-    rollout = await roll(sampler, session, run_rules=rules(drop_when_absent=True))
+    rollout = await roll(sampler, session, run_rules=rules(finish_when_absent=True))
     assert rollout is not None
     assert (len(rollout), rollout.finish) == (8, Finish.UNSCORED)
     assert rollout.drift is not None
@@ -226,7 +226,7 @@ async def test_absent_teacher_keeps_what_it_had_scored_when_dropping() -> None:
 
 async def test_rollout_of_which_nothing_was_scored_is_none_when_dropping() -> None:
     session = ScriptedSession(failures={0: NotReadyError("away")})
-    rollout = await roll(InMemorySampler(), session, run_rules=rules(drop_when_absent=True))
+    rollout = await roll(InMemorySampler(), session, run_rules=rules(finish_when_absent=True))
     assert rollout is None
     assert session.num_closed == 1
 

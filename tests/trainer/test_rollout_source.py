@@ -36,7 +36,7 @@ def source(
     queue_depth: int = 0,
     end_step: int = 10,
     open_session: Callable[[NDArray[np.int32]], ScriptedSession] = lambda _: ScriptedSession(),
-    drop_when_absent: bool = False,
+    finish_when_absent: bool = False,
 ) -> RolloutSource:
     """Two rollouts of each of two prompts a step."""
     return RolloutSource(
@@ -44,7 +44,7 @@ def source(
         sampler=sampler,
         open_session=open_session,
         prompts=PromptOrder(PROMPTS, prompts_per_step=2, seed=0),
-        rules=rules(drop_when_absent=drop_when_absent),
+        rules=rules(finish_when_absent=finish_when_absent),
         options=lambda: SamplingOptions(max_tokens=12, num_topk=2),
         rollouts_per_prompt=2,
         queue_depth=queue_depth,
@@ -139,20 +139,21 @@ def test_unscored_rollouts_are_left_out_and_counted(loop: LoopThread) -> None:
         sessions.append(ScriptedSession(failures=failures))
         return sessions[-1]
 
-    batches = source(loop, InMemorySampler(), open_session=open_session, drop_when_absent=True)
+    batches = source(loop, InMemorySampler(), open_session=open_session, finish_when_absent=True)
     batch = next(batches)
     assert (len(batch.rollouts), batch.num_unscored) == (3, 1)
 
 
-def test_step_of_which_nothing_was_scored_is_an_error(loop: LoopThread) -> None:
+def test_step_of_which_nothing_was_scored_is_an_empty_batch(loop: LoopThread) -> None:
     batches = source(
         loop,
         InMemorySampler(),
         open_session=lambda _: ScriptedSession(failures={0: NotReadyError("away")}),
-        drop_when_absent=True,
+        finish_when_absent=True,
     )
-    with pytest.raises(NotReadyError, match="none of the 4 rollouts of step 0"):
-        next(batches)
+    batch = next(batches)
+    assert (batch.rollouts, batch.num_unscored) == ([], 4)
+    assert next(batches).step == 1
 
 
 def test_closed_source_leaves_nothing_running(loop: LoopThread) -> None:

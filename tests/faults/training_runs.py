@@ -1,0 +1,142 @@
+"""Training runs of the playground's student, small enough for a test, and what they learnt from.
+
+The trainer is `student-trainer train` in this process; only the teacher is another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked_processes import ForkedTeacher
+from safetensors.torch import load_file
+
+from student_trainer import cli, from_config
+from student_trainer.records import Rollout
+from student_trainer.rollout_source import RolloutBatch, RolloutSource
+from student_trainer.run_log import read_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINTS = ROOT / "examples" / "playground" / "checkpoints"
+FAKE = {"fake_vocab_size": 64, "fake_latency_s": 0.01, "max_k": 16}
+SHORT = {
+    "run.steps": 4,
+    "student.model": CHECKPOINTS / "student",
+    "data.train": CHECKPOINTS / "train.jsonl",
+    "data.heldout": "null",
+    "sampler.kind": "hf",
+    "rollout.prompts_per_step": 2,
+    "rollout.rollouts_per_prompt": 2,
+    "rollout.chunk_tokens": 8,
+    "drift.w_drop": 0.02,
+    "budget.max_tokens": 64,
+    "checkpoint.every_steps": 1,
+    "checkpoint.keep": 20,
+    "teacher.connect_timeout_s": 1.0,
+}
+
+
+@dataclass(slots=True)
+class Run:
+    """A training run and everything it was given to learn from."""
+
+    folder: Path
+    exit_code: int = -1
+    batches: list[RolloutBatch] = field(default_factory=list)
+
+    def train(self, address: str, *, resume: bool = False, **settings: Any) -> Run:
+        """Runs to the end; `section__key` overrides section.key."""
+        changes = {name.replace("__", "."): value for name, value in settings.items()}
+        values = {**SHORT, "run.out": self.folder, "teacher.endpoints": f'["{address}"]', **changes}
+        arguments = ["train", "--config", str(ROOT / "configs" / "trainer-demo.toml")]
+        arguments += [
+            part for name, value in values.items() for part in ("--set", f"{name}={value}")
+        ]
+        with _recorded(self.batches), _without_a_fingerprint():
+            self.exit_code = cli.main([*arguments, *(["--resume"] if resume else [])])
+        return self
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """In the order in which they were learnt from."""
+        return [rollout for batch in self.batches for rollout in batch.rollouts]
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        return [r for r in read_lines(path) if r["kind"] == kind] if path.exists() else []
+
+    def weights(self, step: int) -> dict[str, torch.Tensor]:
+        """Of the checkpoint after a step."""
+        return load_file(self.folder / "checkpoints" / f"step-{step:06d}" / "model.safetensors")
+
+
+@contextmanager
+def _recorded(batches: list[RolloutBatch]) -> Iterator[None]:
+    take = RolloutSource.__next__
+
+    def record(source: RolloutSource) -> RolloutBatch:
+        batches.append(take(source))
+        return batches[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RolloutSource, "__next__", record)
+        yield
+
+
+@contextmanager
+def _without_a_fingerprint() -> Iterator[None]:
+    """A teacher with a tokenizer takes five seconds to start, which is the import of transformers;
+    one without knows no fingerprint of the student's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(from_config, "tokenizer_fingerprint", lambda _: "")
+        yield
+
+
+@contextmanager
+def meanwhile(work: Callable[[], Coroutine[Any, Any, None]]) -> Iterator[None]:
+    """Does something to the teacher while the block trains; what it raises is raised here."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            asyncio.run(work())
+        except BaseException as error:  # noqa: BLE001 - raised below, in the test's own thread
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(60)
+    if failures:
+        raise failures[0]
+
+
+async def until(check: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Returns once something holds."""
+    give_up = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < give_up, "did not happen in time"
+        await asyncio.sleep(0.01)
+
+
+async def until_scored(teacher: ForkedTeacher, num_tokens: int) -> None:
+    """Returns once a teacher has scored so many tokens more."""
+    pattern = re.compile(r"^teacher_tokens_scored_total\S* (\S+)$", re.MULTILINE)
+
+    def scored() -> float:
+        return sum(float(value) for value in pattern.findall(teacher.metrics()))
+
+    before = scored()
+    await until(lambda: scored() >= before + num_tokens)
