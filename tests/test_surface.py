@@ -96,7 +96,7 @@ MESSAGES = {
         "model_id=1 revision=2 weights_digest=3 dtype=4 vocab_size=5 "
         "tokenizer_fingerprint=6 special_token_ids=7 max_k=8 max_context=9 engine=10 "
         "engine_version=11 instance_id=12 max_sessions=13 max_append_tokens=14 "
-        "protocol_version=15 server_version=16"
+        "protocol_version=15 server_version=16 block_tokens=17"
     ),
     "Timing": "queue_us=1 engine_us=2",
     "TokenSpan": "offset=1 token_ids=2 num_candidates=3 candidate_ids=4 event_mask=5",
