@@ -38,6 +38,7 @@ from teacher_server.server_options import SERVER_OPTIONS
 from teacher_server.service import SERVICE_NAME, TeacherService
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import StreamLimits
+from teacher_server.tenants import OpenTenants
 from teacher_wire.errors import TeacherError
 from teacher_wire.fingerprint import tokenizer_fingerprint, weights_digest
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
@@ -65,6 +66,7 @@ def build_engine(config: TeacherConfig) -> ScoringEngine:
             max_k=min(config.max_k, config.fake_vocab_size),
             prefill_tokens_per_s=config.fake_tokens_per_s,
             base_latency_s=config.fake_latency_s,
+            step_tokens=config.fake_step_tokens,
         )
     common: dict[str, Any] = {
         "model": config.model,
@@ -166,16 +168,21 @@ class TeacherApp:
         self._stop = asyncio.Event()
         self._signalled_at = 0.0
         metrics = Metrics()
+        tenants = OpenTenants()
         self._scheduler = Scheduler(
             engine,
             SchedulerLimits(
-                max_running=config.max_running, max_queued_tokens=config.max_queued_tokens
+                max_running=config.max_running,
+                max_running_tokens=config.max_running_tokens,
+                max_queued_tokens=config.max_queued_tokens,
             ),
+            tenants=tenants,
         )
         self._sessions = SessionTable(
             self._scheduler,
             info,
             metrics=metrics,
+            tenants=tenants,
             ttl_s=config.session_ttl_s,
             evict_idle_s=config.evict_idle_s,
         )
