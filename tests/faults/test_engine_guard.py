@@ -5,6 +5,7 @@ Run: pytest tests/faults/test_engine_guard.py
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -203,5 +204,5 @@ async def test_a_deadline_counts_from_the_arrival_of_an_append() -> None:
         span = TokenSpan(offset=0, token_ids=np.arange(4, dtype=np.int32))
         await raw.append(span)
         await raw.append(span, deadline_ms=150)  # the same session: waits 300 ms for the first
-        assert type(await next_error(raw)) is DeadlineError
+        assert type(await asyncio.wait_for(next_error(raw), 5)) is DeadlineError
         assert engine.num_queries == 1
