@@ -71,8 +71,9 @@ async def test_replies_to_a_slow_client_are_bounded() -> None:
         for name in names:
             await raw.open(name, options=codec.encode_options(ScoreOptions(k=128)))
             await raw.append(make_span(100, width=8), name)
-        await eventually(lambda: engine.num_queries == 30)
+        await eventually(lambda: engine.num_queries >= 8)
         await asyncio.sleep(0.1)
+        assert engine.num_queries <= 12  # the others would have no room for their answers
         (stream,) = teacher.service._streams
         assert 0 < stream._replies.num_bytes <= 1 << 20
         await raw.send(credit=pb.Credit(bytes=1 << 30))
