@@ -68,6 +68,7 @@ def build_engine(config: TeacherConfig) -> ScoringEngine:
             max_k=min(config.max_k, config.fake_vocab_size),
             prefill_tokens_per_s=config.fake_tokens_per_s,
             base_latency_s=config.fake_latency_s,
+            step_tokens=config.fake_step_tokens,
         )
     common: dict[str, Any] = {
         "model": config.model,
@@ -168,16 +169,21 @@ class TeacherApp:
         self._stop = asyncio.Event()
         self._signalled_at = 0.0
         metrics = Metrics()
+        tenants = access.tenants
         self._scheduler = Scheduler(
             engine,
             SchedulerLimits(
-                max_running=config.max_running, max_queued_tokens=config.max_queued_tokens
+                max_running=config.max_running,
+                max_running_tokens=config.max_running_tokens,
+                max_queued_tokens=config.max_queued_tokens,
             ),
+            tenants=tenants,
         )
         self._sessions = SessionTable(
             self._scheduler,
             info,
             metrics=metrics,
+            tenants=tenants,
             ttl_s=config.session_ttl_s,
             evict_idle_s=config.evict_idle_s,
             resume_window_s=config.resume_window_s,

@@ -70,6 +70,7 @@ class TeacherConfig:
     fake_vocab_size: int = setting(512, "vocabulary of the fake engine", low=2)
     fake_tokens_per_s: float = setting(0.0, "speed of the fake engine, 0 for no time", low=0.0)
     fake_latency_s: float = setting(0.0, "time of a query in the fake engine, s", low=0.0)
+    fake_step_tokens: int = setting(0, "tokens of a step of the fake engine, 0: no steps", low=0)
     host: str = setting("127.0.0.1", "address to listen on")
     grpc_port: int = setting(50051, "port of gRPC, 0 for a free one", low=0, high=65535)
     http_port: int = setting(8080, "port of HTTP, 0 for a free one", low=0, high=65535)
@@ -92,6 +93,7 @@ class TeacherConfig:
     )
     max_append_tokens: int = setting(4096, "tokens in one append", low=1)
     max_running: int = setting(64, "queries in the engine at once", low=1)
+    max_running_tokens: int = setting(16_384, "new tokens in the engine at once", low=1)
     max_queued_tokens: int = setting(262_144, "tokens waiting for the engine", low=1)
     engine_stall_s: float = setting(
         60.0, "age of the oldest query at which the server is not serving, s", low=0.1

@@ -1,7 +1,7 @@
 """The HTTP side of a teacher: health, metrics, one-shot scoring, analysis, and a page for people.
 
 Translates JSON to records and back. Knows no engine, no scheduling and no thresholds; every failure
-leaves as {"error": {type, message, retryable, retry_after_ms}} with the status of the error table.
+leaves as {"error": {type, reason, message, ...}} with the status of the error table.
 Tokenising and rendering run in threads, because this loop also carries the gRPC streams.
 """
 

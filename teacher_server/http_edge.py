@@ -1,8 +1,8 @@
 """The outermost layer of the HTTP side: who asks, how much, how many at once, how failures look.
 
-Every failure leaves as {"error": {type, message, retryable, retry_after_ms}} with the status that
-teacher_wire.errors gives its class. What goes wrong inside the server is logged under the request
-id and leaves as EngineError without its details.
+Every failure leaves as {"error": {type, reason, message, retryable, retry_after_ms}} with the
+status that teacher_wire.errors gives its class. What goes wrong inside the server is
+logged under the request id and leaves as EngineError without its details.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from teacher_wire.errors import (
     DeadlineError,
     EngineError,
     InvalidRequestError,
+    MessageTooLargeError,
     TeacherError,
     code_of,
+    error_to_json,
 )
 
 _log = logging.getLogger(__name__)
@@ -155,7 +157,7 @@ class HttpEdge:
         """The whole body, None if the client left; refuses an announced excess before reading."""
         announced = headers.get("content-length", "0")
         if announced.isascii() and announced.isdigit() and int(announced) > self._max_body_bytes:
-            raise InvalidRequestError(
+            raise MessageTooLargeError(
                 f"the body has {announced} bytes, the limit is {self._max_body_bytes}"
             )
         chunks = bytearray()
@@ -167,7 +169,7 @@ class HttpEdge:
                         return None
                     chunks += message.get("body", b"")
                     if len(chunks) > self._max_body_bytes:
-                        raise InvalidRequestError(
+                        raise MessageTooLargeError(
                             f"the body has more than {self._max_body_bytes} bytes, the limit"
                         )
                     if not message.get("more_body", False):
@@ -185,31 +187,15 @@ def error_response(error: Exception, request_id: str, metrics: Metrics) -> Respo
     else:
         # The engine's own words (paths, addresses, tensors) are for the log.
         told = EngineError(f"the teacher failed; its log has more under request id {request_id}")
-    code = code_of(told)
     metrics.error(type(told).__name__)
-    return _error_body(
-        code.http,
-        type(told).__name__,
-        told.message,
-        retryable=code.retryable,
-        retry_after_ms=told.retry_after_ms,
-    )
+    return _error_body(code_of(told).http, told)
 
 
-def _error_body(
-    status: int, type_name: str, message: str, *, retryable: bool, retry_after_ms: int
-) -> Response:
-    content = {
-        "error": {
-            "type": type_name,
-            "message": message,
-            "retryable": retryable,
-            "retry_after_ms": retry_after_ms,
-        }
-    }
-    response = Response(json.dumps(content), status, media_type="application/json")
-    if retry_after_ms > 0:
-        response.headers["retry-after"] = str(math.ceil(retry_after_ms / 1000))
+def _error_body(status: int, told: TeacherError) -> Response:
+    content = json.dumps({"error": error_to_json(told)})
+    response = Response(content, status, media_type="application/json")
+    if told.retry_after_ms > 0:
+        response.headers["retry-after"] = str(math.ceil(told.retry_after_ms / 1000))
     if status == 401:
         response.headers["www-authenticate"] = "Bearer"
     return response
@@ -231,13 +217,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """Routing failures keep their HTTP status: no error class stands for a wrong path or method."""
     assert isinstance(error, HTTPException)
     request.state.metrics.error(InvalidRequestError.__name__)
-    response = _error_body(
-        error.status_code,
-        InvalidRequestError.__name__,
-        f"{request.method} {request.url.path}: {error.detail}",
-        retryable=False,
-        retry_after_ms=0,
-    )
+    told = InvalidRequestError(f"{request.method} {request.url.path}: {error.detail}")
+    response = _error_body(error.status_code, told)
     response.headers.update(error.headers or {})
     return response
 

@@ -28,6 +28,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
 """Label value of everything past a bound."""
 
+DROP_REASONS = ("deadline", "slow")
 _TEACHER = "opd.teacher.v1.TeacherService"
 _GRPC_TYPES = {
     (_TEACHER, "GetInfo"): "unary",
@@ -119,6 +120,14 @@ class Metrics:
         self._errors = Counter(
             "teacher_errors", "Errors sent to clients.", ("type",), registry=self.registry
         )
+        self._dropped = Counter(
+            "teacher_dropped",
+            "Work given up before it was done, by reason: deadline or slow.",
+            ("reason",),
+            registry=self.registry,
+        )
+        for reason in DROP_REASONS:
+            self._dropped.labels(reason)
         self._build = Gauge(
             "teacher_build_info",
             "Always 1; the labels say what is served.",
@@ -152,6 +161,10 @@ class Metrics:
     def error(self, type_name: str) -> None:
         """Counts one error sent to a client, by the name of its class."""
         self._errors.labels(type_name if type_name in ERRORS_BY_NAME else OTHER).inc()
+
+    def dropped(self, reason: str) -> None:
+        """Counts one append whose deadline passed, or one stream that was too slow."""
+        self._dropped.labels(reason if reason in DROP_REASONS else OTHER).inc()
 
     def rpc_started(self, method: str) -> None:
         """Counts the start of an RPC; method as "/package.Service/Method"."""

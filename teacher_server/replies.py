@@ -1,16 +1,32 @@
 """The replies of one stream on their way out: bounded in bytes, paced by the client's credit.
 
 A put waits while the queue is full, so a client that does not read stops its own sessions and
-nobody else's. Scores wait for credit; what is behind them waits too, because answers keep their
-order.
+nobody else's. Room for scores is reserved before the engine makes them, or each of a thousand
+sessions of such a client could still hold one answer. Scores wait for credit; what is behind them
+waits too, because answers keep their order.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from teacher_wire.pb import teacher_pb2 as pb
+from teacher_wire.records import LogprobDtype, ScoreOptions, TokenSpan
+
+_ROW_EXTRA_BYTES = 10
+"""Overlap, event, entropy and rank of a row."""
+_ENVELOPE_BYTES = 1024
+
+
+def answer_bytes(span: TokenSpan, options: ScoreOptions) -> int:
+    """Bytes of the scores of a span, within a few per cent."""
+    num_candidates = 0 if span.candidate_ids is None else span.candidate_ids.shape[1]
+    float_bytes = 2 if options.logprob_dtype is LogprobDtype.F16 else 4
+    per_row = 4 * options.k + float_bytes * (options.k + 1 + num_candidates) + _ROW_EXTRA_BYTES
+    return len(span) * per_row + _ENVELOPE_BYTES
 
 
 class ReplyQueue:
@@ -24,6 +40,7 @@ class ReplyQueue:
         self._replies: deque[tuple[pb.SessionResponse, int]] = deque()
         self._bytes = 0
         self._writing = 0
+        self._reserved = 0
         self._waiting: list[asyncio.Future[None]] = []
         """Resolved at the next change; everything runs on one loop, so there is nothing to lock."""
 
@@ -31,6 +48,21 @@ class ReplyQueue:
     def num_bytes(self) -> int:
         """Bytes queued or being written."""
         return self._bytes
+
+    @asynccontextmanager
+    async def room_for(self, num_bytes: int) -> AsyncIterator[None]:
+        """Keeps room for an answer that is being made; an empty queue has room for any. Inside,
+        nothing but making it; what follows without a pause finds the room free."""
+        while self._bytes + self._reserved and (
+            self._bytes + self._reserved + num_bytes > self._max_bytes
+        ):
+            await self._change()
+        self._reserved += num_bytes
+        try:
+            yield
+        finally:
+            self._reserved -= num_bytes
+            self._changed()
 
     async def put(self, reply: pb.SessionResponse) -> None:
         """Adds a reply at the end, as soon as there is room; an empty queue takes any."""

@@ -25,6 +25,7 @@ from teacher_wire.errors import (
     FingerprintMismatchError,
     InvalidRequestError,
     NotReadyError,
+    SlowConsumerError,
     TeacherError,
     UnauthenticatedError,
     code_of,
@@ -46,6 +47,8 @@ class ServiceMetrics(Protocol):
     """What the service reports; teacher_server.metrics.Metrics."""
 
     def error(self, type_name: str) -> None: ...
+
+    def dropped(self, reason: str) -> None: ...
 
     def rpc_started(self, method: str) -> None: ...
 
@@ -124,7 +127,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                 deadline_s=context.time_remaining(),
             )
             for chunk in codec.encode_score_responses(scores, options.logprob_dtype):
-                await context.write(chunk)
+                await self._write_in_time(context, chunk)
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: Context
@@ -164,6 +167,21 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         if self._tenant(context, run_id) != tenant:
             raise UnauthenticatedError("the credentials now stand for another tenant")
 
+    async def _write_in_time(
+        self,
+        context: grpc.aio.ServicerContext[pb.ScoreRequest, pb.ScoreResponse],
+        chunk: pb.ScoreResponse,
+    ) -> None:
+        limit_s = self._limits.slow_client_s
+        # The write is left alone: cancelling a pending one leaks memory in grpc.aio.
+        writing = asyncio.ensure_future(context.write(chunk))
+        done, _ = await asyncio.wait({writing}, timeout=limit_s)
+        if not done:
+            writing.add_done_callback(_seen)
+            self._metrics.dropped("slow")
+            raise SlowConsumerError(f"a reply was not accepted within {limit_s} s")
+        writing.result()
+
     def _refuse_unless_ready(self) -> None:
         if self._draining or not self._ready():
             raise NotReadyError("the server is loading or draining", retry_after_ms=1000)
@@ -198,6 +216,12 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             if not self._num_calls:
                 self._idle.set()
             self._metrics.rpc(method, code, time.monotonic() - started)
+
+
+def _seen(writing: asyncio.Future[None]) -> None:
+    """A write that fails after its call has ended is nobody's error."""
+    if not writing.cancelled():
+        writing.exception()
 
 
 def tenant_of(run_id: str) -> str:

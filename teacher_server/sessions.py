@@ -24,10 +24,13 @@ from numpy.typing import NDArray
 from teacher_server import drift
 from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.rows import check_rows, joined, judged_rows, pieces
+from teacher_server.tenants import OpenTenants, Tenants
 from teacher_server.validation import check_drift, check_open, check_span, check_total_length
 from teacher_wire.errors import (
     CapacityError,
+    DeadlineError,
     InvalidRequestError,
+    QuotaError,
     SessionNotFoundError,
     SessionOffsetError,
 )
@@ -65,6 +68,8 @@ class SessionMetrics(Protocol):
     def append_done(self, queue_s: float, engine_s: float) -> None: ...
 
     def sessions_open(self, n: int) -> None: ...
+
+    def dropped(self, reason: str) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -116,6 +121,7 @@ class SessionTable:
         info: TeacherInfo,
         *,
         metrics: SessionMetrics,
+        tenants: Tenants | None = None,
         ttl_s: float = 600.0,
         evict_idle_s: float = 1.0,
         resume_window_s: float = 1.0,
@@ -129,6 +135,7 @@ class SessionTable:
         self._scorer = scorer
         self._info = info
         self._metrics = metrics
+        self._tenants = tenants or OpenTenants()
         self._ttl_s = ttl_s
         self._evict_idle_s = evict_idle_s
         self._resume_window_s = resume_window_s
@@ -156,12 +163,14 @@ class SessionTable:
     ) -> int:
         """Starts, resumes or replaces a session; returns the offset at which it goes on.
 
-        Raises InvalidRequestError, or CapacityError when every session is in use.
+        Raises InvalidRequestError, CapacityError when every session is in use, or QuotaError when
+        the tenant has as many in use as it may.
         """
         check_open(self._info, session_id, prompt_ids, scored_ids, options, policy)
         base_drift = check_drift(policy, drift_state, len(scored_ids))
         self.expire()
         self._sessions.pop((tenant, session_id), None)
+        self._make_room_of(tenant)
         self._make_room()
         self._sessions[tenant, session_id] = Session(
             session_id=session_id,
@@ -204,6 +213,9 @@ class SessionTable:
             async with session.lock:
                 left = None if give_up is None else give_up - self._clock()
                 scores = await self._score(session, span, left)
+        except DeadlineError:
+            self._metrics.dropped("deadline")
+            raise
         finally:
             session.num_pending -= 1
             session.last_used = self._clock()
@@ -288,6 +300,9 @@ class SessionTable:
             for piece in pieces(span, self._info.max_append_tokens):
                 left = None if give_up is None else give_up - self._clock()
                 parts.append(await self._score(session, piece, left))
+        except DeadlineError:
+            self._metrics.dropped("deadline")
+            raise
         finally:
             self._scorer.forget(session.engine_name)
         return joined(parts)
@@ -300,16 +315,34 @@ class SessionTable:
         self._sessions.move_to_end((tenant, session_id))
         return session
 
-    def _make_room(self) -> None:
-        if len(self._sessions) < self._info.max_sessions:
+    def _make_room_of(self, tenant: str) -> None:
+        """A tenant at its own limit makes room with its own sessions."""
+        limit = self._tenants.get(tenant).max_sessions
+        if limit is None:
             return
+        own = [key for key in self._sessions if key[0] == tenant]
+        if len(own) >= limit and not self._evict_one(own):
+            raise QuotaError(
+                f"{len(own)} sessions of tenant {tenant!r} are open and in use, its limit is "
+                f"{limit}",
+                retry_after_ms=_EVICTION_HINT_MS,
+            )
+
+    def _evict_one(self, keys: Iterable[tuple[str, str]]) -> bool:
+        """Ends the first of the sessions, least recently used first, that has been idle."""
         limit = self._clock() - self._evict_idle_s
-        for key, session in self._sessions.items():
+        for key in keys:
+            session = self._sessions[key]
             if session.last_used > limit:
                 break
             if not session.num_pending:
                 self._let_go(self._sessions.pop(key))
-                return
+                return True
+        return False
+
+    def _make_room(self) -> None:
+        if len(self._sessions) < self._info.max_sessions or self._evict_one(self._sessions):
+            return
         raise CapacityError(
             f"{len(self._sessions)} sessions are open and in use, the limit is "
             f"{self._info.max_sessions}",

@@ -17,14 +17,15 @@ from typing import Protocol
 
 import grpc
 
-from teacher_server.replies import ReplyQueue
+from teacher_server.replies import ReplyQueue, answer_bytes
 from teacher_server.sessions import SessionTable
 from teacher_wire import codec
 from teacher_wire.errors import (
-    CapacityError,
     EngineError,
     InvalidRequestError,
     NotReadyError,
+    QuotaError,
+    SlowConsumerError,
     TeacherError,
 )
 from teacher_wire.pb import teacher_pb2 as pb
@@ -41,6 +42,8 @@ class StreamMetrics(Protocol):
     """What a stream reports; teacher_server.metrics.Metrics."""
 
     def error(self, type_name: str) -> None: ...
+
+    def dropped(self, reason: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +67,8 @@ class _Request:
     message: pb.SessionRequest
     size: int
     """Bytes it counts with."""
+    arrived: float
+    """Its deadline counts from this time of the loop."""
 
 
 @dataclass(slots=True, eq=False)
@@ -103,9 +108,9 @@ class SessionStream:
     async def run(self, requests: AsyncIterator[pb.SessionRequest], info: pb.TeacherInfo) -> None:
         """Serves until the client is done, the stream breaks, or it is drained.
 
-        Raises CapacityError for a client that is too slow or asks too much. When the client ends
-        the stream its sessions end with it; when the stream breaks they stay a while, to be
-        resumed.
+        Raises SlowConsumerError for a client that is too slow, QuotaError for one that asks too
+        much. When the client ends the stream its sessions end with it; when the stream breaks they
+        stay a while, to be resumed.
         """
         await self._replies.put(pb.SessionResponse(welcome=pb.Welcome(info=info)))
         reader = self._start(self._read(requests))
@@ -130,6 +135,9 @@ class SessionStream:
             go_away = pb.GoAway(reason=reason, deadline_ms=deadline_ms)
             self._replies.put_first(pb.SessionResponse(go_away=go_away))
             self._start(self._end_when_settled())
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def _start(self, work: object) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
@@ -160,12 +168,16 @@ class SessionStream:
 
     def _cut(self, error: TeacherError) -> None:
         if not self._over.done():
+            if isinstance(error, SlowConsumerError):
+                self._metrics.dropped("slow")
             self._over.set_exception(error)
 
     async def _write(self) -> None:
         loop = asyncio.get_running_loop()
         limit_s = self._limits.slow_client_s
-        slow = CapacityError(f"a reply was not accepted within {limit_s} s: the client is too slow")
+        slow = SlowConsumerError(
+            f"a reply was not accepted within {limit_s} s: the client is too slow"
+        )
         while True:
             await self._replies.wait_for_reply()
             # A timer, not asyncio.timeout: cancelling a pending write leaks memory in grpc.aio.
@@ -194,13 +206,13 @@ class SessionStream:
         self._request_bytes += size
         if self._request_bytes > self._limits.max_request_bytes:
             limit = self._limits.max_request_bytes
-            self._cut(CapacityError(f"unanswered requests pass the limit of {limit} bytes"))
+            self._cut(QuotaError(f"unanswered requests pass the limit of {limit} bytes"))
             return
         session_id = getattr(request, kind).session_id
         lane = self._lanes.get(session_id)
         if lane is None:
             lane = self._lanes[session_id] = _Lane()
-        lane.requests.append(_Request(kind, request, size))
+        lane.requests.append(_Request(kind, request, size, self._now()))
         if lane.task is None:
             lane.task = asyncio.create_task(self._run_lane(session_id, lane))
 
@@ -209,7 +221,7 @@ class SessionStream:
             request = lane.requests.popleft()
             self._request_bytes -= request.size
             try:
-                await self._carry_out(request.kind, request.message)
+                await self._carry_out(request)
             except TeacherError as error:
                 await self._answer_error(error, session_id, _offset(request))
             except Exception:
@@ -218,13 +230,14 @@ class SessionStream:
                 await self._answer_error(hidden, session_id, _offset(request))
         del self._lanes[session_id]
 
-    async def _carry_out(self, kind: str, request: pb.SessionRequest) -> None:
-        if kind == "open":
-            await self._replies.put(pb.SessionResponse(opened=self._open(request.open)))
-        elif kind == "append":
-            await self._append(request.append)
+    async def _carry_out(self, request: _Request) -> None:
+        message = request.message
+        if request.kind == "open":
+            await self._replies.put(pb.SessionResponse(opened=self._open(message.open)))
+        elif request.kind == "append":
+            await self._append(message.append, request.arrived)
         else:
-            session_id = request.close.session_id
+            session_id = message.close.session_id
             self._sessions.close(session_id, tenant=self._tenant)
             self._opened.discard(session_id)
             await self._replies.put(pb.SessionResponse(closed=pb.Closed(session_id=session_id)))
@@ -245,15 +258,18 @@ class SessionStream:
         self._opened.add(request.session_id)
         return pb.Opened(session_id=request.session_id, next_offset=next_offset)
 
-    async def _append(self, request: pb.Append) -> None:
+    async def _append(self, request: pb.Append, arrived: float) -> None:
         session_id = request.session_id
         options = self._sessions.options_of(session_id, tenant=self._tenant)
-        scores = await self._sessions.append(
-            session_id,
-            codec.decode_span(request.span),
-            tenant=self._tenant,
-            deadline_s=request.deadline_ms / 1000 if request.deadline_ms else None,
-        )
+        span = codec.decode_span(request.span)
+        async with self._replies.room_for(answer_bytes(span, options)):
+            waited_s = self._now() - arrived
+            scores = await self._sessions.append(
+                session_id,
+                span,
+                tenant=self._tenant,
+                deadline_s=request.deadline_ms / 1000 - waited_s if request.deadline_ms else None,
+            )
         for reply in codec.encode_scores(scores, options.logprob_dtype, session_id):
             await self._replies.put(reply)
 

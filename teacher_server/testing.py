@@ -3,7 +3,7 @@ development."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from teacher_server.server_options import SERVER_OPTIONS
 from teacher_server.service import TeacherService
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import StreamLimits
+from teacher_server.tenants import Tenants
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import TeacherInfo
 
@@ -66,16 +67,20 @@ async def local_teacher(
     evict_idle_s: float = 0.0,
     scheduler_limits: SchedulerLimits | None = None,
     stream_limits: StreamLimits | None = None,
+    tenants: Tenants | None = None,
+    options: Sequence[tuple[str, int]] = SERVER_OPTIONS,
     ready: Callable[[], bool] = lambda: True,
 ) -> AsyncIterator[LocalTeacher]:
     """A running teacher; it is stopped on leaving, and its streams with it."""
     engine = engine or FakeEngine()
     info = info or teacher_info(engine)
     metrics = Metrics()
-    scheduler = Scheduler(engine, scheduler_limits or SchedulerLimits())
-    sessions = SessionTable(scheduler, info, metrics=metrics, evict_idle_s=evict_idle_s)
+    scheduler = Scheduler(engine, scheduler_limits or SchedulerLimits(), tenants=tenants)
+    sessions = SessionTable(
+        scheduler, info, metrics=metrics, tenants=tenants, evict_idle_s=evict_idle_s
+    )
     service = TeacherService(info, sessions, metrics=metrics, ready=ready, limits=stream_limits)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc.aio.server(options=list(options))
     pb_grpc.add_TeacherServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     bound = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()

@@ -135,6 +135,9 @@ RULES = [
             "rows",
             "validation",
             "scheduler",
+            "fair_queue",
+            "tenant_limits",
+            "tenants",
             "drift",
             "analysis",
             "metrics",
@@ -172,6 +175,14 @@ RULES = [
     ),
     Rule(
         modules="teacher_server.drift", only="numpy teacher_wire.records", why="pure, and no errors"
+    ),
+    Rule(
+        modules="teacher_server.fair_queue", only="typing", why="pure: whose turn it is, as a law"
+    ),
+    Rule(
+        modules="teacher_server.tenant_limits",
+        only="teacher_server.tenants teacher_wire.errors",
+        why="pure: limits as arithmetic",
     ),
     Rule(
         modules="teacher_server.service", never="fastapi teacher_server.http_api", why="gRPC only"

@@ -119,7 +119,8 @@ class ScoringEngine(Protocol):
         """Loads the model; raises EngineError when it cannot."""
 
     async def score(self, query: ScoreQuery) -> EngineRows:
-        """Rows of one query. Concurrent calls are batched. Raises EngineError or NonFiniteError."""
+        """Rows of one query. Concurrent calls are batched. Raises EngineError or NonFiniteError,
+        or MemoryError when this query was too much and the next may be answered."""
 
     def forget(self, session: str) -> None:
         """Drops what is held for a session; a later query of it is still answered, only slower."""

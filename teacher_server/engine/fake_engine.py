@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -36,8 +37,19 @@ class Fault(Enum):
     """No answer until cancelled."""
     NAN = "nan"
     """A NaN that the engine notices."""
+    OOM = "oom"
+    """Memory runs out; with steps, for every query of the step."""
     LEAK_NAN = "leak_nan"
     """A NaN that the engine does not notice."""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A query that waits for its step."""
+
+    num_rows: int
+    out_of_memory: bool
+    done: asyncio.Future[None]
 
 
 class FakeEngine:
@@ -51,8 +63,13 @@ class FakeEngine:
         max_k: int = 128,
         prefill_tokens_per_s: float = 0.0,
         base_latency_s: float = 0.0,
+        step_tokens: int = 0,
     ) -> None:
-        """A query takes base_latency_s plus its new tokens at prefill_tokens_per_s (0: no time)."""
+        """A query takes base_latency_s plus its new tokens at prefill_tokens_per_s (0: no time).
+
+        With step_tokens it is not the queries that take this time, but steps, one after the other,
+        each of as many queries as have step_tokens together, in order of arrival, or of one larger.
+        """
         self._info = EngineInfo(
             name="fake",
             version="1",
@@ -63,6 +80,10 @@ class FakeEngine:
         )
         self._prefill_tokens_per_s = prefill_tokens_per_s
         self._base_latency_s = base_latency_s
+        self._step_tokens = step_tokens
+        self._line: deque[_Waiting] = deque()
+        self._stepper: asyncio.Task[None] | None = None
+        self.num_steps = 0
         self._faults: deque[Fault] = deque()
         self.alive = True
         self.num_queries = 0
@@ -85,7 +106,12 @@ class FakeEngine:
         self.num_queries += 1
         self.num_rows += num_rows
         fault = self._faults.popleft() if self._faults else None
-        await self._spend_time(num_rows)
+        if self._step_tokens:
+            await self._in_a_step(num_rows, fault)
+        else:
+            await self._spend_time(num_rows)
+            if fault is Fault.OOM:
+                raise MemoryError("injected fault")
         if fault is Fault.RAISE:
             raise EngineError("injected fault")
         if fault is Fault.CRASH:
@@ -106,6 +132,30 @@ class FakeEngine:
         if seconds:
             await asyncio.sleep(seconds)
 
+    async def _in_a_step(self, num_rows: int, fault: Fault | None) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._line.append(_Waiting(num_rows, fault is Fault.OOM, done))
+        if self._stepper is None or self._stepper.done():
+            self._stepper = asyncio.create_task(self._run_steps())
+        await done
+
+    async def _run_steps(self) -> None:
+        while self._line:
+            step = [self._line.popleft()]
+            num_rows = step[0].num_rows
+            while self._line and num_rows + self._line[0].num_rows <= self._step_tokens:
+                step.append(self._line.popleft())
+                num_rows += step[-1].num_rows
+            self.num_steps += 1
+            await self._spend_time(num_rows)
+            for query in step:
+                if query.done.done():  # its caller has gone
+                    continue
+                if any(other.out_of_memory for other in step):
+                    query.done.set_exception(MemoryError("injected fault"))
+                else:
+                    query.done.set_result(None)
+
     def forget(self, session: str) -> None:
         self.forgotten.append(session)
 
@@ -114,6 +164,8 @@ class FakeEngine:
 
     async def close(self) -> None:
         self.alive = False
+        if self._stepper is not None:
+            self._stepper.cancel()
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

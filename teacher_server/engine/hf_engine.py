@@ -104,6 +104,8 @@ class HfEngine:
         loop = asyncio.get_running_loop()
         try:
             rows = await loop.run_in_executor(self._worker, self._score, self._model, query)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"transformers ran out of memory: {error}") from error
         except RuntimeError as error:
             raise EngineError(f"transformers failed: {error}") from error
         check_finite(rows, query.first_row)

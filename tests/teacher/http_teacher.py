@@ -101,7 +101,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     """The error of a response, which must have the one shape."""
     content = response.json()
     assert set(content) == {"error"}
-    assert set(content["error"]) == {"type", "message", "retryable", "retry_after_ms"}
+    assert set(content["error"]) == {"type", "reason", "message", "retryable", "retry_after_ms"}
     return content["error"]
 
 

@@ -89,7 +89,7 @@ async def test_a_body_over_the_limit_is_refused_and_one_at_the_limit_is_not(
 
     assert (await send(limit)).status_code == 200
     refused = await send(limit + 1)
-    assert (refused.status_code, error_of(refused)["type"]) == (400, "InvalidRequestError")
+    assert (refused.status_code, error_of(refused)["type"]) == (413, "MessageTooLargeError")
     assert str(limit) in error_of(refused)["message"]
 
 

@@ -57,9 +57,11 @@ def start(
 async def test_tenants_take_turns() -> None:
     engine = Gate()
     scheduler = Scheduler(engine, SchedulerLimits(max_running=1))
-    tasks = [start(scheduler, "a", f"a{i}") for i in range(5)]
+    tasks = [start(scheduler, "a", f"a{i}", tokens=16) for i in range(5)]
     await settle()
-    tasks += [start(scheduler, tenant, f"{tenant}{i}") for i in range(2) for tenant in "bc"]
+    tasks += [
+        start(scheduler, tenant, f"{tenant}{i}", tokens=16) for i in range(2) for tenant in "bc"
+    ]
     await settle()
     for _ in tasks:
         engine.places.release()
@@ -171,3 +173,45 @@ async def test_the_watchdog_reads_the_age_of_the_oldest_query() -> None:
     (_, timing), _ = await asyncio.gather(first, second)  # type: ignore[misc]
     assert (timing.queue_us, timing.engine_us) == (0, 7_000_000)
     assert scheduler.oldest_running_s() == 0.0
+
+
+async def test_new_tokens_in_the_engine_are_bounded_and_the_next_in_turn_is_waited_for() -> None:
+    engine = Gate()
+    scheduler = Scheduler(engine, SchedulerLimits(max_running_tokens=100))
+    tasks = [start(scheduler, "a", "a0", 60)]
+    await settle()
+    tasks += [start(scheduler, "a", "large", 90), start(scheduler, "a", "small", 20)]
+    await settle()
+    assert engine.arrived == ["a0"]
+    tasks[1].cancel()
+    await settle()
+    assert engine.arrived == ["a0", "small"]
+    tasks.append(start(scheduler, "a", "huge", 500))
+    await settle()
+    for _ in tasks:
+        engine.places.release()
+        await settle()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert engine.arrived == ["a0", "small", "huge"]
+    assert (scheduler.num_running, scheduler.queued_tokens) == (0, 0)
+
+
+async def test_a_greedy_tenant_leaves_room_in_the_queue() -> None:
+    engine = Gate()
+    scheduler = Scheduler(engine, SchedulerLimits(max_running=1, max_queued_tokens=100))
+    tasks = [start(scheduler, "greedy", tokens=10) for _ in range(20)]
+    await settle()
+    refused = [task for task in tasks if task.done()]
+    assert scheduler.queued_tokens == 50
+    assert len(refused) == 20 - 1 - 5
+    for task in refused:
+        error = task.exception()
+        assert isinstance(error, CapacityError)
+        assert "'greedy'" in error.message
+        assert error.retry_after_ms >= 50
+    tasks += [start(scheduler, "other", tokens=10) for _ in range(2)]
+    await settle()
+    assert scheduler.queued_tokens == 70
+    for _ in tasks:
+        engine.places.release()
+    await asyncio.gather(*tasks, return_exceptions=True)

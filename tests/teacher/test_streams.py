@@ -16,9 +16,10 @@ from teacher_server.stream import StreamLimits
 from teacher_server.testing import local_teacher, teacher_info
 from teacher_wire import codec
 from teacher_wire.errors import (
-    CapacityError,
     DeadlineError,
     NotReadyError,
+    QuotaError,
+    SlowConsumerError,
 )
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import ScoreOptions
@@ -53,7 +54,7 @@ async def test_a_client_that_takes_nothing_is_cut_off_alone() -> None:
             for start in (0, 10, 20):
                 await slow.append(cut(make_span(30), start, start + 10))
             error = await slow.failure()
-            assert type(error) is CapacityError
+            assert type(error) is SlowConsumerError
             assert "too slow" in error.message
             assert error.retry_after_ms == 0
             await other.append(make_span(5), "other")
@@ -70,8 +71,9 @@ async def test_replies_to_a_slow_client_are_bounded() -> None:
         for name in names:
             await raw.open(name, options=codec.encode_options(ScoreOptions(k=128)))
             await raw.append(make_span(100, width=8), name)
-        await eventually(lambda: engine.num_queries == 30)
+        await eventually(lambda: engine.num_queries >= 8)
         await asyncio.sleep(0.1)
+        assert engine.num_queries <= 12  # the others would have no room for their answers
         (stream,) = teacher.service._streams
         assert 0 < stream._replies.num_bytes <= 1 << 20
         await raw.send(credit=pb.Credit(bytes=1 << 30))
@@ -94,7 +96,7 @@ async def test_a_client_that_asks_too_much_is_cut_off() -> None:
         for _ in range(4):
             await raw.append(make_span(100))
         error = await raw.failure()
-        assert type(error) is CapacityError
+        assert type(error) is QuotaError
         assert "20000 bytes" in error.message
 
 

@@ -1,0 +1,91 @@
+"""Whatever the network is like, the scores are the same, and nothing stands still.
+
+Run: pytest tests/faults/test_network_weather.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from student_trainer.patience import RetryLimits
+from student_trainer.teacher_client import TeacherClient
+from teacher_server.testing import local_teacher
+from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TokenSpan
+from tests.faults.proxy import Proxy, Weather, weather
+from tests.teacher.fake_rows import assert_same_response, cut, make_span
+
+PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
+OPTIONS = ScoreOptions(k=32)
+POLICY = DriftPolicy(k=8, w_drop=0.1)
+NUM_SESSIONS, TOKENS, PIECE = 6, 96, 16
+LIMIT_S = 30.0
+
+
+async def rollout(client: TeacherClient, span: TokenSpan) -> list[Scores]:
+    session = client.open(PROMPT, OPTIONS, POLICY)
+    parts = [
+        await session.append(cut(span, start, start + PIECE)) for start in range(0, TOKENS, PIECE)
+    ]
+    await session.close()
+    return parts
+
+
+async def scored_through(
+    conditions: Weather, *, credit_bytes: int = 32 << 20, cuts: int = 0
+) -> tuple[Proxy, float]:
+    """Scores several rollouts through the proxy and compares every row with the plain ones."""
+    spans = [make_span(TOKENS, seed=seed) for seed in range(NUM_SESSIONS)]
+    async with local_teacher() as teacher, weather(teacher.address, conditions) as proxy:
+        client = await TeacherClient.connect(
+            [proxy.address],
+            tokenizer_fingerprint="",
+            vocab_size=512,
+            run_id="far",
+            credit_bytes=credit_bytes,
+            limits=RetryLimits(max_resends=100),
+        )
+        started = time.monotonic()
+        rollouts = asyncio.gather(*(rollout(client, span) for span in spans))
+        for _ in range(cuts):
+            before = proxy.num_bytes
+            while proxy.num_bytes < before + 8_000 and not rollouts.done():
+                await asyncio.sleep(0.005)
+            proxy.cut()
+        answers = await asyncio.wait_for(rollouts, LIMIT_S)
+        took_s = time.monotonic() - started
+        for span, parts in zip(spans, answers, strict=True):
+            whole = await teacher.sessions.score_once(PROMPT, span, OPTIONS, POLICY, tenant="t")
+            assert_same_response(parts, whole)
+        await client.aclose()
+    return proxy, took_s
+
+
+async def test_latency_of_100_ms() -> None:
+    _, took_s = await scored_through(Weather(latency_s=0.1))
+    # Each append waits for one way there and one back, and so does the Close.
+    assert took_s >= (TOKENS / PIECE) * 0.2
+
+
+async def test_one_megabit_a_second_bounds_the_throughput() -> None:
+    link = 125_000
+    proxy, took_s = await scored_through(Weather(bytes_per_s=link))
+    # Both directions have the link to themselves; the larger part of the bytes are answers.
+    assert proxy.num_bytes / 2 / took_s <= 1.1 * link
+
+
+@pytest.mark.parametrize(("slice_bytes", "pause_s"), [(7, 0.0), (1000, 0.0005)])
+async def test_slices(slice_bytes: int, pause_s: float) -> None:
+    await scored_through(Weather(slice_bytes=slice_bytes, slice_pause_s=pause_s))
+
+
+async def test_a_narrow_link_with_little_credit_does_not_deadlock() -> None:
+    await scored_through(Weather(bytes_per_s=250_000, latency_s=0.01), credit_bytes=4000)
+
+
+async def test_connections_that_are_reset_again_and_again() -> None:
+    proxy, _ = await scored_through(Weather(latency_s=0.005), cuts=6)
+    assert proxy.num_connections > 3

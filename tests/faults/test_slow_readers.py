@@ -1,0 +1,118 @@
+"""A client that does not read costs a bounded amount of memory, nobody else, and is cut off.
+
+Run: pytest tests/faults/test_slow_readers.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import urllib.request
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from teacher_server.engine.fake_engine import FakeEngine
+from teacher_server.stream import StreamLimits
+from teacher_wire import codec
+from teacher_wire.errors import SlowConsumerError
+from teacher_wire.pb import teacher_pb2 as pb
+from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
+from teacher_wire.records import ScoreOptions, TokenSpan
+from tests.faults.loads import Tally, TeacherProcess, ask_without_pause, teacher_process, tenant
+from tests.teacher.raw_streams import Raw, eventually, raw_stream
+
+MIB = 1 << 20
+SLOW_S = 2.0
+NUM_SESSIONS = 110
+SPAN = TokenSpan(offset=0, token_ids=np.arange(448, dtype=np.int32))
+OPTIONS = codec.encode_options(ScoreOptions(k=128))
+"""448 rows of 1 KiB: with NUM_SESSIONS sessions about 50 MB of answers."""
+
+
+def slow_ones(teacher: TeacherProcess) -> float:
+    with urllib.request.urlopen(f"http://{teacher.http_address}/metrics", timeout=5) as answer:
+        text = answer.read().decode()
+    (line,) = [x for x in text.splitlines() if x.startswith('teacher_dropped_total{reason="slow"}')]
+    return float(line.split()[1])
+
+
+async def beside(teacher: TeacherProcess, seconds: float) -> Tally:
+    """Eight sessions of somebody else."""
+    tally = Tally()
+    async with tenant(teacher.grpc_address, "others") as client:
+        await ask_without_pause(client, tally, sessions=8, append_tokens=16, seconds=seconds)
+    return tally
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("credit_bytes", [0, 64 * MIB, 100_000])
+def test_50_mb_for_a_client_that_stops_reading(tmp_path: Path, credit_bytes: int) -> None:
+    flags = ("--slow-client-s", str(SLOW_S), "--fake-latency-s", "0.01", "--max-running", "8")
+
+    async def scenario(teacher: TeacherProcess) -> None:
+        await beside(teacher, 1.0)  # what a process allocates once is there
+        before, peak = teacher.rss_bytes(), 0
+        async with grpc.aio.insecure_channel(teacher.grpc_address) as channel:
+            raw = Raw(pb_grpc.TeacherServiceStub(channel))  # type: ignore[no-untyped-call]
+            hello = pb.Hello(protocol_version=1, run_id="slow", credit_bytes=credit_bytes)
+            await raw.send(hello=hello)
+            for index in range(NUM_SESSIONS):
+                await raw.open(str(index), policy=None, options=OPTIONS)
+                await raw.append(SPAN, str(index))
+            started = time.monotonic()
+            others = asyncio.create_task(beside(teacher, 3 * SLOW_S))
+            while not slow_ones(teacher):
+                peak = max(peak, teacher.rss_bytes())
+                assert time.monotonic() - started < 4 * SLOW_S, "not cut off"
+                await asyncio.sleep(0.1)
+            cut_after_s = time.monotonic() - started
+            tally = await others
+            assert len(tally.seconds) > 8
+            error = await raw.failure()
+        print(f"RSS +{(peak - before) / MIB:.1f} MiB, cut after {cut_after_s:.1f} s")  # noqa: T201
+        assert type(error) is SlowConsumerError
+        assert peak - before <= 16 * MIB
+        assert cut_after_s >= 0.5 * SLOW_S
+
+    with teacher_process(tmp_path, *flags) as teacher:
+        asyncio.run(scenario(teacher))
+
+
+async def test_work_for_a_client_that_does_not_read_is_not_begun() -> None:
+    """Its answers are bounded while they are made, not only when they wait."""
+    engine = FakeEngine()
+    limits = StreamLimits(max_reply_bytes=1 << 20)
+    hello = pb.Hello(protocol_version=1, credit_bytes=1)
+    async with raw_stream(engine, hello=hello, stream_limits=limits) as (raw, _):
+        for index in range(20):
+            await raw.open(str(index), policy=None, options=OPTIONS)
+            await raw.append(SPAN, str(index))
+        await eventually(lambda: engine.num_queries >= 2)
+        await asyncio.sleep(0.3)
+        assert engine.num_queries <= 4  # two in the queue, one with credit, one on its way
+        await raw.send(credit=pb.Credit(bytes=1 << 30))
+        answered = 0
+        while answered < 20:
+            answered += (await raw.receive()).scores.last
+        assert engine.num_queries == 20
+
+
+async def test_a_slow_reader_of_one_whole_response_is_cut_off_too() -> None:
+    limits = StreamLimits(slow_client_s=0.5)
+    ids = np.zeros(4096, np.int32)
+    request = pb.ScoreRequest(
+        prompt_ids=codec.encode_ids(ids[:5]),
+        span=codec.encode_span(TokenSpan(offset=0, token_ids=ids)),
+        options=OPTIONS,
+    )
+    async with raw_stream(stream_limits=limits) as (_, teacher):
+        async with grpc.aio.insecure_channel(teacher.address) as channel:
+            stub = pb_grpc.TeacherServiceStub(channel)  # type: ignore[no-untyped-call]
+            call = stub.Score(request)
+            await asyncio.sleep(2.0)
+            code = await asyncio.wait_for(call.code(), 5)
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "not accepted within 0.5 s" in await call.details()
