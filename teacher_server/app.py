@@ -169,7 +169,6 @@ class TeacherApp:
         self._stop = asyncio.Event()
         self._signalled_at = 0.0
         metrics = Metrics()
-        tenants = access.tenants
         self._scheduler = Scheduler(
             engine,
             SchedulerLimits(
@@ -177,13 +176,13 @@ class TeacherApp:
                 max_running_tokens=config.max_running_tokens,
                 max_queued_tokens=config.max_queued_tokens,
             ),
-            tenants=tenants,
+            tenants=access.tenants,
         )
         self._sessions = SessionTable(
             self._scheduler,
             info,
             metrics=metrics,
-            tenants=tenants,
+            tenants=access.tenants,
             ttl_s=config.session_ttl_s,
             evict_idle_s=config.evict_idle_s,
             resume_window_s=config.resume_window_s,
