@@ -84,7 +84,10 @@ class TeacherConfig:
     max_running: int = setting(64, "queries in the engine at once", low=1)
     max_queued_tokens: int = setting(262_144, "tokens waiting for the engine", low=1)
     engine_stall_s: float = setting(
-        60.0, "age of the oldest query at which the server is not serving, s", low=0.1
+        30.0, "silence of an engine that owes answers, until health says NOT_SERVING, s", low=0.1
+    )
+    engine_lost_s: float = setting(
+        300.0, "silence of an engine that owes answers, until the server exits with 1, s", low=0.1
     )
     slow_client_s: float = setting(30.0, "time a client may take to accept a reply, s", low=0.1)
     max_reply_bytes: int = setting(8 << 20, "replies waiting on one stream, bytes", low=1 << 20)
@@ -102,6 +105,13 @@ class TeacherConfig:
             raise ConfigError(
                 f"cpu_cores is {self.cpu_cores!r}, must be like '0' or '2,3', or auto"
             )
+        if self.engine_lost_s <= self.engine_stall_s:
+            raise ConfigError(
+                f"engine_lost_s is {self.engine_lost_s}, must be more than engine_stall_s, "
+                f"which is {self.engine_stall_s}"
+            )
+        if self.grpc_port and self.grpc_port == self.http_port:
+            raise ConfigError(f"http_port is {self.http_port}, which is grpc_port: must differ")
         if not self.insecure and not is_loopback(self.host):
             raise ConfigError(
                 f"host is {self.host!r}, must be a loopback address: there is no authentication; "

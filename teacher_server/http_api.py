@@ -225,9 +225,8 @@ def _plain_routes(deps: HttpDeps) -> APIRouter:
 
     @router.get("/readyz")
     async def readiness() -> dict[str, str]:
-        """200 when appends are taken, 503 while loading or draining."""
-        if not deps.ready():
-            raise NotReadyError("the teacher is loading or draining", retry_after_ms=1000)
+        """200 when clients should come here, 503 while loading, stalled or draining."""
+        _refuse_unless_ready(deps)
         return {"status": "ready"}
 
     @router.get("/metrics")
@@ -252,6 +251,7 @@ def _v1_routes(deps: HttpDeps) -> APIRouter:
     @router.post("/score")
     async def score(body: ScoreBody, request: Request) -> Response:
         """Teacher scores of one whole response, as nested lists or packed arrays."""
+        _refuse_unless_ready(deps)
         if body.encoding is ArrayEncoding.JSON:
             _refuse_too_many(len(body.response_ids), body.k, MAX_JSON_ENTRIES)
         scores = await deps.sessions.score_once(
@@ -266,6 +266,7 @@ def _v1_routes(deps: HttpDeps) -> APIRouter:
     @router.post("/analyze")
     async def analyze(body: AnalyzeBody, request: Request) -> Response:
         """A table of what the teacher thinks of each response token."""
+        _refuse_unless_ready(deps)
         async with tokenizer_turn:
             prompt_ids, response_ids = await asyncio.to_thread(_ids_of, body, deps.tokenizer)
         _refuse_too_many(len(response_ids), body.k, MAX_REPORT_ENTRIES)
@@ -291,6 +292,11 @@ def _v1_routes(deps: HttpDeps) -> APIRouter:
             return await asyncio.to_thread(render)
 
     return router
+
+
+def _refuse_unless_ready(deps: HttpDeps) -> None:
+    if not deps.ready():
+        raise NotReadyError("the teacher is loading, stalled or draining", retry_after_ms=1000)
 
 
 def _ids_of(

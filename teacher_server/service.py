@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Protocol
 
 import grpc
@@ -29,13 +29,15 @@ from teacher_wire.errors import (
 )
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
-from teacher_wire.records import PROTOCOL_VERSION, TeacherInfo
+from teacher_wire.records import PROTOCOL_VERSION, Scores, TeacherInfo
 from teacher_wire.status import encode_status
 
 log = logging.getLogger(__name__)
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 DEFAULT_TENANT = "default"
 MAX_RUN_ID_BYTES = 256
+_CUT_S = 0.3
+"""Time for calls that are cut to say so."""
 
 
 class ServiceMetrics(Protocol):
@@ -67,19 +69,27 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         self._ready = ready
         self._limits = limits or StreamLimits()
         self._streams: set[SessionStream] = set()
-        self._num_calls = 0
+        self._num_busy = 0
+        """Calls with work of their own; a stream that has not said Hello has none."""
         self._idle = asyncio.Event()
         self._idle.set()
+        self._cut = asyncio.Event()
 
     async def drain(self, reason: str, deadline_s: float) -> bool:
-        """Ends all streams in good order; False when some were still busy after deadline_s."""
+        """Ends all calls in good order. Those still busy after deadline_s end with NotReadyError,
+        so that what they are owed can be asked for elsewhere; then it returns False.
+        """
         for stream in list(self._streams):
-            await stream.drain(reason, int(deadline_s * 1000))
-        try:
+            stream.drain(reason, int(deadline_s * 1000))
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), deadline_s)
-        except TimeoutError:
-            return False
-        return True
+            return True
+        self._cut.set()
+        for stream in list(self._streams):
+            stream.cut(_cut_error())
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), _CUT_S)
+        return False
 
     async def GetInfo(
         self,
@@ -97,7 +107,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         async with self._edge("Score", context):
             self._refuse_unless_ready()
             options = codec.decode_options(request.options)
-            scores = await self._sessions.score_once(
+            work = self._sessions.score_once(
                 codec.decode_ids(request.prompt_ids, "prompt_ids"),
                 codec.decode_span(request.span),
                 options,
@@ -105,6 +115,8 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                 tenant=tenant_of(request.run_id),
                 deadline_s=context.time_remaining(),
             )
+            with self._busy():
+                scores = await self._unless_cut(work)
             for chunk in codec.encode_score_responses(scores, options.logprob_dtype):
                 await context.write(chunk)
 
@@ -133,9 +145,33 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             )
             self._streams.add(stream)
             try:
-                await stream.run(request_iterator, codec.encode_info(self._info))
+                with self._busy():
+                    await stream.run(request_iterator, codec.encode_info(self._info))
             finally:
                 self._streams.discard(stream)
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._num_busy += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_busy -= 1
+            if not self._num_busy:
+                self._idle.set()
+
+    async def _unless_cut(self, work: Coroutine[Any, Any, Scores]) -> Scores:
+        working = asyncio.create_task(work)
+        cut = asyncio.create_task(self._cut.wait())
+        try:
+            await asyncio.wait({working, cut}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise _cut_error()
+            return working.result()
+        finally:
+            cut.cancel()
+            working.cancel()
 
     def _refuse_unless_ready(self) -> None:
         if not self._ready():
@@ -148,8 +184,6 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         method, started = f"/{SERVICE_NAME}/{name}", time.monotonic()
         code = grpc.StatusCode.OK
         self._metrics.rpc_started(method)
-        self._num_calls += 1
-        self._idle.clear()
         try:
             yield
         except TeacherError as error:
@@ -167,10 +201,11 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             await context.abort_with_status(encode_status(hidden))
             raise AssertionError("abort raises") from error
         finally:
-            self._num_calls -= 1
-            if not self._num_calls:
-                self._idle.set()
             self._metrics.rpc(method, code, time.monotonic() - started)
+
+
+def _cut_error() -> NotReadyError:
+    return NotReadyError("the server ended before it had answered: ask elsewhere, or later")
 
 
 def tenant_of(run_id: str) -> str:

@@ -121,7 +121,7 @@ class SessionStream:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def drain(self, reason: str, deadline_ms: int) -> None:
+    def drain(self, reason: str, deadline_ms: int) -> None:
         """Tells the client to go elsewhere, answers what it has sent, then ends the stream."""
         if not self._draining:
             self._draining = True
@@ -152,7 +152,8 @@ class SessionStream:
         if not self._over.done():
             self._over.set_result(None)
 
-    def _cut(self, error: TeacherError) -> None:
+    def cut(self, error: TeacherError) -> None:
+        """Ends the stream now, with this error."""
         if not self._over.done():
             self._over.set_exception(error)
 
@@ -163,7 +164,7 @@ class SessionStream:
         while True:
             await self._replies.wait_for_reply()
             # A timer, not asyncio.timeout: cancelling a pending write leaks memory in grpc.aio.
-            timer = loop.call_later(limit_s, self._cut, slow)
+            timer = loop.call_later(limit_s, self.cut, slow)
             try:
                 await self._context.write(await self._replies.take())
             finally:
@@ -188,7 +189,7 @@ class SessionStream:
         self._request_bytes += size
         if self._request_bytes > self._limits.max_request_bytes:
             limit = self._limits.max_request_bytes
-            self._cut(CapacityError(f"unanswered requests pass the limit of {limit} bytes"))
+            self.cut(CapacityError(f"unanswered requests pass the limit of {limit} bytes"))
             return
         session_id = getattr(request, kind).session_id
         lane = self._lanes.get(session_id)
