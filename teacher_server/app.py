@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import socket
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,22 @@ import uvicorn
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from teacher_server import __version__, http_api
+from teacher_server import http_api
 from teacher_server.config import TeacherConfig
 from teacher_server.engine.base import ScoringEngine
-from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
 from teacher_server.engine.self_test import self_test
 from teacher_server.health import Health
 from teacher_server.lifecycle import Lifecycle, Phase, leave
+from teacher_server.live_metrics import Readings
 from teacher_server.metrics import Metrics
 from teacher_server.scheduler import Scheduler, SchedulerLimits
+from teacher_server.served import build_engine, describe, load_tokenizer
 from teacher_server.server_options import SERVER_OPTIONS
 from teacher_server.service import SERVICE_NAME, TeacherService
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import StreamLimits
 from teacher_server.watchdog import Watchdog, WatchedEngine, sample_loop_lag
 from teacher_wire.errors import EngineError, TeacherError
-from teacher_wire.fingerprint import tokenizer_fingerprint, weights_digest
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import TeacherInfo
 
@@ -56,81 +55,6 @@ _EXPIRY_INTERVAL_S = 1.0
 
 class StartError(Exception):
     """The server cannot start as configured."""
-
-
-def build_engine(config: TeacherConfig) -> ScoringEngine:
-    """The engine of the configuration, not started. Imports no other engine."""
-    if config.engine == "fake":
-        return FakeEngine(
-            vocab_size=config.fake_vocab_size,
-            max_context=config.max_context,
-            max_k=min(config.max_k, config.fake_vocab_size),
-            prefill_tokens_per_s=config.fake_tokens_per_s,
-            base_latency_s=config.fake_latency_s,
-        )
-    common: dict[str, Any] = {
-        "model": config.model,
-        "revision": config.revision or None,
-        "dtype": config.dtype,
-        "max_context": config.max_context,
-        "max_k": config.max_k,
-    }
-    if config.engine == "hf":
-        from teacher_server.engine.hf_engine import HfEngine
-
-        return HfEngine(**common, device=config.device, max_sessions=config.hf_sessions)
-    from teacher_server.engine.vllm_engine import VllmEngine
-
-    return VllmEngine(
-        **common,
-        block_size=config.block_size,
-        kv_cache_gib=config.kv_cache_gib or None,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        head_dtype=config.head_dtype,
-        enforce_eager=config.enforce_eager,
-        tensor_parallel_size=config.tensor_parallel_size,
-        cpu_cores=config.cpu_cores,
-    )
-
-
-def load_tokenizer(config: TeacherConfig) -> Any:
-    """The tokenizer of the checkpoint, or None for a fake engine without one."""
-    name = config.tokenizer or config.model
-    if not name:
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name, revision=config.revision or None)
-
-
-def describe(config: TeacherConfig, engine: ScoringEngine, tokenizer: Any) -> TeacherInfo:
-    """What clients are told. Reads every weight file of a local checkpoint for its digest."""
-    served = engine.info
-    folder = Path(config.model) if config.model else None
-    is_local = folder is not None and folder.is_dir()
-    if tokenizer is None:
-        fingerprint = fake_fingerprint(served.vocab_size)
-    else:
-        fingerprint = tokenizer_fingerprint(tokenizer)
-    return TeacherInfo(
-        model_id=config.model or f"fake-{served.vocab_size}",
-        revision=config.revision,
-        weights_digest=weights_digest(folder) if folder is not None and is_local else "",
-        dtype=served.dtype,
-        vocab_size=served.vocab_size,
-        tokenizer_fingerprint=fingerprint,
-        special_token_ids=tuple(sorted(tokenizer.all_special_ids)) if tokenizer else (),
-        max_k=served.max_k,
-        max_context=served.max_context,
-        engine=served.name,
-        engine_version=served.version,
-        instance_id=uuid.uuid4().hex,
-        max_sessions=config.max_sessions,
-        max_append_tokens=config.max_append_tokens,
-        server_version=__version__,
-    )
 
 
 class _HttpServer(uvicorn.Server):
@@ -174,6 +98,7 @@ class TeacherApp:
                 max_reply_bytes=config.max_reply_bytes, slow_client_s=config.slow_client_s
             ),
         )
+        metrics.watch(self._read)
         deps = http_api.HttpDeps(
             info=info,
             sessions=self._sessions,
@@ -196,6 +121,20 @@ class TeacherApp:
         if config.reflection:
             names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
             reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._grpc)
+
+    def _read(self) -> Readings:
+        return Readings(
+            active_sessions=self._sessions.num_active(),
+            queue_depth=self._scheduler.num_queued,
+            queue_tokens=self._scheduler.queued_tokens,
+            batch_sessions=self._engine.num_running,
+            batch_tokens=self._engine.running_tokens,
+            send_queue_bytes=self._service.send_queue_bytes,
+            engine_silent_s=self._engine.silent_s(),
+            kv_used_ratio=self._engine.kv_used_ratio(),
+            phase=self._life.phase.value,
+            phases=tuple(phase.value for phase in Phase),
+        )
 
     async def run(self) -> int:
         """Serves until a signal or the loss of the engine; returns the exit code.

@@ -13,10 +13,10 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-_Status = health_pb2.HealthCheckResponse
+_Status: Any = health_pb2.HealthCheckResponse
 
 
-class Health(health_pb2_grpc.HealthServicer):
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """Answers Check, List and Watch. Not serving until told otherwise."""
 
     def __init__(self, services: Sequence[str]) -> None:
@@ -34,7 +34,7 @@ class Health(health_pb2_grpc.HealthServicer):
             self._change.set_result(None)
             self._change = None
 
-    def _of(self, service: str) -> int | None:
+    def _of(self, service: str) -> Any:
         if service not in self._services:
             return None
         return _Status.SERVING if self._serving else _Status.NOT_SERVING

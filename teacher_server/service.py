@@ -18,6 +18,7 @@ import grpc
 
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import Context, SessionStream, StreamLimits
+from teacher_server.tallies import MessageTally
 from teacher_wire import codec
 from teacher_wire.errors import (
     EngineError,
@@ -45,6 +46,10 @@ class ServiceMetrics(Protocol):
 
     def error(self, type_name: str) -> None: ...
 
+    def slow_stream(self) -> None: ...
+
+    def messages(self, method: str) -> MessageTally: ...
+
     def rpc_started(self, method: str) -> None: ...
 
     def rpc(self, method: str, code: str | grpc.StatusCode, seconds: float) -> None: ...
@@ -68,12 +73,20 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         self._metrics = metrics
         self._ready = ready
         self._limits = limits or StreamLimits()
+        self._tallies = {
+            name: metrics.messages(_full_name(name)) for name in ("GetInfo", "Score", "Session")
+        }
         self._streams: set[SessionStream] = set()
         self._num_busy = 0
         """Calls with work of their own; a stream that has not said Hello has none."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._cut = asyncio.Event()
+
+    @property
+    def send_queue_bytes(self) -> int:
+        """Replies that clients have not accepted yet, over all streams."""
+        return sum(stream.num_reply_bytes for stream in self._streams)
 
     async def drain(self, reason: str, deadline_s: float) -> bool:
         """Ends all calls in good order. Those still busy after deadline_s end with NotReadyError,
@@ -96,7 +109,9 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         request: pb.GetInfoRequest,
         context: grpc.aio.ServicerContext[pb.GetInfoRequest, pb.GetInfoResponse],
     ) -> pb.GetInfoResponse:
-        async with self._edge("GetInfo", context):
+        async with self._edge("GetInfo", context) as tally:
+            tally.received += 1
+            tally.sent += 1
             return pb.GetInfoResponse(info=codec.encode_info(self._info))
 
     async def Score(
@@ -104,7 +119,8 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         request: pb.ScoreRequest,
         context: grpc.aio.ServicerContext[pb.ScoreRequest, pb.ScoreResponse],
     ) -> None:
-        async with self._edge("Score", context):
+        async with self._edge("Score", context) as tally:
+            tally.received += 1
             self._refuse_unless_ready()
             options = codec.decode_options(request.options)
             work = self._sessions.score_once(
@@ -119,16 +135,18 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                 scores = await self._unless_cut(work)
             for chunk in codec.encode_score_responses(scores, options.logprob_dtype):
                 await context.write(chunk)
+                tally.sent += 1
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: Context
     ) -> None:
-        async with self._edge("Session", context):
+        async with self._edge("Session", context) as tally:
             # Hello is read first in any case: grpc.aio's client forgets a status that arrives
             # while it is still writing.
             first = await anext(aiter(request_iterator), None)
             if first is None:
                 return
+            tally.received += 1
             self._refuse_unless_ready()
             if not first.HasField("hello"):
                 kind = first.WhichOneof("message")
@@ -142,6 +160,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                 credit_bytes=hello.credit_bytes,
                 limits=self._limits,
                 metrics=self._metrics,
+                tally=tally,
             )
             self._streams.add(stream)
             try:
@@ -180,12 +199,12 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
     @asynccontextmanager
     async def _edge(
         self, name: str, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[None]:
-        method, started = f"/{SERVICE_NAME}/{name}", time.monotonic()
+    ) -> AsyncIterator[MessageTally]:
+        method, started = _full_name(name), time.monotonic()
         code = grpc.StatusCode.OK
         self._metrics.rpc_started(method)
         try:
-            yield
+            yield self._tallies[name]
         except TeacherError as error:
             code = code_of(error).grpc
             self._metrics.error(type(error).__name__)
@@ -202,6 +221,10 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             raise AssertionError("abort raises") from error
         finally:
             self._metrics.rpc(method, code, time.monotonic() - started)
+
+
+def _full_name(method: str) -> str:
+    return f"/{SERVICE_NAME}/{method}"
 
 
 def _cut_error() -> NotReadyError:

@@ -19,6 +19,7 @@ import grpc
 
 from teacher_server.replies import ReplyQueue
 from teacher_server.sessions import SessionTable
+from teacher_server.tallies import MessageTally
 from teacher_wire import codec
 from teacher_wire.errors import (
     CapacityError,
@@ -41,6 +42,8 @@ class StreamMetrics(Protocol):
     """What a stream reports; teacher_server.metrics.Metrics."""
 
     def error(self, type_name: str) -> None: ...
+
+    def slow_stream(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +89,14 @@ class SessionStream:
         credit_bytes: int,
         limits: StreamLimits,
         metrics: StreamMetrics,
+        tally: MessageTally,
     ) -> None:
         self._context = context
         self._sessions = sessions
         self._tenant = tenant
         self._limits = limits
         self._metrics = metrics
+        self._tally = tally
         self._replies = ReplyQueue(max_bytes=limits.max_reply_bytes, credit_bytes=credit_bytes)
         self._lanes: dict[str, _Lane] = {}
         self._opened: set[str] = set()
@@ -120,6 +125,11 @@ class SessionStream:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def num_reply_bytes(self) -> int:
+        """Replies that the client has not accepted yet."""
+        return self._replies.num_bytes
 
     def drain(self, reason: str, deadline_ms: int) -> None:
         """Tells the client to go elsewhere, answers what it has sent, then ends the stream."""
@@ -164,15 +174,21 @@ class SessionStream:
         while True:
             await self._replies.wait_for_reply()
             # A timer, not asyncio.timeout: cancelling a pending write leaks memory in grpc.aio.
-            timer = loop.call_later(limit_s, self.cut, slow)
+            timer = loop.call_later(limit_s, self._cut_slow, slow)
             try:
                 await self._context.write(await self._replies.take())
             finally:
                 timer.cancel()
             self._replies.written()
+            self._tally.sent += 1
+
+    def _cut_slow(self, error: TeacherError) -> None:
+        self._metrics.slow_stream()
+        self.cut(error)
 
     async def _read(self, requests: AsyncIterator[pb.SessionRequest]) -> None:
         async for request in requests:
+            self._tally.received += 1
             kind = request.WhichOneof("message")
             if kind == "credit":
                 self._replies.grant(request.credit.bytes)

@@ -11,6 +11,7 @@ import grpc
 
 from teacher_server.engine.base import ScoringEngine
 from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
+from teacher_server.live_metrics import Readings
 from teacher_server.metrics import Metrics
 from teacher_server.scheduler import Scheduler, SchedulerLimits
 from teacher_server.server_options import SERVER_OPTIONS
@@ -75,6 +76,15 @@ async def local_teacher(
     scheduler = Scheduler(engine, scheduler_limits or SchedulerLimits())
     sessions = SessionTable(scheduler, info, metrics=metrics, evict_idle_s=evict_idle_s)
     service = TeacherService(info, sessions, metrics=metrics, ready=ready, limits=stream_limits)
+    metrics.watch(
+        lambda: Readings(
+            active_sessions=sessions.num_active(),
+            queue_depth=scheduler.num_queued,
+            queue_tokens=scheduler.queued_tokens,
+            batch_sessions=scheduler.num_running,
+            send_queue_bytes=service.send_queue_bytes,
+        )
+    )
     server = grpc.aio.server(options=SERVER_OPTIONS)
     pb_grpc.add_TeacherServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     bound = server.add_insecure_port(f"127.0.0.1:{port}")

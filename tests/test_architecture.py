@@ -135,6 +135,8 @@ RULES = [
             "drift",
             "analysis",
             "metrics",
+            "live_metrics",
+            "tallies",
             "health",
             "lifecycle",
             "watchdog",

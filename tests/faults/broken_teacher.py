@@ -20,10 +20,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from teacher_server.app import TeacherApp, describe
+from teacher_server.app import TeacherApp
 from teacher_server.config import add_flags, load_config
 from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.engine.fake_engine import FakeEngine
+from teacher_server.served import describe
 
 
 class BrokenEngine(FakeEngine):

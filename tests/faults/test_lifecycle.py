@@ -328,8 +328,9 @@ def test_a_port_in_use_is_named(kind: str, flag: str, tmp_path: Path) -> None:
 
 async def test_a_port_is_taken_from_the_first_moment() -> None:
     """Two servers that start together must not both believe that they have it."""
-    from teacher_server.app import StartError, TeacherApp, describe
+    from teacher_server.app import StartError, TeacherApp
     from teacher_server.config import TeacherConfig
+    from teacher_server.served import describe
 
     engine = FakeEngine()
     config = TeacherConfig(engine="fake", http_port=0)

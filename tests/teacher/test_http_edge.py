@@ -174,7 +174,7 @@ async def test_metrics_count_requests_by_route_and_never_by_raw_path(teacher: Te
     assert 'teacher_http_request_seconds_count{route="/healthz",status="200"} 1.0' in response.text
     assert 'route="unrouted",status="404"' in response.text
     assert "xxx" not in response.text
-    assert f'model_sha="{"w" * 64}"' in response.text
+    assert f'weights="{"w" * 64}"' in response.text
 
 
 async def test_a_client_that_leaves_cancels_its_work(teacher: Teacher) -> None:
