@@ -34,12 +34,11 @@ from teacher_server.metrics import Metrics
 from teacher_server.scheduler import Scheduler, SchedulerLimits
 from teacher_server.served import build_engine, describe, load_tokenizer
 from teacher_server.server_options import SERVER_OPTIONS
-from teacher_server.service import SERVICE_NAME, TeacherService
+from teacher_server.service import SERVICE_NAME, TeacherService, add_to_server
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import StreamLimits
 from teacher_server.watchdog import Watchdog, WatchedEngine, sample_loop_lag
 from teacher_wire.errors import EngineError, TeacherError
-from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import TeacherInfo
 
 log = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ class TeacherApp:
             )
         )
         self._grpc = grpc.aio.server(options=SERVER_OPTIONS)
-        pb_grpc.add_TeacherServiceServicer_to_server(self._service, self._grpc)  # type: ignore[no-untyped-call]
+        add_to_server(self._service, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(health, self._grpc)
         if config.reflection:
             names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)

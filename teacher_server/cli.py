@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
+from teacher_server import logs
 from teacher_server.config import ConfigError, TeacherConfig, add_flags, load_config, to_toml
 
 EXIT_CONFIG = 2
@@ -52,9 +52,7 @@ def _serve(config: TeacherConfig) -> int:
 
     from teacher_server.app import StartError, serve
 
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(config.log_level, config.log_format)
     loop_factory = None
     if config.event_loop == "uvloop":
         import uvloop

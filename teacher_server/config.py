@@ -94,6 +94,7 @@ class TeacherConfig:
     drain_s: float = setting(30.0, "time for streams to end after SIGTERM, s", low=0.0)
     ready_file: str = setting("", "file to write addresses and process id to, as JSON, when ready")
     log_level: str = setting("info", "least severe log line", choices=("debug", "info", "warning"))
+    log_format: str = setting("text", "form of log lines", choices=("text", "json"))
     event_loop: str = setting("uvloop", "event loop", choices=("uvloop", "asyncio"))
 
     def __post_init__(self) -> None:

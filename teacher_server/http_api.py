@@ -37,6 +37,8 @@ from teacher_server.metrics import CONTENT_TYPE, Metrics
 from teacher_wire.errors import InvalidRequestError, NotReadyError
 from teacher_wire.records import (
     MAX_DRIFT_K,
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
     DriftMetric,
     DriftPolicy,
     LogprobDtype,
@@ -117,8 +119,7 @@ class PolicyBody(_Body):
 class _SpanBody(_Body):
     candidate_ids: Annotated[list[list[Int32]], Field(max_length=2**20)] | None = None
     """One row a response token, each of the same length: the student's top-k, most likely first."""
-    temperature: Annotated[float, Field(strict=True, ge=1e-3, le=1e3)] = 1.0
-    """Bounded, because logits divided by a tiny number overflow."""
+    temperature: Annotated[float, Field(strict=True, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] = 1.0
     policy: PolicyBody | None = None
 
     def policy_record(self) -> DriftPolicy | None:
@@ -196,6 +197,8 @@ def create_app(deps: HttpDeps, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
         version=deps.info.server_version or __version__,
         docs_url=None,
         redoc_url=None,
+        # A redirect would be made from the Host header, which anybody may send.
+        redirect_slashes=False,
         exception_handlers=EXCEPTION_HANDLERS,
     )
     app.include_router(_plain_routes(deps))

@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 
+from teacher_server import logs
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import Context, SessionStream, StreamLimits
 from teacher_server.tallies import MessageTally
@@ -53,6 +56,45 @@ class ServiceMetrics(Protocol):
     def rpc_started(self, method: str) -> None: ...
 
     def rpc(self, method: str, code: str | grpc.StatusCode, seconds: float) -> None: ...
+
+
+def add_to_server(service: TeacherService, server: grpc.aio.Server) -> None:
+    """Registers the service. Bytes that are no message reach it as None, in a stream as a message
+    without content: grpc.aio would answer them with UNKNOWN and the text of a Python exception.
+    """
+    handlers = {
+        "GetInfo": grpc.unary_unary_rpc_method_handler(
+            service.GetInfo,
+            request_deserializer=_reader(pb.GetInfoRequest),
+            response_serializer=pb.GetInfoResponse.SerializeToString,
+        ),
+        "Score": grpc.unary_stream_rpc_method_handler(
+            service.Score,
+            request_deserializer=_reader(pb.ScoreRequest),
+            response_serializer=pb.ScoreResponse.SerializeToString,
+        ),
+        "Session": grpc.stream_stream_rpc_method_handler(
+            service.Session,
+            request_deserializer=_reader(pb.SessionRequest, pb.SessionRequest),
+            response_serializer=pb.SessionResponse.SerializeToString,
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+
+
+def _reader(kind: Any, otherwise: Callable[[], Any] = lambda: None) -> Callable[[bytes], Any]:
+    def read(raw: bytes) -> Any:
+        try:
+            return kind.FromString(raw)
+        except DecodeError:
+            return otherwise()
+
+    return read
+
+
+def _refuse_unreadable(request: Any) -> None:
+    if request is None:
+        raise InvalidRequestError("the request cannot be read: it is not of this contract")
 
 
 class TeacherService(pb_grpc.TeacherServiceServicer):
@@ -111,6 +153,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
     ) -> pb.GetInfoResponse:
         async with self._edge("GetInfo", context) as tally:
             tally.received += 1
+            _refuse_unreadable(request)
             tally.sent += 1
             return pb.GetInfoResponse(info=codec.encode_info(self._info))
 
@@ -121,14 +164,17 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
     ) -> None:
         async with self._edge("Score", context) as tally:
             tally.received += 1
+            _refuse_unreadable(request)
             self._refuse_unless_ready()
             options = codec.decode_options(request.options)
+            tenant = tenant_of(request.run_id)
+            logs.tenant.set(tenant)
             work = self._sessions.score_once(
                 codec.decode_ids(request.prompt_ids, "prompt_ids"),
                 codec.decode_span(request.span),
                 options,
                 codec.decode_policy(request.policy),
-                tenant=tenant_of(request.run_id),
+                tenant=tenant,
                 deadline_s=context.time_remaining(),
             )
             with self._busy():
@@ -153,10 +199,13 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                 raise InvalidRequestError(f"the first message is {kind}, must be hello")
             hello = first.hello
             check_hello(hello, self._info)
+            tenant = tenant_of(hello.run_id)
+            logs.tenant.set(tenant)
+            log.info("a stream begins")
             stream = SessionStream(
                 context,
                 self._sessions,
-                tenant=tenant_of(hello.run_id),
+                tenant=tenant,
                 credit_bytes=hello.credit_bytes,
                 limits=self._limits,
                 metrics=self._metrics,
@@ -168,6 +217,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                     await stream.run(request_iterator, codec.encode_info(self._info))
             finally:
                 self._streams.discard(stream)
+                log.info("a stream ends")
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -202,6 +252,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
     ) -> AsyncIterator[MessageTally]:
         method, started = _full_name(name), time.monotonic()
         code = grpc.StatusCode.OK
+        logs.request_id.set(uuid.uuid4().hex)
         self._metrics.rpc_started(method)
         try:
             yield self._tallies[name]
@@ -216,7 +267,9 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             code = grpc.StatusCode.INTERNAL
             self._metrics.error(EngineError.__name__)
             log.exception("%s failed", method)
-            hidden = EngineError("the server failed on this call; see its log")
+            hidden = EngineError(
+                f"the server failed on this call; see its log, request {logs.request_id.get()}"
+            )
             await context.abort_with_status(encode_status(hidden))
             raise AssertionError("abort raises") from error
         finally:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import grpc
 
+from teacher_server import logs
 from teacher_server.replies import ReplyQueue
 from teacher_server.sessions import SessionTable
 from teacher_server.tallies import MessageTally
@@ -195,8 +196,9 @@ class SessionStream:
             elif kind in ("open", "append", "close"):
                 self._enqueue(kind, request)
             else:
+                got = kind or "empty or unreadable"
                 error = InvalidRequestError(
-                    f"message is {kind}, must be open, append, close, credit"
+                    f"message is {got}, must be open, append, close, credit"
                 )
                 await self._answer_error(error, "", None)
 
@@ -216,6 +218,7 @@ class SessionStream:
             lane.task = asyncio.create_task(self._run_lane(session_id, lane))
 
     async def _run_lane(self, session_id: str, lane: _Lane) -> None:
+        logs.session.set(session_id)
         while lane.requests:
             request = lane.requests.popleft()
             self._request_bytes -= request.size
@@ -224,7 +227,7 @@ class SessionStream:
             except TeacherError as error:
                 await self._answer_error(error, session_id, _offset(request))
             except Exception:
-                log.exception("a request of session %s failed", session_id)
+                log.exception("an %s failed", request.kind)
                 hidden = EngineError("the server failed on this request; see its log")
                 await self._answer_error(hidden, session_id, _offset(request))
         del self._lanes[session_id]

@@ -15,10 +15,9 @@ from teacher_server.live_metrics import Readings
 from teacher_server.metrics import Metrics
 from teacher_server.scheduler import Scheduler, SchedulerLimits
 from teacher_server.server_options import SERVER_OPTIONS
-from teacher_server.service import TeacherService
+from teacher_server.service import TeacherService, add_to_server
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import StreamLimits
-from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import TeacherInfo
 
 
@@ -86,7 +85,7 @@ async def local_teacher(
         )
     )
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    pb_grpc.add_TeacherServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    add_to_server(service, server)
     bound = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     try:

@@ -136,6 +136,7 @@ RULES = [
             "analysis",
             "metrics",
             "live_metrics",
+            "logs",
             "tallies",
             "health",
             "lifecycle",

@@ -56,10 +56,10 @@ TRAINER_SETTINGS = {
 TEACHER_SETTINGS = """
 block_size cpu_cores device drain_s dtype enforce_eager engine engine_lost_s engine_stall_s
 event_loop evict_idle_s fake_latency_s fake_tokens_per_s fake_vocab_size gpu_memory_utilization
-grpc_port head_dtype hf_sessions host http_port insecure kv_cache_gib log_level
+grpc_port head_dtype hf_sessions host http_port insecure kv_cache_gib log_format log_level
 max_append_tokens max_context max_k max_num_batched_tokens max_num_seqs max_queued_tokens
-max_reply_bytes max_running max_sessions model ready_file reflection revision
-self_test session_ttl_s slow_client_s tensor_parallel_size tokenizer
+max_reply_bytes max_running max_sessions model ready_file reflection revision self_test
+session_ttl_s slow_client_s tensor_parallel_size tokenizer
 """
 MESSAGES = {
     "Append": "session_id=1 span=2 deadline_ms=3",

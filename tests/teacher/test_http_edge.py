@@ -213,3 +213,10 @@ async def test_a_client_that_leaves_cancels_its_work(teacher: Teacher) -> None:
         await teacher.app(scope, receive, send)
     assert cancelled.is_set()
     assert sent == []
+
+
+async def test_a_path_with_a_slash_too_many_is_not_redirected(teacher: Teacher) -> None:
+    """The target would be made from the Host header."""
+    response = await teacher.client.post("/v1/score/", headers={"host": "evil.example"})
+    assert response.status_code == 404
+    assert "location" not in response.headers
