@@ -53,6 +53,14 @@ def _serve(config: TeacherConfig) -> int:
     from teacher_server.app import StartError, serve
 
     logs.configure(config.log_level, config.log_format)
+    if config.otlp_endpoint:
+        from teacher_wire import tracing
+
+        try:
+            tracing.export_to(config.otlp_endpoint, "teacher-server")
+        except ImportError as error:
+            print(f"teacher-server: otlp_endpoint needs the extra `otel`: {error}", file=sys.stderr)
+            return EXIT_CONFIG
     loop_factory = None
     if config.event_loop == "uvloop":
         import uvloop

@@ -95,6 +95,7 @@ class TeacherConfig:
     ready_file: str = setting("", "file to write addresses and process id to, as JSON, when ready")
     log_level: str = setting("info", "least severe log line", choices=("debug", "info", "warning"))
     log_format: str = setting("text", "form of log lines", choices=("text", "json"))
+    otlp_endpoint: str = setting("", "OTLP/HTTP address that traces are sent to, empty for none")
     event_loop: str = setting("uvloop", "event loop", choices=("uvloop", "asyncio"))
 
     def __post_init__(self) -> None:

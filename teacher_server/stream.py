@@ -21,7 +21,7 @@ from teacher_server import logs
 from teacher_server.replies import ReplyQueue
 from teacher_server.sessions import SessionTable
 from teacher_server.tallies import MessageTally
-from teacher_wire import codec
+from teacher_wire import codec, tracing
 from teacher_wire.errors import (
     CapacityError,
     EngineError,
@@ -262,12 +262,17 @@ class SessionStream:
     async def _append(self, request: pb.Append) -> None:
         session_id = request.session_id
         options = self._sessions.options_of(session_id, tenant=self._tenant)
-        scores = await self._sessions.append(
-            session_id,
-            codec.decode_span(request.span),
-            tenant=self._tenant,
-            deadline_s=request.deadline_ms / 1000 if request.deadline_ms else None,
-        )
+        span, parent = codec.decode_span(request.span), request.traceparent
+        if parent:
+            logs.trace_id.set(tracing.trace_id_of(parent))
+        with tracing.append_span(parent, len(span)) as trace:
+            scores = await self._sessions.append(
+                session_id,
+                span,
+                tenant=self._tenant,
+                deadline_s=request.deadline_ms / 1000 if request.deadline_ms else None,
+            )
+            trace.scored(scores.timing)
         for reply in codec.encode_scores(scores, options.logprob_dtype, session_id):
             await self._replies.put(reply)
 
