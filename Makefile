@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 ACCELERATOR ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 # On a CPU-only host whose package index offers only CUDA builds of torch, name PyTorch's CPU index here.
 TORCH_INDEX ?=
+SOAK_MINUTES ?= 20
 
-.PHONY: demo test check lint format proto playground setup clean
+.PHONY: demo test check fuzz soak lint format proto playground setup clean
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
@@ -18,6 +19,13 @@ test: setup  ## the whole test suite
 
 check: lint  ## lint, types and the tests that need no engine, in about a minute
 	$(BIN)/python -m pytest -q -m "not vllm and not e2e"
+
+fuzz: setup  ## 100,000 broken messages (FUZZ_CASES, FUZZ_SEED)
+	FUZZ_CASES=$${FUZZ_CASES:-100000} $(BIN)/python -m pytest -q tests/faults/test_fuzz.py \
+	    tests/faults/test_fuzz_order.py
+
+soak: setup  ## mixed clients for SOAK_MINUTES, with a table in docs/soak.md
+	$(BIN)/python tests/faults/soak.py --minutes $(SOAK_MINUTES)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -98,6 +98,9 @@ class TimedEngine:
     async def healthy(self) -> bool:
         return await self._engine.healthy()
 
+    def kv_used_ratio(self) -> float | None:
+        return self._engine.kv_used_ratio()
+
     async def close(self) -> None:
         await self._engine.close()
 

@@ -114,5 +114,8 @@ class StoredEngine:
     async def healthy(self) -> bool:
         return True
 
+    def kv_used_ratio(self) -> float | None:
+        return None
+
     async def close(self) -> None:
         """Nothing is held."""

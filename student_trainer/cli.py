@@ -11,6 +11,7 @@ from typing import Any
 from student_trainer.config import TrainerConfig, load_config
 from student_trainer.config_warnings import warnings
 from student_trainer.errors import TrainerError
+from teacher_wire import tracing
 from teacher_wire.errors import TeacherError
 
 EXIT_FAILED = 1
@@ -77,6 +78,11 @@ def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     for warning in warnings(config):
         print(f"warning: {warning}", file=sys.stderr)
+    if config.run.otlp_endpoint:
+        try:
+            tracing.export_to(config.run.otlp_endpoint, "student-trainer")
+        except ImportError as error:
+            raise TrainerError(f"run.otlp_endpoint needs the extra `otel`: {error}") from error
     _quiet_libraries()
     from student_trainer.assembly import assembled
     from student_trainer.train import train

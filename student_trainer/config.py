@@ -48,6 +48,8 @@ class RunSettings(Section):
     """Optimisation rounds: one batch of rollouts each."""
     queue_depth: int = Field(0, ge=0, le=8)
     """Batches generated ahead of the learner; 0 is synchronous, n has weights up to n steps old."""
+    otlp_endpoint: str = ""
+    """OTLP/HTTP address that traces are sent to (needs the extra `otel`); empty for none."""
 
 
 class StudentSettings(Section):

@@ -24,6 +24,7 @@ from student_trainer.data import PromptOrder
 from student_trainer.records import Prompt, Rollout, SamplingOptions
 from student_trainer.rollout import RolloutRules, TeacherSession, run_rollout
 from student_trainer.samplers.base import Sampler
+from teacher_wire import tracing
 
 T = TypeVar("T")
 CLOSE_TIMEOUT_S = 5.0
@@ -145,6 +146,10 @@ class RolloutSource:
             self._under_way.append(self._loop.start(self._tracked(step, self.policy_version)))
 
     async def _tracked(self, step: int, policy_version: int) -> RolloutBatch:
+        with tracing.span("step", step=step):
+            return await self._in_step(step, policy_version)
+
+    async def _in_step(self, step: int, policy_version: int) -> RolloutBatch:
         task = asyncio.create_task(self._batch(step, policy_version))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

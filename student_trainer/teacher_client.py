@@ -22,7 +22,7 @@ from student_trainer.patience import BrokenStreamError, Patience, RetryLimits
 from student_trainer.teacher_access import TeacherAccess
 from student_trainer.teacher_endpoints import TeacherEndpoints
 from student_trainer.teacher_stream import Handshake, TeacherStream
-from teacher_wire import codec
+from teacher_wire import codec, tracing
 from teacher_wire.errors import (
     InvalidRequestError,
     SessionOffsetError,
@@ -195,7 +195,8 @@ class TeacherSession:
                 )
             self._rewind(span.offset)
             deadline_ms = 0 if deadline_s is None else max(1, int(deadline_s * 1000))
-            scores = await self._deliver(span, deadline_ms)
+            with tracing.span("append", offset=span.offset, tokens=len(span)):
+                scores = await self._deliver(span, deadline_ms)
             self._scored_ids = np.concatenate([self._scored_ids, span.token_ids])
             if scores.rows.bad_events is not None:
                 self._bad = np.concatenate([self._bad, scores.rows.bad_events])
@@ -218,6 +219,7 @@ class TeacherSession:
         append = pb.SessionRequest()
         append.append.session_id = self.session_id
         append.append.deadline_ms = deadline_ms
+        append.append.traceparent = tracing.traceparent()
         codec.write_span(append.append.span, span)
         size = append.ByteSize()
         if size > codec.MAX_MESSAGE_BYTES:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from teacher_server import logs
 from teacher_server.config import ConfigError, TeacherConfig, add_flags, load_config, to_toml
 
 if TYPE_CHECKING:
@@ -65,9 +65,15 @@ def _serve(config: TeacherConfig) -> int:
 
     from teacher_server.app import StartError, serve
 
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(config.log_level, config.log_format)
+    if config.otlp_endpoint:
+        from teacher_wire import tracing
+
+        try:
+            tracing.export_to(config.otlp_endpoint, "teacher-server")
+        except ImportError as error:
+            print(f"teacher-server: otlp_endpoint needs the extra `otel`: {error}", file=sys.stderr)
+            return EXIT_CONFIG
     loop_factory = None
     if config.event_loop == "uvloop":
         import uvloop

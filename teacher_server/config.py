@@ -96,13 +96,18 @@ class TeacherConfig:
     max_running_tokens: int = setting(16_384, "new tokens in the engine at once", low=1)
     max_queued_tokens: int = setting(262_144, "tokens waiting for the engine", low=1)
     engine_stall_s: float = setting(
-        60.0, "age of the oldest query at which the server is not serving, s", low=0.1
+        30.0, "silence of an engine that owes answers, until health says NOT_SERVING, s", low=0.1
+    )
+    engine_lost_s: float = setting(
+        300.0, "silence of an engine that owes answers, until the server exits with 1, s", low=0.1
     )
     slow_client_s: float = setting(30.0, "time a client may take to accept a reply, s", low=0.1)
     max_reply_bytes: int = setting(8 << 20, "replies waiting on one stream, bytes", low=1 << 20)
     drain_s: float = setting(30.0, "time for streams to end after SIGTERM, s", low=0.0)
     ready_file: str = setting("", "file to write addresses and process id to, as JSON, when ready")
     log_level: str = setting("info", "least severe log line", choices=("debug", "info", "warning"))
+    log_format: str = setting("text", "form of log lines", choices=("text", "json"))
+    otlp_endpoint: str = setting("", "OTLP/HTTP address that traces are sent to, empty for none")
     event_loop: str = setting("uvloop", "event loop", choices=("uvloop", "asyncio"))
 
     def __post_init__(self) -> None:
@@ -119,6 +124,13 @@ class TeacherConfig:
             raise ConfigError(f"tls_{other} is empty, must be given with tls_{given}")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("tls_cert is empty, must be given with tls_client_ca")
+        if self.engine_lost_s <= self.engine_stall_s:
+            raise ConfigError(
+                f"engine_lost_s is {self.engine_lost_s}, must be more than engine_stall_s, "
+                f"which is {self.engine_stall_s}"
+            )
+        if self.grpc_port and self.grpc_port == self.http_port:
+            raise ConfigError(f"http_port is {self.http_port}, which is grpc_port: must differ")
         if not self.insecure and not is_loopback(self.host):
             self._refuse_open_network()
 

@@ -43,6 +43,8 @@ from teacher_server.metrics import CONTENT_TYPE, Metrics
 from teacher_wire.errors import InvalidRequestError, NotReadyError
 from teacher_wire.records import (
     MAX_DRIFT_K,
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
     DriftMetric,
     DriftPolicy,
     LogprobDtype,
@@ -125,8 +127,7 @@ class PolicyBody(_Body):
 class _SpanBody(_Body):
     candidate_ids: Annotated[list[list[Int32]], Field(max_length=2**20)] | None = None
     """One row a response token, each of the same length: the student's top-k, most likely first."""
-    temperature: Annotated[float, Field(strict=True, ge=1e-3, le=1e3)] = 1.0
-    """Bounded, because logits divided by a tiny number overflow."""
+    temperature: Annotated[float, Field(strict=True, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] = 1.0
     policy: PolicyBody | None = None
 
     def policy_record(self) -> DriftPolicy | None:
@@ -204,6 +205,8 @@ def create_app(deps: HttpDeps, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
         version=deps.info.server_version or __version__,
         docs_url=None,
         redoc_url=None,
+        # A redirect would be made from the Host header, which anybody may send.
+        redirect_slashes=False,
         exception_handlers=EXCEPTION_HANDLERS,
     )
     app.include_router(_plain_routes(deps))
@@ -234,9 +237,8 @@ def _plain_routes(deps: HttpDeps) -> APIRouter:
 
     @router.get("/readyz")
     async def readiness() -> dict[str, str]:
-        """200 when appends are taken, 503 while loading or draining."""
-        if not deps.ready():
-            raise NotReadyError("the teacher is loading or draining", retry_after_ms=1000)
+        """200 when clients should come here, 503 while loading, stalled or draining."""
+        _refuse_unless_ready(deps)
         return {"status": "ready"}
 
     @router.get(METRICS_PATH)
@@ -261,6 +263,7 @@ def _v1_routes(deps: HttpDeps) -> APIRouter:
     @router.post("/score")
     async def score(body: ScoreBody, request: Request) -> Response:
         """Teacher scores of one whole response, as nested lists or packed arrays."""
+        _refuse_unless_ready(deps)
         if body.encoding is ArrayEncoding.JSON:
             _refuse_too_many(len(body.response_ids), body.k, MAX_JSON_ENTRIES)
         scores = await deps.sessions.score_once(
@@ -275,6 +278,7 @@ def _v1_routes(deps: HttpDeps) -> APIRouter:
     @router.post("/analyze")
     async def analyze(body: AnalyzeBody, request: Request) -> Response:
         """A table of what the teacher thinks of each response token."""
+        _refuse_unless_ready(deps)
         async with tokenizer_turn:
             prompt_ids, response_ids = await asyncio.to_thread(_ids_of, body, deps.tokenizer)
         _refuse_too_many(len(response_ids), body.k, MAX_REPORT_ENTRIES)
@@ -300,6 +304,11 @@ def _v1_routes(deps: HttpDeps) -> APIRouter:
             return await asyncio.to_thread(render)
 
     return router
+
+
+def _refuse_unless_ready(deps: HttpDeps) -> None:
+    if not deps.ready():
+        raise NotReadyError("the teacher is loading, stalled or draining", retry_after_ms=1000)
 
 
 def _ids_of(

@@ -23,6 +23,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from teacher_server import logs
 from teacher_server.metrics import Metrics
 from teacher_wire.errors import (
     CapacityError,
@@ -89,6 +90,7 @@ class HttpEdge:
         started = time.monotonic()
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
+        logs.request_id.set(request_id)
         scope.setdefault("state", {}).update(request_id=request_id, metrics=self._metrics)
         status = 0
 
@@ -121,6 +123,7 @@ class HttpEdge:
             name = state.get("certificate_name")
             tenant = self._authenticate(headers.getlist("authorization"), name)
         state["tenant"] = tenant
+        logs.tenant.set(tenant)
         if scope["method"] in ("GET", "HEAD"):
             await self._app(scope, receive, send)
             return

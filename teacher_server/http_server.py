@@ -50,7 +50,7 @@ def http_server(app: Any, context: ssl.SSLContext | None) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         lifespan="off",
-        timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=1,
     )
     config.load()
     config.ssl = context

@@ -3,9 +3,14 @@
 The `grpc_server_*` families keep the names and labels that every gRPC dashboard expects; the rest
 is `teacher_*`. Every label is bounded: methods and codes by the contract, error types by the error
 table, tenants by order of arrival (the first `max_tenants` by name, later ones as "other").
+
+What happens on every append is a plain count (teacher_server/tallies.py) or is read when Prometheus
+asks (teacher_server/live_metrics.py).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from grpc import StatusCode
 from prometheus_client import (
@@ -20,6 +25,8 @@ from prometheus_client import (
 )
 
 from teacher_server import __version__
+from teacher_server.live_metrics import LiveMetrics, MethodLabels, Readings
+from teacher_server.tallies import MessageTally, TenantTally
 from teacher_wire.errors import ERRORS_BY_NAME
 from teacher_wire.records import TeacherInfo
 
@@ -28,21 +35,16 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
 """Label value of everything past a bound."""
 
-DROP_REASONS = ("deadline", "slow")
 _TEACHER = "opd.teacher.v1.TeacherService"
 _GRPC_TYPES = {
     (_TEACHER, "GetInfo"): "unary",
     (_TEACHER, "Score"): "server_stream",
     (_TEACHER, "Session"): "bidi_stream",
-    ("grpc.health.v1.Health", "Check"): "unary",
-    ("grpc.health.v1.Health", "List"): "unary",
-    ("grpc.health.v1.Health", "Watch"): "server_stream",
-    ("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo"): "bidi_stream",
-    ("grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo"): "bidi_stream",
 }
 _CODES = frozenset(code.name for code in StatusCode)
 
 _WAIT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_LAG_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 # A session lives as long as a training run, so the last buckets reach hours.
 _CALL_BUCKETS_S = (0.005, 0.025, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200, 28800)
 
@@ -55,7 +57,10 @@ class Metrics:
             raise ValueError(f"max_tenants is {max_tenants}, must be at least 1")
         self.registry = CollectorRegistry()
         self._max_tenants = max_tenants
-        self._tenants: set[str] = set()
+        self._tenants: dict[str, TenantTally] = {}
+        self._messages: dict[MethodLabels, MessageTally] = {}
+        self._live = LiveMetrics(self._tenants, self._messages)
+        self.registry.register(self._live)
         self._add_grpc()
         self._add_http()
         self._add_teacher()
@@ -95,12 +100,6 @@ class Metrics:
         )
 
     def _add_teacher(self) -> None:
-        self._tokens = Counter(
-            "teacher_tokens_scored",
-            "Response tokens scored.",
-            ("tenant",),
-            registry=self.registry,
-        )
         self._queue_seconds = Histogram(
             "teacher_queue_wait_seconds",
             "Time an append waited for the engine.",
@@ -113,58 +112,89 @@ class Metrics:
             buckets=_WAIT_BUCKETS_S,
             registry=self.registry,
         )
-        self._sessions = Gauge(
-            "teacher_sessions", "Sessions held.", ("state",), registry=self.registry
+        self._lag_seconds = Histogram(
+            "teacher_event_loop_lag_seconds",
+            "How late the event loop was, sampled four times a second.",
+            buckets=_LAG_BUCKETS_S,
+            registry=self.registry,
         )
-        self._sessions.labels("open").set(0)
         self._errors = Counter(
             "teacher_errors", "Errors sent to clients.", ("type",), registry=self.registry
         )
-        self._dropped = Counter(
-            "teacher_dropped",
-            "Work given up before it was done, by reason: deadline or slow.",
-            ("reason",),
-            registry=self.registry,
+        self._evictions = Counter(
+            "teacher_evictions", "Sessions ended unasked.", ("reason",), registry=self.registry
         )
-        for reason in DROP_REASONS:
-            self._dropped.labels(reason)
+        self._resumes = Counter(
+            "teacher_resumes", "Sessions opened to go on.", ("result",), registry=self.registry
+        )
+        for counter, values in (
+            (self._evictions, ("idle", "room")),
+            (self._resumes, ("held", "rebuilt", "refused")),
+        ):
+            for value in values:
+                counter.labels(value)
         self._build = Gauge(
             "teacher_build_info",
             "Always 1; the labels say what is served.",
-            ("version", "model_sha", "tokenizer_sha", "engine", "dtype"),
+            ("version", "model", "weights", "tokenizer", "engine", "dtype"),
             registry=self.registry,
         )
+
+    def watch(self, read: Callable[[], Readings]) -> None:
+        """What the server holds just now is read by `read`, at every scrape."""
+        self._live.read = read
 
     def serving(self, info: TeacherInfo) -> None:
         """Publishes what is served as the labels of teacher_build_info."""
         self._build.labels(
             info.server_version or __version__,
+            info.model_id,
             info.weights_digest,
             info.tokenizer_fingerprint,
             info.engine,
             info.dtype,
         ).set(1)
 
-    def tokens_scored(self, n: int, tenant: str) -> None:
-        """Counts n scored response tokens of one tenant."""
-        self._tokens.labels(self._bounded_tenant(tenant)).inc(n)
+    def tenant(self, name: str) -> TenantTally:
+        """The counts of a tenant; those of all later ones together past the bound."""
+        tally = self._tenants.get(name)
+        if tally is None:
+            label = name if len(self._tenants) < self._max_tenants else OTHER
+            tally = self._tenants.setdefault(label, TenantTally())
+        return tally
+
+    def messages(self, method: str) -> MessageTally:
+        """The counts of a method's messages; method as "/package.Service/Method"."""
+        return self._messages.setdefault(_method_labels(method), MessageTally())
 
     def append_done(self, queue_s: float, engine_s: float) -> None:
         """Records where the time of one append went."""
         self._queue_seconds.observe(queue_s)
         self._engine_seconds.observe(engine_s)
 
+    def loop_lag(self, seconds: float) -> None:
+        """Records how late the event loop was."""
+        self._lag_seconds.observe(seconds)
+
     def sessions_open(self, n: int) -> None:
         """Sets the number of sessions held now."""
-        self._sessions.labels("open").set(n)
+        self._live.open_sessions = n
+
+    def evicted(self, reason: str, n: int = 1) -> None:
+        """Counts sessions ended because they were idle ("idle") or in the way ("room")."""
+        self._evictions.labels(reason).inc(n)
+
+    def resumed(self, result: str) -> None:
+        """Counts a session opened to go on: "held" here still, "rebuilt", or "refused"."""
+        self._resumes.labels(result).inc()
+
+    def slow_stream(self) -> None:
+        """Counts a stream that was cut because its client did not read."""
+        self._live.slow_streams += 1
 
     def error(self, type_name: str) -> None:
         """Counts one error sent to a client, by the name of its class."""
         self._errors.labels(type_name if type_name in ERRORS_BY_NAME else OTHER).inc()
-
-    def dropped(self, reason: str) -> None:
-        """Counts one append whose deadline passed, or one stream that was too slow."""
-        self._dropped.labels(reason if reason in DROP_REASONS else OTHER).inc()
 
     def rpc_started(self, method: str) -> None:
         """Counts the start of an RPC; method as "/package.Service/Method"."""
@@ -185,16 +215,8 @@ class Metrics:
         """All families in Prometheus text format 0.0.4."""
         return generate_latest(self.registry)
 
-    def _bounded_tenant(self, tenant: str) -> str:
-        if tenant in self._tenants:
-            return tenant
-        if len(self._tenants) >= self._max_tenants:
-            return OTHER
-        self._tenants.add(tenant)
-        return tenant
 
-
-def _method_labels(method: str) -> tuple[str, str, str]:
+def _method_labels(method: str) -> MethodLabels:
     """(grpc_type, grpc_service, grpc_method); a method outside the contract is "other"."""
     service, _, name = method.removeprefix("/").partition("/")
     grpc_type = _GRPC_TYPES.get((service, name))

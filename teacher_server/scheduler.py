@@ -90,6 +90,11 @@ class Scheduler:
         return self._waiting.tokens
 
     @property
+    def num_queued(self) -> int:
+        """Queries waiting for the engine."""
+        return sum(len(line) for line in self._lines.values())
+
+    @property
     def num_running(self) -> int:
         """Queries in the engine."""
         return len(self._load.started)

@@ -10,15 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 
+from teacher_server import logs
 from teacher_server.interceptors import authorization_of, certificate_name_of
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import Context, SessionStream, StreamLimits
+from teacher_server.tallies import MessageTally
 from teacher_wire import codec
 from teacher_wire.errors import (
     EngineError,
@@ -32,7 +36,7 @@ from teacher_wire.errors import (
 )
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
-from teacher_wire.records import PROTOCOL_VERSION, TeacherInfo
+from teacher_wire.records import PROTOCOL_VERSION, Scores, TeacherInfo
 from teacher_wire.status import encode_status
 
 log = logging.getLogger(__name__)
@@ -41,6 +45,8 @@ DEFAULT_TENANT = "default"
 MAX_RUN_ID_BYTES = 256
 TenantOf = Callable[[Sequence[str], str | None, str], str]
 """Authorization headers, common name of the certificate, run_id -> tenant; raises TeacherError."""
+_CUT_S = 0.3
+"""Time for calls that are cut to say so."""
 
 
 class ServiceMetrics(Protocol):
@@ -48,11 +54,52 @@ class ServiceMetrics(Protocol):
 
     def error(self, type_name: str) -> None: ...
 
-    def dropped(self, reason: str) -> None: ...
+    def slow_stream(self) -> None: ...
+
+    def messages(self, method: str) -> MessageTally: ...
 
     def rpc_started(self, method: str) -> None: ...
 
     def rpc(self, method: str, code: str | grpc.StatusCode, seconds: float) -> None: ...
+
+
+def add_to_server(service: TeacherService, server: grpc.aio.Server) -> None:
+    """Registers the service. Bytes that are no message reach it as None, in a stream as a message
+    without content: grpc.aio would answer them with UNKNOWN and the text of a Python exception.
+    """
+    handlers = {
+        "GetInfo": grpc.unary_unary_rpc_method_handler(
+            service.GetInfo,
+            request_deserializer=_reader(pb.GetInfoRequest),
+            response_serializer=pb.GetInfoResponse.SerializeToString,
+        ),
+        "Score": grpc.unary_stream_rpc_method_handler(
+            service.Score,
+            request_deserializer=_reader(pb.ScoreRequest),
+            response_serializer=pb.ScoreResponse.SerializeToString,
+        ),
+        "Session": grpc.stream_stream_rpc_method_handler(
+            service.Session,
+            request_deserializer=_reader(pb.SessionRequest, pb.SessionRequest),
+            response_serializer=pb.SessionResponse.SerializeToString,
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+
+
+def _reader(kind: Any, otherwise: Callable[[], Any] = lambda: None) -> Callable[[bytes], Any]:
+    def read(raw: bytes) -> Any:
+        try:
+            return kind.FromString(raw)
+        except DecodeError:
+            return otherwise()
+
+    return read
+
+
+def _refuse_unreadable(request: Any) -> None:
+    if request is None:
+        raise InvalidRequestError("the request cannot be read: it is not of this contract")
 
 
 class TeacherService(pb_grpc.TeacherServiceServicer):
@@ -75,24 +122,39 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         self._metrics = metrics
         self._ready = ready
         self._limits = limits or StreamLimits()
+        self._tallies = {
+            name: metrics.messages(_full_name(name)) for name in ("GetInfo", "Score", "Session")
+        }
         self._streams: dict[SessionStream, Callable[[], None]] = {}
         """Each with the question whether its caller may still call."""
-        self._num_calls = 0
         self._draining = False
+        self._num_busy = 0
+        """Calls with work of their own; a stream that has not said Hello has none."""
         self._idle = asyncio.Event()
         self._idle.set()
+        self._cut = asyncio.Event()
+
+    @property
+    def send_queue_bytes(self) -> int:
+        """Replies that clients have not accepted yet, over all streams."""
+        return sum(stream.num_reply_bytes for stream in self._streams)
 
     async def drain(self, reason: str, deadline_s: float) -> bool:
-        """Ends all streams in good order and takes no new ones; False when some were still busy
-        after deadline_s."""
+        """Takes no new calls and ends all in good order. Those still busy after deadline_s end with
+        NotReadyError, so that what they are owed can be asked for elsewhere; then it returns False.
+        """
         self._draining = True
         for stream in list(self._streams):
-            await stream.drain(reason, int(deadline_s * 1000))
-        try:
+            stream.drain(reason, int(deadline_s * 1000))
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), deadline_s)
-        except TimeoutError:
-            return False
-        return True
+            return True
+        self._cut.set()
+        for stream in list(self._streams):
+            stream.cut(_cut_error())
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), _CUT_S)
+        return False
 
     def recheck(self) -> None:
         """Ends the streams of callers that may not call any more: tokens expire and are revoked."""
@@ -100,14 +162,17 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             try:
                 check()
             except TeacherError as error:
-                stream.end(error)
+                stream.cut(error)
 
     async def GetInfo(
         self,
         request: pb.GetInfoRequest,
         context: grpc.aio.ServicerContext[pb.GetInfoRequest, pb.GetInfoResponse],
     ) -> pb.GetInfoResponse:
-        async with self._edge("GetInfo", context):
+        async with self._edge("GetInfo", context) as tally:
+            tally.received += 1
+            _refuse_unreadable(request)
+            tally.sent += 1
             return pb.GetInfoResponse(info=codec.encode_info(self._info))
 
     async def Score(
@@ -115,29 +180,37 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         request: pb.ScoreRequest,
         context: grpc.aio.ServicerContext[pb.ScoreRequest, pb.ScoreResponse],
     ) -> None:
-        async with self._edge("Score", context):
+        async with self._edge("Score", context) as tally:
+            tally.received += 1
+            _refuse_unreadable(request)
             self._refuse_unless_ready()
             options = codec.decode_options(request.options)
-            scores = await self._sessions.score_once(
+            tenant = self._tenant(context, request.run_id)
+            logs.tenant.set(tenant)
+            work = self._sessions.score_once(
                 codec.decode_ids(request.prompt_ids, "prompt_ids"),
                 codec.decode_span(request.span),
                 options,
                 codec.decode_policy(request.policy),
-                tenant=self._tenant(context, request.run_id),
+                tenant=tenant,
                 deadline_s=context.time_remaining(),
             )
+            with self._busy():
+                scores = await self._unless_cut(work)
             for chunk in codec.encode_score_responses(scores, options.logprob_dtype):
                 await self._write_in_time(context, chunk)
+                tally.sent += 1
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: Context
     ) -> None:
-        async with self._edge("Session", context):
+        async with self._edge("Session", context) as tally:
             # Hello is read first in any case: grpc.aio's client forgets a status that arrives
             # while it is still writing.
             first = await anext(aiter(request_iterator), None)
             if first is None:
                 return
+            tally.received += 1
             self._refuse_unless_ready()
             if not first.HasField("hello"):
                 kind = first.WhichOneof("message")
@@ -145,6 +218,8 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             hello = first.hello
             check_hello(hello, self._info)
             tenant = self._tenant(context, hello.run_id)
+            logs.tenant.set(tenant)
+            log.info("a stream begins")
             stream = SessionStream(
                 context,
                 self._sessions,
@@ -152,12 +227,15 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                 credit_bytes=hello.credit_bytes,
                 limits=self._limits,
                 metrics=self._metrics,
+                tally=tally,
             )
             self._streams[stream] = lambda: self._check(context, hello.run_id, tenant)
             try:
-                await stream.run(request_iterator, codec.encode_info(self._info))
+                with self._busy():
+                    await stream.run(request_iterator, codec.encode_info(self._info))
             finally:
                 del self._streams[stream]
+                log.info("a stream ends")
 
     def _tenant(self, context: grpc.aio.ServicerContext[Any, Any], run_id: str) -> str:
         authorization = authorization_of(context.invocation_metadata())
@@ -178,9 +256,32 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         done, _ = await asyncio.wait({writing}, timeout=limit_s)
         if not done:
             writing.add_done_callback(_seen)
-            self._metrics.dropped("slow")
+            self._metrics.slow_stream()
             raise SlowConsumerError(f"a reply was not accepted within {limit_s} s")
         writing.result()
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._num_busy += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_busy -= 1
+            if not self._num_busy:
+                self._idle.set()
+
+    async def _unless_cut(self, work: Coroutine[Any, Any, Scores]) -> Scores:
+        working = asyncio.create_task(work)
+        cut = asyncio.create_task(self._cut.wait())
+        try:
+            await asyncio.wait({working, cut}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise _cut_error()
+            return working.result()
+        finally:
+            cut.cancel()
+            working.cancel()
 
     def _refuse_unless_ready(self) -> None:
         if self._draining or not self._ready():
@@ -189,14 +290,13 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
     @asynccontextmanager
     async def _edge(
         self, name: str, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[None]:
-        method, started = f"/{SERVICE_NAME}/{name}", time.monotonic()
+    ) -> AsyncIterator[MessageTally]:
+        method, started = _full_name(name), time.monotonic()
         code = grpc.StatusCode.OK
+        logs.request_id.set(uuid.uuid4().hex)
         self._metrics.rpc_started(method)
-        self._num_calls += 1
-        self._idle.clear()
         try:
-            yield
+            yield self._tallies[name]
         except TeacherError as error:
             code = code_of(error).grpc
             self._metrics.error(type(error).__name__)
@@ -208,13 +308,12 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             code = grpc.StatusCode.INTERNAL
             self._metrics.error(EngineError.__name__)
             log.exception("%s failed", method)
-            hidden = EngineError("the server failed on this call; see its log")
+            hidden = EngineError(
+                f"the server failed on this call; see its log, request {logs.request_id.get()}"
+            )
             await context.abort_with_status(encode_status(hidden))
             raise AssertionError("abort raises") from error
         finally:
-            self._num_calls -= 1
-            if not self._num_calls:
-                self._idle.set()
             self._metrics.rpc(method, code, time.monotonic() - started)
 
 
@@ -222,6 +321,14 @@ def _seen(writing: asyncio.Future[None]) -> None:
     """A write that fails after its call has ended is nobody's error."""
     if not writing.cancelled():
         writing.exception()
+
+
+def _full_name(method: str) -> str:
+    return f"/{SERVICE_NAME}/{method}"
+
+
+def _cut_error() -> NotReadyError:
+    return NotReadyError("the server ended before it had answered: ask elsewhere, or later")
 
 
 def tenant_of(run_id: str) -> str:

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from teacher_server import drift
 from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.rows import check_rows, joined, judged_rows, pieces
+from teacher_server.tallies import TenantTally
 from teacher_server.tenants import OpenTenants, Tenants
 from teacher_server.validation import check_drift, check_open, check_span, check_total_length
 from teacher_wire.errors import (
     CapacityError,
-    DeadlineError,
     InvalidRequestError,
     QuotaError,
     SessionNotFoundError,
@@ -63,13 +63,15 @@ class Scorer(Protocol):
 class SessionMetrics(Protocol):
     """What a session table reports; teacher_server.metrics.Metrics."""
 
-    def tokens_scored(self, n: int, tenant: str) -> None: ...
+    def tenant(self, name: str) -> TenantTally: ...
 
     def append_done(self, queue_s: float, engine_s: float) -> None: ...
 
     def sessions_open(self, n: int) -> None: ...
 
-    def dropped(self, reason: str) -> None: ...
+    def evicted(self, reason: str, n: int = 1) -> None: ...
+
+    def resumed(self, result: str) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +93,7 @@ class Session:
     last_used: float
     owner: object
     """Who opened it last."""
+    tally: TenantTally
     num_pending: int = 0
     """Appends waiting or running."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -149,6 +152,10 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def num_active(self) -> int:
+        """Sessions with an append waiting or running."""
+        return sum(session.num_pending > 0 for session in self._sessions.values())
+
     def open(
         self,
         session_id: str,
@@ -169,9 +176,16 @@ class SessionTable:
         check_open(self._info, session_id, prompt_ids, scored_ids, options, policy)
         base_drift = check_drift(policy, drift_state, len(scored_ids))
         self.expire()
-        self._sessions.pop((tenant, session_id), None)
-        self._make_room_of(tenant)
-        self._make_room()
+        held = self._sessions.pop((tenant, session_id), None)
+        try:
+            self._make_room_of(tenant)
+            self._make_room()
+        except CapacityError:
+            if len(scored_ids):
+                self._metrics.resumed("refused")
+            raise
+        if len(scored_ids):
+            self._metrics.resumed("rebuilt" if held is None else "held")
         self._sessions[tenant, session_id] = Session(
             session_id=session_id,
             tenant=tenant,
@@ -184,6 +198,7 @@ class SessionTable:
             bad=np.zeros(0, np.bool_),
             last_used=self._clock(),
             owner=owner,
+            tally=self._metrics.tenant(tenant),
         )
         self._metrics.sessions_open(len(self._sessions))
         return len(scored_ids)
@@ -213,9 +228,6 @@ class SessionTable:
             async with session.lock:
                 left = None if give_up is None else give_up - self._clock()
                 scores = await self._score(session, span, left)
-        except DeadlineError:
-            self._metrics.dropped("deadline")
-            raise
         finally:
             session.num_pending -= 1
             session.last_used = self._clock()
@@ -263,6 +275,8 @@ class SessionTable:
                 stale.append(key)
         for key in stale:
             self._let_go(self._sessions.pop(key))
+        if stale:
+            self._metrics.evicted("idle", len(stale))
         return num_ended + len(stale)
 
     async def score_once(
@@ -293,6 +307,7 @@ class SessionTable:
             bad=np.zeros(0, np.bool_),
             last_used=self._clock(),
             owner=None,
+            tally=self._metrics.tenant(tenant),
         )
         give_up = None if deadline_s is None else self._clock() + deadline_s
         parts: list[Scores] = []
@@ -300,9 +315,6 @@ class SessionTable:
             for piece in pieces(span, self._info.max_append_tokens):
                 left = None if give_up is None else give_up - self._clock()
                 parts.append(await self._score(session, piece, left))
-        except DeadlineError:
-            self._metrics.dropped("deadline")
-            raise
         finally:
             self._scorer.forget(session.engine_name)
         return joined(parts)
@@ -337,6 +349,7 @@ class SessionTable:
                 break
             if not session.num_pending:
                 self._let_go(self._sessions.pop(key))
+                self._metrics.evicted("room")
                 return True
         return False
 
@@ -375,7 +388,7 @@ class SessionTable:
         if rows.bad_events is not None:
             session.bad = np.concatenate([session.bad, rows.bad_events])
         state, verdict, keep_tokens = session.drift_after(session.bad)
-        self._metrics.tokens_scored(len(span), session.tenant)
+        session.tally.tokens_scored += len(span)
         self._metrics.append_done(timing.queue_us / 1e6, timing.engine_us / 1e6)
         return Scores(
             rows=rows, drift=state, verdict=verdict, keep_tokens=keep_tokens, timing=timing
@@ -396,6 +409,13 @@ class SessionTable:
             want_rank=options.want_rank,
             session=session.engine_name,
         )
-        rows, timing = await self._scorer.score(query, tenant=session.tenant, deadline_s=deadline_s)
+        try:
+            rows, timing = await self._scorer.score(
+                query, tenant=session.tenant, deadline_s=deadline_s
+            )
+        except BaseException as error:
+            session.tally.failed(error)
+            raise
+        session.tally.admitted += 1
         check_rows(rows, query)
         return judged_rows(rows, span, session.policy), timing

@@ -17,9 +17,11 @@ from typing import Protocol
 
 import grpc
 
+from teacher_server import logs
 from teacher_server.replies import ReplyQueue, answer_bytes
 from teacher_server.sessions import SessionTable
-from teacher_wire import codec
+from teacher_server.tallies import MessageTally
+from teacher_wire import codec, tracing
 from teacher_wire.errors import (
     EngineError,
     InvalidRequestError,
@@ -43,7 +45,7 @@ class StreamMetrics(Protocol):
 
     def error(self, type_name: str) -> None: ...
 
-    def dropped(self, reason: str) -> None: ...
+    def slow_stream(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +93,14 @@ class SessionStream:
         credit_bytes: int,
         limits: StreamLimits,
         metrics: StreamMetrics,
+        tally: MessageTally,
     ) -> None:
         self._context = context
         self._sessions = sessions
         self._tenant = tenant
         self._limits = limits
         self._metrics = metrics
+        self._tally = tally
         self._replies = ReplyQueue(max_bytes=limits.max_reply_bytes, credit_bytes=credit_bytes)
         self._lanes: dict[str, _Lane] = {}
         self._opened: set[str] = set()
@@ -128,7 +132,12 @@ class SessionStream:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def drain(self, reason: str, deadline_ms: int) -> None:
+    @property
+    def num_reply_bytes(self) -> int:
+        """Replies that the client has not accepted yet."""
+        return self._replies.num_bytes
+
+    def drain(self, reason: str, deadline_ms: int) -> None:
         """Tells the client to go elsewhere, answers what it has sent, then ends the stream."""
         if not self._draining:
             self._draining = True
@@ -162,14 +171,11 @@ class SessionStream:
         if not self._over.done():
             self._over.set_result(None)
 
-    def end(self, error: TeacherError) -> None:
-        """Ends the stream with this error; its sessions stay."""
-        self._cut(error)
-
-    def _cut(self, error: TeacherError) -> None:
+    def cut(self, error: TeacherError) -> None:
+        """Ends the stream now, with this error; its sessions stay."""
         if not self._over.done():
             if isinstance(error, SlowConsumerError):
-                self._metrics.dropped("slow")
+                self._metrics.slow_stream()
             self._over.set_exception(error)
 
     async def _write(self) -> None:
@@ -181,23 +187,26 @@ class SessionStream:
         while True:
             await self._replies.wait_for_reply()
             # A timer, not asyncio.timeout: cancelling a pending write leaks memory in grpc.aio.
-            timer = loop.call_later(limit_s, self._cut, slow)
+            timer = loop.call_later(limit_s, self.cut, slow)
             try:
                 await self._context.write(await self._replies.take())
             finally:
                 timer.cancel()
             self._replies.written()
+            self._tally.sent += 1
 
     async def _read(self, requests: AsyncIterator[pb.SessionRequest]) -> None:
         async for request in requests:
+            self._tally.received += 1
             kind = request.WhichOneof("message")
             if kind == "credit":
                 self._replies.grant(request.credit.bytes)
             elif kind in ("open", "append", "close"):
                 self._enqueue(kind, request)
             else:
+                got = kind or "empty or unreadable"
                 error = InvalidRequestError(
-                    f"message is {kind}, must be open, append, close, credit"
+                    f"message is {got}, must be open, append, close, credit"
                 )
                 await self._answer_error(error, "", None)
 
@@ -206,7 +215,7 @@ class SessionStream:
         self._request_bytes += size
         if self._request_bytes > self._limits.max_request_bytes:
             limit = self._limits.max_request_bytes
-            self._cut(QuotaError(f"unanswered requests pass the limit of {limit} bytes"))
+            self.cut(QuotaError(f"unanswered requests pass the limit of {limit} bytes"))
             return
         session_id = getattr(request, kind).session_id
         lane = self._lanes.get(session_id)
@@ -217,6 +226,7 @@ class SessionStream:
             lane.task = asyncio.create_task(self._run_lane(session_id, lane))
 
     async def _run_lane(self, session_id: str, lane: _Lane) -> None:
+        logs.session.set(session_id)
         while lane.requests:
             request = lane.requests.popleft()
             self._request_bytes -= request.size
@@ -225,7 +235,7 @@ class SessionStream:
             except TeacherError as error:
                 await self._answer_error(error, session_id, _offset(request))
             except Exception:
-                log.exception("a request of session %s failed", session_id)
+                log.exception("an %s failed", request.kind)
                 hidden = EngineError("the server failed on this request; see its log")
                 await self._answer_error(hidden, session_id, _offset(request))
         del self._lanes[session_id]
@@ -261,15 +271,20 @@ class SessionStream:
     async def _append(self, request: pb.Append, arrived: float) -> None:
         session_id = request.session_id
         options = self._sessions.options_of(session_id, tenant=self._tenant)
-        span = codec.decode_span(request.span)
+        span, parent = codec.decode_span(request.span), request.traceparent
+        if parent:
+            logs.trace_id.set(tracing.trace_id_of(parent))
+        deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
         async with self._replies.room_for(answer_bytes(span, options)):
             waited_s = self._now() - arrived
-            scores = await self._sessions.append(
-                session_id,
-                span,
-                tenant=self._tenant,
-                deadline_s=request.deadline_ms / 1000 - waited_s if request.deadline_ms else None,
-            )
+            with tracing.append_span(parent, len(span)) as trace:
+                scores = await self._sessions.append(
+                    session_id,
+                    span,
+                    tenant=self._tenant,
+                    deadline_s=None if deadline_s is None else deadline_s - waited_s,
+                )
+                trace.scored(scores.timing)
         for reply in codec.encode_scores(scores, options.logprob_dtype, session_id):
             await self._replies.put(reply)
 

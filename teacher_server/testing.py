@@ -11,14 +11,14 @@ import grpc
 
 from teacher_server.engine.base import ScoringEngine
 from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
+from teacher_server.live_metrics import Readings
 from teacher_server.metrics import Metrics
 from teacher_server.scheduler import Scheduler, SchedulerLimits
 from teacher_server.server_options import SERVER_OPTIONS
-from teacher_server.service import TeacherService
+from teacher_server.service import TeacherService, add_to_server
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import StreamLimits
 from teacher_server.tenants import Tenants
-from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import TeacherInfo
 
 
@@ -80,8 +80,17 @@ async def local_teacher(
         scheduler, info, metrics=metrics, tenants=tenants, evict_idle_s=evict_idle_s
     )
     service = TeacherService(info, sessions, metrics=metrics, ready=ready, limits=stream_limits)
+    metrics.watch(
+        lambda: Readings(
+            active_sessions=sessions.num_active(),
+            queue_depth=scheduler.num_queued,
+            queue_tokens=scheduler.queued_tokens,
+            batch_sessions=scheduler.num_running,
+            send_queue_bytes=service.send_queue_bytes,
+        )
+    )
     server = grpc.aio.server(options=list(options))
-    pb_grpc.add_TeacherServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    add_to_server(service, server)
     bound = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     try:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from teacher_wire.errors import InvalidRequestError
 
 PROTOCOL_VERSION = 1
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 MAX_DRIFT_K = 255
 """Overlap counts travel as one byte."""
 
@@ -58,7 +59,7 @@ class ScoreOptions:
     k: int
     """Size of the teacher's top-k."""
     temperature: float = 1.0
-    """The teacher's logits are divided by this before the softmax."""
+    """The teacher's logits are divided by this before the softmax; by less, they overflow."""
     logprob_dtype: LogprobDtype = LogprobDtype.F32
     want_entropy: bool = False
     want_rank: bool = False
@@ -66,8 +67,11 @@ class ScoreOptions:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise InvalidRequestError(f"k is {self.k}, must be at least 1")
-        if not 0.0 < self.temperature < float("inf"):
-            raise InvalidRequestError(f"temperature is {self.temperature}, must be finite and > 0")
+        if not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            raise InvalidRequestError(
+                f"temperature is {self.temperature}, "
+                f"must be in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

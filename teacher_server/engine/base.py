@@ -128,5 +128,8 @@ class ScoringEngine(Protocol):
     async def healthy(self) -> bool:
         """False once the engine cannot score any more."""
 
+    def kv_used_ratio(self) -> float | None:
+        """Share of the room for KV that is taken, 0 to 1; None when the engine does not tell."""
+
     async def close(self) -> None:
         """Frees the model and ends the engine's processes."""

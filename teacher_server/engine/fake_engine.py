@@ -162,6 +162,10 @@ class FakeEngine:
     async def healthy(self) -> bool:
         return self.alive
 
+    def kv_used_ratio(self) -> float | None:
+        """It keeps nothing."""
+        return None
+
     async def close(self) -> None:
         self.alive = False
         if self._stepper is not None:

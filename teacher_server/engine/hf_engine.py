@@ -173,6 +173,10 @@ class HfEngine:
     async def healthy(self) -> bool:
         return self._model is not None
 
+    def kv_used_ratio(self) -> float | None:
+        """In sessions, each with a cache as long as its text."""
+        return len(self._sessions) / self._max_sessions
+
     async def close(self) -> None:
         self._model = None
         await asyncio.to_thread(self._worker.shutdown)

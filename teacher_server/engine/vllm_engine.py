@@ -228,6 +228,10 @@ class VllmEngine:
     async def healthy(self) -> bool:
         return self._llm is not None and not self._llm.errored
 
+    def kv_used_ratio(self) -> float | None:
+        """vLLM tells only when it keeps statistics of every step, which are off."""
+        return None
+
     async def close(self) -> None:
         llm, self._llm = self._llm, None
         if llm is not None:

@@ -175,7 +175,7 @@ async def test_metrics_count_requests_by_route_and_never_by_raw_path(teacher: Te
     assert 'teacher_http_request_seconds_count{route="/healthz",status="200"} 1.0' in response.text
     assert 'route="unrouted",status="404"' in response.text
     assert "xxx" not in response.text
-    assert f'model_sha="{"w" * 64}"' in response.text
+    assert f'weights="{"w" * 64}"' in response.text
 
 
 async def test_a_client_that_leaves_cancels_its_work(teacher: Teacher) -> None:
@@ -214,3 +214,10 @@ async def test_a_client_that_leaves_cancels_its_work(teacher: Teacher) -> None:
         await teacher.app(scope, receive, send)
     assert cancelled.is_set()
     assert sent == []
+
+
+async def test_a_path_with_a_slash_too_many_is_not_redirected(teacher: Teacher) -> None:
+    """The target would be made from the Host header."""
+    response = await teacher.client.post("/v1/score/", headers={"host": "evil.example"})
+    assert response.status_code == 404
+    assert "location" not in response.headers

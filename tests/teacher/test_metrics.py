@@ -1,5 +1,6 @@
 """Names, labels and bounds of the metrics. Run: pytest tests/teacher/test_metrics.py"""
 
+import asyncio
 import re
 
 import pytest
@@ -7,8 +8,9 @@ from grpc import StatusCode
 from http_teacher import INFO
 from prometheus_client.parser import text_string_to_metric_families
 
+from teacher_server.live_metrics import Readings
 from teacher_server.metrics import OTHER, Metrics
-from teacher_wire.errors import ERROR_CODES
+from teacher_wire.errors import ERROR_CODES, CapacityError, DeadlineError, EngineError
 
 SESSION = "/opd.teacher.v1.TeacherService/Session"
 SESSION_LABELS = {
@@ -24,9 +26,10 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 def used(metrics: Metrics) -> None:
     metrics.serving(INFO)
-    metrics.tokens_scored(3, "a")
+    metrics.tenant("a").tokens_scored += 3
     metrics.append_done(0.001, 0.02)
     metrics.sessions_open(2)
+    metrics.messages(SESSION).received += 1
     metrics.error("CapacityError")
     metrics.rpc_started(SESSION)
     metrics.rpc(SESSION, "OK", 1.0)
@@ -41,7 +44,19 @@ def test_every_family_has_its_published_name() -> None:
         "grpc_server_started",
         "grpc_server_handled",
         "grpc_server_handling_seconds",
+        "grpc_server_msg_received",
+        "grpc_server_msg_sent",
         "teacher_sessions",
+        "teacher_queue_depth",
+        "teacher_batch_tokens",
+        "teacher_batch_sessions",
+        "teacher_kv_used_ratio",
+        "teacher_evictions",
+        "teacher_admission",
+        "teacher_dropped",
+        "teacher_send_queue_bytes",
+        "teacher_event_loop_lag_seconds",
+        "teacher_resumes",
         "teacher_queue_wait_seconds",
         "teacher_engine_step_seconds",
         "teacher_tokens_scored",
@@ -57,7 +72,7 @@ def test_every_family_has_its_published_name() -> None:
 def test_values_are_the_sums_of_what_was_reported() -> None:
     metrics = Metrics()
     used(metrics)
-    metrics.tokens_scored(4, "a")
+    metrics.tenant("a").tokens_scored += 4
     metrics.sessions_open(1)
     metrics.append_done(0.004, 0.03)
     assert value(metrics, "teacher_tokens_scored_total", tenant="a") == 7
@@ -66,6 +81,30 @@ def test_values_are_the_sums_of_what_was_reported() -> None:
     assert value(metrics, "teacher_engine_step_seconds_sum") == pytest.approx(0.05)
     assert value(metrics, "grpc_server_handled_total", **SESSION_LABELS, grpc_code="OK") == 1
     assert value(metrics, "grpc_server_handling_seconds_sum", **SESSION_LABELS) == 1.0
+
+
+def test_what_is_held_is_read_at_every_scrape() -> None:
+    metrics = Metrics()
+    depth = 3
+    metrics.watch(lambda: Readings(queue_depth=depth, phase="b", phases=("a", "b")))
+    assert value(metrics, "teacher_queue_depth") == 3
+    depth = 5
+    assert value(metrics, "teacher_queue_depth") == 5
+    assert value(metrics, "teacher_phase", phase="a") == 0
+    assert value(metrics, "teacher_phase", phase="b") == 1
+    assert value(metrics, "teacher_kv_used_ratio") is None, "a missing value is never a number"
+
+
+def test_a_query_counts_under_what_became_of_it() -> None:
+    metrics = Metrics()
+    tally = metrics.tenant("a")
+    errors = [asyncio.CancelledError(), CapacityError("x"), DeadlineError("x"), EngineError("x")]
+    for error in errors:
+        tally.failed(error)
+    for outcome in ("admitted", "refused", "expired", "cancelled"):
+        assert value(metrics, "teacher_admission_total", outcome=outcome, tenant="a") == 1
+    for reason in ("deadline", "cancelled"):
+        assert value(metrics, "teacher_dropped_total", reason=reason) == 1
 
 
 def test_two_servers_in_one_process_do_not_share_counts() -> None:
@@ -77,7 +116,7 @@ def test_two_servers_in_one_process_do_not_share_counts() -> None:
 def test_tenants_past_the_bound_are_counted_together() -> None:
     metrics = Metrics(max_tenants=2)
     for tenant in ("a", "b", "c", "d", "a"):
-        metrics.tokens_scored(1, tenant)
+        metrics.tenant(tenant).tokens_scored += 1
     name = "teacher_tokens_scored_total"
     assert value(metrics, name, tenant="a") == 2
     assert value(metrics, name, tenant=OTHER) == 2

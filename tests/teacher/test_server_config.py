@@ -29,6 +29,7 @@ OTHER_VALUES: dict[str, Any] = {
     "head_dtype": "float32",
     "device": "cpu",
     "log_level": "debug",
+    "log_format": "json",
     "event_loop": "asyncio",
     "host": "127.0.0.2",
     "gpu_memory_utilization": 0.5,

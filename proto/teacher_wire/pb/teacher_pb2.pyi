@@ -279,14 +279,16 @@ class Opened(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., next_offset: _Optional[int] = ...) -> None: ...
 
 class Append(_message.Message):
-    __slots__ = ("session_id", "span", "deadline_ms")
+    __slots__ = ("session_id", "span", "deadline_ms", "traceparent")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     SPAN_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     span: TokenSpan
     deadline_ms: int
-    def __init__(self, session_id: _Optional[str] = ..., span: _Optional[_Union[TokenSpan, _Mapping]] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, session_id: _Optional[str] = ..., span: _Optional[_Union[TokenSpan, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Scores(_message.Message):
     __slots__ = ("session_id", "rows", "last", "drift", "verdict", "keep_tokens", "timing")

@@ -1,0 +1,209 @@
+"""What a hostile or broken client may send. Every generator is a function of its Random alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from streams import PROMPT, append_message, open_message, span_at
+
+from teacher_wire import codec
+from teacher_wire.pb import teacher_pb2 as pb
+
+NUMBERS = (0, 1, 2, 3, 5, 16, 127, 128, 255, 256, 4096, 2**31 - 1, 2**31, 2**32 - 1)
+DOUBLES = (0.0, -0.0, 1.0, -1.0, 1e-320, 1e308, math.inf, -math.inf, math.nan, 0.5, 1e-9)
+NAMES = ("s", "t", "", "x" * 300, "a\x00b", "\n", "né", "../..", "%s%n")
+H2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+def valid_messages() -> list[pb.SessionRequest]:
+    """A conversation that a server likes."""
+    return [
+        open_message("s"),
+        append_message("s", span_at(0, 5, k=16)),
+        append_message("s", span_at(5, 7, k=16), deadline_ms=1000),
+        pb.SessionRequest(credit=pb.Credit(bytes=1000)),
+        pb.SessionRequest(close=pb.Close(session_id="s")),
+    ]
+
+
+def score_request() -> pb.ScoreRequest:
+    """One that is answered."""
+    opened = open_message("s").open
+    return pb.ScoreRequest(
+        prompt_ids=codec.encode_ids(PROMPT),
+        span=codec.encode_span(span_at(0, 6)),
+        options=opened.options,
+        policy=opened.policy,
+        run_id="fuzz",
+    )
+
+
+def mutated(rng: random.Random, raw: bytes) -> bytes:
+    """Bytes that were a message once."""
+    data = bytearray(raw)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(data) + 1)
+        kind = rng.randrange(7)
+        if kind == 0 and data:
+            data[at % len(data)] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at:at] = rng.randbytes(rng.randint(1, 8))
+        elif kind == 2:
+            del data[at : at + rng.randint(1, 16)]
+        elif kind == 3:
+            data[at:at] = data[at : at + rng.randint(1, 64)]
+        elif kind == 4:
+            data[at : at + 1] = b"\xff" * rng.randint(1, 10)  # varints that do not end
+        elif kind == 5:
+            del data[at:]
+        else:
+            data = bytearray(rng.randbytes(rng.randint(0, 200)))
+    return bytes(data)
+
+
+def hostile(rng: random.Random, kind: type[Message], like: Message | None = None) -> Message:
+    """A message that parses, with lengths and numbers that nobody meant."""
+    message = kind()
+    if like is not None:
+        message.CopyFrom(like)
+    for field in message.DESCRIPTOR.fields:
+        if rng.random() < (0.25 if like is not None else 0.7):
+            _fill(rng, message, field)
+    return message
+
+
+def _fill(rng: random.Random, message: Message, field: FieldDescriptor) -> None:
+    if field.message_type is not None:
+        if not field.is_repeated:
+            below = getattr(message, field.name)
+            below.CopyFrom(hostile(rng, type(below), below if rng.random() < 0.6 else None))
+            below.SetInParent()
+        return
+    value: Any
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        value = _hostile_bytes(rng, getattr(message, field.name))
+    elif field.type == FieldDescriptor.TYPE_STRING:
+        value = rng.choice(NAMES)
+    elif field.type == FieldDescriptor.TYPE_DOUBLE:
+        value = rng.choice(DOUBLES)
+    elif field.type == FieldDescriptor.TYPE_BOOL:
+        value = rng.random() < 0.5
+    elif field.type == FieldDescriptor.TYPE_ENUM:
+        value = rng.choice((0, 1, 2, 3, 99, -1))
+    else:
+        value = rng.choice(NUMBERS)
+    if not field.is_repeated:
+        setattr(message, field.name, value)
+
+
+def _hostile_bytes(rng: random.Random, now: bytes) -> bytes:
+    kind = rng.randrange(6)
+    if kind == 0:
+        return now[:-1]
+    if kind == 1:
+        return now + rng.randbytes(rng.randint(1, 5))
+    if kind == 2:
+        return b""
+    if kind == 3:
+        count = rng.randint(1, 300)
+        ids = (rng.choice((0, 1, 511, 512, -1, 2**31 - 1, -(2**31))) for _ in range(count))
+        return struct.pack(f"<{count}i", *ids)
+    if kind == 4:
+        return bytes(rng.choice((1, 4, 1024, 40_000)))
+    return rng.randbytes(rng.randint(1, 64))
+
+
+def hostile_request(rng: random.Random) -> pb.SessionRequest:
+    """A hostile message of a session that was valid, or one made up."""
+    if rng.random() < 0.8:
+        like = rng.choice(valid_messages())
+        kind = str(like.WhichOneof("message"))
+        below = getattr(like, kind)
+        request = pb.SessionRequest()
+        getattr(request, kind).CopyFrom(hostile(rng, type(below), below))
+        return request
+    request = hostile(rng, pb.SessionRequest)
+    assert isinstance(request, pb.SessionRequest)
+    return request
+
+
+def _frame(rng: random.Random) -> bytes:
+    """An HTTP/2 frame, right or wrong."""
+    payload = rng.randbytes(rng.choice((0, 4, 5, 6, 8, 40)))
+    length = len(payload) if rng.random() < 0.7 else rng.choice((0, 1, 2**14 + 1, 2**24 - 1))
+    kind = rng.randrange(12)
+    stream = rng.choice((0, 1, 2, 3, 2**31 - 1))
+    return (
+        struct.pack(">I", length)[1:]
+        + bytes((kind, rng.randrange(256)))
+        + struct.pack(">I", stream)
+        + payload
+    )
+
+
+def garbage(rng: random.Random) -> bytes:
+    """What is no gRPC at all, or only at first."""
+    kind = rng.randrange(5)
+    if kind == 0:
+        return rng.randbytes(rng.randint(1, 400))
+    if kind == 1:
+        return H2_PREFACE[: rng.randint(1, len(H2_PREFACE))]
+    if kind == 2:
+        return b"GET / HTTP/1.1\r\nHost: x\r\n" + rng.randbytes(30) + b"\r\n\r\n"
+    settings = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+    return H2_PREFACE + settings + b"".join(_frame(rng) for _ in range(rng.randint(1, 12)))
+
+
+def http_case(rng: random.Random, schema: dict[str, Any]) -> tuple[str, str, bytes, dict[str, str]]:
+    """Method, path, body and headers: from the published schema, then bent."""
+    path = rng.choice([*schema["paths"], "/nowhere", "/v1/score/", "/v1/%00", "/v1/score?k=9"])
+    known = schema["paths"].get(path, {})
+    method = rng.choice([*known, "post", "get", "put", "delete"]).upper()
+    headers = {"content-type": rng.choice(("application/json",) * 4 + ("text/plain", "x/y"))}
+    if rng.random() < 0.1:
+        headers["x-request-id"] = rng.choice(("a" * 100, "b c", "ok-1", "<script>"))
+    content = known.get(method.lower(), {}).get("requestBody", {}).get("content", {})
+    below = content.get("application/json", {}).get("schema")
+    value = _json_of(rng, below, schema) if below else _json_any(rng)
+    raw = json.dumps(value).encode()
+    return method, path, mutated(rng, raw) if rng.random() < 0.3 else raw, headers
+
+
+def _json_of(rng: random.Random, node: dict[str, Any], root: dict[str, Any]) -> Any:
+    if rng.random() < 0.06:
+        return _json_any(rng)
+    if "$ref" in node:
+        return _json_of(rng, root["components"]["schemas"][node["$ref"].rsplit("/", 1)[1]], root)
+    if "anyOf" in node:
+        return _json_of(rng, rng.choice(node["anyOf"]), root)
+    if "enum" in node:
+        return rng.choice([*node["enum"], "none of them"])
+    makers: dict[str, Callable[[], Any]] = {
+        "object": lambda: {
+            name: _json_of(rng, below, root)
+            for name, below in node.get("properties", {}).items()
+            if name in node.get("required", ()) or rng.random() < 0.4
+        },
+        "array": lambda: [
+            _json_of(rng, node.get("items", {}), root) for _ in range(rng.choice((0, 1, 3, 9)))
+        ],
+        "integer": lambda: rng.choice((0, 1, 2, 16, 17, -1, 511, 512, 2**31, 10**30)),
+        "number": lambda: rng.choice((0.0, 1.0, 0.7, -1.0, 1e308, 1e-300, math.inf, math.nan)),
+        "boolean": lambda: rng.random() < 0.5,
+        "string": lambda: rng.choice(NAMES),
+    }
+    return makers.get(node.get("type", ""), lambda: None)()
+
+
+def _json_any(rng: random.Random) -> Any:
+    deep: Any = 1
+    for _ in range(rng.choice((1, 60))):
+        deep = [deep]
+    return rng.choice((None, True, -1, 1e400, "x", [], {}, {"a": {}}, deep, [[1], [1, 2]]))

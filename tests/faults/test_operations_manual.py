@@ -1,0 +1,70 @@
+"""The manual knows every metric, error and exit that a server has, and no others.
+
+Run: pytest tests/faults/test_operations_manual.py
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+from teacher_server.config import TeacherConfig
+from teacher_server.lifecycle import Phase
+from teacher_server.metrics import Metrics
+from teacher_wire.errors import ERROR_CODES
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+
+
+def first_cells(heading: str) -> set[str]:
+    """What stands in backticks in the first column below a heading."""
+    section = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
+
+
+def exported() -> set[str]:
+    """Names as they stand in an answer of /metrics, without those of the process."""
+    names = set()
+    for family in Metrics().registry.collect():
+        if not family.name.startswith(("process_", "python_")):
+            names.add(family.name + "_total" * (family.type == "counter"))
+    return names
+
+
+def test_every_metric_is_explained_and_no_other() -> None:
+    assert first_cells("Watch") == exported()
+
+
+def test_every_error_is_explained_with_its_codes() -> None:
+    assert first_cells("Errors") == {cls.__name__ for cls in ERROR_CODES}
+    for cls, code in ERROR_CODES.items():
+        assert f"| `{cls.__name__}` | {code.grpc.name}, {code.http} |" in TEXT
+
+
+def test_every_phase_is_explained() -> None:
+    for phase in Phase:
+        assert re.search(rf"^\| {phase.value}\b", TEXT, re.MULTILINE), phase
+
+
+def test_rules_and_texts_name_metrics_and_settings_that_exist() -> None:
+    known = exported() | {f"{name}_bucket" for name in exported()}
+    assert set(re.findall(r"\b(?:teacher|grpc_server)_[a-z_]+\b(?!\.)", TEXT)) - known <= {
+        "teacher_wire"
+    }
+    settings = {entry.name for entry in fields(TeacherConfig)}
+    defaults = {entry.name: entry.default for entry in fields(TeacherConfig)}
+    named = re.findall(r"`((?:engine|max|drain|session|log|otlp|hf)_[a-z_]+)`", TEXT)
+    assert set(named) <= settings
+    for name, value in re.findall(r"`(\w+_s)` \((\d+) s\)", TEXT):
+        assert defaults[name] == float(value), name
+
+
+def test_the_examples_are_yaml_with_three_alerts() -> None:
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)]
+    assert blocks[0]["scrape_configs"][0]["static_configs"][0]["targets"]
+    rules = blocks[1]["groups"][0]["rules"]
+    assert [set(rule) for rule in rules] == [{"alert", "expr", "for", "annotations"}] * 3
