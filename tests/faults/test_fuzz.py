@@ -30,7 +30,7 @@ from teacher_wire.pb import teacher_pb2 as pb
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
-CASES = int(os.environ.get("FUZZ_CASES", "2500"))
+CASES = int(os.environ.get("FUZZ_CASES", "6000"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 HANG_S = 5.0
 LAG_S, LAG_SHARE = 0.25, 0.99
