@@ -185,7 +185,7 @@ async def soak(server: LiveServer, minutes: float, done: Counter[str]) -> list[d
 
 
 def slope_per_hour(samples: list[dict[str, float]], field: str) -> float:
-    """Theil-Sen: the median of the slopes of all pairs, so that single jumps do not count."""
+    """Theil-Sen: the median of the slopes of all pairs, so that single peaks do not count."""
     step = max(1, len(samples) // MAX_POINTS)
     points = np.array([(one["s"], one[field]) for one in samples[::step]])
     first, second = np.triu_indices(len(points), k=1)

@@ -26,7 +26,7 @@ from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
-CASES = int(os.environ.get("FUZZ_CASES", "2500"))
+CASES = int(os.environ.get("FUZZ_CASES", "6000"))
 STEPS = 40
 NAMES = st.sampled_from(("a", "b", "never"))
 MAX_CONTEXT, MAX_APPEND = 256, 32
