@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import uvicorn
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -72,8 +73,8 @@ class TeacherApp:
         self._config = config
         self._access = access
         self._engine = WatchedEngine(engine)
-        health = Health(("", SERVICE_NAME))
-        self._life = Lifecycle(health.set)
+        self._health = Health(("", SERVICE_NAME))
+        self._life = Lifecycle(self._health.set)
         self._metrics = metrics = Metrics()
         self._scheduler = Scheduler(
             self._engine,
@@ -104,24 +105,31 @@ class TeacherApp:
             caller=self._access.tenant_of,
         )
         metrics.watch(self._read)
+        self._http = self._http_server(info, tokenizer)
+        self._grpc = self._grpc_server()
+
+    def _http_server(self, info: TeacherInfo, tokenizer: Any) -> uvicorn.Server:
         deps = http_api.HttpDeps(
             info=info,
             sessions=self._sessions,
             ready=lambda: self._life.ready,
-            metrics=metrics,
+            metrics=self._metrics,
             tokenizer=tokenizer,
             authenticate=self._http_tenant if self._access.required else None,
-            open_metrics=config.open_metrics,
+            open_metrics=self._config.open_metrics,
         )
-        tls = access.tls
-        self._http = http_server(http_api.create_app(deps), tls and tls.http_context())
-        guard = AccessInterceptor(access.admit, metrics=metrics)
-        self._grpc = grpc.aio.server(interceptors=[guard], options=SERVER_OPTIONS)
-        add_to_server(self._service, self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(health, self._grpc)
-        if config.reflection:
+        tls = self._access.tls
+        return http_server(http_api.create_app(deps), tls and tls.http_context())
+
+    def _grpc_server(self) -> grpc.aio.Server:
+        guard = AccessInterceptor(self._access.admit, metrics=self._metrics)
+        server = grpc.aio.server(interceptors=[guard], options=SERVER_OPTIONS)
+        add_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._config.reflection:
             names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
-            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._grpc)
+            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+        return server
 
     def _read(self) -> Readings:
         return Readings(

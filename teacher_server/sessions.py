@@ -15,15 +15,14 @@ import itertools
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_server import drift
 from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.rows import check_rows, joined, judged_rows, pieces
+from teacher_server.session import Session
 from teacher_server.tallies import TenantTally
 from teacher_server.tenants import OpenTenants, Tenants
 from teacher_server.validation import check_drift, check_open, check_span, check_total_length
@@ -43,7 +42,6 @@ from teacher_wire.records import (
     TeacherInfo,
     Timing,
     TokenSpan,
-    Verdict,
 )
 
 _EMPTY_IDS: NDArray[np.int32] = np.zeros(0, np.int32)
@@ -72,47 +70,6 @@ class SessionMetrics(Protocol):
     def evicted(self, reason: str, n: int = 1) -> None: ...
 
     def resumed(self, result: str) -> None: ...
-
-
-@dataclass(slots=True, eq=False)
-class Session:
-    """One response that is being scored."""
-
-    session_id: str
-    tenant: str
-    prompt_ids: NDArray[np.int32]
-    options: ScoreOptions
-    policy: DriftPolicy | None
-    scored_ids: NDArray[np.int32]
-    """Response tokens scored so far, those before the session was opened included."""
-    base: int
-    """Response tokens that were scored before the session was opened."""
-    base_drift: DriftState
-    bad: NDArray[np.bool_]
-    """[len(scored_ids) - base] the bad events since then."""
-    last_used: float
-    owner: object
-    """Who opened it last."""
-    tally: TenantTally
-    num_pending: int = 0
-    """Appends waiting or running."""
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def engine_name(self) -> str:
-        """Name of the session for the engine; no two tenants share one, whatever their names."""
-        return f"{len(self.tenant)}:{self.tenant}/{self.session_id}"
-
-    def rewind(self, offset: int) -> None:
-        """Forgets the tokens from `offset` on."""
-        self.scored_ids = self.scored_ids[:offset]
-        self.bad = self.bad[: offset - self.base]
-
-    def drift_after(self, bad: NDArray[np.bool_]) -> tuple[DriftState | None, Verdict, int | None]:
-        """State, verdict and tokens to keep after these bad events since the session was opened."""
-        if self.policy is None:
-            return None, Verdict.CONTINUE, None
-        return drift.advance(self.policy, self.base_drift, bad)
 
 
 class SessionTable:

@@ -131,6 +131,7 @@ RULES = [
             "service",
             "stream",
             "replies",
+            "session",
             "sessions",
             "rows",
             "validation",
@@ -154,7 +155,6 @@ RULES = [
             "auth",
             "interceptors",
             "secret_files",
-            "tenants",
             "tenants_file",
             "tls",
         )
