@@ -54,6 +54,10 @@ class FairQueue(Generic[T]):
     def __bool__(self) -> bool:
         return bool(self._lines)
 
+    def __len__(self) -> int:
+        """Items waiting, of all tenants."""
+        return sum(len(line.items) for line in self._lines.values())
+
     @property
     def tokens(self) -> int:
         """Tokens waiting, of all tenants."""

@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from teacher_server.engine.base import EngineRows, ScoreQuery, ScoringEngine
 from teacher_server.fair_queue import FairQueue
@@ -60,9 +60,7 @@ class _Load:
     """Places taken, by queries in the engine or about to enter it."""
     granted_tokens: int = 0
     tokens_per_s: float = 1000.0
-    tickets: int = 0
-    started: dict[int, float] = field(default_factory=dict)
-    """Start time of each running query, by ticket."""
+    num_running: int = 0
 
 
 class Scheduler:
@@ -92,17 +90,12 @@ class Scheduler:
     @property
     def num_queued(self) -> int:
         """Queries waiting for the engine."""
-        return sum(len(line) for line in self._lines.values())
+        return len(self._waiting)
 
     @property
     def num_running(self) -> int:
         """Queries in the engine."""
-        return len(self._load.started)
-
-    def oldest_running_s(self) -> float:
-        """Age of the oldest query in the engine, 0 when there is none: the watchdog's reading."""
-        started = self._load.started
-        return self._clock() - min(started.values()) if started else 0.0
+        return self._load.num_running
 
     def forget(self, session: str) -> None:
         """Lets the engine drop what it holds for a session."""
@@ -136,15 +129,12 @@ class Scheduler:
         )
 
     async def _run(self, query: ScoreQuery, tokens: int, entered: float) -> EngineRows:
-        load = self._load
-        load.tickets += 1
-        ticket = load.tickets
-        load.started[ticket] = entered
+        self._load.num_running += 1
         try:
             rows = await self._ask(query)
             self._learn_rate(self._clock() - entered)
         finally:
-            del load.started[ticket]
+            self._load.num_running -= 1
             self._leave(tokens)
         return rows
 
