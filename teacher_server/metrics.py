@@ -128,7 +128,7 @@ class Metrics:
             "teacher_resumes", "Sessions opened to go on.", ("result",), registry=self.registry
         )
         for counter, values in (
-            (self._evictions, ("idle", "room")),
+            (self._evictions, ("idle", "lost", "room")),
             (self._resumes, ("held", "rebuilt", "refused")),
         ):
             for value in values:

@@ -216,14 +216,14 @@ class SessionTable:
     def expire(self) -> int:
         """Ends the sessions that are idle for ttl_s or detached for too long; returns how many."""
         now = self._clock()
-        num_ended = 0
+        num_lost = 0
         while self._detached and self._detached[0][0] <= now:
             session = self._detached.popleft()[1]
             key = (session.tenant, session.session_id)
             # One that was opened again is another object.
             if self._sessions.get(key) is session:
                 self._let_go(self._sessions.pop(key))
-                num_ended += 1
+                num_lost += 1
         stale = []
         for key, session in self._sessions.items():
             if session.last_used > now - self._ttl_s:
@@ -234,7 +234,9 @@ class SessionTable:
             self._let_go(self._sessions.pop(key))
         if stale:
             self._metrics.evicted("idle", len(stale))
-        return num_ended + len(stale)
+        if num_lost:
+            self._metrics.evicted("lost", num_lost)
+        return num_lost + len(stale)
 
     async def score_once(
         self,

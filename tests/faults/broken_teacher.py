@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from teacher_server.app import TeacherApp
+from teacher_server.auth import Access
 from teacher_server.config import add_flags, load_config
 from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.engine.fake_engine import FakeEngine
@@ -64,7 +65,8 @@ async def _serve(kind: str, path: str, rest: list[str]) -> int:
     add_flags(parser)
     config, _ = load_config(vars(parser.parse_args(["--engine", "fake", *rest])), os.environ)
     engine = BrokenEngine(kind, Path(path))
-    return await TeacherApp(config, engine, describe(config, engine, None), None).run()
+    info = describe(config, engine, None)
+    return await TeacherApp(config, engine, info, None, Access.from_config(config)).run()
 
 
 if __name__ == "__main__":

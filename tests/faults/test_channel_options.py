@@ -143,6 +143,19 @@ async def client_pings_in_5_s(options: Options) -> object:
         return "goes on" if peer.num_pings >= 4 else "stops"
 
 
+async def two_clients_of_one_server(options: Options) -> object:
+    async with h2_server(answers_pings=True) as server:
+        items = list(options.items())
+        async with (
+            grpc.aio.insecure_channel(server.address, options=items) as one,
+            grpc.aio.insecure_channel(server.address, options=items) as other,
+        ):
+            for channel in (one, other):
+                channel.get_state(try_to_connect=True)
+            await asyncio.sleep(2.0)
+            return server.connected.qsize()
+
+
 TOO_MANY = "too_many_pings"
 # name: scaled value, scenario, what is seen with the name and with a misspelt one
 SERVER: dict[str, tuple[int, Scenario, object, object]] = {
@@ -178,6 +191,7 @@ CLIENT: dict[str, tuple[int, Scenario, object, object]] = {
     "grpc.http2.ping_timeout_ms": (500, client_meets_a_silent_server, "closed", "open"),
     "grpc.keepalive_permit_without_calls": (1, client_meets_a_silent_server, "closed", "open"),
     "grpc.http2.max_pings_without_data": (0, client_pings_in_5_s, "goes on", "stops"),
+    "grpc.use_local_subchannel_pool": (1, two_clients_of_one_server, 2, 1),
 }
 
 

@@ -37,6 +37,7 @@ from teacher_wire.errors import (
     MessageTooLargeError,
     NonFiniteError,
     NotReadyError,
+    PermissionDeniedError,
     QuotaError,
     RateLimitedError,
     SessionNotFoundError,
@@ -191,7 +192,8 @@ Provocation = Callable[[], Awaitable[TeacherError]]
 PROVOKED: dict[type[TeacherError], Provocation | None] = {
     InvalidRequestError: invalid,
     FingerprintMismatchError: other_tokens,
-    UnauthenticatedError: None,  # tests of access provoke it
+    UnauthenticatedError: None,  # tests of access provoke these two
+    PermissionDeniedError: None,
     SessionNotFoundError: no_session,
     SessionOffsetError: offset_gap,
     CapacityError: overloaded,

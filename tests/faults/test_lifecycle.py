@@ -329,17 +329,22 @@ def test_a_port_in_use_is_named(kind: str, flag: str, tmp_path: Path) -> None:
 async def test_a_port_is_taken_from_the_first_moment() -> None:
     """Two servers that start together must not both believe that they have it."""
     from teacher_server.app import StartError, TeacherApp
+    from teacher_server.auth import Access
     from teacher_server.config import TeacherConfig
     from teacher_server.served import describe
 
-    engine = FakeEngine()
+    def app(config: TeacherConfig) -> TeacherApp:
+        engine = FakeEngine()
+        info = describe(config, engine, None)
+        return TeacherApp(config, engine, info, None, Access.from_config(config))
+
     config = TeacherConfig(engine="fake", http_port=0)
-    listener = TeacherApp(config, engine, describe(config, engine, None), None)._bind_http()
+    listener = app(config)._bind_http()
     with listener:
         port = listener.getsockname()[1]
         other = TeacherConfig(engine="fake", http_port=port)
         with pytest.raises(StartError, match=f":{port}"):
-            TeacherApp(other, engine, describe(other, engine, None), None)._bind_http()
+            app(other)._bind_http()
 
 
 class _Stuck(FakeEngine):

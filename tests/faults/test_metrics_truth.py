@@ -313,7 +313,7 @@ def test_counters_equal_the_clients_own(tmp_path: Path) -> None:
             assert_equal(scrape, counts)
             done = await until(server, lambda s: not s.value("teacher_sessions", state="open"))
             assert counts.left_behind
-            assert done.by("teacher_evictions_total", "reason") == {"idle": counts.left_behind}
+            assert done.by("teacher_evictions_total", "reason") == {"lost": counts.left_behind}
             assert done.value("teacher_sessions", state="active") == 0
             for name in GAUGES_OF_WORK:
                 assert done.value(name) == 0, name

@@ -292,7 +292,7 @@ async def test_a_session_whose_stream_broke_ends_unless_it_is_opened_again() -> 
         await table.append(make_span(5), "lost")
     await table.append(make_span(5), "resumed")
     await table.append(make_span(5), "elsewhere")
-    assert table.engine.forgotten == ["t/lost"]
+    assert table.engine.forgotten == ["1:t/lost"]
 
 
 async def test_the_least_recently_used_idle_session_makes_room() -> None:
