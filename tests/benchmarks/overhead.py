@@ -2,6 +2,7 @@
 
 python -m tests.benchmarks.overhead            prints them beside those on record
 python -m tests.benchmarks.overhead --record   puts them on record, in overhead.json
+python -m tests.benchmarks.overhead --json     prints them alone
 
 The figures: bytecode instructions of our own code, Python calls of everybody's, the peak of what is
 allocated, and the CPU time of the arithmetic in between relative to a reference of the same kind.
@@ -221,6 +222,9 @@ def recorded() -> dict[str, float] | None:
 
 def main() -> None:
     now = asdict(measured())
+    if "--json" in sys.argv[1:]:
+        sys.stdout.write(json.dumps(now))
+        return
     on_record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
     for name, value in now.items():
         before = on_record.get(PYTHON, {}).get(name)
