@@ -268,28 +268,37 @@ async def test_a_port_that_only_closes_is_knocked_at_ever_more_rarely() -> None:
 
 
 async def test_streams_to_one_address_do_not_share_a_connection() -> None:
-    peers = []
+    relays: list[asyncio.Task[None]] = []
     async with local_teacher() as teacher:
         host, _, port = teacher.address.partition(":")
 
         async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            peers.append(writer)
+            task = asyncio.current_task()
+            assert task is not None
+            relays.append(task)
             up_reader, up_writer = await asyncio.open_connection(host, int(port))
-            await asyncio.gather(_copy(reader, up_writer), _copy(up_reader, writer))
+            try:
+                await asyncio.gather(_copy(reader, up_writer), _copy(up_reader, writer))
+            finally:
+                writer.close()
+                up_writer.close()
 
         server = await asyncio.start_server(relay, "127.0.0.1", 0)
         address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         handshake = Handshake(tokenizer_fingerprint="", vocab_size=512, run_id="test")
         streams = [(await TeacherStream.connect(address, handshake, 5))[0] for _ in range(2)]
-        assert len(peers) == 2
+        assert len(relays) == 2
         await asyncio.gather(*(stream.aclose() for stream in streams))
         server.close()
+        # gRPC may keep a connection for a while after its channel was closed.
+        for task in relays:
+            task.cancel()
+        await asyncio.gather(*relays, return_exceptions=True)
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     while block := await reader.read(65536):
         writer.write(block)
-    writer.close()
 
 
 async def test_clients_are_back_within_three_seconds_and_not_in_one_burst() -> None:
