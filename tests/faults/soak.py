@@ -49,7 +49,7 @@ MAX_SLOPE_MB_H, MAX_FD_GROWTH = 1.0, 3
 MAX_POINTS = 600
 """More samples are thinned out: the fit looks at every pair."""
 EXPECTED_CODES = {"OK", "CANCELLED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
-EXPECTED_ERRORS = {"CapacityError", "DeadlineError"}
+EXPECTED_ERRORS = {"DeadlineError", "SlowConsumerError"}
 
 Scenario = Callable[[str, random.Random], Awaitable[None]]
 
