@@ -39,6 +39,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.models import SHAPES
 from benchmarks.processes import Answering, run
+from benchmarks.progress import Progress
 from benchmarks.trainer_load import Append
 
 SESSIONS, QUICK_SESSIONS = [1, 8, 64, 256], [1, 8]
@@ -78,11 +79,21 @@ async def main(arguments: argparse.Namespace, console: Console) -> int:
     )
     found = {cell: Measured(description=DESCRIPTION) for cell in cells}
     found[f"oneshot_b{batch}"].description = "whole sequences through the Score call, all at once"
-    await _measure(cells, found, common, options.repeats(arguments), options.sayer(console))
-    ratios = named_ratios(found, batch)
     settings = options.settings(arguments, common)
     settings |= {"jobs": {cell: asdict(job) | {"trainers": t} for cell, (job, t) in cells.items()}}
+    progress = Progress(arguments.json, settings)
+    progress.restore(found)
+    await _measure(
+        cells,
+        found,
+        common,
+        repeats=options.repeats(arguments),
+        said=options.sayer(console),
+        kept=lambda: progress.keep(found),
+    )
+    ratios = named_ratios(found, batch)
     write(arguments.json, found, ratios, settings)
+    progress.done()
     title = f"s sessions from t trainers, {arguments.model}"
     console.print(table(title, found, reference=None, figures=FIGURES))
     console.print(ratio_table(ratios))
@@ -94,8 +105,10 @@ async def _measure(
     cells: Mapping[str, tuple[Job, int]],
     found: dict[str, Measured],
     common: Setup,
+    *,
     repeats: int,
     said: Callable[[str], None],
+    kept: Callable[[], None],
 ) -> None:
     server = Driftline(common)
     async with started({"driftline": server}, said) as errors, AsyncExitStack() as stack:
@@ -110,7 +123,7 @@ async def _measure(
             await load.start(f"trainer-{index}", _command(server.address, index, common))
             loads.append(load)
         calls = {cell: _runs(loads[:t], cell, job) for cell, (job, t) in cells.items()}
-        await interleave(calls, found, repeats=repeats, said=said)
+        await interleave(calls, found, repeats=repeats, said=said, kept=kept)
 
 
 def _command(address: str, index: int, common: Setup) -> list[str]:
@@ -135,13 +148,15 @@ def _kv_cache_gib(arguments: argparse.Namespace, jobs: Sequence[Job]) -> float:
 
 
 def _runs(loads: Sequence[Answering], cell: str, job: Job) -> Run:
-    """Each trainer has its share of the sessions."""
+    """Each trainer has its share of the sessions. To warm up, one piece of each does."""
 
     async def once(repeat: int) -> Sample:
         start_at = time.monotonic() + GO_AFTER_S
         questions = []
         for index in range(len(loads)):
             share = asdict(job)
+            if repeat < 0:
+                share["response"] = share["piece"] = PIECE
             share["texts"] = job.texts // len(loads)
             share["seed"] = zlib.crc32(f"{cell} {repeat} {index}".encode())
             questions.append({"job": share, "start_at": start_at})

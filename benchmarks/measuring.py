@@ -85,13 +85,17 @@ async def interleave(
     pause_s: float = PAUSE_S,
     limit_s: float = SAMPLE_LIMIT_S,
     said: Callable[[str], None] = lambda line: None,
+    kept: Callable[[], None] = lambda: None,
 ) -> None:
-    """Adds a sample a repeat to each arm, after one that is not counted; stops where one fails."""
+    """Adds a sample a repeat to each arm, after one that is not counted; stops where one fails.
+
+    An arm that has samples already goes on from there; `kept` is called after every new one.
+    """
     names = list(runs)
     for repeat in range(-1, repeats):
         for name in turned(names, max(repeat, 0)):
             arm = arms[name]
-            if arm.error:
+            if arm.error or len(arm.samples) > repeat >= 0:
                 continue
             await asyncio.sleep(pause_s)
             try:
@@ -103,6 +107,7 @@ async def interleave(
             else:
                 if repeat >= 0:
                     arm.samples.append(sample)
+                    kept()
             which = "warm-up" if repeat < 0 else f"repeat {repeat + 1}/{repeats}"
             said(f"{which} {name}: {arm.error or f'{sample.seconds:.3f} s'}")
 

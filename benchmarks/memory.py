@@ -26,6 +26,7 @@ from rich.table import Table as RichTable
 
 from benchmarks.measuring import Measured, Run, Sample, interleave, ratio_table, write
 from benchmarks.memory_child import status_bytes
+from benchmarks.progress import Progress
 from benchmarks.provenance import ROOT
 from benchmarks.service_load import POLICY, PROMPT, Load, connect
 from benchmarks.stored_rows import Table, made_table
@@ -135,7 +136,9 @@ def ratios(arms: dict[str, Measured]) -> dict[str, float | None]:
     return found
 
 
-async def measure(*, quick: bool, repeats: int, console: Console) -> dict[str, Measured]:
+async def measure(
+    *, quick: bool, repeats: int, console: Console, progress: Progress | None
+) -> dict[str, Measured]:
     """All arms, in turns."""
     runs: dict[str, Run] = {}
     for kind, lengths in LENGTHS.items():
@@ -146,12 +149,15 @@ async def measure(*, quick: bool, repeats: int, console: Console) -> dict[str, M
     for number in (200,) if quick else SESSIONS:
         runs[f"sessions_{number}"] = idle_sessions(number)
     arms = {name: Measured(description=name.split("_")[0]) for name in runs}
+    if progress:
+        progress.restore(arms)
     await interleave(
         runs,
         arms,
         repeats=repeats,
         pause_s=0.0,
         said=lambda line: console.print(line, highlight=False),
+        kept=lambda: progress.keep(arms) if progress else None,
     )
     return arms
 
@@ -168,13 +174,17 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console()
     repeats = 1 if arguments.quick else arguments.repeats
+    settings = {"limits": LIMITS, "session_tokens": SESSION_TOKENS, "repeats": repeats}
+    progress = Progress(arguments.json, settings) if arguments.json else None
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        arms = runner.run(measure(quick=arguments.quick, repeats=repeats, console=console))
+        arms = runner.run(
+            measure(quick=arguments.quick, repeats=repeats, console=console, progress=progress)
+        )
     found = ratios(arms)
     console.print(shown(arms), ratio_table(found))
-    if arguments.json:
-        settings = {"limits": LIMITS, "session_tokens": SESSION_TOKENS, "repeats": repeats}
+    if progress:
         write(arguments.json, arms, found, settings)
+        progress.done()
     return 1 if any(arm.error for arm in arms.values()) else 0
 
 

@@ -33,11 +33,12 @@ def rows(vocab_size: int, num_tokens: int) -> dict[str, int]:
     """Peak of the head and the rows of a whole prefill, in the row chunks of the vLLM plugin."""
     import torch
 
+    from teacher_server.engine.cpu_head import logits_in_blocks
     from teacher_server.engine.row_scores import rows_at_once, score_rows
 
     generator = torch.Generator().manual_seed(0)
     hidden_TH = torch.randn(num_tokens, HIDDEN, generator=generator)
-    head_HV = torch.randn(HIDDEN, vocab_size, generator=generator)
+    head_VH = torch.randn(vocab_size, HIDDEN, generator=generator).bfloat16()
     ids_TK = torch.randint(vocab_size, (num_tokens, K), generator=generator)
     rows_per_chunk = rows_at_once(vocab_size, "cpu")
 
@@ -48,7 +49,7 @@ def rows(vocab_size: int, num_tokens: int) -> dict[str, int]:
             num_rows = chunk.stop - chunk.start
             packed.append(
                 score_rows(
-                    hidden_TH[chunk] @ head_HV,
+                    logits_in_blocks(hidden_TH[chunk], head_VH),
                     torch.arange(num_rows, dtype=torch.int32),
                     ids_TK[chunk, 0],
                     ids_TK[chunk],

@@ -21,6 +21,7 @@ from benchmarks.arms.base import Job
 from benchmarks.arms.lineup import compared, names, rivals
 from benchmarks.measuring import Measured, fastest, ratio, ratio_table, table, write
 from benchmarks.processes import run
+from benchmarks.progress import Progress
 
 BATCHES, QUICK_BATCHES = [1, 8, 64], [1, 8]
 LENGTH, LARGE_BATCH_LENGTH = 1024, 256
@@ -34,8 +35,16 @@ async def main(arguments: argparse.Namespace, console: Console) -> int:
     common = options.setup(arguments, max_context=max(lengths.values()) + 64)
     chosen = arguments.arms or names(options.block_sizes(arguments))
     jobs = {f"_b{batch}": _job(batch, length) for batch, length in lengths.items()}
+    settings = options.settings(arguments, common)
+    settings["tokens_per_sequence"] = {str(batch): length for batch, length in lengths.items()}
+    progress = Progress(arguments.json, settings)
     found = await compared(
-        chosen, common, jobs, repeats=options.repeats(arguments), said=options.sayer(console)
+        chosen,
+        common,
+        jobs,
+        repeats=options.repeats(arguments),
+        said=options.sayer(console),
+        progress=progress,
     )
     ratios: dict[str, float | None] = {}
     for batch, length in lengths.items():
@@ -49,9 +58,8 @@ async def main(arguments: argparse.Namespace, console: Console) -> int:
                 figures={"rows_per_s": ",.0f"},
             )
         )
-    settings = options.settings(arguments, common)
-    settings["tokens_per_sequence"] = {str(batch): length for batch, length in lengths.items()}
     write(arguments.json, found, ratios, settings)
+    progress.done()
     console.print(ratio_table(ratios))
     console.print(str(arguments.json), highlight=False)
     return 0

@@ -22,6 +22,7 @@ from benchmarks.arms.base import Job
 from benchmarks.arms.lineup import compared, names, rivals
 from benchmarks.measuring import Measured, fastest, ratio, ratio_table, table, write
 from benchmarks.processes import run
+from benchmarks.progress import Progress
 
 PROMPT, PIECE = 256, 64
 PREFIX, QUICK_PREFIX = 1024, 512
@@ -38,13 +39,20 @@ async def main(arguments: argparse.Namespace, console: Console) -> int:
         response=prefix - arguments.prompt,
         piece=arguments.piece,
     )
-    found = await compared(
-        chosen, common, {"": job}, repeats=options.repeats(arguments), said=options.sayer(console)
-    )
-    ratios = named_ratios(found)
     settings = options.settings(arguments, common)
     settings |= {"prompt": arguments.prompt, "prefix": prefix, "piece": arguments.piece}
+    progress = Progress(arguments.json, settings)
+    found = await compared(
+        chosen,
+        common,
+        {"": job},
+        repeats=options.repeats(arguments),
+        said=options.sayer(console),
+        progress=progress,
+    )
+    ratios = named_ratios(found)
     write(arguments.json, found, ratios, settings)
+    progress.done()
     title = f"verdicts every {arguments.piece} tokens up to {prefix}, {arguments.model}"
     console.print(table(title, found, reference="driftline", figures=FIGURES))
     console.print(ratio_table(ratios))

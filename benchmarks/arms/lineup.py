@@ -14,6 +14,7 @@ from benchmarks.arms.vllm_server import VllmOpenai, VllmOpenaiCached, VllmTokenI
 from benchmarks.arms.worker import CACHED, Worker
 from benchmarks.measuring import Measured, Run, Sample, interleave
 from benchmarks.processes import first_line
+from benchmarks.progress import Progress
 
 CLOSE_LIMIT_S = 60.0
 
@@ -67,6 +68,7 @@ async def compared(
     *,
     repeats: int,
     said: Callable[[str], None],
+    progress: Progress,
 ) -> dict[str, Measured]:
     """Runs every arm on every job, interleaved; results by the arm's name + the job's suffix."""
     arms = {name: made(name, common) for name in chosen}
@@ -74,13 +76,16 @@ async def compared(
     found = {
         cell: Measured(description=arms[name].description) for cell, (name, _) in cells.items()
     }
+    progress.restore(found)
     async with started(arms, said) as errors:
         for cell, (name, _) in cells.items():
             found[cell].error = errors.get(name)
         calls = {
             cell: _runs(arms[name], cell, jobs[suffix]) for cell, (name, suffix) in cells.items()
         }
-        await interleave(calls, found, repeats=repeats, said=said)
+        await interleave(
+            calls, found, repeats=repeats, said=said, kept=lambda: progress.keep(found)
+        )
     return found
 
 
@@ -112,10 +117,14 @@ async def _ended(arm: Arm) -> None:
 
 
 def _runs(arm: Arm, cell: str, job: Job) -> Run:
-    """What the measurement calls: other texts every time, or their prefixes would be cached."""
+    """What the measurement calls: other texts every time, or their prefixes would be cached. To
+    warm up, the first two pieces do."""
 
     async def once(repeat: int) -> Sample:
-        outcome = await arm.run(replace(job, seed=zlib.crc32(f"{cell} {repeat}".encode())))
+        asked = replace(job, seed=zlib.crc32(f"{cell} {repeat}".encode()))
+        if repeat < 0:
+            asked = replace(asked, response=min(job.response, 2 * job.piece))
+        outcome = await arm.run(asked)
         figures = {
             f"{name}_per_row": value / outcome.rows for name, value in outcome.figures.items()
         }

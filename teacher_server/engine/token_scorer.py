@@ -21,10 +21,13 @@ import torch
 from numpy.typing import NDArray
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.pooler.abstract import Pooler
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.platforms import current_platform
 from vllm.tasks import PoolingTask
 from vllm.v1.outputs import PoolerOutput
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from teacher_server.engine.cpu_head import logits_in_blocks
 from teacher_server.engine.row_format import HEADER, ZERO_BLOCKS_VARIABLE, RowRequest
 from teacher_server.engine.row_scores import rows_at_once, score_rows
 
@@ -83,6 +86,8 @@ def _scoring_class(architecture: str) -> type[torch.nn.Module]:
 
     def __init__(self: torch.nn.Module, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        if current_platform.is_cpu():
+            _use_head_in_blocks(self)
         self.pooler = TokenScorer(
             compute_logits=self.compute_logits,
             vocab_size=vllm_config.model_config.get_vocab_size(),
@@ -90,6 +95,26 @@ def _scoring_class(architecture: str) -> type[torch.nn.Module]:
 
     namespace = {"is_pooling_model": True, "__init__": __init__, "__module__": __name__}
     return type(SCORING_PREFIX + architecture, (base,), namespace)
+
+
+class HeadInBlocks(UnquantizedEmbeddingMethod):
+    """The head's product on a CPU. What comes after it, such as Gemma's cap, stays vLLM's."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Nothing: vLLM's own method packs a second copy of the head for its product."""
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [R, H] -> float32 logits [R, V], V with vLLM's padding."""
+        return logits_in_blocks(x, layer.weight, bias)
+
+
+def _use_head_in_blocks(model: torch.nn.Module) -> None:
+    """A quantised head is left as it is."""
+    for layer in model.modules():
+        if type(getattr(layer, "quant_method", None)) is UnquantizedEmbeddingMethod:
+            layer.quant_method = HeadInBlocks()
 
 
 @dataclass(frozen=True, slots=True)

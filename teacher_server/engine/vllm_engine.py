@@ -68,8 +68,7 @@ class VllmEngine:
         block_size    tokens a cache block; an append recomputes up to block_size - 1 cached tokens.
                       On CPU a multiple of 32
         kv_cache_gib  size of the KV cache; None leaves it to gpu_memory_utilization
-        head_dtype    "model", or "float32" for a head in full precision (on CPU it casts the whole
-                      head on every step: about 4 times slower)
+        head_dtype    "model", or "float32" for a head in full precision; on a CPU it always is
         cpu_cores     on a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares
         """
         config = read_config(model, revision)
@@ -124,6 +123,7 @@ class VllmEngine:
 
     def _engine_args(self) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
 
         from teacher_server.engine.token_scorer import BASE_MODULES, SCORING_PREFIX
 
@@ -140,7 +140,8 @@ class VllmEngine:
             runner="pooling",
             hf_overrides={
                 "architectures": [SCORING_PREFIX + self._architecture],
-                "head_dtype": self._head_dtype,
+                # On a CPU the head is ours, and vLLM would cast all of it on every step.
+                "head_dtype": "model" if current_platform.is_cpu() else self._head_dtype,
             },
             skip_tokenizer_init=True,
             dtype=self._dtype,

@@ -32,6 +32,7 @@ from benchmarks.measuring import (
     write,
 )
 from benchmarks.processes import what_failed
+from benchmarks.progress import Progress
 from benchmarks.trainer_load import Append
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,6 +142,49 @@ async def test_arms_take_turns_and_one_that_fails_stops_alone() -> None:
     assert arms["b"].error == "ValueError: rows are missing"
     assert arms["c"].error == "no result within 0 s"
     assert arms["d"].error == "did not start"
+
+
+async def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
+    order: list[tuple[str, int]] = []
+
+    def calls(give_up_after: int) -> dict[str, Run]:
+        def run(name: str) -> Run:
+            async def once(repeat: int) -> Sample:
+                if len(order) == give_up_after:
+                    raise asyncio.CancelledError
+                order.append((name, repeat))
+                return Sample(seconds=1.0 + repeat, figures={"rows_per_s": 2.0})
+
+            return once
+
+        return {name: run(name) for name in "ab"}
+
+    async def measure(settings: dict[str, object], give_up_after: int = -1) -> dict[str, Measured]:
+        arms = {name: Measured() for name in "ab"}
+        progress = Progress(tmp_path / "result.json", settings)
+        progress.restore(arms)
+        order.clear()
+        await interleave(
+            calls(give_up_after),
+            arms,
+            repeats=3,
+            pause_s=0.0,
+            kept=lambda: progress.keep(arms),
+        )
+        progress.done()
+        return arms
+
+    with pytest.raises(asyncio.CancelledError):
+        await measure({"lengths": (1, 2)}, give_up_after=5)
+    cut_off = (tmp_path / "result.progress").read_bytes()
+    arms = await measure({"lengths": (1, 2)})
+    assert order == [("a", -1), ("b", -1), ("a", 1), ("a", 2), ("b", 2)]
+    assert [[s.seconds for s in arm.samples] for arm in arms.values()] == [[1.0, 2.0, 3.0]] * 2
+    assert list(tmp_path.iterdir()) == []
+
+    (tmp_path / "result.progress").write_bytes(cut_off)
+    await measure({"lengths": (1, 3)})
+    assert len(order) == 8, "samples of other settings are not gone on from"
 
 
 def test_turns() -> None:
