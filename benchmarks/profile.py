@@ -32,7 +32,7 @@ from benchmarks.models import SHAPES, checkpoint
 from benchmarks.service_load import POLICY, PROMPT, Load, connect
 from benchmarks.stored_rows import VOCAB_SIZE, StoredEngine, Table, made_table, rows_of
 from teacher_server.engine.base import (
-    EngineInfo,
+    EngineLayer,
     EngineRows,
     ScoreQuery,
     ScoringEngine,
@@ -44,14 +44,13 @@ from teacher_server.metrics import Metrics
 from teacher_server.rows import check_rows, judged_rows
 from teacher_server.scheduler import Scheduler, SchedulerLimits
 from teacher_server.server_options import SERVER_OPTIONS
-from teacher_server.service import TeacherService
+from teacher_server.service import TeacherService, add_to_server
 from teacher_server.sessions import SessionTable
 from teacher_server.testing import teacher_info
 from teacher_server.validation import check_span
 from teacher_wire import codec
 from teacher_wire.errors import TeacherError
 from teacher_wire.pb import teacher_pb2 as pb
-from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import Scores, Timing, TokenSpan, Verdict
 
 ENGINES = ("stored", "fake", "hf", "vllm")
@@ -71,38 +70,19 @@ class Stopwatch:
         return median(self.seconds[seam]) if seam in self.seconds else 0.0
 
 
-class TimedEngine:
+class TimedEngine(EngineLayer):
     """An engine with a stopwatch."""
 
     def __init__(self, engine: ScoringEngine, watch: Stopwatch) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._watch = watch
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._engine.info
-
-    async def start(self) -> None:
-        await self._engine.start()
 
     async def score(self, query: ScoreQuery) -> EngineRows:
         started = time.perf_counter()
         try:
-            return await self._engine.score(query)
+            return await super().score(query)
         finally:
             self._watch.add("engine", started)
-
-    def forget(self, session: str) -> None:
-        self._engine.forget(session)
-
-    async def healthy(self) -> bool:
-        return await self._engine.healthy()
-
-    def kv_used_ratio(self) -> float | None:
-        return self._engine.kv_used_ratio()
-
-    async def close(self) -> None:
-        await self._engine.close()
 
 
 class TimedScheduler(Scheduler):
@@ -150,7 +130,7 @@ async def timed_teacher(engine: ScoringEngine, watch: Stopwatch) -> AsyncIterato
     scheduler.watch = sessions.watch = watch
     server = grpc.aio.server(options=SERVER_OPTIONS)
     service = TeacherService(info, sessions, metrics=metrics)
-    pb_grpc.add_TeacherServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    add_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:

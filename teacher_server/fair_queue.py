@@ -5,8 +5,8 @@ items leave while the balance pays for the first of them. So tenants that keep w
 proportion to their weights, at most one item and one quantum apart, however large their items and
 however many they have in line. A tenant that has nothing in line keeps no balance.
 
-A decision costs as long as it takes to find a tenant that can pay: one look for items up to the
-quantum, at most three looks a waiting tenant for any others, and none for the length of a line.
+A decision costs at most three looks a waiting tenant, and none for the length of a line: rounds in
+which nobody can pay are skipped by arithmetic.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class _Line(Generic[T]):
 class FairQueue(Generic[T]):
     """Items of many tenants, in fair order. Items are hashable and unique."""
 
-    def __init__(self, *, quantum_tokens: int = 16) -> None:
+    def __init__(self, *, quantum_tokens: int = 1) -> None:
         """A turn of a tenant with weight 1 is worth quantum_tokens. A tenant that has one item at a
-        time in line gets one a turn, so a quantum larger than a usual item costs it its share."""
+        time in line loses what is left of its turn, so anything above 1 costs it some share."""
         if quantum_tokens < 1:
             raise ValueError(f"quantum_tokens is {quantum_tokens}, must be at least 1")
         self._quantum = quantum_tokens

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from teacher_server.engine.base import EngineInfo, EngineRows, ScoreQuery, ScoringEngine
+from teacher_server.engine.base import EngineLayer, EngineRows, ScoreQuery, ScoringEngine
 from teacher_server.lifecycle import Lifecycle, Phase
 
 log = logging.getLogger(__name__)
@@ -26,13 +26,13 @@ _PROBE = ScoreQuery(
 )
 
 
-class WatchedEngine:
+class WatchedEngine(EngineLayer):
     """An engine that knows how much it owes and for how long it has been silent."""
 
     def __init__(
         self, engine: ScoringEngine, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._clock = clock
         self._silent_s = 0.0
         """Silence before `_since`."""
@@ -41,10 +41,6 @@ class WatchedEngine:
         """Queries in the engine."""
         self.running_tokens = 0
         """New tokens in the engine."""
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._engine.info
 
     def silent_s(self) -> float:
         """Time that the engine has owed answers since it last gave one, in seconds.
@@ -55,9 +51,6 @@ class WatchedEngine:
         owing = self._clock() - self._since if self.num_running else 0.0
         return self._silent_s + owing
 
-    async def start(self) -> None:
-        await self._engine.start()
-
     async def score(self, query: ScoreQuery) -> EngineRows:
         tokens = len(query.token_ids) - query.first_row
         if not self.num_running:
@@ -65,7 +58,7 @@ class WatchedEngine:
         self.num_running += 1
         self.running_tokens += tokens
         try:
-            rows = await self._engine.score(query)
+            rows = await super().score(query)
         except asyncio.CancelledError:
             if self.num_running == 1:
                 self._silent_s += self._clock() - self._since
@@ -83,18 +76,6 @@ class WatchedEngine:
     def _answered(self) -> None:
         self._silent_s = 0.0
         self._since = self._clock()
-
-    def forget(self, session: str) -> None:
-        self._engine.forget(session)
-
-    async def healthy(self) -> bool:
-        return await self._engine.healthy()
-
-    def kv_used_ratio(self) -> float | None:
-        return self._engine.kv_used_ratio()
-
-    async def close(self) -> None:
-        await self._engine.close()
 
 
 class Watchdog:

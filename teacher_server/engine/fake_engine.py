@@ -24,6 +24,7 @@ _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _LOGIT_RANGE = 12.0
 _ROW_BLOCK = 256
 """Rows computed at a time, which bounds the memory of a query."""
+_REMEMBERED = 100
 
 
 class Fault(Enum):
@@ -88,7 +89,8 @@ class FakeEngine:
         self.alive = True
         self.num_queries = 0
         self.num_rows = 0
-        self.forgotten: list[str] = []
+        self.forgotten: deque[str] = deque(maxlen=_REMEMBERED)
+        """The last sessions that were forgotten: a server may run for days on this engine."""
 
     @property
     def info(self) -> EngineInfo:

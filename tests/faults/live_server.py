@@ -20,7 +20,10 @@ BROKEN = (sys.executable, str(Path(__file__).with_name("broken_teacher.py")))
 
 
 class LiveServer:
-    """One process; `output` is what it has written so far."""
+    """One process on free ports; `output` is what it has written so far.
+
+    Arguments come last, so they win: "--drain-s", "1" or "--grpc-port", "5000".
+    """
 
     def __init__(self, folder: Path, *arguments: str, program: tuple[str, ...] = CLI) -> None:
         name = f"server-{time.monotonic_ns()}"
@@ -44,11 +47,15 @@ class LiveServer:
 
     @property
     def output(self) -> str:
-        return self._log.read_text(errors="replace")
+        return self._log.read_text("utf-8", "backslashreplace")
 
     @property
     def address(self) -> str:
         return str(self.ready["grpc_address"])
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rsplit(":", 1)[1])
 
     @property
     def http_address(self) -> str:
@@ -62,6 +69,26 @@ class LiveServer:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode()
+
+    def rss_bytes(self) -> int:
+        """Memory that the process holds now."""
+        status = self._proc("status")
+        return int(status.split("VmRSS:")[1].split()[0]) << 10
+
+    def cpu_s(self) -> float:
+        """CPU time that the process has used, user and system."""
+        fields = self._proc("stat").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def num_fds(self) -> int:
+        """File descriptors that the process has open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def _proc(self, name: str) -> str:
+        return Path(f"/proc/{self.process.pid}/{name}").read_text()
+
+    def send_signal(self, number: int) -> None:
+        self.process.send_signal(number)
 
     def exit_code(self, timeout_s: float = START_S) -> int:
         """Waits for the process to end by itself."""

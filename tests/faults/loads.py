@@ -1,17 +1,12 @@
-"""Loads on a teacher and how to judge them: a server process, trainers that never stop asking."""
+"""Loads on a teacher and how to judge them: trainers that never stop asking."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,47 +20,6 @@ PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 VOCAB = 512
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherProcess:
-    """A server process of the fake engine."""
-
-    process: subprocess.Popen[bytes]
-    grpc_address: str
-    http_address: str
-
-    def rss_bytes(self) -> int:
-        """Memory that the process holds now."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]
-        return int(line.split()[1]) << 10
-
-
-@contextmanager
-def teacher_process(folder: Path, *flags: str) -> Iterator[TeacherProcess]:
-    """A server that is ready; it is ended on leaving."""
-    ready_file = folder / f"ready-{time.monotonic_ns()}.json"
-    command = [sys.executable, "-m", "teacher_server.cli", "serve", "--engine", "fake"]
-    command += ["--grpc-port", "0", "--http-port", "0", "--no-self-test", "--drain-s", "1"]
-    env = {key: value for key, value in os.environ.items() if not key.startswith("TEACHER_")}
-    with (folder / "server.log").open("ab") as log:
-        process = subprocess.Popen(
-            [*command, "--ready-file", str(ready_file), *flags], env=env, stdout=log, stderr=log
-        )
-    try:
-        give_up = time.monotonic() + START_S
-        while not ready_file.exists():
-            assert process.poll() is None, (folder / "server.log").read_text()[-2000:]
-            assert time.monotonic() < give_up, "not ready in time"
-            time.sleep(0.05)
-        ready = json.loads(ready_file.read_text())
-        yield TeacherProcess(
-            process=process, grpc_address=ready["grpc_address"], http_address=ready["http_address"]
-        )
-    finally:
-        process.kill()
-        process.wait(timeout=10)
-
-
 @dataclass(slots=True)
 class Tally:
     """What one tenant got."""
@@ -77,11 +31,6 @@ class Tally:
     @property
     def p99(self) -> float:
         return float(np.percentile(self.seconds, 99))
-
-
-def jain(values: Sequence[float]) -> float:
-    """Jain's index of fairness: 1 when all are equal, 1 / n when one has everything."""
-    return sum(values) ** 2 / (len(values) * sum(value * value for value in values))
 
 
 @asynccontextmanager

@@ -38,6 +38,8 @@ class Proxy:
     num_connections: int = 0
     num_bytes: int = 0
     """Bytes passed on, both directions together."""
+    silent: bool = False
+    """From now on what arrives is lost, and the connections stay open."""
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
     def cut(self) -> None:
@@ -113,6 +115,8 @@ async def _pass_on(
     try:
         with contextlib.suppress(ConnectionError):
             while piece := await reader.read(conditions.slice_bytes):
+                if proxy.silent:
+                    continue
                 await late.put((loop.time() + conditions.latency_s, piece))
             await late.put((loop.time() + conditions.latency_s, b""))
             await delivering

@@ -24,6 +24,7 @@ from teacher_wire.records import (
     TokenSpan,
     concat_rows,
 )
+from tests.teacher.fake_rows import cut
 
 VOCAB_SIZE = 64
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
@@ -38,16 +39,6 @@ def random_span(rng: np.random.Generator, num_tokens: int) -> TokenSpan:
         offset=0,
         token_ids=rng.integers(0, VOCAB_SIZE, num_tokens, dtype=np.int32),
         candidate_ids=np.array(rows, np.int32),
-    )
-
-
-def cut(span: TokenSpan, start: int, stop: int) -> TokenSpan:
-    """Tokens start..stop of a whole response."""
-    assert span.candidate_ids is not None
-    return TokenSpan(
-        offset=start,
-        token_ids=span.token_ids[start:stop],
-        candidate_ids=span.candidate_ids[start:stop],
     )
 
 

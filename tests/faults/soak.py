@@ -145,13 +145,10 @@ async def client(address: str) -> None:
 
 def sample(server: LiveServer, started: float) -> dict[str, float]:
     """Memory in MB, file descriptors and sessions of the server just now."""
-    proc = Path(f"/proc/{server.process.pid}")
-    status = proc.joinpath("status").read_text()
-    kb = int(status.split("VmRSS:")[1].split()[0])
     return {
         "s": round(time.monotonic() - started, 1),
-        "rss_mb": round(kb / 1024, 3),
-        "fds": len(list(proc.joinpath("fd").iterdir())),
+        "rss_mb": round(server.rss_bytes() / 2**20, 3),
+        "fds": server.num_fds(),
         "sessions": Scrape(server).value("teacher_sessions", state="open"),
     }
 
@@ -270,7 +267,7 @@ def run(minutes: float) -> dict[str, Any]:
         while (left := sample(server, 0)["sessions"]) and time.monotonic() < give_up:
             time.sleep(0.5)
         scrape = Scrape(server)
-        server.process.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         return {
             "cores": len(os.sched_getaffinity(0)),
             "clients": dict(done),

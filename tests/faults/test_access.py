@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -25,13 +26,10 @@ from access_servers import (
     PROMPT,
     SPAN,
     Metadata,
-    Raw,
-    Server,
     bearer,
     cli,
-    eventually,
     raw_stream,
-    server,
+    stub_at,
     tenants_toml,
     write_private,
 )
@@ -39,6 +37,7 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from live_server import LiveServer, live_server
 
 from student_trainer.patience import RetryLimits
 from student_trainer.teacher_access import TeacherAccess
@@ -54,6 +53,7 @@ from teacher_wire.errors import SessionNotFoundError, UnauthenticatedError
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import TokenSpan
 from teacher_wire.status import decode_error, decode_status
+from tests.teacher.raw_streams import Raw, eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(30)]
 
@@ -78,12 +78,14 @@ BIG_IDS = (123_457, 145_679, 167_891, 178_913)
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A teacher with three tenants, one of them expired, that logs all it can."""
     folder = tmp_path_factory.mktemp("guarded")
     write_private(folder / "tenants.toml", TENANTS)
     arguments = ("--tenants-file", str(folder / "tenants.toml"), "--log-level", "debug")
-    with server(folder, *arguments, "--fake-vocab-size", "200000", "--no-self-test") as running:
+    with live_server(
+        folder, *arguments, "--fake-vocab-size", "200000", "--no-self-test"
+    ) as running:
         yield running
 
 
@@ -127,8 +129,8 @@ async def called(
     return code
 
 
-async def test_every_rpc_but_health_refuses_strangers_before_it_reads(guarded: Server) -> None:
-    async with grpc.aio.insecure_channel(guarded.grpc_address) as channel:
+async def test_every_rpc_but_health_refuses_strangers_before_it_reads(guarded: LiveServer) -> None:
+    async with grpc.aio.insecure_channel(guarded.address) as channel:
         methods = await served_methods(channel)
         paths = {path_of(method) for method in methods}
         assert {"/opd.teacher.v1.TeacherService/Session", f"/{HEALTH}/Watch"} <= paths
@@ -148,8 +150,8 @@ async def test_every_rpc_but_health_refuses_strangers_before_it_reads(guarded: S
             ), f"{path_of(method)}: {code}"
 
 
-async def test_a_method_that_does_not_exist_is_refused_alike(guarded: Server) -> None:
-    async with grpc.aio.insecure_channel(guarded.grpc_address) as channel:
+async def test_a_method_that_does_not_exist_is_refused_alike(guarded: LiveServer) -> None:
+    async with grpc.aio.insecure_channel(guarded.address) as channel:
         unknown = channel.unary_unary("/opd.teacher.v1.TeacherService/Guess")
         for metadata, code in (
             ((), grpc.StatusCode.UNAUTHENTICATED),
@@ -160,34 +162,36 @@ async def test_a_method_that_does_not_exist_is_refused_alike(guarded: Server) ->
             assert caught.value.code() is code
 
 
-async def test_health_needs_no_token(guarded: Server) -> None:
-    async with grpc.aio.insecure_channel(guarded.grpc_address) as channel:
+async def test_health_needs_no_token(guarded: LiveServer) -> None:
+    async with grpc.aio.insecure_channel(guarded.address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
         reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_a_stream_that_writes_at_once_still_sees_why_it_is_refused(guarded: Server) -> None:
+async def test_a_stream_that_writes_at_once_sees_why_it_is_refused(
+    guarded: LiveServer,
+) -> None:
     # More than flow control lets through at once, so that the client is still writing when the
     # refusal would come, were the message not read.
     hello = pb.Hello(protocol_version=1, run_id="x" * (2 << 20))
-    async with grpc.aio.insecure_channel(guarded.grpc_address) as channel:
+    async with grpc.aio.insecure_channel(guarded.address) as channel:
         for _ in range(30):
-            raw = Raw(channel, metadata_of(BAD_HEADERS["wrong token"]))
+            raw = Raw(stub_at(channel), metadata_of(BAD_HEADERS["wrong token"]))
             await raw.send(hello=hello)
             assert type(await raw.failure()) is UnauthenticatedError
 
 
-async def test_a_silent_stranger_is_not_kept(guarded: Server) -> None:
-    async with grpc.aio.insecure_channel(guarded.grpc_address) as channel:
+async def test_a_silent_stranger_is_not_kept(guarded: LiveServer) -> None:
+    async with grpc.aio.insecure_channel(guarded.address) as channel:
         started = time.monotonic()
-        failures = await asyncio.gather(*(Raw(channel, ()).failure() for _ in range(40)))
+        failures = await asyncio.gather(*(Raw(stub_at(channel)).failure() for _ in range(40)))
         assert {type(failure) for failure in failures} == {UnauthenticatedError}
         assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("on_absent", ["wait", "error"])
-async def test_the_client_never_retries_a_refusal(guarded: Server, on_absent: Any) -> None:
+async def test_the_client_never_retries_a_refusal(guarded: LiveServer, on_absent: Any) -> None:
     before = count(guarded, "grpc_server_handled_total", 'grpc_code="UNAUTHENTICATED"')
     for access in (TeacherAccess(), TeacherAccess(token="x" * 43), TeacherAccess(token=CAROL)):
         with pytest.raises(UnauthenticatedError):
@@ -196,7 +200,7 @@ async def test_the_client_never_retries_a_refusal(guarded: Server, on_absent: An
     assert after == before + 3
 
 
-async def test_the_client_shows_the_token_of_its_file(guarded: Server, tmp_path: Path) -> None:
+async def test_the_client_shows_the_token_of_its_file(guarded: LiveServer, tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text(f"{BOB}\n")
     before = scored(guarded, "bob")
@@ -208,9 +212,9 @@ async def test_the_client_shows_the_token_of_its_file(guarded: Server, tmp_path:
     assert scored(guarded, "bob") == before + 2 * len(SPAN)
 
 
-async def connect(running: Server, access: TeacherAccess, **changes: Any) -> TeacherClient:
+async def connect(running: LiveServer, access: TeacherAccess, **changes: Any) -> TeacherClient:
     return await TeacherClient.connect(
-        [running.grpc_address],
+        [running.address],
         tokenizer_fingerprint="",
         vocab_size=0,
         run_id="someone",
@@ -219,45 +223,45 @@ async def connect(running: Server, access: TeacherAccess, **changes: Any) -> Tea
     )
 
 
-def sample(running: Server) -> str:
+def sample(running: LiveServer) -> str:
     url = f"http://{running.http_address}/metrics"
     reply = httpx.get(url, headers={"authorization": f"Bearer {ALICE}"})
     assert reply.status_code == 200
     return reply.text
 
 
-def count(running: Server, family: str, label: str) -> float:
+def count(running: LiveServer, family: str, label: str) -> float:
     lines = sample(running).splitlines()
     return sum(float(x.split()[-1]) for x in lines if x.startswith(family) and label in x)
 
 
-def scored(running: Server, tenant: str) -> float:
+def scored(running: LiveServer, tenant: str) -> float:
     return count(running, "teacher_tokens_scored_total", f'tenant="{tenant}"')
 
 
-async def test_another_tenants_session_looks_like_none(guarded: Server) -> None:
+async def test_another_tenants_session_looks_like_none(guarded: LiveServer) -> None:
     async with AsyncExitStack() as stack:
         alice, bob = [
             # The run_id is a label: claiming another's name changes nothing.
             await stack.enter_async_context(
-                raw_stream(guarded.grpc_address, bearer(token), run_id="alice")
+                raw_stream(guarded.address, bearer(token), run_id="alice")
             )
             for token in (ALICE, BOB)
         ]
-        absent = await bob.append("shared-name")
+        absent = await bob.scored("shared-name")
         assert type(decode_error(absent.error)) is SessionNotFoundError
         closed = await bob.ask(close=pb.Close(session_id="shared-name"))
-        assert (await alice.open("shared-name")).HasField("opened")
-        mine = await alice.append("shared-name")
+        assert (await alice.opened("shared-name")).HasField("opened")
+        mine = await alice.scored("shared-name")
         assert mine.scores.rows.count == len(SPAN)
-        forbidden = await bob.append("shared-name")
+        forbidden = await bob.scored("shared-name")
         assert forbidden.SerializeToString(True) == absent.SerializeToString(True)
         again = await bob.ask(close=pb.Close(session_id="shared-name"))
         assert again.SerializeToString(True) == closed.SerializeToString(True)
         # Neither of them, nor a session of the same name, has touched it.
-        assert (await bob.open("shared-name")).HasField("opened")
-        assert (await alice.append("shared-name", MORE)).scores.rows.offset == len(SPAN)
-        assert (await bob.append("shared-name", MORE)).HasField("error")
+        assert (await bob.opened("shared-name")).HasField("opened")
+        assert (await alice.scored("shared-name", MORE)).scores.rows.offset == len(SPAN)
+        assert (await bob.scored("shared-name", MORE)).HasField("error")
 
 
 def test_http_has_no_way_to_name_a_session() -> None:
@@ -276,7 +280,7 @@ def http_app() -> Any:
     )
 
 
-async def test_every_http_route_but_probes_and_page_needs_a_token(guarded: Server) -> None:
+async def test_every_http_route_but_probes_and_page_needs_a_token(guarded: LiveServer) -> None:
     routes = [(m, r.path) for r in http_app().routes for m in sorted(r.methods)]
     assert {("POST", "/v1/score"), ("GET", "/metrics"), ("GET", "/healthz")} <= set(routes)
     assert {"/", "/healthz", "/readyz"} == OPEN_PATHS
@@ -294,7 +298,7 @@ async def test_every_http_route_but_probes_and_page_needs_a_token(guarded: Serve
             assert reply.status_code not in (401, 403), f"{method} {path}"
 
 
-def test_a_token_counts_over_http_for_its_tenant(guarded: Server) -> None:
+def test_a_token_counts_over_http_for_its_tenant(guarded: LiveServer) -> None:
     before = scored(guarded, "bob")
     url = f"http://{guarded.http_address}/v1/score"
     body = {"prompt_ids": [1, 2], "response_ids": [3, 4, 5], "k": 2}
@@ -306,19 +310,19 @@ def test_a_token_counts_over_http_for_its_tenant(guarded: Server) -> None:
 async def test_tenants_reload_and_a_revoked_stream_ends(tmp_path: Path) -> None:
     path = tmp_path / "tenants.toml"
     write_private(path, tenants_toml({"alice": ALICE, "bob": BOB}))
-    with server(tmp_path, "--tenants-file", str(path), "--open-metrics") as running:
-        address = running.grpc_address
+    with live_server(tmp_path, "--tenants-file", str(path), "--open-metrics") as running:
+        address = running.address
         assert httpx.get(f"http://{running.http_address}/metrics").status_code == 200
         async with AsyncExitStack() as stack:
             enter = stack.enter_async_context
             alice = await enter(raw_stream(address, bearer(ALICE)))
             bob = await enter(raw_stream(address, bearer(BOB)))
-            assert (await alice.open("s")).HasField("opened")
+            assert (await alice.opened("s")).HasField("opened")
 
             write_private(path, "[tenants.alice]\ntoken_sha = []\n")
-            await eventually(lambda: "the tenants stay as they were" in running.log())
-            assert "did you mean 'token_sha256'?" in running.log()
-            assert (await bob.open("s")).HasField("opened")
+            await eventually(lambda: "the tenants stay as they were" in running.output)
+            assert "did you mean 'token_sha256'?" in running.output
+            assert (await bob.opened("s")).HasField("opened")
 
             client = await connect(running, TeacherAccess(token=BOB), on_absent="wait")
             session = client.open(PROMPT, OPTIONS, None)
@@ -327,7 +331,7 @@ async def test_tenants_reload_and_a_revoked_stream_ends(tmp_path: Path) -> None:
             write_private(
                 path, tenants_toml({"alice": ALICE, "dora": CAROL}, dora=f"expires = {soon}")
             )
-            running.hang_up()
+            running.send_signal(signal.SIGHUP)
             revoked = await bob.failure()
             assert (type(revoked), revoked.message) == (
                 UnauthenticatedError,
@@ -341,23 +345,23 @@ async def test_tenants_reload_and_a_revoked_stream_ends(tmp_path: Path) -> None:
             expired = await asyncio.wait_for(dora.failure(), 6)
             assert type(expired) is UnauthenticatedError
             assert "expired at" in expired.message
-            assert (await alice.append("s")).scores.rows.count == len(SPAN)
+            assert (await alice.scored("s")).scores.rows.count == len(SPAN)
         assert running.process.poll() is None
 
 
-async def test_no_token_and_no_token_id_is_in_the_log(guarded: Server) -> None:
+async def test_no_token_and_no_token_id_is_in_the_log(guarded: LiveServer) -> None:
     """After everything above, and after every kind of failure with ids that are easy to find."""
     ids = np.array(BIG_IDS, np.int32)
     span = TokenSpan(offset=0, token_ids=ids)
-    async with raw_stream(guarded.grpc_address, bearer(ALICE)) as raw:
+    async with raw_stream(guarded.address, bearer(ALICE)) as raw:
         options = codec.encode_options(OPTIONS)
         opening = pb.Open(session_id="s", prompt_ids=codec.encode_ids(ids), options=options)
         assert (await raw.ask(open=opening)).HasField("opened")
-        assert (await raw.append("s", span)).scores.rows.count == len(ids)
+        assert (await raw.scored("s", span)).scores.rows.count == len(ids)
         far = TokenSpan(offset=99, token_ids=ids)
         outside = TokenSpan(offset=0, token_ids=ids + 100_000)
         for name, wrong in (("s", far), ("s", outside), ("absent", span)):
-            assert (await raw.append(name, wrong)).HasField("error")
+            assert (await raw.scored(name, wrong)).HasField("error")
         await raw.call.write(pb.SessionRequest(hello=pb.Hello(run_id=ALICE)))
     body = {"prompt_ids": list(BIG_IDS), "response_ids": list(BIG_IDS), "k": 2}
     async with httpx.AsyncClient(base_url=f"http://{guarded.http_address}") as client:
@@ -366,7 +370,7 @@ async def test_no_token_and_no_token_id_is_in_the_log(guarded: Server) -> None:
                 headers = {"authorization": f"Bearer {token}"}
                 await client.post("/v1/score", json=body | changes, headers=headers)
             await client.get(f"/v1/info?access_token={token}")
-    log = guarded.log()
+    log = guarded.output
     assert "teacher-server ready" in log
     secrets = [ALICE, BOB, CAROL, "wrong" * 8, "x" * 43]
     secrets += [hashlib.sha256(token.encode()).hexdigest() for token in (ALICE, BOB, CAROL)]
@@ -393,8 +397,8 @@ def test_the_printed_lines_admit_the_printed_token(tmp_path: Path) -> None:
     assert "'a b' must be 1 to 64 letters" in refused.stderr
 
 
-async def test_a_refusal_carries_its_class(guarded: Server) -> None:
-    async with grpc.aio.insecure_channel(guarded.grpc_address) as channel:
+async def test_a_refusal_carries_its_class(guarded: LiveServer) -> None:
+    async with grpc.aio.insecure_channel(guarded.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await channel.unary_unary("/opd.teacher.v1.TeacherService/GetInfo")(b"", timeout=5)
     error = decode_status(caught.value)

@@ -162,7 +162,7 @@ async def test_the_table_of_sessions_never_passes_its_limit_and_the_idlest_makes
             await raw.append(make_span(5), name)
             await outcomes(raw, 1)
             assert len(teacher.sessions) <= 3
-        assert engine.forgotten == ["4:test/a", "4:test/b"]
+        assert list(engine.forgotten) == ["4:test/a", "4:test/b"]
         await raw.append(cut(make_span(9), 5, 9), "a")
         assert (await next_error(raw)).__class__.__name__ == "SessionNotFoundError"
         await raw.open("a", policy=None, scored_ids=codec.encode_ids(make_span(5).token_ids))

@@ -6,6 +6,8 @@ Run: pytest tests/faults/test_message_limits.py
 from __future__ import annotations
 
 import asyncio
+import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,10 +21,12 @@ from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import ScoreOptions, TokenSpan
 from teacher_wire.status import decode_status
+from tests.faults.live_server import live_server
 from tests.teacher.fake_rows import make_span
 from tests.teacher.raw_streams import HELLO, Raw
 
 LIMIT = codec.MAX_MESSAGE_BYTES
+GIVEN_BACK = 4 << 20
 UNBOUNDED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
@@ -87,6 +91,26 @@ async def test_a_stream_with_too_large_a_message_ends_alone_and_its_sessions_sta
             await good.append(make_span(5), "bad")
             assert (await good.receive()).HasField("scores")
             good.call.cancel()
+
+
+@pytest.mark.e2e
+def test_memory_of_messages_that_are_too_large_is_given_back(tmp_path: Path) -> None:
+    async def refused(address: str) -> None:
+        async with grpc.aio.insecure_channel(address, options=UNBOUNDED) as channel:
+            stub = pb_grpc.TeacherServiceStub(channel)  # type: ignore[no-untyped-call]
+            told = await error_of(stub.Score(request_of(LIMIT + 1), timeout=20))
+            assert type(told) is MessageTooLargeError
+
+    with live_server(tmp_path) as teacher:
+        asyncio.run(refused(teacher.address))  # what a process allocates once is there
+        before = teacher.rss_bytes()
+        for _ in range(5):
+            asyncio.run(refused(teacher.address))
+        give_up = time.monotonic() + 5
+        while (more := teacher.rss_bytes() - before) > GIVEN_BACK and time.monotonic() < give_up:
+            time.sleep(0.1)
+        print(f"RSS +{more / (1 << 20):.1f} MiB after 5 messages")  # noqa: T201
+        assert more <= GIVEN_BACK
 
 
 async def test_an_answer_of_more_than_4_mib_arrives_in_messages_below_1_mib() -> None:

@@ -8,15 +8,22 @@ from __future__ import annotations
 import asyncio
 import time
 
+import grpc
 import numpy as np
 import pytest
 
 from student_trainer.patience import RetryLimits
 from student_trainer.teacher_client import TeacherClient
+from teacher_server.server_options import SERVER_OPTIONS
 from teacher_server.testing import local_teacher
+from teacher_wire import codec
+from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TokenSpan
 from tests.faults.proxy import Proxy, Weather, weather
 from tests.teacher.fake_rows import assert_same_response, cut, make_span
+from tests.teacher.raw_streams import HELLO, Raw, eventually
+from tests.teacher.raw_streams import OPTIONS as RAW_OPTIONS
+from tests.teacher.raw_streams import POLICY as RAW_POLICY
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=32)
@@ -89,3 +96,39 @@ async def test_a_narrow_link_with_little_credit_does_not_deadlock() -> None:
 async def test_connections_that_are_reset_again_and_again() -> None:
     proxy, _ = await scored_through(Weather(latency_s=0.005), cuts=6)
     assert proxy.num_connections > 3
+
+
+async def test_a_connection_that_falls_silent_is_ended_and_its_session_waits() -> None:
+    """Half-open: neither end closes, nothing arrives any more. Pings every second, not every 30."""
+    options = dict(SERVER_OPTIONS) | {
+        "grpc.keepalive_time_ms": 1000,
+        "grpc.http2.ping_timeout_ms": 500,
+    }
+    async with (
+        local_teacher(options=list(options.items())) as teacher,
+        weather(teacher.address, Weather()) as proxy,
+        grpc.aio.insecure_channel(proxy.address) as far,
+        grpc.aio.insecure_channel(teacher.address) as near,
+    ):
+        span = make_span(12)
+        lost, back = (
+            Raw(pb_grpc.TeacherServiceStub(channel))  # type: ignore[no-untyped-call]
+            for channel in (far, near)
+        )
+        for raw in (lost, back):
+            await raw.send(hello=HELLO)
+            await raw.receive()
+        await lost.open("s")
+        await lost.append(cut(span, 0, 5), "s")
+        assert [(await lost.receive()).WhichOneof("message") for _ in range(2)][-1] == "scores"
+        proxy.silent = True
+        ended = 'grpc_server_handled_total{grpc_code="CANCELLED",grpc_method="Session"'
+        await eventually(lambda: ended in teacher.metrics.render().decode())
+        assert len(teacher.sessions) == 1
+        await back.append(cut(span, 5, 12), "s")
+        reply = await back.receive()
+        assert reply.scores.rows.count == 7
+        whole = await teacher.sessions.score_once(PROMPT, span, RAW_OPTIONS, RAW_POLICY, tenant="t")
+        got = codec.decode_scores([reply.scores])
+        np.testing.assert_array_equal(got.rows.topk_ids, whole.rows.topk_ids[5:])
+        back.call.cancel()

@@ -29,13 +29,13 @@ from random_responses import (
     PROMPT,
     VOCAB_SIZE,
     assert_exactly_once,
-    cut,
     random_span,
     score_in_pieces,
 )
 
 from student_trainer.patience import RetryLimits
 from student_trainer.teacher_client import TeacherClient
+from tests.teacher.fake_rows import cut
 
 log = logging.getLogger(__name__)
 pytestmark = pytest.mark.e2e

@@ -6,6 +6,7 @@ Run: pytest tests/faults/test_tls.py
 from __future__ import annotations
 
 import asyncio
+import signal
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -21,15 +22,13 @@ from access_servers import (
     OPTIONS,
     PROMPT,
     SPAN,
-    Server,
     bearer,
     cli,
-    eventually,
     raw_stream,
-    server,
     tenants_toml,
     write_private,
 )
+from live_server import LiveServer, live_server
 from made_certificates import Authority, Pair
 
 from student_trainer.errors import ConfigError as TrainerConfigError
@@ -41,6 +40,7 @@ from teacher_server.tls import TlsFiles, TlsMaterial
 from teacher_wire.errors import NotReadyError, PermissionDeniedError, SessionNotFoundError
 from teacher_wire.records import TokenSpan
 from teacher_wire.status import decode_error
+from tests.teacher.raw_streams import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(30)]
 MORE = TokenSpan(offset=len(SPAN), token_ids=np.array([7], np.int32))
@@ -50,7 +50,7 @@ MORE = TokenSpan(offset=len(SPAN), token_ids=np.array([7], np.int32))
 class Mutual:
     """A server that asks for certificates, and what its clients and strangers hold."""
 
-    running: Server
+    running: LiveServer
     ca: Path
     vision: Pair
     text: Pair
@@ -64,7 +64,7 @@ def mutual(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mutual]:
     ours, theirs = Authority(folder, "ours"), Authority(folder, "theirs")
     pair = ours.issue("teacher", hosts=("127.0.0.1",))
     arguments = ["--no-self-test", *tls_flags(pair), "--tls-client-ca", str(ours.ca)]
-    with server(folder, *arguments) as running:
+    with live_server(folder, *arguments) as running:
         yield Mutual(
             running,
             ours.ca,
@@ -94,7 +94,7 @@ def context(ca: Path, pair: Pair | None = None) -> ssl.SSLContext:
     return made
 
 
-def get(running: Server, path: str, verify: ssl.SSLContext) -> httpx.Response:
+def get(running: LiveServer, path: str, verify: ssl.SSLContext) -> httpx.Response:
     return httpx.get(f"https://{running.http_address}{path}", verify=verify, timeout=5)
 
 
@@ -104,9 +104,9 @@ def access_of(ca: Path, pair: Pair | None = None, token: str = "") -> TeacherAcc
     return TeacherAccess(tls_ca=ca, tls_cert=pair.cert, tls_key=pair.key, token=token)
 
 
-async def connect(running: Server, access: TeacherAccess) -> TeacherClient:
+async def connect(running: LiveServer, access: TeacherAccess) -> TeacherClient:
     return await TeacherClient.connect(
-        [running.grpc_address],
+        [running.address],
         tokenizer_fingerprint="",
         vocab_size=0,
         run_id="someone",
@@ -133,15 +133,15 @@ async def test_grpc_lets_in_nobody_without_a_certificate_of_the_ca(mutual: Mutua
 
 
 async def test_the_certificate_names_the_tenant(mutual: Mutual) -> None:
-    address, ca = mutual.running.grpc_address, mutual.ca
+    address, ca = mutual.running.address, mutual.ca
     vision, text = channel_credentials(ca, mutual.vision), channel_credentials(ca, mutual.text)
     async with raw_stream(address, credentials=vision) as mine:
         async with raw_stream(address, credentials=text, run_id="vision") as other:
-            assert (await mine.open("s")).HasField("opened")
-            assert (await mine.append("s")).HasField("scores")
-            refusal = await other.append("s")
+            assert (await mine.opened("s")).HasField("opened")
+            assert (await mine.scored("s")).HasField("scores")
+            refusal = await other.scored("s")
             assert type(decode_error(refusal.error)) is SessionNotFoundError
-            assert (await mine.append("s", MORE)).HasField("scores")
+            assert (await mine.scored("s", MORE)).HasField("scores")
     page = get(mutual.running, "/metrics", context(ca, mutual.text)).text
     assert 'teacher_tokens_scored_total{tenant="vision"}' in page
     assert 'tenant="text"' not in page
@@ -177,7 +177,7 @@ def probe(address: str, *flags: str) -> int:
 
 
 def test_the_probe_speaks_tls(mutual: Mutual, tmp_path: Path) -> None:
-    address = mutual.running.grpc_address
+    address = mutual.running.address
     flags = ["--tls-ca", str(mutual.ca), *tls_flags(mutual.vision)]
     assert probe(address, *flags) == 0
     assert probe(address, "--tls-ca", str(mutual.ca)) == 2
@@ -192,17 +192,17 @@ async def test_certificates_reload_and_no_stream_drops(tmp_path: Path) -> None:
     write_private(tenants, tenants_toml({"alice": "alice-token"}))
     old, new = first.issue("trainer"), second.issue("trainer")
     flags = [*tls_flags(pair), "--tls-client-ca", str(client_ca), "--tenants-file", str(tenants)]
-    with server(tmp_path, "--no-self-test", *flags) as running:
-        address, token = running.grpc_address, bearer("alice-token")
+    with live_server(tmp_path, "--no-self-test", *flags) as running:
+        address, token = running.address, bearer("alice-token")
         before = channel_credentials(first.ca, old)
         async with raw_stream(address, token, credentials=before) as live:
-            assert (await live.open("s")).HasField("opened")
+            assert (await live.opened("s")).HasField("opened")
             # With both, the certificate is not enough.
             assert get(running, "/v1/info", context(first.ca, old)).status_code == 401
 
             key = pair.key.read_bytes()
             pair.key.write_text("no key\n")
-            await eventually(lambda: "the certificate stays as it was" in running.log())
+            await eventually(lambda: "the certificate stays as it was" in running.output)
             assert get(running, "/readyz", context(first.ca)).status_code == 200
             async with raw_stream(address, token, credentials=before):
                 pass
@@ -210,7 +210,7 @@ async def test_certificates_reload_and_no_stream_drops(tmp_path: Path) -> None:
 
             client_ca.write_bytes(second.ca.read_bytes())
             pair.replace_with(second.issue("teacher", hosts=("127.0.0.1",)))
-            running.hang_up()
+            running.send_signal(signal.SIGHUP)
             after = channel_credentials(second.ca, new)
             await accepted(address, token, after)
             assert get(running, "/readyz", context(second.ca)).status_code == 200
@@ -221,8 +221,8 @@ async def test_certificates_reload_and_no_stream_drops(tmp_path: Path) -> None:
                 assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
             with pytest.raises((httpx.ReadError, httpx.ConnectError, httpx.RemoteProtocolError)):
                 get(running, "/v1/info", context(second.ca, old))
-            assert (await live.append("s")).HasField("scores")
-            assert (await live.append("s", MORE)).HasField("scores")
+            assert (await live.scored("s")).HasField("scores")
+            assert (await live.scored("s", MORE)).HasField("scores")
 
 
 async def read_info(address: str, token: Any, credentials: grpc.ChannelCredentials) -> None:
@@ -244,10 +244,10 @@ async def accepted(address: str, token: Any, credentials: grpc.ChannelCredential
 def test_the_probe_can_name_a_certificate_that_is_not_for_the_address(tmp_path: Path) -> None:
     authority = Authority(tmp_path, "ours")
     pair = authority.issue("teacher", hosts=("teacher.internal",))
-    with server(tmp_path, "--no-self-test", *tls_flags(pair)) as running:
+    with live_server(tmp_path, "--no-self-test", *tls_flags(pair)) as running:
         flags = ["--tls-ca", str(authority.ca)]
-        assert probe(running.grpc_address, *flags) == 2
-        assert probe(running.grpc_address, *flags, "--tls-name", "teacher.internal") == 0
+        assert probe(running.address, *flags) == 2
+        assert probe(running.address, *flags, "--tls-name", "teacher.internal") == 0
 
 
 def files_of(pair: Pair, client_ca: Path | None = None) -> TlsFiles:

@@ -29,8 +29,8 @@ HELLO = pb.Hello(protocol_version=1, run_id="test")
 class Raw:
     """A stream without any help: one message out, one message in."""
 
-    def __init__(self, stub: Any) -> None:
-        self.call = stub.Session()
+    def __init__(self, stub: Any, metadata: tuple[tuple[str, str], ...] = ()) -> None:
+        self.call = stub.Session(metadata=metadata)
 
     async def send(self, **message: Any) -> None:
         # A server that has refused the stream already fails the write; the read tells why.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_server.fair_queue import FairQueue
@@ -104,6 +104,7 @@ def test_nothing_is_lost_or_invented_and_lines_keep_their_order(
 
 
 @given(st.integers(1, MAX_TOKENS), st.integers(1, MAX_TOKENS), st.sampled_from([0.01, 1.0, 50.0]))
+@settings(deadline=None)
 def test_nobody_starves_behind_a_tenant_that_never_stops(
     own: int, greedy: int, weight: float
 ) -> None:
@@ -115,7 +116,7 @@ def test_nobody_starves_behind_a_tenant_that_never_stops(
     while (item := queue.pop()) is not mine:
         passed += item.tokens
         queue.push("greedy", Item("greedy", greedy), greedy)
-        assert passed <= own / weight + 16 + greedy
+        assert passed <= own / weight + 1 + greedy
 
 
 def test_a_tenant_with_one_item_at_a_time_gets_every_second_place() -> None:

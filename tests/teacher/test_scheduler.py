@@ -212,3 +212,28 @@ async def test_a_greedy_tenant_leaves_room_in_the_queue() -> None:
     for _ in tasks:
         engine.places.release()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 100])
+async def test_beside_a_greedy_tenant_each_query_waits_for_one_other_at_most(tokens: int) -> None:
+    """What "twice as long as alone" comes to without a clock: the one that has begun, then mine."""
+    engine = Gate()
+    scheduler = Scheduler(engine, SchedulerLimits(max_running=1, max_queued_tokens=100_000))
+
+    async def ask_without_pause(tenant: str) -> None:
+        while True:
+            await scheduler.score(query(tokens, tenant), tenant=tenant)
+
+    tasks = [asyncio.create_task(ask_without_pause("greedy")) for _ in range(64)]
+    await settle()
+    tasks.append(asyncio.create_task(ask_without_pause("modest")))
+    for _ in range(200):
+        await settle()
+        engine.places.release()
+    await settle()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    waits = "".join("m" if name == "modest" else "g" for name in engine.arrived).split("m")
+    assert len(waits) > 95
+    assert {len(others) for others in waits[1:-1]} == {1}

@@ -6,8 +6,6 @@ Run: pytest tests/teacher/test_server_process.py
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +14,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -31,10 +28,10 @@ from student_trainer.patience import RetryLimits
 from student_trainer.teacher_client import TeacherClient
 from teacher_server.testing import local_teacher
 from teacher_wire.records import DriftPolicy, ScoreOptions
+from tests.faults.live_server import LiveServer
 
 pytestmark = pytest.mark.e2e
 
-START_S = 40.0
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=16)
 POLICY = DriftPolicy(k=8, w_drop=0.1)
@@ -44,51 +41,15 @@ def cli(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "teacher_server.cli", *arguments]
 
 
-class Server:
-    """One server process of this test."""
-
-    def __init__(self, folder: Path, *arguments: str, grpc_port: int = 0) -> None:
-        self.ready_file = folder / f"ready-{time.monotonic_ns()}.json"
-        command = cli("serve", "--engine", "fake", "--http-port", "0", "--drain-s", "5")
-        command += ["--grpc-port", str(grpc_port), "--ready-file", str(self.ready_file), *arguments]
-        env = {key: value for key, value in os.environ.items() if not key.startswith("TEACHER_")}
-        self.process = subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        self.ready: dict[str, Any] = {}
-
-    def wait_until_ready(self) -> Server:
-        give_up = time.monotonic() + START_S
-        while not self.ready_file.exists():
-            assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < give_up, "not ready in time"
-            time.sleep(0.05)
-        self.ready = json.loads(self.ready_file.read_text())
-        return self
-
-    @property
-    def address(self) -> str:
-        return str(self.ready["grpc_address"])
-
-    @property
-    def port(self) -> int:
-        return int(self.address.rsplit(":", 1)[1])
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate(timeout=10)
-
-
 class Servers:
     """Starts server processes and ends those it started."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.started: list[Server] = []
+        self.started: list[LiveServer] = []
 
-    def start(self, *arguments: str, grpc_port: int = 0) -> Server:
-        server = Server(self.folder, *arguments, grpc_port=grpc_port)
+    def start(self, *arguments: str, grpc_port: int = 0) -> LiveServer:
+        server = LiveServer(self.folder, "--grpc-port", str(grpc_port), *arguments)
         self.started.append(server)
         return server
 
@@ -111,33 +72,28 @@ def test_life_of_a_server(servers: Servers) -> None:
     server = servers.start().wait_until_ready()
     assert server.ready["pid"] == server.process.pid
     assert probe(server.address) == 0
-    with urllib.request.urlopen(
-        f"http://{server.ready['http_address']}/readyz", timeout=5
-    ) as reply:
+    with urllib.request.urlopen(f"http://{server.http_address}/readyz", timeout=5) as reply:
         assert reply.status == 200
     with grpc.insecure_channel(server.address) as channel:
         services = ProtoReflectionDescriptorDatabase(channel).get_services()
         assert {"opd.teacher.v1.TeacherService", "grpc.health.v1.Health"} <= set(services)
-    server.process.send_signal(signal.SIGTERM)
-    output, _ = server.process.communicate(timeout=10)
-    assert server.process.returncode == 0, output
-    assert f"teacher-server ready grpc={server.address} http=" in output
-    assert "Traceback" not in output
+    server.send_signal(signal.SIGTERM)
+    assert server.exit_code(10) == 0, server.output
+    assert f"teacher-server ready grpc={server.address} http=" in server.output
+    assert "Traceback" not in server.output
     assert probe(server.address) == 2
 
 
 def test_a_taken_port_is_named(servers: Servers) -> None:
     first = servers.start().wait_until_ready()
     second = servers.start(grpc_port=first.port)
-    output, _ = second.process.communicate(timeout=START_S)
-    assert second.process.returncode == 2
-    assert f"gRPC cannot listen on 127.0.0.1:{first.port}" in output
-    http_port = str(first.ready["http_address"]).rsplit(":", 1)[1]
+    assert second.exit_code() == 2
+    assert f"gRPC cannot listen on 127.0.0.1:{first.port}" in second.output
+    http_port = first.http_address.rsplit(":", 1)[1]
     third = servers.start("--http-port", http_port)
-    output, _ = third.process.communicate(timeout=START_S)
-    assert third.process.returncode == 2
-    assert f"HTTP cannot listen on 127.0.0.1:{http_port}" in output
-    assert "Traceback" not in output
+    assert third.exit_code() == 2
+    assert f"HTTP cannot listen on 127.0.0.1:{http_port}" in third.output
+    assert "Traceback" not in third.output
 
 
 def test_health_says_not_serving_while_the_engine_stalls(servers: Servers) -> None:
@@ -173,11 +129,10 @@ def test_sigterm_answers_what_was_asked_and_exits_0(servers: Servers) -> None:
         asking = [asyncio.create_task(session.append(make_span(5))) for session in sessions]
         await asyncio.sleep(0.3)
         started = time.monotonic()
-        server.process.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         answers = await asyncio.wait_for(asyncio.gather(*asking), 10)
         assert all(len(scores.rows) == 5 for scores in answers)
-        await asyncio.to_thread(server.process.communicate, timeout=10)
-        assert server.process.returncode == 0
+        assert await asyncio.to_thread(server.exit_code, 10) == 0
         assert time.monotonic() - started < 5
         await client.aclose()
 
@@ -192,13 +147,12 @@ def test_a_second_sigterm_ends_at_once(servers: Servers) -> None:
         client = await connect(server.address)
         asking = asyncio.create_task(client.open(PROMPT, OPTIONS, POLICY).append(make_span(5)))
         await asyncio.sleep(0.3)
-        server.process.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         await asyncio.sleep(1.0)
         assert server.process.poll() is None
         assert await asyncio.to_thread(probe, server.address) == 1
-        server.process.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(server.process.wait, 5)
-        assert server.process.returncode == 128 + signal.SIGTERM
+        server.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(server.exit_code, 5) == 128 + signal.SIGTERM
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         await client.aclose()
@@ -221,8 +175,7 @@ def test_kill_9_and_a_restart_change_no_row(servers: Servers) -> None:
 
         running = asyncio.create_task(rest())
         await asyncio.sleep(0.1)
-        server.process.kill()
-        server.process.wait(timeout=10)
+        server.end()
         assert not running.done()
         again = servers.start("--fake-latency-s", "0.02", grpc_port=server.port)
         await asyncio.to_thread(again.wait_until_ready)
@@ -243,6 +196,6 @@ async def connect(address: str) -> TeacherClient:
         tokenizer_fingerprint="",
         vocab_size=512,
         run_id="test",
-        connect_timeout_s=START_S,
+        connect_timeout_s=40.0,
         limits=RetryLimits(max_resends=100),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -244,9 +246,33 @@ async def test_open_replaces_and_close_forgets() -> None:
     assert len(table.sessions) == 1
     assert table.sessions.close("s", tenant="t")
     assert not table.sessions.close("s", tenant="t")
-    assert table.engine.forgotten == ["1:t/s"]
+    assert list(table.engine.forgotten) == ["1:t/s"]
     with pytest.raises(SessionNotFoundError):
         await table.append(span)
+
+
+async def test_sessions_that_are_gone_leave_no_memory() -> None:
+    """About 70 bytes each were once kept by the engine, which a soak of 85,000 clients showed."""
+    table, span = Table(), make_span(4)
+
+    async def lives(start: int, number: int) -> None:
+        for index in range(start, start + number):
+            name = f"session-with-a-name-of-its-own-{index}"
+            table.open(name)
+            await table.append(span, name)
+            table.sessions.close(name, tenant="t")
+
+    await lives(0, 200)
+    tracemalloc.start()
+    try:
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        await lives(200, 1000)
+        gc.collect()
+        kept = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert kept < 20 * 1000
 
 
 async def test_only_its_owner_ends_a_session_that_was_opened_again() -> None:
@@ -292,7 +318,7 @@ async def test_a_session_whose_stream_broke_ends_unless_it_is_opened_again() -> 
         await table.append(make_span(5), "lost")
     await table.append(make_span(5), "resumed")
     await table.append(make_span(5), "elsewhere")
-    assert table.engine.forgotten == ["1:t/lost"]
+    assert list(table.engine.forgotten) == ["1:t/lost"]
 
 
 async def test_the_least_recently_used_idle_session_makes_room() -> None:

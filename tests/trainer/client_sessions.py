@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,10 @@ from teacher_server.testing import LocalTeacher, local_teacher
 from teacher_wire.records import (
     DriftPolicy,
     ScoreOptions,
-    ScoreRows,
     Scores,
     TokenSpan,
-    concat_rows,
 )
+from tests.teacher.fake_rows import cut
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=16)
@@ -35,29 +33,6 @@ def make_span(num_tokens: int, *, seed: int = 0) -> TokenSpan:
         offset=0,
         token_ids=rng.integers(0, 512, num_tokens, dtype=np.int32),
         candidate_ids=np.array(rows, np.int32),
-    )
-
-
-def cut(span: TokenSpan, start: int, stop: int) -> TokenSpan:
-    assert span.candidate_ids is not None
-    return TokenSpan(
-        offset=start,
-        token_ids=span.token_ids[start:stop],
-        candidate_ids=span.candidate_ids[start:stop],
-    )
-
-
-def assert_same_response(parts: list[Scores], whole: Scores) -> None:
-    rows = concat_rows([part.rows for part in parts])
-    for entry in fields(ScoreRows):
-        np.testing.assert_array_equal(
-            getattr(rows, entry.name), getattr(whole.rows, entry.name), err_msg=entry.name
-        )
-    last = parts[-1]
-    assert (last.drift, last.verdict, last.keep_tokens) == (
-        whole.drift,
-        whole.verdict,
-        whole.keep_tokens,
     )
 
 

@@ -17,9 +17,7 @@ from client_sessions import (
     POLICY,
     PROMPT,
     append_all,
-    assert_same_response,
     client_of,
-    cut,
     make_span,
     reference,
     restarting,
@@ -35,6 +33,7 @@ from teacher_wire.errors import (
     NotReadyError,
 )
 from teacher_wire.records import Scores, TokenSpan
+from tests.teacher.fake_rows import assert_same_response, cut
 
 
 async def test_a_restarted_server_changes_nothing() -> None:

@@ -14,9 +14,7 @@ from client_sessions import (
     POLICY,
     PROMPT,
     append_all,
-    assert_same_response,
     client_of,
-    cut,
     make_span,
     reference,
 )
@@ -33,6 +31,7 @@ from teacher_wire.errors import (
     SessionOffsetError,
 )
 from teacher_wire.records import ScoreOptions, TokenSpan
+from tests.teacher.fake_rows import assert_same_response, cut
 
 
 async def test_a_session_equals_one_score_call() -> None:

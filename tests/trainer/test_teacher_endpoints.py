@@ -20,9 +20,7 @@ from client_sessions import (
     PROMPT,
     Restarting,
     append_all,
-    assert_same_response,
     client_of,
-    cut,
     make_span,
     reference,
     restarting,
@@ -35,6 +33,7 @@ from student_trainer.teacher_stream import Handshake, TeacherStream
 from teacher_server.engine.fake_engine import FakeEngine
 from teacher_server.testing import local_teacher, teacher_info
 from teacher_wire.errors import FingerprintMismatchError, NotReadyError
+from tests.teacher.fake_rows import assert_same_response, cut
 
 SPAN = make_span(60)
 
