@@ -55,6 +55,7 @@ from teacher_wire.records import Scores, Timing, TokenSpan, Verdict
 
 ENGINES = ("stored", "fake", "hf", "vllm")
 LAG_INTERVAL_S = 0.002
+BLOCK_SIZE = 32
 
 
 @dataclass(slots=True)
@@ -139,20 +140,28 @@ async def timed_teacher(engine: ScoringEngine, watch: Stopwatch) -> AsyncIterato
         await server.stop(None)
 
 
-def built(name: str, model: str, table: Table, load: Load) -> ScoringEngine:
+def built(arguments: argparse.Namespace, table: Table, load: Load) -> ScoringEngine:
     """The engine to look into."""
-    if name == "stored":
+    if arguments.engine == "stored":
         return StoredEngine({load.k: table})
-    if name == "fake":
+    if arguments.engine == "fake":
         return FakeEngine(vocab_size=VOCAB_SIZE, max_context=1 << 20)
-    folder, max_context = str(checkpoint(model)), len(PROMPT) + len(table) + 1
-    if name == "hf":
+    model, dtype = str(checkpoint(arguments.model)), arguments.dtype
+    max_context = len(PROMPT) + len(table) + 1
+    if arguments.engine == "hf":
         from teacher_server.engine.hf_engine import HfEngine
 
-        return HfEngine(model=folder, max_context=max_context)
+        return HfEngine(model=model, dtype=dtype, max_context=max_context)
     from teacher_server.engine.vllm_engine import VllmEngine
 
-    return VllmEngine(model=folder, max_context=max_context, kv_cache_gib=1.0, enforce_eager=True)
+    return VllmEngine(
+        model=model,
+        dtype=dtype,
+        max_context=max_context,
+        block_size=BLOCK_SIZE,
+        kv_cache_gib=1.0,
+        enforce_eager=True,
+    )
 
 
 async def appends(address: str, load: Load, table: Table, watch: Stopwatch) -> None:
@@ -235,7 +244,7 @@ def pieces(load: Load, table: Table) -> dict[str, float]:
             lambda: (check_span(info, options, POLICY, span), check_rows(rows, query))
         ),
         "overlap and drift": _alone(lambda: judged_rows(rows, span, POLICY)),
-        "copy": _alone(_copies(RowRequest.of_query(query))),
+        "copy": _alone(_copies(RowRequest.of_query(query, BLOCK_SIZE))),
         "encode": _alone(
             lambda: [r.SerializeToString() for r in codec.encode_scores(scores, load.dtype, "0")]
         ),
@@ -290,7 +299,7 @@ async def measure(arguments: argparse.Namespace) -> tuple[dict[str, Measured], S
     is_model = arguments.engine in ("hf", "vllm")
     vocab_size = SHAPES[arguments.model].vocab if is_model else VOCAB_SIZE
     table = made_table(arguments.tokens, load.k, vocab_size=vocab_size)
-    engine = built(arguments.engine, arguments.model, table, load)
+    engine = built(arguments, table, load)
     await engine.start()
     arms: dict[str, Measured] = {}
     lags = Stopwatch()
@@ -336,7 +345,7 @@ def shown(arms: dict[str, Measured], lags: Stopwatch, append_tokens: int) -> Ric
     return table
 
 
-def main() -> int:
+def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.profile",
         description=__doc__,
@@ -344,13 +353,18 @@ def main() -> int:
     )
     parser.add_argument("--engine", choices=ENGINES, default="stored")
     parser.add_argument("--model", choices=SHAPES, default="qwen3-0.6b", help="shape, for hf, vllm")
+    parser.add_argument("--dtype", default="auto", help="of the model, for hf, vllm")
     parser.add_argument("--tokens", type=int, default=1024, help="of the response")
     parser.add_argument("--append-tokens", type=int, default=64)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--quick", action="store_true", help="two repeats")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the results")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    arguments = arguments_parser().parse_args()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             arms, lags = runner.run(measure(arguments))

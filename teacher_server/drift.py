@@ -142,7 +142,7 @@ def advance(
     Tokens up to and including the one where R reached 0 are kept. The verdict is repeated on every
     later call, and never given when the policy only observes.
     """
-    total = state.num_bad_events + int(bad.sum())
+    total = state.num_bad_events + int(np.count_nonzero(bad))
     exhausted_at = state.exhausted_at
     missing = bad_event_budget(policy.w_drop) - state.num_bad_events
     if exhausted_at is None and total >= bad_event_budget(policy.w_drop):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -136,7 +136,7 @@ class SessionTable:
         held = self._sessions.pop((tenant, session_id), None)
         try:
             self._make_room_of(tenant)
-            self._make_room()
+            self._make_room(tenant)
         except CapacityError:
             if len(scored_ids):
                 self._metrics.resumed("refused")
@@ -291,7 +291,7 @@ class SessionTable:
         limit = self._tenants.get(tenant).max_sessions
         if limit is None:
             return
-        own = [key for key in self._sessions if key[0] == tenant]
+        own = self._of(tenant)
         if len(own) >= limit and not self._evict_one(own):
             raise QuotaError(
                 f"{len(own)} sessions of tenant {tenant!r} are open and in use, its limit is "
@@ -312,14 +312,26 @@ class SessionTable:
                 return True
         return False
 
-    def _make_room(self) -> None:
-        if len(self._sessions) < self._info.max_sessions or self._evict_one(self._sessions):
+    def _make_room(self, tenant: str) -> None:
+        """A full table makes room with a session of whoever has the most by weight, never of a
+        tenant that has less than the one that asks."""
+        if len(self._sessions) < self._info.max_sessions:
             return
+        numbers = Counter(name for name, _ in self._sessions)
+        numbers[tenant] += 1
+        shares = {name: n / self._tenants.get(name).weight for name, n in numbers.items()}
+        for name in sorted(shares, key=shares.__getitem__, reverse=True):
+            if shares[name] >= shares[tenant] and self._evict_one(self._of(name)):
+                return
         raise CapacityError(
             f"{len(self._sessions)} sessions are open and in use, the limit is "
             f"{self._info.max_sessions}",
             retry_after_ms=_EVICTION_HINT_MS,
         )
+
+    def _of(self, tenant: str) -> list[tuple[str, str]]:
+        """The sessions of a tenant, least recently used first."""
+        return [key for key in self._sessions if key[0] == tenant]
 
     def _let_go(self, session: Session) -> None:
         self._scorer.forget(session.engine_name)

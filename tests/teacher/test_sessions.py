@@ -336,6 +336,38 @@ async def test_the_least_recently_used_idle_session_makes_room() -> None:
         await table.append(make_span(5), "b")
 
 
+async def test_a_full_table_takes_from_whoever_has_most() -> None:
+    table = Table(max_sessions=4, evict_idle_s=0.0)
+
+    def evicted_for(tenant: str, name: str) -> list[str]:
+        table.clock.now += 1
+        table.engine.forgotten.clear()
+        table.open(name, tenant=tenant)
+        return [engine_name.partition(":")[2] for engine_name in table.engine.forgotten]
+
+    assert evicted_for("modest", "m1") == []
+    for name in ("g1", "g2", "g3"):
+        assert evicted_for("greedy", name) == []
+    assert evicted_for("greedy", "g4") == ["greedy/g1"]  # though m1 is idle for longer
+    assert evicted_for("modest", "m2") == ["greedy/g2"]
+    assert evicted_for("third", "t1") == ["modest/m1"]  # two each: the one idle for longest
+    assert evicted_for("greedy", "g5") == ["greedy/g3"]
+
+
+async def test_a_tenant_with_everything_in_use_takes_nothing_from_the_others() -> None:
+    table = Table(max_sessions=2, evict_idle_s=0.0)
+    table.open("idle", tenant="modest")
+    table.open("busy")
+    table.engine.inject(Fault.HANG)
+    running = asyncio.create_task(table.append(make_span(5), "busy"))
+    await asyncio.sleep(0)
+    table.clock.now += 100
+    with pytest.raises(CapacityError):
+        table.open("more")
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
 async def test_a_busy_session_is_never_evicted() -> None:
     table = Table(max_sessions=1, evict_idle_s=0.0)
     table.open("busy")
