@@ -24,7 +24,7 @@ from teacher_server.engine.base import (
     check_finite,
     check_query,
 )
-from teacher_server.engine.checkpoint import read_config, resolve_dtype
+from teacher_server.engine.checkpoint import read_config, resolve_dtype, warn_if_emulated
 from teacher_wire.errors import EngineError
 
 MAX_FORWARD_TOKENS = 512
@@ -92,6 +92,8 @@ class HfEngine:
         device = self._device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            warn_if_emulated(self._info.dtype)
         model = AutoModelForCausalLM.from_pretrained(
             self._model_id, revision=self._revision, dtype=self._info.dtype
         )

@@ -22,7 +22,7 @@ from teacher_server.engine.base import (
     check_finite,
     check_query,
 )
-from teacher_server.engine.checkpoint import read_config, resolve_dtype
+from teacher_server.engine.checkpoint import read_config, resolve_dtype, warn_if_emulated
 from teacher_server.engine.row_format import ZERO_BLOCKS_VARIABLE, RowCollector, RowRequest
 from teacher_wire.cpu_cores import children_on, executor_on
 from teacher_wire.errors import EngineError
@@ -115,8 +115,11 @@ class VllmEngine:
             del os.environ[ZERO_BLOCKS_VARIABLE]
 
     def _build(self) -> None:
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if current_platform.is_cpu():
+            warn_if_emulated(self._dtype)
         # Not returned: the thread's future would keep it alive until exit, where it fails noisily.
         with children_on(self._cpu_cores):
             self._llm = AsyncLLM.from_engine_args(self._engine_args())
