@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from student_trainer.records import Delta, Finish, SamplingOptions
 from teacher_wire.cpu_cores import children_on, executor_on
+from teacher_wire.engine_children import children_end_with_us
 
 if TYPE_CHECKING:
     from vllm.logprobs import FlatLogprobs
@@ -86,7 +87,7 @@ class VllmSampler:
             seed=self._seed,
             distributed_executor_backend=executor_on(self._cpu_cores),
         )
-        with children_on(self._cpu_cores):
+        with children_on(self._cpu_cores), children_end_with_us():
             self._engine = AsyncLLM.from_engine_args(args)
 
     async def generate(

@@ -30,6 +30,7 @@ from vllm.v1.pool.metadata import PoolingMetadata
 from teacher_server.engine.cpu_head import logits_in_blocks
 from teacher_server.engine.row_format import HEADER, ZERO_BLOCKS_VARIABLE, RowRequest
 from teacher_server.engine.row_scores import rows_at_once, score_rows
+from teacher_wire.engine_children import end_with_parent
 
 TASK: PoolingTask = "token_classify"
 
@@ -53,6 +54,7 @@ def register() -> None:
     """Entry point of vllm.general_plugins; cheap, and harmless when called twice."""
     from vllm import ModelRegistry
 
+    end_with_parent()
     if os.environ.get(ZERO_BLOCKS_VARIABLE) == "1":
         _zero_new_blocks()
     for architecture in BASE_MODULES:

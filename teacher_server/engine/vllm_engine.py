@@ -25,6 +25,7 @@ from teacher_server.engine.base import (
 from teacher_server.engine.checkpoint import read_config, resolve_dtype, warn_if_emulated
 from teacher_server.engine.row_format import ZERO_BLOCKS_VARIABLE, RowCollector, RowRequest
 from teacher_wire.cpu_cores import children_on, executor_on
+from teacher_wire.engine_children import children_end_with_us
 from teacher_wire.errors import EngineError
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class VllmEngine:
         if current_platform.is_cpu():
             warn_if_emulated(self._dtype)
         # Not returned: the thread's future would keep it alive until exit, where it fails noisily.
-        with children_on(self._cpu_cores):
+        with children_on(self._cpu_cores), children_end_with_us():
             self._llm = AsyncLLM.from_engine_args(self._engine_args())
 
     def _engine_args(self) -> AsyncEngineArgs:

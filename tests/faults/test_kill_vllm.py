@@ -1,0 +1,83 @@
+"""kill -9 of a teacher on vLLM: its engine goes with it, and the next one gives the same rows.
+
+Run: pytest tests/faults/test_kill_vllm.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from student_trainer.patience import RetryLimits
+from student_trainer.teacher_client import TeacherClient
+from teacher_wire.records import ScoreOptions
+from tests.faults.live_server import LiveServer
+from tests.teacher.engine_models import VOCAB_SIZE, write_tiny_model
+from tests.teacher.fake_rows import cut, make_span
+
+pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
+
+PROMPT = np.arange(7, 40, dtype=np.int32)
+OPTIONS = ScoreOptions(k=16)
+TOKENS, PIECE = 96, 24
+NATS = 1e-5
+GONE_S = 5.0
+
+
+def children(pid: int) -> list[Path]:
+    """/proc folders of a process's children."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    pids = [child for task in tasks for child in (task / "children").read_text().split()]
+    return [Path("/proc", child) for child in pids]
+
+
+def test_the_engine_goes_with_its_teacher_and_the_next_one_gives_the_same_rows(
+    tmp_path: Path,
+) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    flags = ["--engine", "vllm", "--model", str(model), "--max-context", "192", "--max-k", "16"]
+    flags += ["--kv-cache-gib", "0.05", "--enforce-eager", "--cpu-cores", "0", "--no-self-test"]
+    servers = [LiveServer(tmp_path, *flags).wait_until_ready()]
+    span = make_span(TOKENS)
+
+    async def scenario() -> None:
+        client = await TeacherClient.connect(
+            [servers[0].address],
+            tokenizer_fingerprint="",
+            vocab_size=VOCAB_SIZE,
+            run_id="test",
+            on_absent="wait",
+            limits=RetryLimits(max_resends=1000),
+        )
+        pieces = [cut(span, start, start + PIECE) for start in range(0, TOKENS, PIECE)]
+        undisturbed, killed = (client.open(PROMPT, OPTIONS, None) for _ in range(2))
+        expected = [await undisturbed.append(piece) for piece in pieces]
+        answers = [await killed.append(pieces[0])]
+        engine = children(servers[0].process.pid)
+        assert engine
+        servers[0].end()
+        give_up = time.monotonic() + GONE_S
+        while alive := [process for process in engine if process.exists()]:
+            assert time.monotonic() < give_up, f"left behind: {alive}"
+            await asyncio.sleep(0.05)
+        again = LiveServer(tmp_path, *flags, "--grpc-port", str(servers[0].port))
+        servers.append(again)
+        await asyncio.to_thread(again.wait_until_ready)
+        answers += [await killed.append(piece) for piece in pieces[1:]]
+        await client.aclose()
+        for answer, other in zip(answers, expected, strict=True):
+            np.testing.assert_array_equal(answer.rows.topk_ids, other.rows.topk_ids)
+            for name in ("topk_logprobs", "token_logprobs", "candidate_logprobs"):
+                np.testing.assert_allclose(
+                    getattr(answer.rows, name), getattr(other.rows, name), rtol=0, atol=NATS
+                )
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        for server in servers:
+            server.end()
