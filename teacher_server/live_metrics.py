@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from teacher_server.tallies import MessageTally, TenantTally
+from teacher_server.tallies import MessageTally, TenantTally, TimeTally
 
 _OUTCOMES = ("admitted", "refused", "expired", "cancelled")
 _DROPS = {"deadline": "expired", "cancelled": "cancelled"}
@@ -53,6 +58,13 @@ _GAUGES: dict[str, tuple[str, Callable[[Readings], float | None]]] = {
 }
 
 
+_TIMES = {
+    "teacher_queue_wait_seconds": "Time an append waited for the engine.",
+    "teacher_engine_step_seconds": "Time an append spent in the engine.",
+}
+_TIME_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
 class LiveMetrics(Collector):
     """Makes families of tallies and of a reading."""
 
@@ -61,6 +73,8 @@ class LiveMetrics(Collector):
     ) -> None:
         self._tenants = tenants
         self._messages = messages
+        self._times = {name: TimeTally(_TIME_BOUNDS_S) for name in _TIMES}
+        self.queue_wait, self.engine_step = self._times.values()
         self.read: Callable[[], Readings] = Readings
         self.open_sessions = 0
         self.slow_streams = 0
@@ -69,6 +83,7 @@ class LiveMetrics(Collector):
         now = self.read()
         yield from self._tenant_families()
         yield from self._message_families()
+        yield from self._time_families()
         sessions = GaugeMetricFamily(
             "teacher_sessions", "Sessions held; the active are among the open.", labels=["state"]
         )
@@ -105,6 +120,14 @@ class LiveMetrics(Collector):
             dropped.add_metric([reason], count)
         dropped.add_metric(["slow"], self.slow_streams)
         yield from (tokens, admission, dropped)
+
+    def _time_families(self) -> Iterator[Metric]:
+        for name, tally in self._times.items():
+            ends = [*(str(float(bound)) for bound in tally.bounds_s), "+Inf"]
+            buckets = list(zip(ends, accumulate(tally.counts), strict=True))
+            family = HistogramMetricFamily(name, _TIMES[name])
+            family.add_metric([], buckets, tally.total_s)
+            yield family
 
     def _message_families(self) -> Iterator[Metric]:
         labels = ["grpc_type", "grpc_service", "grpc_method"]

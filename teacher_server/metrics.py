@@ -43,7 +43,7 @@ _GRPC_TYPES = {
 }
 _CODES = frozenset(code.name for code in StatusCode)
 
-_WAIT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_HTTP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _LAG_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 # A session lives as long as a training run, so the last buckets reach hours.
 _CALL_BUCKETS_S = (0.005, 0.025, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200, 28800)
@@ -95,23 +95,11 @@ class Metrics:
             "teacher_http_request_seconds",
             "Duration of an HTTP request.",
             ("route", "status"),
-            buckets=_WAIT_BUCKETS_S,
+            buckets=_HTTP_BUCKETS_S,
             registry=self.registry,
         )
 
     def _add_teacher(self) -> None:
-        self._queue_seconds = Histogram(
-            "teacher_queue_wait_seconds",
-            "Time an append waited for the engine.",
-            buckets=_WAIT_BUCKETS_S,
-            registry=self.registry,
-        )
-        self._engine_seconds = Histogram(
-            "teacher_engine_step_seconds",
-            "Time an append spent in the engine.",
-            buckets=_WAIT_BUCKETS_S,
-            registry=self.registry,
-        )
         self._lag_seconds = Histogram(
             "teacher_event_loop_lag_seconds",
             "How late the event loop was, sampled four times a second.",
@@ -169,8 +157,8 @@ class Metrics:
 
     def append_done(self, queue_s: float, engine_s: float) -> None:
         """Records where the time of one append went."""
-        self._queue_seconds.observe(queue_s)
-        self._engine_seconds.observe(engine_s)
+        self._live.queue_wait.add(queue_s)
+        self._live.engine_step.add(engine_s)
 
     def loop_lag(self, seconds: float) -> None:
         """Records how late the event loop was."""

@@ -1,13 +1,14 @@
 """Plain counts on the path of an append: the event loop adds to them, a scrape reads them.
 
-Integers, because a Prometheus counter takes a lock and several calls for what happens thousands of
-times a second.
+Plain numbers, because a Prometheus counter or histogram takes a lock and several calls for what
+happens thousands of times a second.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, field
 
 from teacher_wire.errors import CapacityError, DeadlineError
 
@@ -45,3 +46,20 @@ class MessageTally:
 
     received: int = 0
     sent: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class TimeTally:
+    """How long something took, by bucket."""
+
+    bounds_s: tuple[float, ...]
+    """Upper ends of the buckets, the ends included; one bucket more has none."""
+    counts: list[int] = field(init=False)
+    total_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds_s) + 1)
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(self.bounds_s, seconds)] += 1
+        self.total_s += seconds

@@ -2,14 +2,19 @@
 
 import asyncio
 import re
+from itertools import accumulate
 
 import pytest
 from grpc import StatusCode
 from http_teacher import INFO
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from teacher_server.live_metrics import Readings
 from teacher_server.metrics import OTHER, Metrics
+from teacher_server.tallies import TimeTally
 from teacher_wire.errors import ERROR_CODES, CapacityError, DeadlineError, EngineError
 
 SESSION = "/opd.teacher.v1.TeacherService/Session"
@@ -152,3 +157,16 @@ def test_every_error_class_counts_under_its_own_name() -> None:
 def test_a_bound_below_one_tenant_is_refused() -> None:
     with pytest.raises(ValueError, match="max_tenants is 0"):
         Metrics(max_tenants=0)
+
+
+@given(st.lists(st.one_of(st.sampled_from([0.0, 0.01, 0.5, 30.0]), st.floats(0.0, 100.0))))
+def test_times_by_bucket_are_those_of_a_prometheus_histogram(seconds: list[float]) -> None:
+    bounds = (0.01, 0.5, 30.0)
+    tally, registry = TimeTally(bounds), CollectorRegistry()
+    slow = Histogram("slow", "The same.", buckets=bounds, registry=registry)
+    for each in seconds:
+        tally.add(each)
+        slow.observe(each)
+    for bound, count in zip((*bounds, "+Inf"), accumulate(tally.counts), strict=True):
+        assert registry.get_sample_value("slow_bucket", {"le": str(bound)}) == count
+    assert registry.get_sample_value("slow_sum") == tally.total_s
