@@ -17,9 +17,8 @@ def logits_in_blocks(
     """[R, V] float32, what `linear(hidden.float(), weight.float(), bias.float())` gives.
 
     Most CPUs have no arithmetic for bfloat16 and multiply it seven times slower than float32, so
-    weights are widened a block at a time: exact, a few MB, and paid for from 16 rows on. The blocks
-    are the product's left side (V is long, R is short), which a CPU multiplies faster than the
-    usual order; see docs/benchmarks.md.
+    weights are widened a block at a time, which is exact and takes a few MB. The blocks are the
+    product's left side: with few rows a CPU multiplies that faster than the usual order.
     """
     num_rows, hidden_size = hidden_RH.shape
     vocab_size = len(weight_VH)
