@@ -35,6 +35,7 @@ from benchmarks.measuring import (
     interleave,
     ratio_table,
     table,
+    wide_console,
     write,
 )
 from benchmarks.models import SHAPES
@@ -238,4 +239,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main(parser().parse_args(), Console())))
+    sys.exit(run(main(parser().parse_args(), wide_console())))

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from benchmarks.processes import first_line
 from benchmarks.provenance import provenance
 
+TABLE_WIDTH = 110
 SAMPLE_LIMIT_S = 1800.0
 """Of one run of one arm."""
 PAUSE_S = 1.5
@@ -174,6 +177,11 @@ def _heading(figure: str) -> str:
 
 def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def wide_console() -> Console:
+    """As wide as every table needs where the output is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
 
 
 def ratio_table(ratios: Mapping[str, float | None]) -> Table:

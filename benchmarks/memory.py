@@ -24,7 +24,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks.measuring import Measured, Run, Sample, interleave, ratio_table, write
+from benchmarks.measuring import Measured, Run, Sample, interleave, ratio_table, wide_console, write
 from benchmarks.memory_child import status_bytes
 from benchmarks.progress import Progress
 from benchmarks.provenance import ROOT
@@ -172,7 +172,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, help="of each arm (default 5)")
     parser.add_argument("--json", type=Path, help="where to write the results")
     arguments = parser.parse_args()
-    console = Console()
+    console = wide_console()
     repeats = 1 if arguments.quick else arguments.repeats
     settings = {"limits": LIMITS, "session_tokens": SESSION_TOKENS, "repeats": repeats}
     progress = Progress(arguments.json, settings) if arguments.json else None

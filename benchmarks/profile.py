@@ -24,10 +24,9 @@ from statistics import median, quantiles
 import grpc
 import numpy as np
 import uvloop
-from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks.measuring import Measured, Sample, first_line, write
+from benchmarks.measuring import Measured, Sample, first_line, wide_console, write
 from benchmarks.models import SHAPES, checkpoint
 from benchmarks.service_load import POLICY, PROMPT, Load, connect
 from benchmarks.stored_rows import VOCAB_SIZE, StoredEngine, Table, made_table, rows_of
@@ -370,7 +369,7 @@ def main() -> int:
             arms, lags = runner.run(measure(arguments))
     except (TeacherError, ImportError, OSError) as error:
         arms, lags = {"engine": Measured(error=first_line(error))}, Stopwatch()
-    Console().print(shown(arms, lags, arguments.append_tokens))
+    wide_console().print(shown(arms, lags, arguments.append_tokens))
     if arguments.json:
         total = sum(arm.median_s or 0.0 for arm in arms.values()) or 1.0
         shares = {

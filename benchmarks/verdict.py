@@ -20,7 +20,7 @@ from rich.console import Console
 from benchmarks import options
 from benchmarks.arms.base import Job
 from benchmarks.arms.lineup import compared, names, rivals
-from benchmarks.measuring import Measured, fastest, ratio, ratio_table, table, write
+from benchmarks.measuring import Measured, fastest, ratio, ratio_table, table, wide_console, write
 from benchmarks.processes import run
 from benchmarks.progress import Progress
 
@@ -82,4 +82,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main(parser().parse_args(), Console())))
+    sys.exit(run(main(parser().parse_args(), wide_console())))

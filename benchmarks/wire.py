@@ -26,7 +26,16 @@ import uvloop
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks.measuring import Measured, Run, Sample, interleave, ratio, ratio_table, write
+from benchmarks.measuring import (
+    Measured,
+    Run,
+    Sample,
+    interleave,
+    ratio,
+    ratio_table,
+    wide_console,
+    write,
+)
 from benchmarks.service_load import POLICY, PROMPT, Load, connect, grow
 from benchmarks.stored_rows import Table, made_table, rows_of
 from benchmarks.teacher_process import ServerProcess, server_process
@@ -297,7 +306,7 @@ def ratios(arms: dict[str, Measured], ks: list[int]) -> dict[str, float | None]:
 
 def main() -> int:
     arguments = _parser().parse_args()
-    console = Console()
+    console = wide_console()
     ks = [32] if arguments.quick else list(PAPER_KS)
     repeats = 2 if arguments.quick else arguments.repeats
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
