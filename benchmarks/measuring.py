@@ -87,15 +87,17 @@ async def interleave(
     repeats: int,
     pause_s: float = PAUSE_S,
     limit_s: float = SAMPLE_LIMIT_S,
+    warm_up: bool = True,
     said: Callable[[str], None] = lambda line: None,
     kept: Callable[[], None] = lambda: None,
 ) -> None:
-    """Adds a sample a repeat to each arm, after one that is not counted; stops where one fails.
+    """Adds a sample a repeat to each arm, after one that is not counted to warm up; stops where
+    one fails.
 
     An arm that has samples already goes on from there; `kept` is called after every new one.
     """
     names = list(runs)
-    for repeat in range(-1, repeats):
+    for repeat in range(-1 if warm_up else 0, repeats):
         for name in turned(names, max(repeat, 0)):
             arm = arms[name]
             if arm.error or len(arm.samples) > repeat >= 0:

@@ -156,6 +156,7 @@ async def measure(
         arms,
         repeats=repeats,
         pause_s=0.0,
+        warm_up=False,  # every process is a new one
         said=lambda line: console.print(line, highlight=False),
         kept=lambda: progress.keep(arms) if progress else None,
     )

@@ -34,6 +34,7 @@ from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.status import encode_error
 
 log = logging.getLogger(__name__)
+_BREAK_S = 0.05
 _REQUEST_OVERHEAD_BYTES = 512
 """What a waiting request costs beyond its own size."""
 
@@ -123,6 +124,9 @@ class SessionStream:
             await self._until(reader, writer)
             if reader.done():
                 await self._until(self._start(self._settle()), writer)
+                if self._opened:
+                    # A connection that breaks ends the requests too, and cancels a moment later.
+                    await asyncio.sleep(_BREAK_S)
                 for session_id in self._opened:
                     self._sessions.close(session_id, tenant=self._tenant, owner=self)
         finally:

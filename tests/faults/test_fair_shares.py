@@ -151,8 +151,10 @@ async def test_a_tenants_sessions_are_its_own_limit() -> None:
     table = Table(Tenant(name="a", max_sessions=2), Tenant(name="b", max_sessions=2))
     async with local_teacher(tenants=table, evict_idle_s=60.0) as teacher:
         async with stub_of(teacher) as stub:
+            streams = []
             for name in "ab":
                 raw = Raw(stub)
+                streams.append(raw)
                 await raw.send(hello=pb.Hello(protocol_version=1, run_id=name))
                 await raw.receive()
                 for session in ("1", "2", "3"):
@@ -165,5 +167,6 @@ async def test_a_tenants_sessions_are_its_own_limit() -> None:
                 assert type(told) is QuotaError
                 assert told.retry_after_ms > 0
                 assert kinds["error"].error.session_id == "3"
+            assert len(teacher.sessions) == 4
+            for raw in streams:
                 raw.call.cancel()
-        assert len(teacher.sessions) == 4
