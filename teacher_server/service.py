@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from teacher_server import logs
 from teacher_server.interceptors import authorization_of, certificate_name_of
 from teacher_server.sessions import SessionTable
-from teacher_server.stream import Context, SessionStream, StreamLimits
+from teacher_server.stream import Context, SessionStream, StreamLimits, seen
 from teacher_server.tallies import MessageTally
 from teacher_wire import codec
 from teacher_wire.errors import (
@@ -207,7 +207,10 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         async with self._edge("Session", context) as tally:
             # Hello is read first in any case: grpc.aio's client forgets a status that arrives
             # while it is still writing.
-            first = await anext(aiter(request_iterator), None)
+            reading = asyncio.ensure_future(_first(request_iterator))
+            reading.add_done_callback(seen)
+            # Shielded: cancelling a pending read leaks memory in grpc.aio.
+            first = await asyncio.shield(reading)
             if first is None:
                 return
             tally.received += 1
@@ -255,7 +258,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         writing = asyncio.ensure_future(context.write(chunk))
         done, _ = await asyncio.wait({writing}, timeout=limit_s)
         if not done:
-            writing.add_done_callback(_seen)
+            writing.add_done_callback(seen)
             self._metrics.slow_stream()
             raise SlowConsumerError(f"a reply was not accepted within {limit_s} s")
         writing.result()
@@ -317,10 +320,8 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             self._metrics.rpc(method, code, time.monotonic() - started)
 
 
-def _seen(writing: asyncio.Future[None]) -> None:
-    """A write that fails after its call has ended is nobody's error."""
-    if not writing.cancelled():
-        writing.exception()
+async def _first(requests: AsyncIterator[pb.SessionRequest]) -> pb.SessionRequest | None:
+    return await anext(aiter(requests), None)
 
 
 def _full_name(method: str) -> str:

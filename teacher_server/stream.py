@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 
@@ -108,6 +108,9 @@ class SessionStream:
         self._request_bytes = 0
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._draining = False
+        self._stopped = False
+        self._writing = False
+        """A write is pending in gRPC."""
         self._helpers: set[asyncio.Task[None]] = set()
 
     async def run(self, requests: AsyncIterator[pb.SessionRequest], info: pb.TeacherInfo) -> None:
@@ -131,10 +134,20 @@ class SessionStream:
                     self._sessions.close(session_id, tenant=self._tenant, owner=self)
         finally:
             self._sessions.detach(self._opened, tenant=self._tenant, owner=self)
-            tasks = [*self._helpers, *(lane.task for lane in self._lanes.values() if lane.task)]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._stop(reader, writer)
+
+    async def _stop(self, reader: asyncio.Task[None], writer: asyncio.Task[None]) -> None:
+        """Ends all tasks, but for a read or a write that is pending in gRPC: those end by
+        themselves with the call, and cancelling one leaks memory in grpc.aio."""
+        self._stopped = True
+        left_alone = {reader, writer} if self._writing else {reader}
+        lanes = {lane.task for lane in self._lanes.values() if lane.task}
+        tasks = (self._helpers | lanes) - left_alone
+        for task in left_alone:
+            task.add_done_callback(seen)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def num_reply_bytes(self) -> int:
@@ -193,14 +206,19 @@ class SessionStream:
             # A timer, not asyncio.timeout: cancelling a pending write leaks memory in grpc.aio.
             timer = loop.call_later(limit_s, self.cut, slow)
             try:
-                await self._context.write(await self._replies.take())
+                reply = await self._replies.take()
+                self._writing = True
+                await self._context.write(reply)
             finally:
+                self._writing = False
                 timer.cancel()
             self._replies.written()
             self._tally.sent += 1
 
     async def _read(self, requests: AsyncIterator[pb.SessionRequest]) -> None:
         async for request in requests:
+            if self._stopped:
+                continue
             self._tally.received += 1
             kind = request.WhichOneof("message")
             if kind == "credit":
@@ -296,6 +314,12 @@ class SessionStream:
         self._metrics.error(type(error).__name__)
         message = encode_error(error, session_id, offset)
         await self._replies.put(pb.SessionResponse(error=message))
+
+
+def seen(task: asyncio.Future[Any]) -> None:
+    """A read or write that fails after its call has ended is nobody's error."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _offset(request: _Request) -> int | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, cast
 
 import grpc
 from fake_rows import cut, make_span
@@ -12,7 +13,8 @@ from raw_streams import HELLO, OPTIONS, POLICY, PROMPT, Raw, eventually, raw_str
 
 from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.scheduler import SchedulerLimits
-from teacher_server.stream import StreamLimits
+from teacher_server.stream import SessionStream, StreamLimits
+from teacher_server.tallies import MessageTally
 from teacher_server.testing import local_teacher, teacher_info
 from teacher_wire import codec
 from teacher_wire.errors import (
@@ -246,3 +248,45 @@ async def test_mutated_messages_never_take_the_server_down(caplog: Any) -> None:
         assert len(teacher.sessions) == 0
         assert teacher.scheduler.num_running == 0
     assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_pending_read_or_write_is_never_cancelled() -> None:
+    """grpc.aio never frees what belongs to an operation whose future was cancelled."""
+    cancelled: list[str] = []
+
+    async def pending(name: str) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(name)
+            raise
+
+    class Context:
+        def write(self, reply: pb.SessionResponse) -> Awaitable[None]:
+            return pending("write")
+
+    async def requests() -> AsyncIterator[pb.SessionRequest]:
+        await pending("read")
+        yield pb.SessionRequest()
+
+    async with local_teacher() as teacher:
+        stream = SessionStream(
+            cast("Any", Context()),
+            teacher.sessions,
+            tenant="t",
+            credit_bytes=0,
+            limits=StreamLimits(),
+            metrics=teacher.metrics,
+            tally=MessageTally(),
+        )
+        before = asyncio.all_tasks()
+        running = asyncio.create_task(stream.run(requests(), pb.TeacherInfo()))
+        await asyncio.sleep(0.05)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        left = asyncio.all_tasks() - before
+        assert cancelled == []
+        assert len(left) == 2, "the read and the write"
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
