@@ -30,7 +30,7 @@ MIB = 1 << 20
 SLOW_S = 2.0
 NUM_SESSIONS = 110
 NOISE = 0.7
-"""Of a 99th percentile of a few seconds on a shared machine; 1.03 to 1.16 was seen on a quiet one."""
+"""Of a 99th percentile of a few seconds on a shared machine; a quiet one showed 1.03 to 1.16."""
 SPAN = TokenSpan(offset=0, token_ids=np.arange(448, dtype=np.int32))
 OPTIONS = codec.encode_options(ScoreOptions(k=128))
 """448 rows of 1 KiB: with NUM_SESSIONS sessions about 50 MB of answers."""
