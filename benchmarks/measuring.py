@@ -209,7 +209,12 @@ def write(
         "ratios": dict(ratios),
         "arms": {name: arm.record() for name, arm in arms.items()},
     }
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file in one go; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

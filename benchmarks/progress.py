@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import Measured, Sample
+from benchmarks.measuring import Measured, Sample, write_whole
 from benchmarks.provenance import commit
 
 
@@ -34,10 +34,7 @@ class Progress:
     def keep(self, arms: Mapping[str, Measured]) -> None:
         """Writes the samples of all arms, in one go."""
         samples = {name: [asdict(sample) for sample in arm.samples] for name, arm in arms.items()}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps({"of": self._of, "samples": samples}), encoding="utf-8")
-        partial.replace(self._path)
+        write_whole(self._path, json.dumps({"of": self._of, "samples": samples}))
 
     def done(self) -> None:
         """The result is written."""

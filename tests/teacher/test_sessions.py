@@ -80,6 +80,15 @@ class Table:
     async def append(self, span: TokenSpan, name: str = "s") -> Scores:
         return await self.sessions.append(name, span, tenant="t")
 
+    async def busy(self) -> asyncio.Task[Scores]:
+        """Opens a session whose append does not end, and lets a long time pass."""
+        self.open("busy")
+        self.engine.inject(Fault.HANG)
+        running = asyncio.create_task(self.append(make_span(5), "busy"))
+        await asyncio.sleep(0)
+        self.clock.now += 100
+        return running
+
     async def whole(self, span: TokenSpan) -> Scores:
         return await self.sessions.score_once(PROMPT, span, OPTIONS, POLICY, tenant="t")
 
@@ -357,11 +366,7 @@ async def test_a_full_table_takes_from_whoever_has_most() -> None:
 async def test_a_tenant_with_everything_in_use_takes_nothing_from_the_others() -> None:
     table = Table(max_sessions=2, evict_idle_s=0.0)
     table.open("idle", tenant="modest")
-    table.open("busy")
-    table.engine.inject(Fault.HANG)
-    running = asyncio.create_task(table.append(make_span(5), "busy"))
-    await asyncio.sleep(0)
-    table.clock.now += 100
+    running = await table.busy()
     with pytest.raises(CapacityError):
         table.open("more")
     running.cancel()
@@ -370,11 +375,7 @@ async def test_a_tenant_with_everything_in_use_takes_nothing_from_the_others() -
 
 async def test_a_busy_session_is_never_evicted() -> None:
     table = Table(max_sessions=1, evict_idle_s=0.0)
-    table.open("busy")
-    table.engine.inject(Fault.HANG)
-    running = asyncio.create_task(table.append(make_span(5), "busy"))
-    await asyncio.sleep(0)
-    table.clock.now += 100
+    running = await table.busy()
     with pytest.raises(CapacityError):
         table.open("next")
     running.cancel()
