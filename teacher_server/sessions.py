@@ -133,17 +133,19 @@ class SessionTable:
         check_open(self._info, session_id, prompt_ids, scored_ids, options, policy)
         base_drift = check_drift(policy, drift_state, len(scored_ids))
         self.expire()
-        held = self._sessions.pop((tenant, session_id), None)
+        key = (tenant, session_id)
+        is_held = key in self._sessions
         try:
-            self._make_room_of(tenant)
-            self._make_room(tenant)
+            if not is_held:
+                self._make_room_of(tenant)
+                self._make_room(tenant)
         except CapacityError:
             if len(scored_ids):
                 self._metrics.resumed("refused")
             raise
         if len(scored_ids):
-            self._metrics.resumed("rebuilt" if held is None else "held")
-        self._sessions[tenant, session_id] = Session(
+            self._metrics.resumed("held" if is_held else "rebuilt")
+        self._sessions[key] = Session(
             session_id=session_id,
             tenant=tenant,
             prompt_ids=prompt_ids,
@@ -157,6 +159,7 @@ class SessionTable:
             owner=owner,
             tally=self._metrics.tenant(tenant),
         )
+        self._sessions.move_to_end(key)
         self._metrics.sessions_open(len(self._sessions))
         return len(scored_ids)
 

@@ -20,12 +20,14 @@ from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.metrics import Metrics
 from teacher_server.scheduler import Scheduler, SchedulerLimits
 from teacher_server.sessions import SessionTable
+from teacher_server.tenants import Tenant
 from teacher_server.testing import teacher_info
 from teacher_wire.errors import (
     CapacityError,
     EngineError,
     InvalidRequestError,
     NonFiniteError,
+    QuotaError,
     SessionNotFoundError,
     SessionOffsetError,
 )
@@ -56,7 +58,8 @@ class Table:
     """A session table with its engine and a clock to turn."""
 
     def __init__(self, **limits: Any) -> None:
-        table_limits = {key: limits.pop(key) for key in ("ttl_s", "evict_idle_s") if key in limits}
+        names = ("ttl_s", "evict_idle_s", "tenants")
+        table_limits = {key: limits.pop(key) for key in names if key in limits}
         self.clock = Clock()
         self.engine = FakeEngine(vocab_size=VOCAB, max_context=600)
         self.metrics = Metrics()
@@ -383,6 +386,28 @@ async def test_a_busy_session_is_never_evicted() -> None:
         await running
     table.clock.now += 1
     table.open("next")
+
+
+class Allowed:
+    """Every tenant may have so many sessions."""
+
+    def __init__(self, max_sessions: int) -> None:
+        self.max_sessions = max_sessions
+
+    def get(self, name: str) -> Tenant:
+        return Tenant(name=name, max_sessions=self.max_sessions)
+
+
+async def test_what_a_tenant_has_stays_its_own_when_its_limit_is_lowered() -> None:
+    allowed = Allowed(2)
+    table = Table(tenants=allowed)
+    table.open("a")
+    table.open("b")
+    allowed.max_sessions = 1
+    with pytest.raises(QuotaError):
+        table.open("c")
+    table.open("a")
+    assert len(table.sessions) == 2
 
 
 Change = Callable[[TokenSpan], TokenSpan]
