@@ -119,7 +119,12 @@ class TeacherApp:
             open_metrics=self._config.open_metrics,
         )
         tls = self._access.tls
-        return http_server(http_api.create_app(deps), tls and tls.http_context())
+        return http_server(
+            http_api.create_app(deps),
+            tls and tls.http_context(),
+            slow_client_s=self._config.slow_client_s,
+            on_slow=self._metrics.slow_stream,
+        )
 
     def _grpc_server(self) -> grpc.aio.Server:
         guard = AccessInterceptor(self._access.admit, metrics=self._metrics)

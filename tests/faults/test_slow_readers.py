@@ -6,6 +6,8 @@ Run: pytest tests/faults/test_slow_readers.py
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import time
 import urllib.request
 from contextlib import suppress
@@ -89,6 +91,31 @@ def test_50_mb_for_a_client_that_stops_reading(tmp_path: Path, credit_bytes: int
 
     with live_server(tmp_path, *flags) as teacher:
         asyncio.run(scenario(teacher))
+
+
+@pytest.mark.e2e
+def test_an_http_client_that_stops_reading_is_cut_off(tmp_path: Path) -> None:
+    ids = [1] * 6000
+    query = {"prompt_ids": [1], "response_ids": ids, "k": 128, "encoding": "base64"}
+    body = json.dumps(query).encode()
+    head = "POST /v1/score HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    flags = ("--slow-client-s", str(SLOW_S), "--max-context", "8192")
+    with live_server(tmp_path, *flags) as teacher, socket.socket() as client:
+        before = teacher.num_fds()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = teacher.http_address.split(":")
+        client.connect((host, int(port)))
+        client.sendall(head.encode() + body)
+        started = time.monotonic()
+        while not slow_ones(teacher):
+            assert time.monotonic() - started < 4 * SLOW_S, "not cut off"
+            time.sleep(0.1)
+        assert time.monotonic() - started >= 0.9 * SLOW_S
+        time.sleep(0.2)
+        assert teacher.num_fds() <= before
+        status, _ = teacher.get("/readyz")
+        assert status == 200
 
 
 async def test_work_for_a_client_that_does_not_read_is_not_begun() -> None:
