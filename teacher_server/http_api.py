@@ -14,15 +14,14 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from enum import Enum
 from importlib import resources
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
+from fastapi.security import HTTPBearer
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from teacher_server import __version__
 from teacher_server.analysis import (
@@ -31,6 +30,15 @@ from teacher_server.analysis import (
     build_report,
     refuse_non_finite,
     report_to_json,
+)
+from teacher_server.http_bodies import (
+    FAILURES,
+    AnalyzeBody,
+    AnalyzeReply,
+    ArrayEncoding,
+    InfoReply,
+    ScoreBody,
+    ScoreReply,
 )
 from teacher_server.http_edge import (
     EXCEPTION_HANDLERS,
@@ -42,10 +50,6 @@ from teacher_server.http_edge import (
 from teacher_server.metrics import CONTENT_TYPE, Metrics
 from teacher_wire.errors import InvalidRequestError, NotReadyError
 from teacher_wire.records import (
-    MAX_DRIFT_K,
-    MAX_TEMPERATURE,
-    MIN_TEMPERATURE,
-    DriftMetric,
     DriftPolicy,
     LogprobDtype,
     ScoreOptions,
@@ -92,110 +96,6 @@ class HttpDeps:
     """/metrics is open too."""
 
 
-class ArrayEncoding(Enum):
-    """How /v1/score writes arrays."""
-
-    JSON = "json"
-    """Nested lists of numbers."""
-    BASE64 = "base64"
-    """{dtype, shape, data}: little-endian, row-major, base64."""
-
-
-Int32 = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-Count = Annotated[int, Field(strict=True, ge=1, le=4096)]
-Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Flag = Annotated[bool, Field(strict=True)]
-TokenIds = Annotated[list[Int32], Field(min_length=1, max_length=2**20)]
-Text = Annotated[str, Field(min_length=1, max_length=2**20)]
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PolicyBody(_Body):
-    """teacher_wire.records.DriftPolicy as JSON."""
-
-    metric: DriftMetric = DriftMetric.OVERLAP_RATIO
-    k: Annotated[int, Field(strict=True, ge=1, le=MAX_DRIFT_K)] = 16
-    threshold: Real = 0.7
-    top_p: Real = 0.95
-    w_drop: Real = 0.01
-    stop_in_flight: Flag = True
-
-
-class _SpanBody(_Body):
-    candidate_ids: Annotated[list[list[Int32]], Field(max_length=2**20)] | None = None
-    """One row a response token, each of the same length: the student's top-k, most likely first."""
-    temperature: Annotated[float, Field(strict=True, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] = 1.0
-    policy: PolicyBody | None = None
-
-    def policy_record(self) -> DriftPolicy | None:
-        return None if self.policy is None else DriftPolicy(**dict(self.policy))
-
-    def candidate_array(self) -> NDArray[np.int32] | None:
-        if self.candidate_ids is None:
-            return None
-        widths = {len(row) for row in self.candidate_ids}
-        if len(widths) != 1 or 0 in widths:
-            raise InvalidRequestError(
-                f"candidate_ids has rows of {sorted(widths)} ids, must all have one length >= 1"
-            )
-        return np.array(self.candidate_ids, np.int32)
-
-
-class ScoreBody(_SpanBody):
-    """One whole response to score, as token ids."""
-
-    prompt_ids: TokenIds
-    response_ids: TokenIds
-    event_mask: list[Flag] | None = None
-    """False where a position may raise no drift event."""
-    k: Count = 16
-    logprob_dtype: LogprobDtype = LogprobDtype.F32
-    """Element type of packed log-probs; JSON numbers are always those of the engine."""
-    want_entropy: Flag = False
-    want_rank: Flag = False
-    encoding: ArrayEncoding = ArrayEncoding.JSON
-
-    def options_record(self) -> ScoreOptions:
-        return ScoreOptions(
-            k=self.k,
-            temperature=self.temperature,
-            logprob_dtype=self.logprob_dtype,
-            want_entropy=self.want_entropy,
-            want_rank=self.want_rank,
-        )
-
-    def span_record(self) -> TokenSpan:
-        return TokenSpan(
-            offset=0,
-            token_ids=np.array(self.response_ids, np.int32),
-            candidate_ids=self.candidate_array(),
-            event_mask=None if self.event_mask is None else np.array(self.event_mask, np.bool_),
-        )
-
-
-class AnalyzeBody(_SpanBody):
-    """One prompt and response to analyse, each as text or as token ids."""
-
-    prompt: Text | None = None
-    prompt_ids: TokenIds | None = None
-    response: Text | None = None
-    response_ids: TokenIds | None = None
-    add_special_tokens: Flag = False
-    """Let the tokenizer add its special tokens to a prompt given as text."""
-    k: Count = 8
-
-    @model_validator(mode="after")
-    def _one_of_each(self) -> AnalyzeBody:
-        for name in ("prompt", "response"):
-            given = [f for f in (name, f"{name}_ids") if getattr(self, f) is not None]
-            if len(given) != 1:
-                raise ValueError(f"exactly one of {name} and {name}_ids must be given")
-        return self
-
-
 def create_app(deps: HttpDeps, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The HTTP application of one server."""
     deps.metrics.serving(deps.info)
@@ -207,10 +107,11 @@ def create_app(deps: HttpDeps, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
         redoc_url=None,
         # A redirect would be made from the Host header, which anybody may send.
         redirect_slashes=False,
+        responses=FAILURES,
         exception_handlers=EXCEPTION_HANDLERS,
     )
     app.include_router(_plain_routes(deps))
-    app.include_router(_v1_routes(deps))
+    app.include_router(_v1_routes(deps), dependencies=_bearer(deps.authenticate is not None))
     app.add_middleware(
         HttpEdge,
         metrics=deps.metrics,
@@ -221,12 +122,22 @@ def create_app(deps: HttpDeps, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastA
     return app
 
 
+def _bearer(needed: bool) -> list[Any]:
+    """Has the published schema say that a token is needed; the edge has checked it by then."""
+    return [Depends(HTTPBearer(auto_error=False))] if needed else []
+
+
+def _not_json(media_type: str) -> dict[str, Any]:
+    """What the published schema says of a path whose answer is no JSON, though its failures are."""
+    return {"response_class": Response, "responses": {200: {"content": {media_type: {}}}}}
+
+
 def _plain_routes(deps: HttpDeps) -> APIRouter:
     router = APIRouter()
     page = resources.files("teacher_server").joinpath("page.html").read_text("utf-8")
     page_headers = {"Content-Security-Policy": _content_security_policy(page)}
 
-    @router.get("/", response_class=HTMLResponse)
+    @router.get("/", **_not_json("text/html"))
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page, headers=page_headers)
 
@@ -241,7 +152,9 @@ def _plain_routes(deps: HttpDeps) -> APIRouter:
         _refuse_unless_ready(deps)
         return {"status": "ready"}
 
-    @router.get(METRICS_PATH)
+    needs_token = deps.authenticate is not None and not deps.open_metrics
+
+    @router.get(METRICS_PATH, **_not_json("text/plain"), dependencies=_bearer(needs_token))
     async def prometheus() -> Response:
         """Prometheus text format."""
         return Response(deps.metrics.render(), media_type=CONTENT_TYPE)
@@ -255,12 +168,14 @@ def _v1_routes(deps: HttpDeps) -> APIRouter:
     # A tokenizer that is asked from two threads at once may refuse ("Already borrowed").
     tokenizer_turn = asyncio.Lock()
 
-    @router.get("/info")
+    info_reply = InfoReply(**asdict(deps.info), has_tokenizer=deps.tokenizer is not None)
+
+    @router.get("/info", response_model=InfoReply)
     async def info() -> Response:
         """What is served, its limits, and whether texts can be analysed."""
-        return _json({**asdict(deps.info), "has_tokenizer": deps.tokenizer is not None})
+        return _json(asdict(info_reply))
 
-    @router.post("/score")
+    @router.post("/score", response_model=ScoreReply)
     async def score(body: ScoreBody, request: Request) -> Response:
         """Teacher scores of one whole response, as nested lists or packed arrays."""
         _refuse_unless_ready(deps)
@@ -275,7 +190,7 @@ def _v1_routes(deps: HttpDeps) -> APIRouter:
         )
         return await asyncio.to_thread(_scores_response, scores, body)
 
-    @router.post("/analyze")
+    @router.post("/analyze", response_model=AnalyzeReply)
     async def analyze(body: AnalyzeBody, request: Request) -> Response:
         """A table of what the teacher thinks of each response token."""
         _refuse_unless_ready(deps)

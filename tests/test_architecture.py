@@ -149,6 +149,7 @@ RULES = [
             "lifecycle",
             "watchdog",
             "http_api",
+            "http_bodies",
             "http_edge",
             "http_server",
             "config",

@@ -13,8 +13,9 @@ import pytest
 from http_teacher import PROMPT, RESPONSE, Teacher, V, error_of, no_constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
-from teacher_server import http_api
+from teacher_server import http_api, http_bodies
 from teacher_server.engine.fake_engine import full_logprobs, prefix_seeds
 from teacher_wire.errors import ERROR_CODES, NonFiniteError
 
@@ -242,6 +243,40 @@ async def test_the_schema_names_every_field_of_a_score_request(teacher: Teacher)
     assert {"/v1/score", "/v1/analyze", "/v1/info", "/healthz", "/readyz"} <= set(schema["paths"])
     fields = schema["components"]["schemas"]["ScoreBody"]["properties"]
     assert {"prompt_ids", "response_ids", "candidate_ids", "policy", "encoding"} <= set(fields)
+
+
+@pytest.mark.parametrize("encoding", ["json", "base64"])
+@pytest.mark.parametrize("is_judged", [False, True])
+async def test_replies_are_what_the_schema_says(
+    teacher: Teacher, encoding: str, is_judged: bool
+) -> None:
+    body: dict[str, Any] = {"prompt_ids": PROMPT, "response_ids": RESPONSE, "k": 5}
+    if is_judged:
+        body["candidate_ids"] = [[1, 2, 3]] * len(RESPONSE)
+        body["policy"] = {"k": 3, "w_drop": 0.5}
+    full = {"want_entropy": is_judged, "want_rank": is_judged, "encoding": encoding}
+    score = await teacher.post("/v1/score", body | full)
+    http_bodies.ScoreReply.model_validate_json(score.text, strict=True)
+    analysis = await teacher.post("/v1/analyze", body)
+    info = await teacher.client.get("/v1/info")
+    for reply, kind in ((analysis, http_bodies.AnalyzeReply), (info, http_bodies.InfoReply)):
+        TypeAdapter(kind).validate_json(reply.text, strict=True)
+        assert set(reply.json()) == set(kind.__dataclass_fields__)
+    wrong = await teacher.post("/v1/score", body | {"k": 0})
+    http_bodies.ErrorReply.model_validate_json(wrong.text, strict=True)
+
+
+@pytest.mark.parametrize("is_secured", [False, True])
+def test_the_schema_says_where_a_token_is_needed(is_secured: bool) -> None:
+    teacher = Teacher(authenticate=(lambda *_: "somebody") if is_secured else None)
+    secured = {
+        path
+        for path, methods in teacher.app.openapi()["paths"].items()
+        for operation in methods.values()
+        if operation.get("security")
+    }
+    everywhere = {"/metrics", "/v1/info", "/v1/score", "/v1/analyze"}
+    assert secured == (everywhere if is_secured else set())
 
 
 JSON_VALUES = st.recursive(
