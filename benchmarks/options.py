@@ -64,7 +64,7 @@ def setup(arguments: argparse.Namespace, *, max_context: int, kv_cache_gib: floa
         max_context=max_context,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
         kv_cache_gib=arguments.kv_cache_gib or kv_cache_gib,
-        cores=arguments.cores or _all_cores(),
+        cores=arguments.cores or all_cores(),
         eager=arguments.eager,
         block_size=arguments.block_size,
         vllm_executor=arguments.vllm_executor,
@@ -92,7 +92,8 @@ def sayer(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _all_cores() -> str:
+def all_cores() -> str:
+    """Of this CPU; "auto" where there is a GPU."""
     import torch
 
     if torch.cuda.is_available():

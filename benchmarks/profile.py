@@ -26,6 +26,7 @@ import numpy as np
 import uvloop
 from rich.table import Table as RichTable
 
+from benchmarks import options
 from benchmarks.measuring import Measured, Sample, first_line, wide_console, write
 from benchmarks.models import SHAPES, checkpoint
 from benchmarks.service_load import POLICY, PROMPT, Load, connect
@@ -160,6 +161,7 @@ def built(arguments: argparse.Namespace, table: Table, load: Load) -> ScoringEng
         block_size=BLOCK_SIZE,
         kv_cache_gib=1.0,
         enforce_eager=True,
+        cpu_cores=arguments.cores or options.all_cores(),
     )
 
 
@@ -353,6 +355,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine", choices=ENGINES, default="stored")
     parser.add_argument("--model", choices=SHAPES, default="qwen3-0.6b", help="shape, for hf, vllm")
     parser.add_argument("--dtype", default="auto", help="of the model, for hf, vllm")
+    parser.add_argument("--cores", help='for vllm: such as 0,1, or "auto" (default: all of a CPU)')
     parser.add_argument("--tokens", type=int, default=1024, help="of the response")
     parser.add_argument("--append-tokens", type=int, default=64)
     parser.add_argument("--k", type=int, default=32)
@@ -376,7 +379,7 @@ def main() -> int:
             f"{name}_over_append": round((arm.median_s or 0.0) / total, 4)
             for name, arm in arms.items()
         }
-        names = ("engine", "model", "tokens", "append_tokens", "k")
+        names = ("engine", "model", "dtype", "tokens", "append_tokens", "k")
         write(arguments.json, arms, shares, {name: getattr(arguments, name) for name in names})
     return 1 if any(arm.error for arm in arms.values()) else 0
 

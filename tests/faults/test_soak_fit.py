@@ -20,6 +20,7 @@ def record(rss_mb_of: Any, **changes: Any) -> dict[str, Any]:
         for s in np.arange(0, 1200, 5.0)
     ]
     fields = {"cores": 2, "clients": {"in_order": 5}, "codes": {"OK": 5}, "errors": {}}
+    fields |= {"bytes_a_cancelled_client": 150.0}
     return {**fields, "sessions_left": 0, "exit_code": 0, "samples": samples, **changes}
 
 
@@ -47,6 +48,10 @@ def test_a_leak_is_seen(mb_per_hour: float) -> None:
     [
         ({"codes": {"OK": 5, "INTERNAL": 1}}, "unexpected codes"),
         ({"errors": {"EngineError": 1}}, "unexpected errors"),
+        (
+            {"bytes_a_cancelled_client": 2000.0},
+            "memory left by a client that cancels an append, bytes",
+        ),
         ({"sessions_left": 1}, "sessions left"),
         ({"exit_code": 1}, "exit code after SIGTERM"),
     ],
