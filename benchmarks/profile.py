@@ -307,6 +307,8 @@ async def measure(arguments: argparse.Namespace) -> tuple[dict[str, Measured], S
     try:
         for repeat in range(-1, 2 if arguments.quick else arguments.repeats):
             watch = Stopwatch()
+            if is_model:  # a text that was scored before would be in the engine's prefix cache
+                table = made_table(arguments.tokens, load.k, vocab_size=vocab_size, seed=repeat + 2)
             async with timed_teacher(engine, watch) as address:
                 lagging = asyncio.create_task(loop_lag(watch))
                 await appends(address, load, table, watch)
