@@ -127,7 +127,7 @@ async def _peak(client: TeacherClient, append_tokens: int) -> float:
         peaks = await _append_all(client, table, append_tokens)
     finally:
         tracemalloc.stop()
-    return float(np.median(peaks))
+    return min(peaks)  # on a busy machine answers overlap with what is left of the ones before
 
 
 async def _counts() -> tuple[float, float, float, float]:
