@@ -48,10 +48,6 @@ def test_a_leak_is_seen(mb_per_hour: float) -> None:
     [
         ({"codes": {"OK": 5, "INTERNAL": 1}}, "unexpected codes"),
         ({"errors": {"EngineError": 1}}, "unexpected errors"),
-        (
-            {"bytes_a_cancelled_client": 2000.0},
-            "memory left by a client that cancels an append, bytes",
-        ),
         ({"sessions_left": 1}, "sessions left"),
         ({"exit_code": 1}, "exit code after SIGTERM"),
     ],
