@@ -143,8 +143,6 @@ class SessionStream:
         left_alone = {reader, writer} if self._writing else {reader}
         lanes = {lane.task for lane in self._lanes.values() if lane.task}
         tasks = (self._helpers | lanes) - left_alone
-        for task in left_alone:
-            task.add_done_callback(seen)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -168,7 +166,13 @@ class SessionStream:
     def _start(self, work: object) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
         self._helpers.add(task)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Lets go of it: its traceback leads back here, which only the collector could undo."""
+        self._helpers.discard(task)
+        seen(task)
 
     async def _until(self, wanted: asyncio.Task[None], writer: asyncio.Task[None]) -> None:
         """Returns when `wanted` or the stream is over; raises what broke it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, cast
@@ -290,3 +291,22 @@ async def test_a_pending_read_or_write_is_never_cancelled() -> None:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+
+
+def num_streams() -> int:
+    """In memory, whether anything still refers to them or not."""
+    return sum(type(each) is SessionStream for each in gc.get_objects())
+
+
+async def test_a_cancelled_stream_leaves_nothing_to_the_collector() -> None:
+    async with raw_stream() as (raw, _):
+        await raw.open()
+        await raw.append(make_span(20))
+        gc.collect()
+        gc.disable()
+        try:
+            assert num_streams() == 1
+            raw.call.cancel()
+            await eventually(lambda: num_streams() == 0)
+        finally:
+            gc.enable()
