@@ -20,6 +20,8 @@ DOUBLES = (0.0, -0.0, 1.0, -1.0, 1e-320, 1e308, math.inf, -math.inf, math.nan, 0
 NAMES = ("s", "t", "", "x" * 300, "a\x00b", "\n", "né", "../..", "%s%n")
 _DEEP = "deep"
 """Stands for lists in lists: json.dumps would not write so many."""
+LEAKS = ("Traceback", 'File "', ".py", "site-packages")
+"""What no client may be told."""
 H2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 

@@ -265,17 +265,9 @@ async def test_another_tenants_session_looks_like_none(guarded: LiveServer) -> N
 
 
 def test_http_has_no_way_to_name_a_session() -> None:
-    schema = http_app().openapi()
-    bodies = {
-        name: body for name, body in schema["components"]["schemas"].items() if "Body" in name
-    }
-    assert {"ScoreBody", "AnalyzeBody"} <= set(bodies)
-    asked = [
-        (path, method, operation.get("parameters"), operation.get("requestBody"))
-        for path, methods in schema["paths"].items()
-        for method, operation in methods.items()
-    ]
-    assert "session" not in json.dumps([asked, bodies])
+    schema = json.dumps(http_app().openapi())
+    assert "/v1/score" in schema
+    assert "session" not in schema.replace("max_sessions", "")  # a limit, which /v1/info tells
 
 
 def http_app() -> Any:
