@@ -211,7 +211,7 @@ class TeacherSession:
                 return
             request = pb.SessionRequest(close=pb.Close(session_id=self.session_id))
             try:
-                await stream.exchange(self.session_id, [request])
+                await stream.exchange(self.session_id, [request.SerializeToString()])
             except (TeacherError, BrokenStreamError) as error:
                 log.info("session %s ended without an answer: %s", self.session_id, error)
 
@@ -221,15 +221,15 @@ class TeacherSession:
         append.append.deadline_ms = deadline_ms
         append.append.traceparent = tracing.traceparent()
         codec.write_span(append.append.span, span)
-        size = append.ByteSize()
-        if size > codec.MAX_MESSAGE_BYTES:
+        raw = append.SerializeToString()
+        if len(raw) > codec.MAX_MESSAGE_BYTES:
             limit = codec.MAX_MESSAGE_BYTES
-            raise InvalidRequestError(f"the append has {size} bytes, the limit is {limit}")
+            raise InvalidRequestError(f"the append has {len(raw)} bytes, the limit is {limit}")
         patience = Patience(self._client.limits)
         while True:
             stream = await self._stream()
             in_step = self._in_step and self._opened_on is stream
-            requests = [append] if in_step else [self._open_request(), append]
+            requests = [raw] if in_step else [self._open_request(), raw]
             self._opened_on, self._in_step = stream, False
             try:
                 chunks = await stream.exchange(self.session_id, requests)
@@ -246,8 +246,8 @@ class TeacherSession:
             return self._opened_on
         return await self._client.stream_for(self.session_id)
 
-    def _open_request(self) -> pb.SessionRequest:
-        return pb.SessionRequest(
+    def _open_request(self) -> bytes:
+        request = pb.SessionRequest(
             open=pb.Open(
                 session_id=self.session_id,
                 prompt_ids=codec.encode_ids(self._prompt_ids),
@@ -257,6 +257,7 @@ class TeacherSession:
                 policy=codec.encode_policy(self._policy),
             )
         )
+        return request.SerializeToString()
 
     def _rewind(self, offset: int) -> None:
         if offset == self.num_scored:

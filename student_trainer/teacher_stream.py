@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
+from student_trainer.outbox import Outbox
 from student_trainer.patience import BrokenStreamError
 from student_trainer.teacher_access import TeacherAccess
-from teacher_wire import codec
+from teacher_wire import batches, codec
 from teacher_wire.errors import EngineError, NotReadyError, TeacherError
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
@@ -40,6 +42,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 _CLOSE_TIMEOUT_S = 2.0
+_SESSION = f"/{pb.DESCRIPTOR.services_by_name['TeacherService'].full_name}/Session"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +83,7 @@ class TeacherStream:
         self._stub = pb_grpc.TeacherServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._call: Any = None
         self._welcome: asyncio.Future[TeacherInfo] = asyncio.get_running_loop().create_future()
-        self._outbox: asyncio.Queue[pb.SessionRequest | None] = asyncio.Queue()
+        self._outbox = Outbox()
         self._exchanges: dict[str, deque[_Exchange]] = {}
         self._num_calls = 0
         self._consumed_bytes = 0
@@ -119,15 +122,17 @@ class TeacherStream:
 
     async def _shake_hands(self, timeout_s: float) -> TeacherInfo:
         await self._wait_until_connected(timeout_s)
-        self._call = self._stub.Session(metadata=self._metadata)
+        # Bytes both ways: requests leave encoded, and replies count with the size they came in.
+        self._call = self._channel.stream_stream(_SESSION)(metadata=self._metadata)
         hello = pb.Hello(
             protocol_version=PROTOCOL_VERSION,
             tokenizer_fingerprint=self._handshake.tokenizer_fingerprint,
             vocab_size=self._handshake.vocab_size,
             run_id=self._handshake.run_id,
             credit_bytes=self._handshake.credit_bytes,
+            accepts_batches=True,
         )
-        self._outbox.put_nowait(pb.SessionRequest(hello=hello))
+        self._outbox.put(pb.SessionRequest(hello=hello).SerializeToString())
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
         done, _ = await asyncio.wait({self._welcome}, timeout=timeout_s)
         if not done:
@@ -159,10 +164,9 @@ class TeacherStream:
             return f"no teacher listens at {self.endpoint}: {error.details()}"
         return f"no teacher listens at {self.endpoint}"
 
-    async def exchange(
-        self, session_id: str, requests: Sequence[pb.SessionRequest]
-    ) -> list[pb.Scores]:
-        """Sends requests of one session and waits for an answer to each; returns the scores.
+    async def exchange(self, session_id: str, requests: Sequence[bytes]) -> list[pb.Scores]:
+        """Sends encoded SessionRequests of one session and waits for an answer to each; returns the
+        scores.
 
         Raises the first error among the answers, or BrokenStreamError.
         """
@@ -173,7 +177,7 @@ class TeacherStream:
         # those of the next one.
         self._exchanges.setdefault(session_id, deque()).append(exchange)
         for request in requests:
-            self._outbox.put_nowait(request)
+            self._outbox.put(request)
         return await exchange.answer
 
     async def score(self, request: pb.ScoreRequest) -> list[pb.ScoreResponse]:
@@ -195,7 +199,7 @@ class TeacherStream:
     async def aclose(self) -> None:
         """Ends the stream: in good order if the server follows at once, else by cancelling."""
         if self._tasks:
-            self._outbox.put_nowait(None)
+            self._outbox.end()
             await asyncio.wait(self._tasks, timeout=_CLOSE_TIMEOUT_S)
         if self._call is not None:
             self._call.cancel()
@@ -208,14 +212,15 @@ class TeacherStream:
     async def _write(self) -> None:
         # A write on a broken stream fails here as well; the reader has the reason.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            while (request := await self._outbox.get()) is not None:
-                await self._call.write(request)
+            while requests := await self._outbox.take():
+                await self._call.write(batches.encode_requests(requests))
             await self._call.done_writing()
 
     async def _read(self) -> None:
         try:
-            while (message := await self._call.read()) is not grpc.aio.EOF:
-                self._dispatch(message)
+            while (raw := await self._call.read()) is not grpc.aio.EOF:
+                for message, size in batches.decode_responses(raw):
+                    self._dispatch(message, size)
             self._break(NotReadyError(f"the teacher at {self.endpoint} ended the stream"))
         except grpc.aio.AioRpcError as error:
             reason = decode_status(error)
@@ -223,6 +228,9 @@ class TeacherStream:
                 # grpc.aio says INTERNAL of a stream that ends under a write, whatever its status.
                 reason = NotReadyError(f"the stream to {self.endpoint} broke: {reason.message}")
             self._break(reason)
+        except DecodeError:
+            self._break(NotReadyError(f"{self.endpoint} sent what is no message of this contract"))
+            self._call.cancel()
         except TeacherError as error:
             self._break(error)
             self._call.cancel()
@@ -230,17 +238,18 @@ class TeacherStream:
             # Whatever ended the reader, nobody may wait for it any more.
             self._break(NotReadyError(f"nothing reads from {self.endpoint} any more"))
 
-    def _dispatch(self, message: pb.SessionResponse) -> None:
+    def _dispatch(self, message: pb.SessionResponse, size: int) -> None:
         kind = message.WhichOneof("message")
-        if kind == "welcome":
+        if kind == "scores":
+            self._count(size)
+            self._answered(message.scores.session_id, chunk=message.scores)
+        elif kind == "welcome":
+            self._outbox.batches = message.welcome.accepts_batches
             self._welcome.set_result(codec.decode_info(message.welcome.info))
         elif kind == "go_away":
             log.info("%s goes away: %s", self.endpoint, message.go_away.reason)
             self.going_away = True
             self._unusable.set()
-        elif kind == "scores":
-            self._count(message)
-            self._answered(message.scores.session_id, chunk=message.scores)
         elif kind == "opened":
             self._answered(message.opened.session_id)
         elif kind == "closed":
@@ -251,12 +260,12 @@ class TeacherStream:
                 raise error
             self._answered(message.error.session_id, error=error)
 
-    def _count(self, message: pb.SessionResponse) -> None:
+    def _count(self, size: int) -> None:
         """Gives credit back in large steps, long before it runs out."""
-        self._consumed_bytes += message.ByteSize()
+        self._consumed_bytes += size
         if self._consumed_bytes * 4 >= self._handshake.credit_bytes:
             credit = pb.Credit(bytes=self._consumed_bytes)
-            self._outbox.put_nowait(pb.SessionRequest(credit=credit))
+            self._outbox.put(pb.SessionRequest(credit=credit).SerializeToString())
             self._consumed_bytes = 0
 
     def _answered(

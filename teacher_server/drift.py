@@ -144,8 +144,9 @@ def advance(
     """
     total = state.num_bad_events + int(np.count_nonzero(bad))
     exhausted_at = state.exhausted_at
-    missing = bad_event_budget(policy.w_drop) - state.num_bad_events
-    if exhausted_at is None and total >= bad_event_budget(policy.w_drop):
+    budget = bad_event_budget(policy.w_drop)
+    if exhausted_at is None and total >= budget:
+        missing = budget - state.num_bad_events
         exhausted_at = state.num_tokens + int(np.flatnonzero(bad)[missing - 1]) + 1
     after = DriftState(
         num_tokens=state.num_tokens + len(bad), num_bad_events=total, exhausted_at=exhausted_at

@@ -23,7 +23,7 @@ from teacher_server.interceptors import authorization_of, certificate_name_of
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import Context, SessionStream, StreamLimits, seen
 from teacher_server.tallies import MessageTally
-from teacher_wire import codec
+from teacher_wire import batches, codec
 from teacher_wire.errors import (
     EngineError,
     FingerprintMismatchError,
@@ -64,8 +64,8 @@ class ServiceMetrics(Protocol):
 
 
 def add_to_server(service: TeacherService, server: grpc.aio.Server) -> None:
-    """Registers the service. Bytes that are no message reach it as None, in a stream as a message
-    without content: grpc.aio would answer them with UNKNOWN and the text of a Python exception.
+    """Registers the service. Bytes that are no message reach it as None, and those of a stream as
+    they are: grpc.aio would answer them with UNKNOWN and the text of a Python exception.
     """
     handlers = {
         "GetInfo": grpc.unary_unary_rpc_method_handler(
@@ -78,21 +78,17 @@ def add_to_server(service: TeacherService, server: grpc.aio.Server) -> None:
             request_deserializer=_reader(pb.ScoreRequest),
             response_serializer=pb.ScoreResponse.SerializeToString,
         ),
-        "Session": grpc.stream_stream_rpc_method_handler(
-            service.Session,
-            request_deserializer=_reader(pb.SessionRequest, pb.SessionRequest),
-            response_serializer=pb.SessionResponse.SerializeToString,
-        ),
+        "Session": grpc.stream_stream_rpc_method_handler(service.Session),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
 
-def _reader(kind: Any, otherwise: Callable[[], Any] = lambda: None) -> Callable[[bytes], Any]:
+def _reader(kind: Any) -> Callable[[bytes], Any]:
     def read(raw: bytes) -> Any:
         try:
             return kind.FromString(raw)
         except DecodeError:
-            return otherwise()
+            return None
 
     return read
 
@@ -201,9 +197,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                 await self._write_in_time(context, chunk)
                 tally.sent += 1
 
-    async def Session(
-        self, request_iterator: AsyncIterator[pb.SessionRequest], context: Context
-    ) -> None:
+    async def Session(self, request_iterator: AsyncIterator[bytes], context: Context) -> None:
         async with self._edge("Session", context) as tally:
             # Hello is read first in any case: grpc.aio's client forgets a status that arrives
             # while it is still writing.
@@ -228,6 +222,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                 self._sessions,
                 tenant=tenant,
                 credit_bytes=hello.credit_bytes,
+                accepts_batches=hello.accepts_batches,
                 limits=self._limits,
                 metrics=self._metrics,
                 tally=tally,
@@ -320,8 +315,9 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             self._metrics.rpc(method, code, time.monotonic() - started)
 
 
-async def _first(requests: AsyncIterator[pb.SessionRequest]) -> pb.SessionRequest | None:
-    return await anext(aiter(requests), None)
+async def _first(requests: AsyncIterator[bytes]) -> pb.SessionRequest | None:
+    raw = await anext(aiter(requests), None)
+    return None if raw is None else batches.decode_request(raw)
 
 
 def _full_name(method: str) -> str:

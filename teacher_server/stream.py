@@ -21,7 +21,7 @@ from teacher_server import logs
 from teacher_server.replies import ReplyQueue, answer_bytes
 from teacher_server.sessions import SessionTable
 from teacher_server.tallies import MessageTally
-from teacher_wire import codec, tracing
+from teacher_wire import batches, codec, tracing
 from teacher_wire.errors import (
     EngineError,
     InvalidRequestError,
@@ -38,7 +38,7 @@ _BREAK_S = 0.05
 _REQUEST_OVERHEAD_BYTES = 512
 """What a waiting request costs beyond its own size."""
 
-Context = grpc.aio.ServicerContext[pb.SessionRequest, pb.SessionResponse]
+Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
 class StreamMetrics(Protocol):
@@ -92,6 +92,7 @@ class SessionStream:
         *,
         tenant: str,
         credit_bytes: int,
+        accepts_batches: bool,
         limits: StreamLimits,
         metrics: StreamMetrics,
         tally: MessageTally,
@@ -102,25 +103,30 @@ class SessionStream:
         self._limits = limits
         self._metrics = metrics
         self._tally = tally
-        self._replies = ReplyQueue(max_bytes=limits.max_reply_bytes, credit_bytes=credit_bytes)
+        self._replies = ReplyQueue(
+            max_bytes=limits.max_reply_bytes, credit_bytes=credit_bytes, batches=accepts_batches
+        )
         self._lanes: dict[str, _Lane] = {}
         self._opened: set[str] = set()
         self._request_bytes = 0
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._draining = False
         self._stopped = False
+        self._reading = True
+        """A read is pending in gRPC."""
         self._writing = False
-        """A write is pending in gRPC."""
+        """A write is."""
         self._helpers: set[asyncio.Task[None]] = set()
 
-    async def run(self, requests: AsyncIterator[pb.SessionRequest], info: pb.TeacherInfo) -> None:
+    async def run(self, requests: AsyncIterator[bytes], info: pb.TeacherInfo) -> None:
         """Serves until the client is done, the stream breaks, or it is drained.
 
         Raises SlowConsumerError for a client that is too slow, QuotaError for one that asks too
         much. When the client ends the stream its sessions end with it; when the stream breaks they
         stay a while, to be resumed.
         """
-        await self._replies.put(pb.SessionResponse(welcome=pb.Welcome(info=info)))
+        welcome = pb.Welcome(info=info, accepts_batches=True)
+        await self._replies.put(pb.SessionResponse(welcome=welcome))
         reader = self._start(self._read(requests))
         writer = self._start(self._write())
         try:
@@ -140,7 +146,9 @@ class SessionStream:
         """Ends all tasks, but for a read or a write that is pending in gRPC: those end by
         themselves with the call, and cancelling one leaks memory in grpc.aio."""
         self._stopped = True
-        left_alone = {reader, writer} if self._writing else {reader}
+        left_alone = {reader} if self._reading else set()
+        if self._writing:
+            left_alone.add(writer)
         lanes = {lane.task for lane in self._lanes.values() if lane.task}
         tasks = (self._helpers | lanes) - left_alone
         for task in tasks:
@@ -210,34 +218,40 @@ class SessionStream:
             # A timer, not asyncio.timeout: cancelling a pending write leaks memory in grpc.aio.
             timer = loop.call_later(limit_s, self.cut, slow)
             try:
-                reply = await self._replies.take()
+                replies = await self._replies.take()
                 self._writing = True
-                await self._context.write(reply)
+                await self._context.write(batches.encode_responses(replies))
             finally:
                 self._writing = False
                 timer.cancel()
             self._replies.written()
             self._tally.sent += 1
 
-    async def _read(self, requests: AsyncIterator[pb.SessionRequest]) -> None:
-        async for request in requests:
+    async def _read(self, requests: AsyncIterator[bytes]) -> None:
+        async for raw in requests:
             if self._stopped:
                 continue
             self._tally.received += 1
-            kind = request.WhichOneof("message")
-            if kind == "credit":
-                self._replies.grant(request.credit.bytes)
-            elif kind in ("open", "append", "close"):
-                self._enqueue(kind, request)
-            else:
-                got = kind or "empty or unreadable"
-                error = InvalidRequestError(
-                    f"message is {got}, must be open, append, close, credit"
-                )
+            self._reading = False
+            try:
+                for request, size in batches.decode_requests(raw):
+                    await self._take_in(request, size)
+            except InvalidRequestError as error:
                 await self._answer_error(error, "", None)
+            self._reading = True
 
-    def _enqueue(self, kind: str, request: pb.SessionRequest) -> None:
-        size = request.ByteSize() + _REQUEST_OVERHEAD_BYTES
+    async def _take_in(self, request: pb.SessionRequest, size: int) -> None:
+        kind = request.WhichOneof("message")
+        if kind == "credit":
+            self._replies.grant(request.credit.bytes)
+        elif kind in ("open", "append", "close"):
+            self._enqueue(kind, request, size + _REQUEST_OVERHEAD_BYTES)
+        else:
+            got = kind or "empty or unreadable"
+            error = InvalidRequestError(f"message is {got}, must be open, append, close, credit")
+            await self._answer_error(error, "", None)
+
+    def _enqueue(self, kind: str, request: pb.SessionRequest, size: int) -> None:
         self._request_bytes += size
         if self._request_bytes > self._limits.max_request_bytes:
             limit = self._limits.max_request_bytes

@@ -208,8 +208,8 @@ RULES = [
     Rule(
         modules="*",
         never="teacher_wire.pb",
-        but="teacher_wire.codec teacher_wire.status teacher_server.service teacher_server.stream "
-        "teacher_server.replies teacher_server.app teacher_server.testing "
+        but="teacher_wire.codec teacher_wire.batches teacher_wire.status teacher_server.service "
+        "teacher_server.stream teacher_server.replies teacher_server.app teacher_server.testing "
         "student_trainer.teacher_client student_trainer.teacher_stream",
         why="messages stay at the edge",
     ),

@@ -77,9 +77,14 @@ MESSAGES = {
     "GetInfoRequest": "",
     "GetInfoResponse": "info=1",
     "GoAway": "reason=1 deadline_ms=2",
-    "Hello": "protocol_version=1 tokenizer_fingerprint=2 vocab_size=3 run_id=4 credit_bytes=5",
+    "Hello": (
+        "protocol_version=1 tokenizer_fingerprint=2 vocab_size=3 run_id=4 credit_bytes=5 "
+        "accepts_batches=6"
+    ),
     "Open": "session_id=1 prompt_ids=2 scored_ids=3 drift=4 options=5 policy=6",
     "Opened": "session_id=1 next_offset=2",
+    "RequestBatch": "requests=1",
+    "ResponseBatch": "responses=1",
     "ScoreOptions": "k=1 temperature=2 logprob_dtype=3 want_entropy=4 want_rank=5",
     "ScoreRequest": "prompt_ids=1 span=2 options=3 policy=4 run_id=5",
     "ScoreResponse": "rows=1 last=2 drift=3 verdict=4 keep_tokens=5 timing=6",
@@ -89,8 +94,8 @@ MESSAGES = {
         "token_ranks=13"
     ),
     "Scores": "session_id=1 rows=2 last=3 drift=4 verdict=5 keep_tokens=6 timing=7",
-    "SessionRequest": "hello=1 open=2 append=3 close=4 credit=5",
-    "SessionResponse": "welcome=1 opened=2 scores=3 closed=4 error=5 go_away=6",
+    "SessionRequest": "hello=1 open=2 append=3 close=4 credit=5 batch=6",
+    "SessionResponse": "welcome=1 opened=2 scores=3 closed=4 error=5 go_away=6 batch=7",
     "TeacherInfo": (
         "model_id=1 revision=2 weights_digest=3 dtype=4 vocab_size=5 "
         "tokenizer_fingerprint=6 special_token_ids=7 max_k=8 max_context=9 engine=10 "
@@ -99,7 +104,7 @@ MESSAGES = {
     ),
     "Timing": "queue_us=1 engine_us=2",
     "TokenSpan": "offset=1 token_ids=2 num_candidates=3 candidate_ids=4 event_mask=5",
-    "Welcome": "info=1",
+    "Welcome": "info=1 accepts_batches=2",
 }
 ENUMS = {
     "DriftMetric": (

@@ -7,6 +7,7 @@ read-only views of the message's bytes where the element type allows it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,14 +40,14 @@ CHANNEL_LIMITS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 )
+_ROW_EXTRA_BYTES = 10
+"""Overlap, event, entropy and rank of a row."""
 _ENVELOPE_BYTES = 1024
 """Room for everything in a reply that does not grow with its rows, the session's name aside."""
 
-_I32, _U8, _F32 = np.dtype("<i4"), np.dtype("u1"), np.dtype("<f4")
-_FLOATS: dict[LogprobDtype, np.dtype[Any]] = {
-    LogprobDtype.F16: np.dtype("<f2"),
-    LogprobDtype.F32: _F32,
-}
+_I32, _U8 = np.dtype("<i4"), np.dtype("u1")
+_F16, _F32 = np.dtype("<f2"), np.dtype("<f4")
+_FLOATS: dict[LogprobDtype, np.dtype[Any]] = {LogprobDtype.F16: _F16, LogprobDtype.F32: _F32}
 _F16_MIN = np.float32(np.finfo(np.float16).min)
 
 _DTYPE_TO_PB = {
@@ -72,14 +73,13 @@ _VERDICT_FROM_PB: dict[int, Verdict] = {value: key for key, value in _VERDICT_TO
 def _decode_array(
     raw: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], field: str
 ) -> NDArray[Any]:
-    expected = dtype.itemsize
-    for size in shape:
-        expected *= size
-    if len(raw) != expected:
+    try:  # both refuse a length that does not fit
+        return np.frombuffer(raw, dtype).reshape(shape)
+    except ValueError:
+        expected = math.prod(shape) * dtype.itemsize
         raise InvalidRequestError(
             f"{field} has {len(raw)} bytes, must have {expected} for {list(shape)} {dtype.name}"
-        )
-    return np.frombuffer(raw, dtype).reshape(shape)
+        ) from None
 
 
 def _encode_array(array: NDArray[Any], dtype: np.dtype[Any]) -> bytes:
@@ -98,16 +98,16 @@ def decode_ids(raw: bytes, field: str) -> NDArray[np.int32]:
     return np.frombuffer(raw, _I32)
 
 
-def _encode_logprobs(logprobs: NDArray[np.float32], dtype: LogprobDtype) -> bytes:
-    if dtype is LogprobDtype.F16:  # beyond half precision a log-prob would become -inf
+def _encode_logprobs(logprobs: NDArray[np.float32], dtype: np.dtype[Any]) -> bytes:
+    if dtype is _F16:  # beyond half precision a log-prob would become -inf
         logprobs = np.maximum(logprobs, _F16_MIN)
-    return _encode_array(logprobs, _FLOATS[dtype])
+    return _encode_array(logprobs, dtype)
 
 
 def _decode_logprobs(
-    raw: bytes, dtype: LogprobDtype, shape: tuple[int, ...], field: str
+    raw: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], field: str
 ) -> NDArray[np.float32]:
-    return _decode_array(raw, _FLOATS[dtype], shape, field).astype(np.float32, copy=False)
+    return _decode_array(raw, dtype, shape, field).astype(np.float32, copy=False)
 
 
 # Options, policy, state
@@ -242,12 +242,13 @@ def _write_rows(message: pb.ScoreRows, rows: ScoreRows, dtype: LogprobDtype) -> 
     message.offset = rows.offset
     message.count, message.k = rows.topk_ids.shape
     message.logprob_dtype = _DTYPE_TO_PB[dtype]
+    floats = _FLOATS[dtype]
     message.topk_ids = encode_ids(rows.topk_ids)
-    message.topk_logprobs = _encode_logprobs(rows.topk_logprobs, dtype)
-    message.token_logprobs = _encode_logprobs(rows.token_logprobs, dtype)
+    message.topk_logprobs = _encode_logprobs(rows.topk_logprobs, floats)
+    message.token_logprobs = _encode_logprobs(rows.token_logprobs, floats)
     if rows.candidate_logprobs is not None:
         message.num_candidates = rows.candidate_logprobs.shape[1]
-        message.candidate_logprobs = _encode_logprobs(rows.candidate_logprobs, dtype)
+        message.candidate_logprobs = _encode_logprobs(rows.candidate_logprobs, floats)
     if rows.overlap_counts is not None:
         message.overlap_counts = _encode_array(rows.overlap_counts, _U8)
     if rows.bad_events is not None:
@@ -260,7 +261,7 @@ def _write_rows(message: pb.ScoreRows, rows: ScoreRows, dtype: LogprobDtype) -> 
 
 def decode_rows(message: pb.ScoreRows) -> ScoreRows:
     n, k = message.count, message.k
-    dtype = _decode_logprob_dtype(message.logprob_dtype)
+    floats = _FLOATS[_decode_logprob_dtype(message.logprob_dtype)]
 
     def optional(field: str, element: np.dtype[Any]) -> NDArray[Any] | None:
         if not message.HasField(field):
@@ -271,13 +272,13 @@ def decode_rows(message: pb.ScoreRows) -> ScoreRows:
     if message.HasField("candidate_logprobs"):
         shape = (n, message.num_candidates)
         raw = message.candidate_logprobs
-        candidates = _decode_logprobs(raw, dtype, shape, "candidate_logprobs")
+        candidates = _decode_logprobs(raw, floats, shape, "candidate_logprobs")
     bad_events = optional("bad_events", _U8)
     return ScoreRows(
         offset=message.offset,
         topk_ids=_decode_array(message.topk_ids, _I32, (n, k), "topk_ids"),
-        topk_logprobs=_decode_logprobs(message.topk_logprobs, dtype, (n, k), "topk_logprobs"),
-        token_logprobs=_decode_logprobs(message.token_logprobs, dtype, (n,), "token_logprobs"),
+        topk_logprobs=_decode_logprobs(message.topk_logprobs, floats, (n, k), "topk_logprobs"),
+        token_logprobs=_decode_logprobs(message.token_logprobs, floats, (n,), "token_logprobs"),
         candidate_logprobs=candidates,
         overlap_counts=optional("overlap_counts", _U8),
         bad_events=None if bad_events is None else bad_events != 0,
@@ -289,18 +290,9 @@ def decode_rows(message: pb.ScoreRows) -> ScoreRows:
 # Answers
 
 
-def row_bytes(rows: ScoreRows, dtype: LogprobDtype) -> int:
-    """Bytes that one row takes on the wire."""
-    floats = rows.topk_ids.shape[1] + 1
-    if rows.candidate_logprobs is not None:
-        floats += rows.candidate_logprobs.shape[1]
-    extras: int = sum(
-        array.itemsize
-        for array in (rows.overlap_counts, rows.bad_events, rows.entropies, rows.token_ranks)
-        if array is not None
-    )
-    size: int = 4 * rows.topk_ids.shape[1] + _FLOATS[dtype].itemsize * floats + extras
-    return size
+def row_bytes(k: int, num_candidates: int, dtype: LogprobDtype) -> int:
+    """Bytes that one row takes on the wire at most."""
+    return 4 * k + _FLOATS[dtype].itemsize * (k + 1 + num_candidates) + _ROW_EXTRA_BYTES
 
 
 def encode_scores(
@@ -325,7 +317,10 @@ def encode_score_responses(scores: Scores, dtype: LogprobDtype) -> Iterator[pb.S
 def _chunks(
     rows: ScoreRows, dtype: LogprobDtype, envelope_bytes: int
 ) -> Iterator[tuple[ScoreRows, bool]]:
-    size = max(1, (MAX_REPLY_BYTES - envelope_bytes) // row_bytes(rows, dtype))
+    candidates = rows.candidate_logprobs
+    num_candidates = 0 if candidates is None else candidates.shape[1]
+    per_row = row_bytes(rows.topk_ids.shape[1], num_candidates, dtype)
+    size = max(1, (MAX_REPLY_BYTES - envelope_bytes) // per_row)
     if len(rows) <= size:
         yield rows, True
         return

@@ -26,14 +26,16 @@ H2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 def valid_messages() -> list[pb.SessionRequest]:
-    """A conversation that a server likes."""
-    return [
+    """A conversation that a server likes, and all of it in one message."""
+    messages = [
         open_message("s"),
         append_message("s", span_at(0, 5, k=16)),
         append_message("s", span_at(5, 7, k=16), deadline_ms=1000),
         pb.SessionRequest(credit=pb.Credit(bytes=1000)),
         pb.SessionRequest(close=pb.Close(session_id="s")),
     ]
+    batch = pb.RequestBatch(requests=[message.SerializeToString() for message in messages])
+    return [*messages, pb.SessionRequest(batch=batch)]
 
 
 def score_request() -> pb.ScoreRequest:
@@ -90,6 +92,10 @@ def _fill(rng: random.Random, message: Message, field: FieldDescriptor) -> None:
             below.SetInParent()
         return
     value: Any
+    if field.is_repeated and field.type == FieldDescriptor.TYPE_BYTES:
+        many = getattr(message, field.name)
+        many.extend([_hostile_bytes(rng, rng.choice(many or [b""]))] * rng.choice((1, 2, 2000)))
+        return
     if field.type == FieldDescriptor.TYPE_BYTES:
         value = _hostile_bytes(rng, getattr(message, field.name))
     elif field.type == FieldDescriptor.TYPE_STRING:

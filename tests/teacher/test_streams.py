@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 from collections.abc import AsyncIterator, Awaitable
+from dataclasses import replace
 from typing import Any, cast
 
 import grpc
@@ -263,12 +264,12 @@ async def test_a_pending_read_or_write_is_never_cancelled() -> None:
             raise
 
     class Context:
-        def write(self, reply: pb.SessionResponse) -> Awaitable[None]:
+        def write(self, reply: bytes) -> Awaitable[None]:
             return pending("write")
 
-    async def requests() -> AsyncIterator[pb.SessionRequest]:
+    async def requests() -> AsyncIterator[bytes]:
         await pending("read")
-        yield pb.SessionRequest()
+        yield b""
 
     async with local_teacher() as teacher:
         stream = SessionStream(
@@ -276,6 +277,7 @@ async def test_a_pending_read_or_write_is_never_cancelled() -> None:
             teacher.sessions,
             tenant="t",
             credit_bytes=0,
+            accepts_batches=True,
             limits=StreamLimits(),
             metrics=teacher.metrics,
             tally=MessageTally(),
@@ -310,3 +312,20 @@ async def test_a_cancelled_stream_leaves_nothing_to_the_collector() -> None:
             await eventually(lambda: num_streams() == 0)
         finally:
             gc.enable()
+
+
+async def test_a_reader_that_waits_for_room_ends_with_its_stream() -> None:
+    """It waits for the reply queue, not for gRPC, and nobody would ever wake it."""
+    limits = StreamLimits(max_reply_bytes=100, slow_client_s=0.2)
+    async with raw_stream(
+        hello=pb.Hello(protocol_version=1, credit_bytes=1), stream_limits=limits
+    ) as (raw, _):
+        await raw.open()
+        await raw.append(make_span(20))
+        await raw.append(replace(make_span(20), offset=20))
+        for _ in range(20):
+            await raw.send()
+        assert isinstance(await raw.failure(), SlowConsumerError)
+        await asyncio.sleep(0.1)
+        left = [str(task.get_coro()) for task in asyncio.all_tasks()]
+        assert not [name for name in left if "SessionStream" in name]
