@@ -13,8 +13,9 @@ from teacher_wire.errors import InvalidRequestError
 from teacher_wire.pb import teacher_pb2 as pb
 
 MAX_BATCH_MESSAGES = 1024
-MAX_BATCH_BYTES = MAX_REPLY_BYTES
-"""Of the messages in a batch; one that is larger goes by itself."""
+_MAX_ENCODED_BYTES = MAX_REPLY_BYTES
+MAX_BATCH_BYTES = _MAX_ENCODED_BYTES - 8 * MAX_BATCH_MESSAGES
+"""Of the messages in a batch, framing aside; one that is larger goes by itself."""
 
 
 _REQUEST_BATCH_TAG = b"\x32"
@@ -37,7 +38,8 @@ def encode_responses(responses: list[bytes]) -> bytes:
 
 def slow_encode_requests(requests: list[bytes]) -> bytes:
     """What encode_requests writes for several, by protobuf itself."""
-    return pb.SessionRequest(batch=pb.RequestBatch(requests=requests)).SerializeToString()
+    batch = pb.RequestBatch(requests=requests).SerializeToString()
+    return pb.SessionRequest(batch=batch).SerializeToString()
 
 
 def slow_encode_responses(responses: list[bytes]) -> bytes:
@@ -73,12 +75,18 @@ def decode_request(raw: bytes) -> pb.SessionRequest:
 def decode_requests(raw: bytes) -> list[tuple[pb.SessionRequest, int]]:
     """The messages in one, each with its size in bytes; a batch in a batch stays one.
 
-    Raises InvalidRequestError for a batch of too many.
+    Raises InvalidRequestError for a batch that is too large, holds too many or cannot be read.
     """
     message = decode_request(raw)
     if not message.HasField("batch"):
         return [(message, len(raw))]
-    requests = message.batch.requests
+    size = len(message.batch)
+    if size > _MAX_ENCODED_BYTES:
+        raise InvalidRequestError(f"a batch has {size} bytes, the limit is {_MAX_ENCODED_BYTES}")
+    try:
+        requests = pb.RequestBatch.FromString(message.batch).requests
+    except DecodeError:
+        raise InvalidRequestError("a batch cannot be read") from None
     if len(requests) > MAX_BATCH_MESSAGES:
         raise InvalidRequestError(
             f"a batch has {len(requests)} messages, the limit is {MAX_BATCH_MESSAGES}"

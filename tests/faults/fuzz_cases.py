@@ -34,8 +34,12 @@ def valid_messages() -> list[pb.SessionRequest]:
         pb.SessionRequest(credit=pb.Credit(bytes=1000)),
         pb.SessionRequest(close=pb.Close(session_id="s")),
     ]
+    return [*messages, pb.SessionRequest(batch=batch_of(messages))]
+
+
+def batch_of(messages: list[pb.SessionRequest]) -> bytes:
     batch = pb.RequestBatch(requests=[message.SerializeToString() for message in messages])
-    return [*messages, pb.SessionRequest(batch=batch)]
+    return batch.SerializeToString()
 
 
 def score_request() -> pb.ScoreRequest:
@@ -92,10 +96,6 @@ def _fill(rng: random.Random, message: Message, field: FieldDescriptor) -> None:
             below.SetInParent()
         return
     value: Any
-    if field.is_repeated and field.type == FieldDescriptor.TYPE_BYTES:
-        many = getattr(message, field.name)
-        many.extend([_hostile_bytes(rng, rng.choice(many or [b""]))] * rng.choice((1, 2, 2000)))
-        return
     if field.type == FieldDescriptor.TYPE_BYTES:
         value = _hostile_bytes(rng, getattr(message, field.name))
     elif field.type == FieldDescriptor.TYPE_STRING:
@@ -134,6 +134,8 @@ def hostile_request(rng: random.Random) -> pb.SessionRequest:
     if rng.random() < 0.8:
         like = rng.choice(valid_messages())
         kind = str(like.WhichOneof("message"))
+        if kind == "batch":
+            return _hostile_batch(rng)
         below = getattr(like, kind)
         request = pb.SessionRequest()
         getattr(request, kind).CopyFrom(hostile(rng, type(below), below))
@@ -141,6 +143,19 @@ def hostile_request(rng: random.Random) -> pb.SessionRequest:
     request = hostile(rng, pb.SessionRequest)
     assert isinstance(request, pb.SessionRequest)
     return request
+
+
+def _hostile_batch(rng: random.Random) -> pb.SessionRequest:
+    """Of valid, hostile and broken messages, of too many, or of batches."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        return pb.SessionRequest(batch=mutated(rng, batch_of(valid_messages())))
+    if kind == 1:
+        return pb.SessionRequest(batch=batch_of([pb.SessionRequest()] * rng.choice((30, 2000))))
+    if kind == 2:
+        messages = [hostile_request(rng) for _ in range(rng.randint(1, 5))]
+        return pb.SessionRequest(batch=batch_of(messages))
+    return pb.SessionRequest(batch=batch_of(valid_messages()[::-1]))
 
 
 def _frame(rng: random.Random) -> bytes:

@@ -63,7 +63,8 @@ def conversation() -> list[pb.SessionRequest]:
 
 
 def raw_batch(messages: list[pb.SessionRequest]) -> dict[str, Any]:
-    return {"batch": pb.RequestBatch(requests=[each.SerializeToString() for each in messages])}
+    batch = pb.RequestBatch(requests=[each.SerializeToString() for each in messages])
+    return {"batch": batch.SerializeToString()}
 
 
 def flat(message: pb.SessionResponse) -> list[pb.SessionResponse]:
@@ -127,16 +128,13 @@ async def test_answers_that_are_ready_together_leave_together() -> None:
 @pytest.mark.parametrize(
     ("inside", "reason"),
     [
-        (HELLO, "message is hello, must be"),
-        (pb.RequestBatch(requests=[b""]), "message is batch, must be"),
-        (None, "message is empty or unreadable, must be"),
+        ({"hello": HELLO}, "message is hello, must be"),
+        ({"batch": b""}, "message is batch, must be"),
+        ({}, "message is empty or unreadable, must be"),
     ],
 )
 async def test_what_may_not_be_in_a_batch_is_refused_alone(inside: Any, reason: str) -> None:
-    message = pb.SessionRequest()
-    if inside is not None:
-        kind = "hello" if isinstance(inside, pb.Hello) else "batch"
-        getattr(message, kind).CopyFrom(inside)
+    message = pb.SessionRequest(**inside)
     closing = pb.SessionRequest(close=pb.Close(session_id="s"))
     async with raw_stream() as (raw, _):
         await raw.send(**raw_batch([message, closing]))
@@ -149,7 +147,8 @@ async def test_what_may_not_be_in_a_batch_is_refused_alone(inside: Any, reason: 
 async def test_unreadable_bytes_in_a_batch_are_refused_alone() -> None:
     closing = pb.SessionRequest(close=pb.Close(session_id="s")).SerializeToString()
     async with raw_stream() as (raw, _):
-        await raw.send(batch=pb.RequestBatch(requests=[b"\xff\xff\xff", closing]))
+        batch = pb.RequestBatch(requests=[b"\xff\xff\xff", closing])
+        await raw.send(batch=batch.SerializeToString())
         assert "unreadable" in (await raw.receive()).error.message
         assert (await raw.receive()).HasField("closed")
 
@@ -166,6 +165,23 @@ async def test_a_batch_of_too_many_is_refused_whole() -> None:
         await raw.send(**raw_batch([closing] * MAX_BATCH_MESSAGES))
         for _ in range(MAX_BATCH_MESSAGES):
             assert (await raw.receive()).HasField("closed")
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        (b"\x0a\x00" * (8 << 19), "a batch has 8388608 bytes, the limit is 1048576"),
+        (b"\x0a\xff", "a batch cannot be read"),
+    ],
+)
+async def test_a_batch_that_is_none_is_refused_before_it_costs(batch: bytes, reason: str) -> None:
+    async with raw_stream() as (raw, _):
+        await raw.send(batch=batch)
+        error = (await raw.receive()).error
+        assert error.type == "InvalidRequestError"
+        assert reason in error.message
+        await raw.send(close=pb.Close(session_id="s"))
+        assert (await raw.receive()).HasField("closed")
 
 
 async def test_the_first_message_is_no_batch() -> None:
