@@ -382,7 +382,8 @@ def main() -> int:
             for name, arm in arms.items()
         }
         names = ("engine", "model", "dtype", "tokens", "append_tokens", "k")
-        write(arguments.json, arms, shares, {name: getattr(arguments, name) for name in names})
+        settings = {name: getattr(arguments, name) for name in names}
+        write(arguments.json, arms, shares, settings | {"cores": arguments.cores or "all"})
     return 1 if any(arm.error for arm in arms.values()) else 0
 
 

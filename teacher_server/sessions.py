@@ -382,6 +382,7 @@ class SessionTable:
             want_entropy=options.want_entropy,
             want_rank=options.want_rank,
             session=session.engine_name,
+            cache_salt=session.tenant,
         )
         try:
             rows, timing = await self._scorer.score(

@@ -34,6 +34,9 @@ class ScoreQuery:
     want_rank: bool = False
     session: str | None = None
     """Hint: queries with the same name grow the same prefix."""
+    cache_salt: str = ""
+    """Queries with different salts share no cached prefix: the time of an answer does not tell one
+    tenant what another has asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,7 @@ from teacher_wire.errors import EngineError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.inputs import TokensPrompt
     from vllm.v1.engine.async_llm import AsyncLLM
 
 PLUGIN = "driftline_token_scorer"
@@ -170,14 +171,14 @@ class VllmEngine:
         token_ids = query.token_ids.tolist()
         collector = RowCollector(request)
         submitted = token_ids if request.whole else token_ids[:-1]
-        await self._submit(submitted, request, collector)
-        await self._fill_head(token_ids, request, collector)
+        await self._submit(submitted, request, collector, query.cache_salt)
+        await self._fill_head(token_ids, request, collector, query.cache_salt)
         rows = collector.rows()
         check_finite(rows, query.first_row)
         return rows
 
     async def _fill_head(
-        self, token_ids: list[int], request: RowRequest, collector: RowCollector
+        self, token_ids: list[int], request: RowRequest, collector: RowCollector, salt: str
     ) -> None:
         """Asks for rows that the prefix cache swallowed: someone else had cached their tokens.
 
@@ -189,12 +190,14 @@ class VllmEngine:
             if first_needed < self._block_size:
                 # Nothing below the missing rows is worth reading: one request does it.
                 await self._submit(
-                    token_ids[: end - 1], request.until(end), collector, read_cache=False
+                    token_ids[: end - 1], request.until(end), collector, salt, read_cache=False
                 )
                 continue
             await asyncio.gather(
                 *(
-                    self._submit(token_ids[:num_tokens], request.until(num_tokens + 1), collector)
+                    self._submit(
+                        token_ids[:num_tokens], request.until(num_tokens + 1), collector, salt
+                    )
                     for num_tokens in range(end - 1, first_needed, -self._block_size)
                 )
             )
@@ -204,6 +207,7 @@ class VllmEngine:
         token_ids: list[int],
         request: RowRequest,
         collector: RowCollector,
+        salt: str,
         *,
         read_cache: bool = True,
     ) -> None:
@@ -218,11 +222,12 @@ class VllmEngine:
             skip_reading_prefix_cache=not read_cache,
             extra_kwargs=request.to_kwargs(),
         )
+        prompt: TokensPrompt = {"prompt_token_ids": token_ids}
+        if salt:
+            prompt["cache_salt"] = salt
         request_id = str(next(self._request_ids))
         try:
-            async for output in self._llm.encode(
-                {"prompt_token_ids": token_ids}, params, request_id
-            ):
+            async for output in self._llm.encode(prompt, params, request_id):
                 collector.add(output.outputs.data.numpy())
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineError(f"vLLM failed: {error}") from error

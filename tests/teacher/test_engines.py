@@ -382,6 +382,31 @@ class TestVllm:
         assert_same_rows(pieces, await reference.score(a_query(token_ids, bounds[0])))
         assert_same_rows(other, await reference.score(a_query(other_ids, 2 * BLOCK)))
 
+    async def test_tenants_share_no_cached_prefix(
+        self, vllm_engine: VllmEngine, reference: HfEngine
+    ) -> None:
+        token_ids = random_ids(504, 8 * BLOCK)
+        assert vllm_engine._llm is not None
+        encode, cached = vllm_engine._llm.encode, []
+
+        async def counting(prompt: Any, *args: object) -> AsyncIterator[Any]:
+            async for output in encode(prompt, *args):
+                cached.append(output.num_cached_tokens)
+                yield output
+
+        expected = await reference.score(a_query(token_ids, 7 * BLOCK))
+        found = []
+        vllm_engine._llm.encode = counting
+        try:
+            for salt in ("mine", "mine", "yours"):
+                query = a_query(token_ids, 7 * BLOCK, cache_salt=salt)
+                cached.clear()
+                assert_same_rows(await vllm_engine.score(query), expected)
+                found.append(cached[0])
+        finally:
+            del vllm_engine._llm.encode
+        assert found == [0, 7 * BLOCK, 0]
+
     async def test_kept_states_are_bounded_and_the_least_used_go_first(self) -> None:
         import torch
 
