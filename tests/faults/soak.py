@@ -5,10 +5,10 @@ Row 18 of the fault table.
 python tests/faults/soak.py --minutes 20     runs, and writes docs/soak.json and docs/soak.md
 python tests/faults/soak.py --report         writes docs/soak.md from docs/soak.json
 
-Clients are in order, leave without closing, are killed, come too late or do not read. Afterwards
-many cancel in the middle of an append, apart from the others: what grpc.aio leaks with them
-(docs/LOG.md) would be the slope of everything else. One SIGINT ends it early; what was measured
-until then is reported, with its length. Exit 1 when a bound is broken.
+Clients are in order, alone or in batches, leave without closing, are killed, come too late or do
+not read. Afterwards many cancel in the middle of an append, apart from the others: what grpc.aio
+leaks with them (docs/LOG.md) would be the slope of everything else. One SIGINT ends it early; what
+was measured until then is reported, with its length. Exit 1 when a bound is broken.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ from typing import Any
 
 import grpc
 import numpy as np
+from fuzz_cases import batch_of
 from live_server import LiveServer, live_server
 from streams import append_message, hello, open_message, span_at, stub_at
 from test_metrics_truth import Scrape
 
+from teacher_wire.batches import decode_responses
 from teacher_wire.pb import teacher_pb2 as pb
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +82,34 @@ async def in_order(address: str, rng: random.Random) -> None:
             await _append(call, name, 16 * index)
         await call.write(pb.SessionRequest(close=pb.Close(session_id=name)))
         assert (await call.read()).HasField("closed")
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
+
+
+async def in_batches(address: str, rng: random.Random) -> None:
+    """Three sessions side by side, whose messages travel together both ways, as a trainer's do."""
+    async with stub_at(address) as stub:
+        call, greeting = stub.Session(), hello(f"soak-{rng.randrange(3)}")
+        greeting.hello.accepts_batches = True
+        await call.write(greeting)
+        assert (await call.read()).welcome.accepts_batches
+        names = [f"{rng.getrandbits(64):x}" for _ in range(3)]
+        rounds = [
+            [open_message(name) for name in names],
+            *(
+                [append_message(name, span_at(16 * index, 16)) for name in names]
+                for index in range(rng.randint(1, 8))
+            ),
+            [pb.SessionRequest(close=pb.Close(session_id=name)) for name in names],
+        ]
+        for messages in rounds:
+            await call.write(pb.SessionRequest(batch=batch_of(messages)))
+            missing = len(messages)
+            while missing:
+                reply = await call.read()
+                for answer, _ in decode_responses(reply.SerializeToString()):
+                    assert answer.WhichOneof("message") in ("opened", "scores", "closed"), answer
+                    missing -= 1
         await call.done_writing()
         assert await call.read() is grpc.aio.EOF
 
@@ -131,7 +161,8 @@ async def killed(address: str, rng: random.Random) -> None:
 
 
 SCENARIOS: dict[Scenario, float] = {
-    in_order: 8,
+    in_order: 6,
+    in_batches: 2,
     no_close: 2,
     too_late: 2,
     does_not_read: 0.1,
