@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+from fuzz_cases import batch_of
 from live_server import LiveServer, live_server
 from prometheus_client.parser import text_string_to_metric_families
 from streams import (
@@ -27,6 +28,7 @@ from streams import (
 )
 
 from teacher_wire import codec
+from teacher_wire.batches import decode_responses
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import TokenSpan
 from teacher_wire.status import decode_status
@@ -183,6 +185,30 @@ async def orderly(stub: Any, counts: Counts, tenant: str, appends: int) -> None:
     await speaker.close()
 
 
+async def in_batches(stub: Any, counts: Counts) -> None:
+    """A batch is one message, and an append in it one append."""
+    speaker = Speaker(stub, counts, "batches")
+    greeting = hello("batches")
+    greeting.hello.accepts_batches = True
+    assert await speaker.ask(greeting) == "welcome"
+    names = ("a", "b", "c")
+    for messages in (
+        [open_message(name) for name in names],
+        [append_message(name, span_at(0, 5)) for name in names],
+        [pb.SessionRequest(close=pb.Close(session_id=name)) for name in names],
+    ):
+        await speaker.tell(pb.SessionRequest(batch=batch_of(messages)))
+        missing = len(names)
+        while missing:
+            heard = (await speaker.hear()).SerializeToString()
+            for answer, _ in decode_responses(heard):
+                assert answer.WhichOneof("message") in ("opened", "scores", "closed")
+                missing -= 1
+    counts.tokens["batches"] += 5 * len(names)
+    counts.outcomes["admitted", "batches"] += len(names)
+    await speaker.close()
+
+
 async def too_late(stub: Any, counts: Counts) -> None:
     """A deadline that passes while another session has the engine."""
     busy, late = Speaker(stub, counts, "busy"), Speaker(stub, counts, "late")
@@ -265,6 +291,7 @@ async def mixed_load(server: LiveServer, counts: Counts) -> None:
     async with stub_at(server.address) as stub:
         for index, tenant in enumerate(("one", "two", "three")):
             await orderly(stub, counts, tenant, appends=3 + index)
+        await in_batches(stub, counts)
         await too_late(stub, counts)
         await broken_off(stub, counts, server)
         await too_slow(stub, counts)
