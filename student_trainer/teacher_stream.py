@@ -42,7 +42,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 _CLOSE_TIMEOUT_S = 2.0
-_SESSION = f"/{pb.DESCRIPTOR.services_by_name['TeacherService'].full_name}/Session"
+_SESSION = f"/{codec.SERVICE_NAME}/Session"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

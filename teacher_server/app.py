@@ -38,10 +38,11 @@ from teacher_server.metrics import Metrics
 from teacher_server.scheduler import Scheduler, SchedulerLimits
 from teacher_server.served import build_engine, describe, load_tokenizer
 from teacher_server.server_options import SERVER_OPTIONS
-from teacher_server.service import SERVICE_NAME, TeacherService, add_to_server
+from teacher_server.service import TeacherService, add_to_server
 from teacher_server.sessions import SessionTable
 from teacher_server.stream import StreamLimits
 from teacher_server.watchdog import Watchdog, WatchedEngine, sample_loop_lag
+from teacher_wire.codec import SERVICE_NAME
 from teacher_wire.errors import EngineError, TeacherError
 from teacher_wire.records import TeacherInfo
 

@@ -100,7 +100,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    from teacher_server.service import SERVICE_NAME
+    from teacher_wire.codec import SERVICE_NAME
 
     address = arguments.address
     try:

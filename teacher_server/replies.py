@@ -16,18 +16,16 @@ from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from teacher_wire.batches import MAX_BATCH_BYTES, MAX_BATCH_MESSAGES
-from teacher_wire.codec import row_bytes
+from teacher_wire.codec import ENVELOPE_BYTES, row_bytes
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import ScoreOptions, TokenSpan
-
-_ENVELOPE_BYTES = 1024
 
 
 def answer_bytes(span: TokenSpan, options: ScoreOptions) -> int:
     """Bytes of the scores of a span, within a few per cent."""
     num_candidates = 0 if span.candidate_ids is None else span.candidate_ids.shape[1]
     per_row = row_bytes(options.k, num_candidates, options.logprob_dtype)
-    return len(span) * per_row + _ENVELOPE_BYTES
+    return len(span) * per_row + ENVELOPE_BYTES
 
 
 class _Reply(NamedTuple):

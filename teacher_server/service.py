@@ -24,6 +24,7 @@ from teacher_server.sessions import SessionTable
 from teacher_server.stream import Context, SessionStream, StreamLimits, seen
 from teacher_server.tallies import MessageTally
 from teacher_wire import batches, codec
+from teacher_wire.codec import SERVICE_NAME
 from teacher_wire.errors import (
     EngineError,
     FingerprintMismatchError,
@@ -40,7 +41,6 @@ from teacher_wire.records import PROTOCOL_VERSION, Scores, TeacherInfo
 from teacher_wire.status import encode_status
 
 log = logging.getLogger(__name__)
-SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 DEFAULT_TENANT = "default"
 MAX_RUN_ID_BYTES = 256
 TenantOf = Callable[[Sequence[str], str | None, str], str]

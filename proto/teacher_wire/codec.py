@@ -32,6 +32,7 @@ from teacher_wire.records import (
     slice_rows,
 )
 
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 MAX_REPLY_BYTES = 1 << 20
 """No message of scores is larger."""
 MAX_MESSAGE_BYTES = 16 << 20
@@ -42,7 +43,7 @@ CHANNEL_LIMITS = (
 )
 _ROW_EXTRA_BYTES = 10
 """Overlap, event, entropy and rank of a row."""
-_ENVELOPE_BYTES = 1024
+ENVELOPE_BYTES = 1024
 """Room for everything in a reply that does not grow with its rows, the session's name aside."""
 
 _I32, _U8 = np.dtype("<i4"), np.dtype("u1")
@@ -299,7 +300,7 @@ def encode_scores(
     scores: Scores, dtype: LogprobDtype, session_id: str
 ) -> Iterator[pb.SessionResponse]:
     """The answer to one append, as messages of at most MAX_REPLY_BYTES."""
-    for rows, last in _chunks(scores.rows, dtype, _ENVELOPE_BYTES + len(session_id.encode())):
+    for rows, last in _chunks(scores.rows, dtype, ENVELOPE_BYTES + len(session_id.encode())):
         message = pb.SessionResponse()
         message.scores.session_id = session_id
         _write_answer(message.scores, rows, dtype, scores if last else None)
@@ -308,7 +309,7 @@ def encode_scores(
 
 def encode_score_responses(scores: Scores, dtype: LogprobDtype) -> Iterator[pb.ScoreResponse]:
     """The answer to one Score call, as messages of at most MAX_REPLY_BYTES."""
-    for rows, last in _chunks(scores.rows, dtype, _ENVELOPE_BYTES):
+    for rows, last in _chunks(scores.rows, dtype, ENVELOPE_BYTES):
         message = pb.ScoreResponse()
         _write_answer(message, rows, dtype, scores if last else None)
         yield message

@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from streams import PROMPT, append_message, open_message, span_at
+from streams import PROMPT, append_message, batch_of, open_message, span_at
 
 from teacher_wire import codec
 from teacher_wire.pb import teacher_pb2 as pb
@@ -35,11 +35,6 @@ def valid_messages() -> list[pb.SessionRequest]:
         pb.SessionRequest(close=pb.Close(session_id="s")),
     ]
     return [*messages, pb.SessionRequest(batch=batch_of(messages))]
-
-
-def batch_of(messages: list[pb.SessionRequest]) -> bytes:
-    batch = pb.RequestBatch(requests=[message.SerializeToString() for message in messages])
-    return batch.SerializeToString()
 
 
 def score_request() -> pb.ScoreRequest:

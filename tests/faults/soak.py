@@ -32,9 +32,8 @@ from typing import Any
 
 import grpc
 import numpy as np
-from fuzz_cases import batch_of
 from live_server import LiveServer, live_server
-from streams import append_message, hello, open_message, span_at, stub_at
+from streams import append_message, batch_of, hello, open_message, span_at, stub_at
 from test_metrics_truth import Scrape
 
 from teacher_wire.batches import decode_responses
@@ -89,9 +88,8 @@ async def in_order(address: str, rng: random.Random) -> None:
 async def in_batches(address: str, rng: random.Random) -> None:
     """Three sessions side by side, whose messages travel together both ways, as a trainer's do."""
     async with stub_at(address) as stub:
-        call, greeting = stub.Session(), hello(f"soak-{rng.randrange(3)}")
-        greeting.hello.accepts_batches = True
-        await call.write(greeting)
+        call = stub.Session()
+        await call.write(hello(f"soak-{rng.randrange(3)}", accepts_batches=True))
         assert (await call.read()).welcome.accepts_batches
         names = [f"{rng.getrandbits(64):x}" for _ in range(3)]
         rounds = [

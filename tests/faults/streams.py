@@ -51,9 +51,22 @@ def append_message(name: str, span: TokenSpan, deadline_ms: int = 0) -> pb.Sessi
     return pb.SessionRequest(append=append)
 
 
-def hello(run_id: str = "test", credit_bytes: int = 0) -> pb.SessionRequest:
-    message = pb.Hello(protocol_version=1, run_id=run_id, credit_bytes=credit_bytes)
+def hello(
+    run_id: str = "test", credit_bytes: int = 0, *, accepts_batches: bool = False
+) -> pb.SessionRequest:
+    message = pb.Hello(
+        protocol_version=1,
+        run_id=run_id,
+        credit_bytes=credit_bytes,
+        accepts_batches=accepts_batches,
+    )
     return pb.SessionRequest(hello=message)
+
+
+def batch_of(messages: list[pb.SessionRequest]) -> bytes:
+    """For SessionRequest.batch."""
+    batch = pb.RequestBatch(requests=[message.SerializeToString() for message in messages])
+    return batch.SerializeToString()
 
 
 @asynccontextmanager

@@ -14,13 +14,13 @@ from typing import Any
 
 import grpc
 import pytest
-from fuzz_cases import batch_of
 from live_server import LiveServer, live_server
 from prometheus_client.parser import text_string_to_metric_families
 from streams import (
     PROMPT,
     SERVICE,
     append_message,
+    batch_of,
     hello,
     open_message,
     span_at,
@@ -188,9 +188,7 @@ async def orderly(stub: Any, counts: Counts, tenant: str, appends: int) -> None:
 async def in_batches(stub: Any, counts: Counts) -> None:
     """A batch is one message, and an append in it one append."""
     speaker = Speaker(stub, counts, "batches")
-    greeting = hello("batches")
-    greeting.hello.accepts_batches = True
-    assert await speaker.ask(greeting) == "welcome"
+    assert await speaker.ask(hello("batches", accepts_batches=True)) == "welcome"
     names = ("a", "b", "c")
     for messages in (
         [open_message(name) for name in names],

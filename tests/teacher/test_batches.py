@@ -23,34 +23,23 @@ from student_trainer.teacher_client import TeacherClient
 from student_trainer.teacher_stream import Handshake, TeacherStream
 from teacher_server.replies import ReplyQueue
 from teacher_server.testing import local_teacher
-from teacher_wire import batches, codec
+from teacher_wire import batches
 from teacher_wire.batches import MAX_BATCH_BYTES, MAX_BATCH_MESSAGES
 from teacher_wire.pb import teacher_pb2 as pb
+from tests.faults.streams import SERVICE, append_message, batch_of, open_message
 
 WITH_BATCHES = pb.Hello(protocol_version=1, run_id="test", accepts_batches=True)
 
 
-def open_request(name: str) -> pb.SessionRequest:
-    return pb.SessionRequest(
-        open=pb.Open(
-            session_id=name,
-            prompt_ids=codec.encode_ids(PROMPT),
-            options=codec.encode_options(OPTIONS),
-            policy=codec.encode_policy(POLICY),
-        )
-    )
-
-
 def append_request(name: str, start: int, stop: int) -> pb.SessionRequest:
-    span = codec.encode_span(cut(make_span(60), start, stop))
-    return pb.SessionRequest(append=pb.Append(session_id=name, span=span))
+    return append_message(name, cut(make_span(60), start, stop))
 
 
 def conversation() -> list[pb.SessionRequest]:
     """Three sessions side by side, with mistakes, that end."""
     lanes = [
         [
-            open_request(name),
+            open_message(name),
             append_request(name, 0, 20),
             append_request(name, 50, 60),
             append_request(name, 20, 50),
@@ -60,11 +49,6 @@ def conversation() -> list[pb.SessionRequest]:
         for name in "abc"
     ]
     return [message for together in zip(*lanes, strict=True) for message in together]
-
-
-def raw_batch(messages: list[pb.SessionRequest]) -> dict[str, Any]:
-    batch = pb.RequestBatch(requests=[each.SerializeToString() for each in messages])
-    return {"batch": batch.SerializeToString()}
 
 
 def flat(message: pb.SessionResponse) -> list[pb.SessionResponse]:
@@ -86,7 +70,7 @@ async def answers(
             if len(piece) == 1:
                 await raw.call.write(piece[0])
             else:
-                await raw.send(**raw_batch(piece))
+                await raw.send(batch=batch_of(piece))
         await raw.call.done_writing()
         found: dict[str, list[bytes]] = {}
         num_messages = 0
@@ -137,7 +121,7 @@ async def test_what_may_not_be_in_a_batch_is_refused_alone(inside: Any, reason: 
     message = pb.SessionRequest(**inside)
     closing = pb.SessionRequest(close=pb.Close(session_id="s"))
     async with raw_stream() as (raw, _):
-        await raw.send(**raw_batch([message, closing]))
+        await raw.send(batch=batch_of([message, closing]))
         error = (await raw.receive()).error
         assert error.type == "InvalidRequestError"
         assert reason in error.message
@@ -156,13 +140,13 @@ async def test_unreadable_bytes_in_a_batch_are_refused_alone() -> None:
 async def test_a_batch_of_too_many_is_refused_whole() -> None:
     closing = pb.SessionRequest(close=pb.Close(session_id="s"))
     async with raw_stream() as (raw, _):
-        await raw.send(**raw_batch([closing] * (MAX_BATCH_MESSAGES + 1)))
+        await raw.send(batch=batch_of([closing] * (MAX_BATCH_MESSAGES + 1)))
         error = (await raw.receive()).error
         assert error.type == "InvalidRequestError"
         assert f"{MAX_BATCH_MESSAGES + 1} messages, the limit is {MAX_BATCH_MESSAGES}" in (
             error.message
         )
-        await raw.send(**raw_batch([closing] * MAX_BATCH_MESSAGES))
+        await raw.send(batch=batch_of([closing] * MAX_BATCH_MESSAGES))
         for _ in range(MAX_BATCH_MESSAGES):
             assert (await raw.receive()).HasField("closed")
 
@@ -187,7 +171,7 @@ async def test_a_batch_that_is_none_is_refused_before_it_costs(batch: bytes, rea
 async def test_the_first_message_is_no_batch() -> None:
     async with local_teacher() as teacher, stub_of(teacher) as stub:
         raw = Raw(stub)
-        await raw.send(**raw_batch([pb.SessionRequest(hello=HELLO)]))
+        await raw.send(batch=batch_of([pb.SessionRequest(hello=HELLO)]))
         assert "first message is batch, must be hello" in (await raw.failure()).message
 
 
@@ -335,9 +319,8 @@ async def test_bytes_that_are_no_message_break_the_stream_at_once() -> None:
         await asyncio.Event().wait()
 
     server = grpc.aio.server()
-    name = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
     handlers = {"Session": grpc.stream_stream_rpc_method_handler(session)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     handshake = Handshake(tokenizer_fingerprint="", vocab_size=0, run_id="test")

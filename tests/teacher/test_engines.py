@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -362,22 +363,12 @@ class TestVllm:
     ) -> None:
         token_ids = random_ids(502, 8 * BLOCK)
         bounds = [2 * BLOCK, 4 * BLOCK, 5 * BLOCK, 8 * BLOCK]
-        assert vllm_engine._llm is not None
-        encode, computed = vllm_engine._llm.encode, []
-
-        async def counting(prompt: Any, *args: object) -> AsyncIterator[Any]:
-            async for output in encode(prompt, *args):
-                computed.append(len(prompt["prompt_token_ids"]) - output.num_cached_tokens)
-                yield output
-
-        vllm_engine._llm.encode = counting
-        try:
+        with watched_requests(vllm_engine) as requests:
             pieces = await grow(vllm_engine, token_ids, bounds, session="growing")
             # Another session with the same prompt finds the prompt's last hidden state too.
             other_ids = np.concatenate([token_ids[: 2 * BLOCK], random_ids(503, BLOCK)])
             other = await vllm_engine.score(a_query(other_ids, 2 * BLOCK, session="another"))
-        finally:
-            del vllm_engine._llm.encode
+        computed = [tokens - cached for tokens, cached in requests]
         assert computed == [4 * BLOCK, BLOCK, 3 * BLOCK, BLOCK]
         assert_same_rows(pieces, await reference.score(a_query(token_ids, bounds[0])))
         assert_same_rows(other, await reference.score(a_query(other_ids, 2 * BLOCK)))
@@ -386,25 +377,13 @@ class TestVllm:
         self, vllm_engine: VllmEngine, reference: HfEngine
     ) -> None:
         token_ids = random_ids(504, 8 * BLOCK)
-        assert vllm_engine._llm is not None
-        encode, cached = vllm_engine._llm.encode, []
-
-        async def counting(prompt: Any, *args: object) -> AsyncIterator[Any]:
-            async for output in encode(prompt, *args):
-                cached.append(output.num_cached_tokens)
-                yield output
-
         expected = await reference.score(a_query(token_ids, 7 * BLOCK))
         found = []
-        vllm_engine._llm.encode = counting
-        try:
-            for salt in ("mine", "mine", "yours"):
-                query = a_query(token_ids, 7 * BLOCK, cache_salt=salt)
-                cached.clear()
+        for salt in ("mine", "mine", "yours"):
+            query = a_query(token_ids, 7 * BLOCK, cache_salt=salt)
+            with watched_requests(vllm_engine) as requests:
                 assert_same_rows(await vllm_engine.score(query), expected)
-                found.append(cached[0])
-        finally:
-            del vllm_engine._llm.encode
+            found.append(requests[0][1])
         assert found == [0, 7 * BLOCK, 0]
 
     async def test_kept_states_are_bounded_and_the_least_used_go_first(self) -> None:
@@ -453,6 +432,24 @@ class TestVllm:
         with pytest.raises(EngineError):
             await vllm_engine.score(a_query(random_ids(701, 10), 1))
         assert not await vllm_engine.healthy()
+
+
+@contextmanager
+def watched_requests(engine: VllmEngine) -> Iterator[list[tuple[int, int]]]:
+    """Of each request to vLLM its tokens, and those of them that were cached."""
+    assert engine._llm is not None
+    encode, requests = engine._llm.encode, []
+
+    async def watched(prompt: Any, *args: object) -> AsyncIterator[Any]:
+        async for output in encode(prompt, *args):
+            requests.append((len(prompt["prompt_token_ids"]), output.num_cached_tokens))
+            yield output
+
+    engine._llm.encode = watched
+    try:
+        yield requests
+    finally:
+        del engine._llm.encode
 
 
 async def reset(engine: VllmEngine) -> None:
