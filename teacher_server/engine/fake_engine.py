@@ -22,7 +22,7 @@ from teacher_wire.errors import EngineError, NonFiniteError
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _LOGIT_RANGE = 12.0
-_ROW_BLOCK = 256
+_ROW_BLOCK = 64
 """Rows computed at a time, which bounds the memory of a query."""
 _REMEMBERED = 100
 

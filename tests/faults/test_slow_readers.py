@@ -9,7 +9,6 @@ import asyncio
 import json
 import socket
 import time
-import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,28 +28,47 @@ from tests.faults.loads import Tally, ask_without_pause, tenant
 from tests.teacher.raw_streams import Raw, eventually, raw_stream
 
 MIB = 1 << 20
-SLOW_S = 2.0
+SLOW_S = 6.0
+WATCHED_S = 3.0
 NUM_SESSIONS = 110
+CUT = 'teacher_dropped_total{reason="slow"}'
+MADE = 'teacher_tokens_scored_total{tenant="slow"}'
 NOISE = 0.7
-"""Of a 99th percentile of a few seconds on a shared machine; a quiet one showed 1.03 to 1.16."""
+"""Of a 99th percentile of a few seconds on a shared machine; 21 cases showed 0.66 to 1.18."""
 SPAN = TokenSpan(offset=0, token_ids=np.arange(448, dtype=np.int32))
 OPTIONS = codec.encode_options(ScoreOptions(k=128))
 """448 rows of 1 KiB: with NUM_SESSIONS sessions about 50 MB of answers."""
 
 
-def slow_ones(teacher: LiveServer) -> float:
-    with urllib.request.urlopen(f"http://{teacher.http_address}/metrics", timeout=5) as answer:
-        text = answer.read().decode()
-    (line,) = [x for x in text.splitlines() if x.startswith('teacher_dropped_total{reason="slow"}')]
-    return float(line.split()[1])
+def metric(teacher: LiveServer, name: str) -> float:
+    """One sample of the server's metrics; 0 before the first."""
+    _, text = teacher.get("/metrics")
+    found = [line for line in text.splitlines() if line.startswith(name + " ")]
+    return float(found[0].rpartition(" ")[2]) if found else 0.0
 
 
-async def beside(teacher: LiveServer, seconds: float) -> Tally:
+async def beside(teacher: LiveServer) -> Tally:
     """Eight sessions of somebody else."""
     tally = Tally()
     async with tenant(teacher.address, "others") as client:
-        await ask_without_pause(client, tally, sessions=8, append_tokens=16, seconds=seconds)
+        await ask_without_pause(client, tally, sessions=8, append_tokens=16, seconds=WATCHED_S)
     return tally
+
+
+async def highest(teacher: LiveServer, peak: list[int]) -> None:
+    """Keeps the most memory seen as the only entry of `peak`."""
+    while True:
+        peak[0] = max(peak[0], teacher.rss_bytes())
+        await asyncio.sleep(0.1)
+
+
+async def stuck(teacher: LiveServer) -> None:
+    """Returns when no more answers are made for the client that does not read. Until then its
+    queries are in the engine like anybody's, and others wait for their turn, as they should."""
+    before, made = -1.0, 0.0
+    while made == 0 or made > before:
+        await asyncio.sleep(0.3)
+        before, made = made, metric(teacher, MADE)
 
 
 @pytest.mark.e2e
@@ -59,35 +77,37 @@ def test_50_mb_for_a_client_that_stops_reading(tmp_path: Path, credit_bytes: int
     flags = ("--slow-client-s", str(SLOW_S), "--fake-latency-s", "0.01", "--max-running", "8")
 
     async def scenario(teacher: LiveServer) -> None:
-        alone = await beside(teacher, SLOW_S)  # and what a process allocates once is there
-        before, peak = teacher.rss_bytes(), 0
+        alone = await beside(teacher)  # and what a process allocates once is there
+        before = teacher.rss_bytes()
+        peak = [before]
+        watcher = asyncio.create_task(highest(teacher, peak))
         async with grpc.aio.insecure_channel(teacher.address) as channel:
             raw = Raw(pb_grpc.TeacherServiceStub(channel))  # type: ignore[no-untyped-call]
             hello = pb.Hello(protocol_version=1, run_id="slow", credit_bytes=credit_bytes)
             await raw.send(hello=hello)
+            started = time.monotonic()
             for index in range(NUM_SESSIONS):
                 await raw.open(str(index), policy=None, options=OPTIONS)
                 await raw.append(SPAN, str(index))
-            started = time.monotonic()
-            others = asyncio.create_task(beside(teacher, 3 * SLOW_S))
-            while not slow_ones(teacher):
-                peak = max(peak, teacher.rss_bytes())
-                assert time.monotonic() - started < 4 * SLOW_S, "not cut off"
+            await stuck(teacher)
+            others = await beside(teacher)
+            assert not metric(teacher, CUT), "cut off while the others were watched"
+            while not metric(teacher, CUT):
+                assert time.monotonic() - started < 2 * SLOW_S, "not cut off"
                 await asyncio.sleep(0.1)
-            cut_after_s = time.monotonic() - started
-            tally = await others
-            assert len(tally.seconds) > 8
             error = await raw.failure()
-        p50 = float(np.median(tally.seconds) / np.median(alone.seconds))
+        watcher.cancel()
+        p50 = float(np.median(others.seconds) / np.median(alone.seconds))
+        p99 = others.p99 / alone.p99
         print(  # noqa: T201
-            f"RSS +{(peak - before) / MIB:.1f} MiB, cut after {cut_after_s:.1f} s, others "
-            f"p50 x {p50:.2f}, p99 x {tally.p99 / alone.p99:.2f}"
+            f"RSS +{(peak[0] - before) / MIB:.1f} MiB, others p50 x {p50:.2f}, p99 x {p99:.2f} "
+            f"of {len(others.seconds)} appends"
         )
         assert type(error) is SlowConsumerError
+        assert len(others.seconds) > 500
         assert p50 <= 1.3
-        assert tally.p99 / alone.p99 <= 1.3 + NOISE
-        assert peak - before <= 16 * MIB
-        assert cut_after_s >= 0.5 * SLOW_S
+        assert p99 <= 1.3 + NOISE
+        assert peak[0] - before <= 16 * MIB
 
     with live_server(tmp_path, *flags) as teacher:
         asyncio.run(scenario(teacher))
@@ -108,8 +128,8 @@ def test_an_http_client_that_stops_reading_is_cut_off(tmp_path: Path) -> None:
         client.connect((host, int(port)))
         client.sendall(head.encode() + body)
         started = time.monotonic()
-        while not slow_ones(teacher):
-            assert time.monotonic() - started < 4 * SLOW_S, "not cut off"
+        while not metric(teacher, CUT):
+            assert time.monotonic() - started < 2 * SLOW_S, "not cut off"
             time.sleep(0.1)
         assert time.monotonic() - started >= 0.9 * SLOW_S
         time.sleep(0.2)
