@@ -112,9 +112,16 @@ class Arm(ABC):
     async def close(self) -> None:
         """Ends all that was started; harmless when nothing was."""
 
-    @abstractmethod
     async def grow(self, text: Text, ends: list[int]) -> int:
         """Scores a response piece by piece, each when the one before is answered: rows received."""
+        rows = 0
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            rows += await self.score(text, start, end)
+        return rows
+
+    async def score(self, text: Text, start: int, end: int) -> int:
+        """The rows of response tokens start..end; for arms without a `grow` of their own."""
+        raise NotImplementedError
 
     async def run(self, job: Job) -> Outcome:
         """Does a job. Raises ValueError when rows are missing."""

@@ -57,16 +57,6 @@ class VllmLibrary(Arm):
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
 
-    async def grow(self, text: Text, ends: list[int]) -> int:
-        rows = 0
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            rows += await self.score(text, start, end)
-        return rows
-
-    async def score(self, text: Text, start: int, end: int) -> int:
-        """The rows of response tokens start..end."""
-        raise NotImplementedError
-
     def live(self) -> tuple[AsyncLLM, str]:
         """The engine and a name for the next request."""
         assert self._llm is not None

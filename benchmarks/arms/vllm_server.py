@@ -94,15 +94,11 @@ class VllmServer(Arm):
             await http.aclose()
         self._stack.close()
 
-    async def grow(self, text: Text, ends: list[int]) -> int:
-        rows = 0
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            rows += await self.score(text, start, end)
-        return rows
-
-    async def score(self, text: Text, start: int, end: int) -> int:
-        """The rows of response tokens start..end."""
-        raise NotImplementedError
+    async def generate(self, text: Text, end: int, **sampling: object) -> dict[str, Any]:
+        """POST /inference/v1/generate, which takes whole sampling parameters."""
+        sampling |= {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+        body = {"token_ids": text.upto(end).tolist(), "sampling_params": sampling}
+        return await self.post("/inference/v1/generate", body)
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """A reply; counts its bytes and the tokens that were not computed again."""
@@ -150,17 +146,9 @@ class VllmOpenaiCached(VllmServer):
     )
 
     async def score(self, text: Text, start: int, end: int) -> int:
-        body = {
-            "token_ids": text.upto(end).tolist(),
-            "sampling_params": {
-                "max_tokens": 1,
-                "temperature": 0.0,
-                "prompt_logprobs": self.setup.k,
-                "detokenize": False,
-                "skip_reading_prefix_cache": False,
-            },
-        }
-        content = await self.post("/inference/v1/generate", body)
+        content = await self.generate(
+            text, end, prompt_logprobs=self.setup.k, skip_reading_prefix_cache=False
+        )
         rows = content["prompt_logprobs"]
         return parsed_rows(rows[len(text.prompt_ids) + start :], self.setup.k)
 
@@ -176,17 +164,12 @@ class VllmTokenIds(VllmServer):
     )
 
     async def score(self, text: Text, start: int, end: int) -> int:
-        body = {
-            "token_ids": text.upto(end).tolist(),
-            "sampling_params": {
-                "max_tokens": 1,
-                "temperature": 0.0,
-                "prompt_logprob_token_ids": text.candidate_ids[start:end].tolist(),
-                "prompt_logprob_start": len(text.prompt_ids) + start - 1,
-                "detokenize": False,
-            },
-        }
-        content = await self.post("/inference/v1/generate", body)
+        content = await self.generate(
+            text,
+            end,
+            prompt_logprob_token_ids=text.candidate_ids[start:end].tolist(),
+            prompt_logprob_start=len(text.prompt_ids) + start - 1,
+        )
         packed = content["prompt_token_id_logprobs"]
         if packed is None:
             raise RuntimeError("the reply has no prompt_token_id_logprobs")

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.arms.base import Arm, Job, Outcome, Setup, Text
+from benchmarks.arms.base import Arm, Job, Outcome, Setup
 from benchmarks.arms.vllm_server import on_cores, vllm_environment
 from benchmarks.processes import Answering, answer_lines
 
@@ -39,9 +39,6 @@ class Worker(Arm):
 
     async def close(self) -> None:
         await self._process.close()
-
-    async def grow(self, text: Text, ends: list[int]) -> int:
-        raise NotImplementedError("jobs are passed on whole")
 
     async def run(self, job: Job) -> Outcome:
         return Outcome(**await self._process.ask(asdict(job)))

@@ -33,10 +33,9 @@ from typing import Any
 import grpc
 import numpy as np
 from live_server import LiveServer, live_server
-from streams import append_message, batch_of, hello, open_message, span_at, stub_at
+from streams import answered, append_message, batch_of, hello, open_message, span_at, stub_at
 from test_metrics_truth import Scrape
 
-from teacher_wire.batches import decode_responses
 from teacher_wire.pb import teacher_pb2 as pb
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,12 +101,7 @@ async def in_batches(address: str, rng: random.Random) -> None:
         ]
         for messages in rounds:
             await call.write(pb.SessionRequest(batch=batch_of(messages)))
-            missing = len(messages)
-            while missing:
-                reply = await call.read()
-                for answer, _ in decode_responses(reply.SerializeToString()):
-                    assert answer.WhichOneof("message") in ("opened", "scores", "closed"), answer
-                    missing -= 1
+            await answered(call.read, len(messages))
         await call.done_writing()
         assert await call.read() is grpc.aio.EOF
 

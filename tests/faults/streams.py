@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from teacher_wire import codec
+from teacher_wire.batches import decode_responses
 from teacher_wire.errors import TeacherError
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
@@ -67,6 +68,15 @@ def batch_of(messages: list[pb.SessionRequest]) -> bytes:
     """For SessionRequest.batch."""
     batch = pb.RequestBatch(requests=[message.SerializeToString() for message in messages])
     return batch.SerializeToString()
+
+
+async def answered(read: Callable[[], Awaitable[Any]], number: int) -> None:
+    """Reads so many answers, however they were batched; every one must be a good one."""
+    while number:
+        reply = await read()
+        for answer, _ in decode_responses(reply.SerializeToString()):
+            assert answer.WhichOneof("message") in ("opened", "scores", "closed"), answer
+            number -= 1
 
 
 @asynccontextmanager

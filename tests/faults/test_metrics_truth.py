@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from streams import (
     PROMPT,
     SERVICE,
+    answered,
     append_message,
     batch_of,
     hello,
@@ -28,7 +29,6 @@ from streams import (
 )
 
 from teacher_wire import codec
-from teacher_wire.batches import decode_responses
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import TokenSpan
 from teacher_wire.status import decode_status
@@ -196,12 +196,7 @@ async def in_batches(stub: Any, counts: Counts) -> None:
         [pb.SessionRequest(close=pb.Close(session_id=name)) for name in names],
     ):
         await speaker.tell(pb.SessionRequest(batch=batch_of(messages)))
-        missing = len(names)
-        while missing:
-            heard = (await speaker.hear()).SerializeToString()
-            for answer, _ in decode_responses(heard):
-                assert answer.WhichOneof("message") in ("opened", "scores", "closed")
-                missing -= 1
+        await answered(speaker.hear, len(names))
     counts.tokens["batches"] += 5 * len(names)
     counts.outcomes["admitted", "batches"] += len(names)
     await speaker.close()
