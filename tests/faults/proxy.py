@@ -45,9 +45,15 @@ class Proxy:
     def cut(self) -> None:
         """Resets every connection: the other ends see no orderly close."""
         for writer in list(self._writers):
-            peer = writer.get_extra_info("socket")
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            writer.transport.abort()
+            reset(writer)
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Ends a connection without an orderly close; one that has ended already is left as it is."""
+    peer = writer.get_extra_info("socket")
+    if peer.fileno() >= 0:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
 
 
 @asynccontextmanager

@@ -19,7 +19,7 @@ from teacher_server.testing import local_teacher
 from teacher_wire import codec
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TokenSpan
-from tests.faults.proxy import Proxy, Weather, weather
+from tests.faults.proxy import Proxy, Weather, reset, weather
 from tests.teacher.fake_rows import assert_same_response, cut, make_span
 from tests.teacher.raw_streams import HELLO, Raw, eventually
 from tests.teacher.raw_streams import OPTIONS as RAW_OPTIONS
@@ -96,6 +96,22 @@ async def test_a_narrow_link_with_little_credit_does_not_deadlock() -> None:
 async def test_connections_that_are_reset_again_and_again() -> None:
     proxy, _ = await scored_through(Weather(latency_s=0.005), cuts=6)
     assert proxy.num_connections > 3
+
+
+async def test_a_connection_that_one_end_has_left_can_be_cut() -> None:
+    async def stay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(stay, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with weather(f"127.0.0.1:{port}", Weather()) as proxy:
+            _, writer = await asyncio.open_connection(*proxy.address.split(":"))
+            writer.write(b"x")
+            await eventually(lambda: proxy.num_bytes)
+            reset(writer)
+            await asyncio.sleep(0.1)
+            proxy.cut()
 
 
 async def test_a_connection_that_falls_silent_is_ended_and_its_session_waits() -> None:
