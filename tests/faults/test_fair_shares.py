@@ -101,7 +101,7 @@ async def test_a_small_hold_on_a_batching_engine_keeps_the_queue_where_it_is_fai
         engine = FakeEngine(prefill_tokens_per_s=5000.0, step_tokens=8 * APPEND)
         limits = SchedulerLimits(max_running_tokens=held)
         async with local_teacher(engine, scheduler_limits=limits) as teacher:
-            got = await shares(teacher.address, 2.5, greedy=64, modest=1)
+            got = await shares(teacher.address, 5.0, greedy=64, modest=1)
         waits[held] = statistics.median(got["modest"].seconds)
     assert waits[2 * APPEND] < 0.25 * waits[64 * APPEND], waits
 
