@@ -25,7 +25,7 @@ fuzz: setup  ## 100,000 broken messages (FUZZ_CASES, FUZZ_SEED)
 	    tests/faults/test_fuzz_order.py
 
 soak: setup  ## mixed clients for SOAK_MINUTES, with a table in docs/soak.md
-	$(BIN)/python tests/faults/soak.py --minutes $(SOAK_MINUTES)
+	$(BIN)/python -m tests.faults.soak --minutes $(SOAK_MINUTES)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,10 +11,10 @@ import subprocess
 import sys
 from dataclasses import asdict
 
-import overhead
 import pytest
 
 from teacher_wire import codec
+from tests.benchmarks import overhead
 
 GROWTH = {
     "instructions_per_append": 1.2,

@@ -10,10 +10,10 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from streams import PROMPT, append_message, batch_of, open_message, span_at
 
 from teacher_wire import codec
 from teacher_wire.pb import teacher_pb2 as pb
+from tests.faults.streams import PROMPT, append_message, batch_of, open_message, span_at
 
 NUMBERS = (0, 1, 2, 3, 5, 16, 127, 128, 255, 256, 4096, 2**31 - 1, 2**31, 2**32 - 1)
 DOUBLES = (0.0, -0.0, 1.0, -1.0, 1e-320, 1e308, math.inf, -math.inf, math.nan, 0.5, 1e-9)

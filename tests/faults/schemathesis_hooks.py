@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import schemathesis
-from fuzz_cases import LEAKS
+
+from tests.faults.fuzz_cases import LEAKS
 
 
 @schemathesis.check

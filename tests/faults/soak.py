@@ -2,8 +2,8 @@
 
 Row 18 of the fault table.
 
-python tests/faults/soak.py --minutes 20     runs, and writes docs/soak.json and docs/soak.md
-python tests/faults/soak.py --report         writes docs/soak.md from docs/soak.json
+python -m tests.faults.soak --minutes 20     runs, and writes docs/soak.json and docs/soak.md
+python -m tests.faults.soak --report         writes docs/soak.md from docs/soak.json
 
 Clients are in order, alone or in batches, leave without closing, are killed, come too late or do
 not read. Afterwards many cancel in the middle of an append, apart from the others: what grpc.aio
@@ -32,11 +32,19 @@ from typing import Any
 
 import grpc
 import numpy as np
-from live_server import LiveServer, live_server
-from streams import answered, append_message, batch_of, hello, open_message, span_at, stub_at
-from test_metrics_truth import Scrape
 
 from teacher_wire.pb import teacher_pb2 as pb
+from tests.faults.live_server import LiveServer, live_server
+from tests.faults.streams import (
+    answered,
+    append_message,
+    batch_of,
+    hello,
+    open_message,
+    span_at,
+    stub_at,
+)
+from tests.faults.test_metrics_truth import Scrape
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON_PATH, TABLE_PATH = ROOT / "docs" / "soak.json", ROOT / "docs" / "soak.md"
@@ -144,7 +152,8 @@ async def does_not_read(address: str, rng: random.Random) -> None:
 
 async def killed(address: str, rng: random.Random) -> None:
     """A process of its own, ended by SIGKILL in the middle of its work."""
-    child = subprocess.Popen([sys.executable, __file__, "--client", address])
+    command = [sys.executable, "-m", "tests.faults.soak", "--client", address]
+    child = subprocess.Popen(command, cwd=ROOT)
     try:
         await asyncio.sleep(2 + 2 * rng.random())
     finally:

@@ -21,23 +21,10 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-from access_servers import (
-    OPTIONS,
-    PROMPT,
-    SPAN,
-    Metadata,
-    bearer,
-    cli,
-    raw_stream,
-    stub_at,
-    tenants_toml,
-    write_private,
-)
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from live_server import LiveServer, live_server
 
 from student_trainer.patience import RetryLimits
 from student_trainer.teacher_access import TeacherAccess
@@ -53,6 +40,19 @@ from teacher_wire.errors import SessionNotFoundError, UnauthenticatedError
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import TokenSpan
 from teacher_wire.status import decode_error, decode_status
+from tests.faults.access_servers import (
+    OPTIONS,
+    PROMPT,
+    SPAN,
+    Metadata,
+    bearer,
+    cli,
+    raw_stream,
+    stub_at,
+    tenants_toml,
+    write_private,
+)
+from tests.faults.live_server import LiveServer, live_server
 from tests.teacher.raw_streams import Raw, eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(30)]

@@ -18,20 +18,21 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fuzz_cases
 import grpc
 import httpx
 import pytest
-from live_server import LiveServer, live_server
-from streams import SERVICE, BusyStream, hello, stub_at
-from test_metrics_truth import Scrape
 
 from teacher_wire import codec
 from teacher_wire.errors import ERROR_CODES, EngineError, NonFiniteError
 from teacher_wire.pb import teacher_pb2 as pb
+from tests.faults import fuzz_cases
+from tests.faults.live_server import LiveServer, live_server
+from tests.faults.streams import SERVICE, BusyStream, hello, stub_at
+from tests.faults.test_metrics_truth import Scrape
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
+ROOT = Path(__file__).resolve().parents[2]
 CASES = int(os.environ.get("FUZZ_CASES", "6000"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 HANG_S = 5.0
@@ -272,8 +273,8 @@ def test_http_through_schemathesis(server: LiveServer, tmp_path: Path) -> None:
     command += ["--checks", "all", "--exclude-checks", "positive_data_acceptance"]
     command += ["--max-examples", str(max(10, int(CASES * 0.1 / 2))), "--seed", str(SEED)]
     command += ["--request-timeout", str(HANG_S), "--generation-database", "none", "--no-color"]
-    folder = str(Path(__file__).parent)
-    env = os.environ | {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": folder}
+    hooks = {"SCHEMATHESIS_HOOKS": "tests.faults.schemathesis_hooks", "PYTHONPATH": str(ROOT)}
+    env = os.environ | hooks
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     tally.answers = answers_over_http(server) - before

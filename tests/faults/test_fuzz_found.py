@@ -7,12 +7,12 @@ from typing import Any
 
 import grpc
 import pytest
-from fuzz_cases import score_request
-from streams import SERVICE, hello
 
 from teacher_server.testing import local_teacher
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import ScoreOptions
+from tests.faults.fuzz_cases import score_request
+from tests.faults.streams import SERVICE, hello
 
 NO_MESSAGE = b"\xff\xff\xff"
 

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from live_server import LiveServer, live_server
-from streams import append_message, hello, open_message, span_at
 
 from teacher_wire import codec
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
+from tests.faults.live_server import LiveServer, live_server
+from tests.faults.streams import append_message, hello, open_message, span_at
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked_processes import ForkedTeacher
-from training_runs import CHECKPOINTS, FAKE, Run, meanwhile, until, until_scored
 
 from student_trainer.checkpoint import load_state
 from student_trainer.records import Rollout
 from teacher_wire.records import ScoreRows
+from tests.faults.forked_processes import ForkedTeacher
+from tests.faults.training_runs import CHECKPOINTS, FAKE, Run, meanwhile, until, until_scored
 
 pytestmark = pytest.mark.e2e
 

@@ -17,8 +17,16 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from live_server import BROKEN, CLI, LiveServer, live_server
-from streams import (
+
+from teacher_server.engine.base import EngineRows, ScoreQuery
+from teacher_server.engine.fake_engine import FakeEngine
+from teacher_server.health import Health
+from teacher_server.lifecycle import Lifecycle, Phase
+from teacher_server.watchdog import _PROBE, WatchedEngine
+from teacher_wire.errors import NotReadyError
+from teacher_wire.status import decode_status
+from tests.faults.live_server import BROKEN, CLI, LiveServer, live_server
+from tests.faults.streams import (
     SERVICE,
     BusyStream,
     HealthLog,
@@ -28,14 +36,6 @@ from streams import (
     span_at,
     stub_at,
 )
-
-from teacher_server.engine.base import EngineRows, ScoreQuery
-from teacher_server.engine.fake_engine import FakeEngine
-from teacher_server.health import Health
-from teacher_server.lifecycle import Lifecycle, Phase
-from teacher_server.watchdog import _PROBE, WatchedEngine
-from teacher_wire.errors import NotReadyError
-from teacher_wire.status import decode_status
 
 pytestmark = pytest.mark.e2e
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import grpc
 import pytest
-from live_server import live_server
-from streams import BusyStream, append_message, hello, open_message, span_at, stub_at
 
 from teacher_server import logs
 from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.testing import local_teacher
+from tests.faults.live_server import live_server
+from tests.faults.streams import BusyStream, append_message, hello, open_message, span_at, stub_at
 
 TOKEN_IDS = "401, 402, 403"
 

@@ -14,9 +14,14 @@ from typing import Any
 
 import grpc
 import pytest
-from live_server import LiveServer, live_server
 from prometheus_client.parser import text_string_to_metric_families
-from streams import (
+
+from teacher_wire import codec
+from teacher_wire.pb import teacher_pb2 as pb
+from teacher_wire.records import TokenSpan
+from teacher_wire.status import decode_status
+from tests.faults.live_server import LiveServer, live_server
+from tests.faults.streams import (
     PROMPT,
     SERVICE,
     answered,
@@ -27,11 +32,6 @@ from streams import (
     span_at,
     stub_at,
 )
-
-from teacher_wire import codec
-from teacher_wire.pb import teacher_pb2 as pb
-from teacher_wire.records import TokenSpan
-from teacher_wire.status import decode_status
 
 pytestmark = pytest.mark.e2e
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soak
+
+from tests.faults import soak
 
 
 def record(rss_mb_of: Any, **changes: Any) -> dict[str, Any]:

@@ -21,9 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cut_proxy import CutProxy, cut_proxy
-from forked_processes import ForkedTeacher, forked
-from random_responses import (
+
+from student_trainer.patience import RetryLimits
+from student_trainer.teacher_client import TeacherClient
+from tests.faults.cut_proxy import CutProxy, cut_proxy
+from tests.faults.forked_processes import ForkedTeacher, forked
+from tests.faults.random_responses import (
     OPTIONS,
     POLICY,
     PROMPT,
@@ -32,9 +35,6 @@ from random_responses import (
     random_span,
     score_in_pieces,
 )
-
-from student_trainer.patience import RetryLimits
-from student_trainer.teacher_client import TeacherClient
 from tests.teacher.fake_rows import cut
 
 log = logging.getLogger(__name__)

@@ -18,18 +18,6 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-from access_servers import (
-    OPTIONS,
-    PROMPT,
-    SPAN,
-    bearer,
-    cli,
-    raw_stream,
-    tenants_toml,
-    write_private,
-)
-from live_server import LiveServer, live_server
-from made_certificates import Authority, Pair
 
 from student_trainer.errors import ConfigError as TrainerConfigError
 from student_trainer.patience import RetryLimits
@@ -40,6 +28,18 @@ from teacher_server.tls import TlsFiles, TlsMaterial
 from teacher_wire.errors import NotReadyError, PermissionDeniedError, SessionNotFoundError
 from teacher_wire.records import TokenSpan
 from teacher_wire.status import decode_error
+from tests.faults.access_servers import (
+    OPTIONS,
+    PROMPT,
+    SPAN,
+    bearer,
+    cli,
+    raw_stream,
+    tenants_toml,
+    write_private,
+)
+from tests.faults.live_server import LiveServer, live_server
+from tests.faults.made_certificates import Authority, Pair
 from tests.teacher.raw_streams import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(30)]

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from streams import OPTIONS, POLICY, PROMPT, span_at
 
 from student_trainer.teacher_client import TeacherClient
 from teacher_server import logs
@@ -20,6 +19,7 @@ from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.testing import local_teacher
 from teacher_wire import tracing
 from teacher_wire.errors import EngineError
+from tests.faults.streams import OPTIONS, POLICY, PROMPT, span_at
 
 sdk = pytest.importorskip("opentelemetry.sdk.trace")
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor  # noqa: E402

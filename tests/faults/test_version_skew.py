@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from random_responses import OPTIONS, POLICY, PROMPT, VOCAB_SIZE, random_span
 
 from student_trainer import teacher_stream
 from student_trainer.patience import RetryLimits
@@ -21,6 +20,7 @@ from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
 from teacher_server.testing import LocalTeacher, local_teacher, teacher_info
 from teacher_wire.errors import FingerprintMismatchError
 from teacher_wire.records import PROTOCOL_VERSION, TeacherInfo
+from tests.faults.random_responses import OPTIONS, POLICY, PROMPT, VOCAB_SIZE, random_span
 from tests.teacher.fake_rows import cut
 
 INFO = replace(teacher_info(FakeEngine(vocab_size=VOCAB_SIZE)), weights_digest="before")

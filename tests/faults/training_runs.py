@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from forked_processes import ForkedTeacher
 from safetensors.torch import load_file
 
 from student_trainer import cli, from_config
 from student_trainer.records import Rollout
 from student_trainer.rollout_source import RolloutBatch, RolloutSource
 from student_trainer.run_log import read_lines
+from tests.faults.forked_processes import ForkedTeacher
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = ROOT / "examples" / "playground" / "checkpoints"

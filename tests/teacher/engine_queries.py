@@ -6,10 +6,10 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
-from engine_models import VOCAB_SIZE
 from numpy.typing import NDArray
 
 from teacher_server.engine.base import EngineRows, ScoreQuery, ScoringEngine
+from tests.teacher.engine_models import VOCAB_SIZE
 
 TOLERANCE = 1e-4
 """Nats. In float32 vLLM and transformers differ by summation order alone: 1e-5 was seen."""

@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 import pytest
-from http_teacher import symbol_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from teacher_server.analysis import Report, TokenTexts, build_report, report_to_json
 from teacher_wire.errors import InvalidRequestError, NonFiniteError
 from teacher_wire.records import DriftPolicy, DriftState, ScoreRows, Scores, Timing, Verdict
+from tests.teacher.http_teacher import symbol_tokenizer
 
 PROMPT_IDS = np.array([0, 10], np.int32)
 RESPONSE_IDS = np.array([1, 2, 3], np.int32)

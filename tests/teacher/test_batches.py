@@ -12,10 +12,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from fake_rows import cut, make_span
 from hypothesis import given
 from hypothesis import strategies as st
-from raw_streams import HELLO, OPTIONS, POLICY, PROMPT, Raw, raw_stream, stub_of
 
 from student_trainer.outbox import Outbox
 from student_trainer.patience import BrokenStreamError, RetryLimits
@@ -27,6 +25,8 @@ from teacher_wire import batches
 from teacher_wire.batches import MAX_BATCH_BYTES, MAX_BATCH_MESSAGES
 from teacher_wire.pb import teacher_pb2 as pb
 from tests.faults.streams import SERVICE, append_message, batch_of, open_message
+from tests.teacher.fake_rows import cut, make_span
+from tests.teacher.raw_streams import HELLO, OPTIONS, POLICY, PROMPT, Raw, raw_stream, stub_of
 
 WITH_BATCHES = pb.Hello(protocol_version=1, run_id="test", accepts_batches=True)
 

@@ -12,8 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_models import VOCAB_SIZE, write_tiny_model
-from engine_queries import (
+
+from teacher_server.engine.base import EngineRows, ScoreQuery
+from teacher_server.engine.hf_engine import HfEngine
+from teacher_server.engine.self_test import self_test
+from teacher_server.engine.vllm_engine import VllmEngine
+from teacher_wire.errors import EngineError, InvalidRequestError, NonFiniteError
+from tests.teacher.engine_models import VOCAB_SIZE, write_tiny_model
+from tests.teacher.engine_queries import (
     NAN_TOKEN_ID,
     TOLERANCE,
     C,
@@ -24,12 +30,6 @@ from engine_queries import (
     random_bounds,
     random_ids,
 )
-
-from teacher_server.engine.base import EngineRows, ScoreQuery
-from teacher_server.engine.hf_engine import HfEngine
-from teacher_server.engine.self_test import self_test
-from teacher_server.engine.vllm_engine import VllmEngine
-from teacher_wire.errors import EngineError, InvalidRequestError, NonFiniteError
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),

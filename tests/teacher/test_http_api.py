@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from http_teacher import PROMPT, RESPONSE, Teacher, V, error_of, no_constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
@@ -18,6 +17,7 @@ from pydantic import TypeAdapter
 from teacher_server import http_api, http_bodies
 from teacher_server.engine.fake_engine import full_logprobs, prefix_seeds
 from teacher_wire.errors import ERROR_CODES, NonFiniteError
+from tests.teacher.http_teacher import PROMPT, RESPONSE, Teacher, V, error_of, no_constants
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-from http_teacher import PROMPT, RESPONSE, Teacher, error_of
 
 from teacher_server import http_edge
 from teacher_wire.errors import (
@@ -19,6 +18,7 @@ from teacher_wire.errors import (
     TeacherError,
     UnauthenticatedError,
 )
+from tests.teacher.http_teacher import PROMPT, RESPONSE, Teacher, error_of
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from itertools import accumulate
 
 import pytest
 from grpc import StatusCode
-from http_teacher import INFO
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
@@ -16,6 +15,7 @@ from teacher_server.live_metrics import Readings
 from teacher_server.metrics import OTHER, Metrics
 from teacher_server.tallies import TimeTally
 from teacher_wire.errors import ERROR_CODES, CapacityError, DeadlineError, EngineError
+from tests.teacher.http_teacher import INFO
 
 SESSION = "/opd.teacher.v1.TeacherService/Session"
 SESSION_LABELS = {

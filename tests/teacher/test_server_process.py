@@ -18,7 +18,6 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from fake_rows import assert_same_response, cut, make_span
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
@@ -29,6 +28,7 @@ from student_trainer.teacher_client import TeacherClient
 from teacher_server.testing import local_teacher
 from teacher_wire.records import DriftPolicy, ScoreOptions
 from tests.faults.live_server import LiveServer
+from tests.teacher.fake_rows import assert_same_response, cut, make_span
 
 pytestmark = pytest.mark.e2e
 

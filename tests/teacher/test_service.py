@@ -7,8 +7,6 @@ import asyncio
 import grpc
 import numpy as np
 import pytest
-from fake_rows import assert_rows_equal, assert_same_response, cut, make_span
-from raw_streams import HELLO, OPTIONS, POLICY, PROMPT, Raw, eventually, raw_stream, stub_of
 
 from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.testing import local_teacher
@@ -22,6 +20,17 @@ from teacher_wire.errors import (
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import LogprobDtype, ScoreOptions, TokenSpan
 from teacher_wire.status import decode_error, decode_status
+from tests.teacher.fake_rows import assert_rows_equal, assert_same_response, cut, make_span
+from tests.teacher.raw_streams import (
+    HELLO,
+    OPTIONS,
+    POLICY,
+    PROMPT,
+    Raw,
+    eventually,
+    raw_stream,
+    stub_of,
+)
 
 
 async def test_info_tells_what_is_served() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_rows import VOCAB, assert_rows_equal, assert_same_response, cut, make_span
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +39,7 @@ from teacher_wire.records import (
     TokenSpan,
     Verdict,
 )
+from tests.teacher.fake_rows import VOCAB, assert_rows_equal, assert_same_response, cut, make_span
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=16, want_entropy=True, want_rank=True)

@@ -10,8 +10,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 import grpc
-from fake_rows import cut, make_span
-from raw_streams import HELLO, OPTIONS, POLICY, PROMPT, Raw, eventually, raw_stream, stub_of
 
 from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.scheduler import SchedulerLimits
@@ -28,6 +26,17 @@ from teacher_wire.errors import (
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import ScoreOptions
 from teacher_wire.status import decode_error
+from tests.teacher.fake_rows import cut, make_span
+from tests.teacher.raw_streams import (
+    HELLO,
+    OPTIONS,
+    POLICY,
+    PROMPT,
+    Raw,
+    eventually,
+    raw_stream,
+    stub_of,
+)
 
 
 async def test_scores_wait_for_credit() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from tiny_student import VOCAB_SIZE
 
 from student_trainer.records import Finish, Prompt, Rollout, RolloutTimes
 from teacher_wire.records import DriftState, ScoreRows
+from tests.trainer.tiny_student import VOCAB_SIZE
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

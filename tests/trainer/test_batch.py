@@ -9,9 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import DIVERGENCES
-from made_rollouts import random_rollout
-from tiny_student import tiny_student
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
@@ -36,6 +33,9 @@ from student_trainer.losses import (
 )
 from student_trainer.records import Finish, Prompt, Rollout, RolloutTimes
 from teacher_wire.records import ScoreRows
+from tests.trainer.loss_cases import DIVERGENCES
+from tests.trainer.made_rollouts import random_rollout
+from tests.trainer.tiny_student import tiny_student
 
 CPU = torch.device("cpu")
 

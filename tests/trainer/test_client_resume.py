@@ -11,17 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from client_sessions import (
-    FAST,
-    OPTIONS,
-    POLICY,
-    PROMPT,
-    append_all,
-    client_of,
-    make_span,
-    reference,
-    restarting,
-)
 
 from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.testing import local_teacher, teacher_info
@@ -34,6 +23,17 @@ from teacher_wire.errors import (
 )
 from teacher_wire.records import Scores, TokenSpan
 from tests.teacher.fake_rows import assert_same_response, cut
+from tests.trainer.client_sessions import (
+    FAST,
+    OPTIONS,
+    POLICY,
+    PROMPT,
+    append_all,
+    client_of,
+    make_span,
+    reference,
+    restarting,
+)
 
 
 async def test_a_restarted_server_changes_nothing() -> None:

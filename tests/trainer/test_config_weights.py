@@ -6,8 +6,6 @@ import typing
 from pathlib import Path
 
 import pytest
-from smallest_config import SMALLEST
-from tiny_student import character_tokenizer
 
 from student_trainer import from_config, methods_from_config
 from student_trainer.cli import main
@@ -23,6 +21,8 @@ from student_trainer.losses import (
     PrefixImportanceWeight,
     PruneWeight,
 )
+from tests.trainer.smallest_config import SMALLEST
+from tests.trainer.tiny_student import character_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GATE = "weights.block_gate.tau=1"

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from in_memory import prompt
-from tiny_student import character_tokenizer
 
 from student_trainer.data import PromptOrder, SpecialTokens, load_prompts, load_tokenizer
 from student_trainer.errors import CheckpointError, DatasetError
+from tests.trainer.in_memory import prompt
+from tests.trainer.tiny_student import character_tokenizer
 
 TOKENIZER = character_tokenizer()
 

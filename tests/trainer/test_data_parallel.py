@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from made_rollouts import random_rollout
-from tiny_student import tiny_student
 
 from student_trainer.assembly import Run
 from student_trainer.losses import BlockGate, LocalSupportMatching, PruneWeight, StepSums
@@ -24,7 +22,10 @@ from student_trainer.losses.objective import sum_over_processes
 from student_trainer.optim import Optimizer
 from student_trainer.records import Rollout
 from student_trainer.train import learn
+from tests.trainer.made_rollouts import random_rollout
+from tests.trainer.tiny_student import tiny_student
 
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 60
 LENGTHS = (5, 11, 2, 7, 1, 9)
 OURS = {0: LENGTHS[:2], 1: LENGTHS[2:]}
@@ -112,16 +113,16 @@ def worker(rank: int, folder: Path) -> None:
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes found."""
     folder = tmp_path_factory.mktemp("processes")
-    here = str(Path(__file__).parent)
     code = (
-        f"import sys; sys.path.insert(0, {here!r})\n"
+        "import sys\n"
         "from pathlib import Path\n"
-        "import test_data_parallel\n"
-        "test_data_parallel.worker(int(sys.argv[1]), Path(sys.argv[2]))"
+        "from tests.trainer.test_data_parallel import worker\n"
+        "worker(int(sys.argv[1]), Path(sys.argv[2]))"
     )
     running = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), str(folder)],
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

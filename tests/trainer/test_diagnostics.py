@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_rollouts import plain_rollout, random_rollout
 
 from student_trainer.diagnostics import (
     effective_lengths,
@@ -25,6 +24,7 @@ from student_trainer.diagnostics.repetition import MAX_PERIOD, loop_mask, slow_l
 from student_trainer.records import Finish, Rollout
 from teacher_server.drift import advance
 from teacher_wire.records import DriftPolicy, DriftState
+from tests.trainer.made_rollouts import plain_rollout, random_rollout
 
 
 def responded(

@@ -11,7 +11,6 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from made_rollouts import plain_rollout
 from rich.console import Console
 
 from student_trainer import cli
@@ -33,6 +32,7 @@ from student_trainer.report import (
     write_summary,
 )
 from student_trainer.run_log import Bars, PhaseClock, RunLog, read_lines
+from tests.trainer.made_rollouts import plain_rollout
 
 STOPPED = plain_rollout(
     overlap_counts=[4, 4, 0],

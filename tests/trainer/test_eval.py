@@ -6,13 +6,13 @@ import itertools
 
 import numpy as np
 import pytest
-from in_memory import EOS_ID, InMemorySampler
 from numpy.typing import NDArray
-from tiny_student import character_tokenizer
 
 from student_trainer.errors import DatasetError
 from student_trainer.eval import Grader, evaluate, pass_at_k
 from student_trainer.records import Prompt, SamplingOptions
+from tests.trainer.in_memory import EOS_ID, InMemorySampler
+from tests.trainer.tiny_student import character_tokenizer
 
 TOKENIZER = character_tokenizer()
 GRADER = Grader(r"#(\d+)", unicode_normalize=False)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_student import EOS_ID, VOCAB_SIZE, tiny_student, write_tiny_student
 
 from student_trainer.records import Delta, Finish, SamplingOptions
 from student_trainer.samplers.hf_sampler import HfSampler, sampling_logprobs
+from tests.trainer.tiny_student import EOS_ID, VOCAB_SIZE, tiny_student, write_tiny_student
 
 PROMPT = np.array([5, 6, 7], np.int32)
 

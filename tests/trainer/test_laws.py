@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import DIVERGENCES, inputs_from
 from torch import Tensor
 
 from student_trainer.losses import (
@@ -31,6 +30,7 @@ from student_trainer.losses.gates import block_gates
 from student_trainer.losses.policy_gradients import sampled_reverse_kl, support_reverse_kl
 from student_trainer.losses.prefix_weights import prefix_importance_weights
 from student_trainer.losses.weights import mean_normalize, prune_weights, reliability
+from tests.trainer.loss_cases import DIVERGENCES, inputs_from
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from loss_cases import DIVERGENCES, inputs_from
 
 from student_trainer.losses import (
     BlockGate,
@@ -24,6 +23,7 @@ from student_trainer.losses import (
     step_scale,
 )
 from student_trainer.losses.weights import mean_normalize
+from tests.trainer.loss_cases import DIVERGENCES, inputs_from
 
 torch.set_num_threads(1)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_student import character_tokenizer, tiny_student
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
@@ -15,6 +14,7 @@ from student_trainer.checkpoint import STATE_FILE, Checkpoints, load_state
 from student_trainer.errors import CheckpointError, NonFiniteLossError
 from student_trainer.optim import Optimizer
 from student_trainer.student import load_student
+from tests.trainer.tiny_student import character_tokenizer, tiny_student
 
 
 def optimizer(model: torch.nn.Module, **changes: object) -> Optimizer:

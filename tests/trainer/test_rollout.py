@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_memory import InMemorySampler, ScriptedSession, prompt, rules, teacher_rows, turns
 
 from student_trainer.records import Finish, Rollout, SamplingOptions
 from student_trainer.rollout import RolloutRules, run_rollout
 from teacher_wire.errors import EngineError, NotReadyError
 from teacher_wire.records import ScoreRows, TokenSpan
+from tests.trainer.in_memory import (
+    InMemorySampler,
+    ScriptedSession,
+    prompt,
+    rules,
+    teacher_rows,
+    turns,
+)
 
 PROMPT = prompt(5, 9)
 

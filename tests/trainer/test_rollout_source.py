@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from in_memory import InMemorySampler, ScriptedSession, prompt, rules
 from numpy.typing import NDArray
 
 from student_trainer import rollout_source
@@ -17,6 +16,7 @@ from student_trainer.data import PromptOrder
 from student_trainer.records import SamplingOptions
 from student_trainer.rollout_source import LoopThread, RolloutBatch, RolloutSource
 from teacher_wire.errors import EngineError, NotReadyError
+from tests.trainer.in_memory import InMemorySampler, ScriptedSession, prompt, rules
 
 PROMPTS = [prompt(i, i + 1) for i in range(2, 8)]
 

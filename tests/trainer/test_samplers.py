@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny_student import EOS_ID, tiny_student, write_tiny_student
 from transformers import PreTrainedModel
 
 from student_trainer.errors import WeightSyncError
@@ -26,6 +25,7 @@ from student_trainer.samplers import vllm_sampler as vllm_sampler_module
 from student_trainer.samplers.vllm_sampler import VllmSampler
 from student_trainer.student import load_student
 from student_trainer.weight_sync import WeightSync
+from tests.trainer.tiny_student import EOS_ID, tiny_student, write_tiny_student
 
 pytestmark = [
     pytest.mark.vllm,

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_student import VOCAB_SIZE, tiny_student, write_tiny_student
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from student_trainer import student as student_module
 from student_trainer.errors import CheckpointError
 from student_trainer.student import Gathered, load_student, student_forward
+from tests.trainer.tiny_student import VOCAB_SIZE, tiny_student, write_tiny_student
 
 PROMPT_LENGTHS = [2, 4, 1]
 RESPONSE_LENGTHS = [5, 2, 3]

@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import DIVERGENCES, POLICY_GRADIENTS, inputs_from
 from torch import Tensor
 
 from student_trainer.batch import contained
@@ -30,6 +29,7 @@ from student_trainer.losses import (
     TruncatedReverseKL,
     objective,
 )
+from tests.trainer.loss_cases import DIVERGENCES, POLICY_GRADIENTS, inputs_from
 
 torch.set_num_threads(1)
 

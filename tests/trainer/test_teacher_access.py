@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from smallest_config import SMALLEST
 
 from student_trainer.cli import main
 from student_trainer.config import TrainerConfig, load_config
 from student_trainer.errors import ConfigError
 from student_trainer.from_config import teacher_access
+from tests.trainer.smallest_config import SMALLEST
 
 TOKEN = "a-token-nobody-may-see"
 

@@ -9,15 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from client_sessions import (
-    OPTIONS,
-    POLICY,
-    PROMPT,
-    append_all,
-    client_of,
-    make_span,
-    reference,
-)
 
 from student_trainer.patience import RetryLimits, backoff_s
 from teacher_server.engine.fake_engine import FakeEngine, Fault
@@ -32,6 +23,15 @@ from teacher_wire.errors import (
 )
 from teacher_wire.records import ScoreOptions, TokenSpan
 from tests.teacher.fake_rows import assert_same_response, cut
+from tests.trainer.client_sessions import (
+    OPTIONS,
+    POLICY,
+    PROMPT,
+    append_all,
+    client_of,
+    make_span,
+    reference,
+)
 
 
 async def test_a_session_equals_one_score_call() -> None:

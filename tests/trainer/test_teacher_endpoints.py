@@ -14,7 +14,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from client_sessions import (
+
+from student_trainer.patience import RetryLimits
+from student_trainer.rendezvous import ranked
+from student_trainer.teacher_client import TeacherClient, TeacherSession
+from student_trainer.teacher_stream import Handshake, TeacherStream
+from teacher_server.engine.fake_engine import FakeEngine
+from teacher_server.testing import local_teacher, teacher_info
+from teacher_wire.errors import FingerprintMismatchError, NotReadyError
+from tests.teacher.fake_rows import assert_same_response, cut
+from tests.trainer.client_sessions import (
     OPTIONS,
     POLICY,
     PROMPT,
@@ -25,15 +34,6 @@ from client_sessions import (
     reference,
     restarting,
 )
-
-from student_trainer.patience import RetryLimits
-from student_trainer.rendezvous import ranked
-from student_trainer.teacher_client import TeacherClient, TeacherSession
-from student_trainer.teacher_stream import Handshake, TeacherStream
-from teacher_server.engine.fake_engine import FakeEngine
-from teacher_server.testing import local_teacher, teacher_info
-from teacher_wire.errors import FingerprintMismatchError, NotReadyError
-from tests.teacher.fake_rows import assert_same_response, cut
 
 SPAN = make_span(60)
 

@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from in_memory import ScriptedSession
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from tiny_student import VOCAB_SIZE, character_tokenizer, tiny_student, write_tiny_student
 
 from student_trainer import from_config
 from student_trainer.assembly import Run, assembled, evaluate_checkpoint
@@ -27,6 +25,13 @@ from student_trainer.run_log import read_lines
 from student_trainer.train import learn, train
 from teacher_wire.errors import EngineError
 from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TeacherInfo, TokenSpan
+from tests.trainer.in_memory import ScriptedSession
+from tests.trainer.tiny_student import (
+    VOCAB_SIZE,
+    character_tokenizer,
+    tiny_student,
+    write_tiny_student,
+)
 
 INFO = TeacherInfo(
     model_id="in-memory",

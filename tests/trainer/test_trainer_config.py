@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from smallest_config import SMALLEST
 
 from student_trainer.config import TrainerConfig, load_config
 from student_trainer.errors import ConfigError
@@ -21,6 +20,7 @@ from student_trainer.losses import (
     TruncatedReverseKL,
 )
 from student_trainer.methods_from_config import divergence
+from tests.trainer.smallest_config import SMALLEST
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOPK_LOSS = ["loss.kind=student_topk_reverse_kl", "drift.metric=teacher_top_p_accept"]

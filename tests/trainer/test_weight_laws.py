@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_responses import NEWLINE_ID, Response, collate, random_response, random_responses
 from torch import Tensor
 
 from student_trainer.losses import (
@@ -22,6 +21,13 @@ from student_trainer.losses import (
     needs_normalization,
     objective,
     step_scale,
+)
+from tests.trainer.made_responses import (
+    NEWLINE_ID,
+    Response,
+    collate,
+    random_response,
+    random_responses,
 )
 
 torch.set_num_threads(1)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_responses import NEWLINE_ID, Response, collate, random_response, random_responses
 
 from student_trainer.losses import (
     BlockGate,
@@ -19,6 +18,13 @@ from student_trainer.losses import (
     PruneWeight,
 )
 from student_trainer.losses.spans import newline_spans
+from tests.trainer.made_responses import (
+    NEWLINE_ID,
+    Response,
+    collate,
+    random_response,
+    random_responses,
+)
 
 torch.set_num_threads(1)
 

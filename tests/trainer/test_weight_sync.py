@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny_student import tiny_student, write_tiny_student
 from transformers import PreTrainedModel
 
 from student_trainer.errors import WeightSyncError
 from student_trainer.records import Delta, SamplingOptions
 from student_trainer.samplers.hf_sampler import HfSampler
 from student_trainer.weight_sync import WeightSync
+from tests.trainer.tiny_student import tiny_student, write_tiny_student
 
 PROBES = [np.array([5, 6, 7], np.int32), np.array([9], np.int32)]
 
