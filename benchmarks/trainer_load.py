@@ -37,9 +37,9 @@ class Append:
 async def appends(client: TeacherClient, text: Text, job: Job, k: int) -> list[Append]:
     """Grows one response; a single piece goes through the Score call."""
     options = ScoreOptions(k=k, logprob_dtype=LogprobDtype.F16)
-    ends, made = job.ends(), []
-    session = None if len(ends) == 1 else client.open(text.prompt_ids, options, POLICY)
-    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+    pieces, made = job.pieces(), []
+    session = None if len(pieces) == 1 else client.open(text.prompt_ids, options, POLICY)
+    for start, end in pieces:
         piece = span(text, start, end)
         sent = time.monotonic()
         if session is None:

@@ -9,6 +9,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,9 +50,10 @@ class Job:
     piece: int
     texts: int = 1
 
-    def ends(self) -> list[int]:
-        """Response tokens after each piece."""
-        return [*range(self.piece, self.response, self.piece), self.response]
+    def pieces(self) -> list[tuple[int, int]]:
+        """Where each piece of a response starts and ends."""
+        ends = [*range(self.piece, self.response, self.piece), self.response]
+        return list(pairwise([0, *ends]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +114,10 @@ class Arm(ABC):
     async def close(self) -> None:
         """Ends all that was started; harmless when nothing was."""
 
-    async def grow(self, text: Text, ends: list[int]) -> int:
+    async def grow(self, text: Text, pieces: list[tuple[int, int]]) -> int:
         """Scores a response piece by piece, each when the one before is answered: rows received."""
         rows = 0
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        for start, end in pieces:
             rows += await self.score(text, start, end)
         return rows
 
@@ -128,7 +130,7 @@ class Arm(ABC):
         texts = made_texts(job, vocab_size=self.setup.vocab_size, k=self.setup.k)
         self.figures = {}
         started = time.perf_counter()
-        rows = sum(await asyncio.gather(*(self.grow(text, job.ends()) for text in texts)))
+        rows = sum(await asyncio.gather(*(self.grow(text, job.pieces()) for text in texts)))
         seconds = time.perf_counter() - started
         if rows != job.texts * job.response:
             raise ValueError(f"{rows} rows instead of {job.texts * job.response}")

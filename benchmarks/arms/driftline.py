@@ -72,16 +72,16 @@ class Driftline(Arm):
             await client.aclose()
         self._stack.close()
 
-    async def grow(self, text: Text, ends: list[int]) -> int:
+    async def grow(self, text: Text, pieces: list[tuple[int, int]]) -> int:
         assert self._client is not None
-        if len(ends) == 1:
-            whole = span(text, 0, ends[0])
+        if len(pieces) == 1:
+            whole = span(text, *pieces[0])
             scores = await self._client.score(text.prompt_ids, whole, self._options, POLICY)
             return len(scores.rows)
         session = self._client.open(text.prompt_ids, self._options, POLICY)
         rows = 0
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            scores = await session.append(span(text, start, end))
+        for piece in pieces:
+            scores = await session.append(span(text, *piece))
             rows += len(scores.rows)
         await session.close()
         return rows

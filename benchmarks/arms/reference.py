@@ -27,10 +27,10 @@ class Transformers(Arm):
     async def close(self) -> None:
         await self._engine.close()
 
-    async def grow(self, text: Text, ends: list[int]) -> int:
+    async def grow(self, text: Text, pieces: list[tuple[int, int]]) -> int:
         self._responses += 1
         session, rows = f"response-{self._responses}", 0
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        for start, end in pieces:
             scored = await self._engine.score(
                 ScoreQuery(
                     token_ids=text.upto(end),

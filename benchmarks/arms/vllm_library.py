@@ -128,8 +128,8 @@ class Floor(VllmLibrary):
             "enable_chunked_prefill": True,
         }
 
-    async def grow(self, text: Text, ends: list[int]) -> int:
-        return await self.score(text, 0, ends[-1])
+    async def grow(self, text: Text, pieces: list[tuple[int, int]]) -> int:
+        return await self.score(text, 0, pieces[-1][1])
 
     async def score(self, text: Text, start: int, end: int) -> int:
         from vllm import PoolingParams

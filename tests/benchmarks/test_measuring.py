@@ -194,7 +194,7 @@ def test_turns() -> None:
 
 def test_a_job_makes_the_same_texts_again_and_others_with_another_seed() -> None:
     job = Job(seed=1, prompt=5, response=10, piece=4, texts=2)
-    assert job.ends() == [4, 8, 10]
+    assert job.pieces() == [(0, 4), (4, 8), (8, 10)]
     first, again = (made_texts(job, vocab_size=100, k=8) for _ in range(2))
     assert all(
         (a.candidate_ids == b.candidate_ids).all() for a, b in zip(first, again, strict=True)

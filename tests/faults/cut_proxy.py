@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from tests.faults.proxy import reset
+
 _BLOCK_BYTES = 4096
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class CutProxy:
@@ -77,10 +76,7 @@ class CutProxy:
             return
         self.num_cut += 1
         for end in pair:
-            raw = end.get_extra_info("socket")
-            # RST instead of FIN, and whatever was not sent yet is lost.
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-            end.transport.abort()  # type: ignore[attr-defined]
+            reset(end)
 
 
 @asynccontextmanager

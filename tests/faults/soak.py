@@ -35,6 +35,7 @@ import numpy as np
 
 from teacher_wire.pb import teacher_pb2 as pb
 from tests.faults.live_server import LiveServer, live_server
+from tests.faults.scrape import Scrape
 from tests.faults.streams import (
     answered,
     append_message,
@@ -44,7 +45,6 @@ from tests.faults.streams import (
     span_at,
     stub_at,
 )
-from tests.faults.test_metrics_truth import Scrape
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON_PATH, TABLE_PATH = ROOT / "docs" / "soak.json", ROOT / "docs" / "soak.md"

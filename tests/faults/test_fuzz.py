@@ -27,8 +27,8 @@ from teacher_wire.errors import ERROR_CODES, EngineError, NonFiniteError
 from teacher_wire.pb import teacher_pb2 as pb
 from tests.faults import fuzz_cases
 from tests.faults.live_server import LiveServer, live_server
+from tests.faults.scrape import Scrape
 from tests.faults.streams import SERVICE, BusyStream, hello, stub_at
-from tests.faults.test_metrics_truth import Scrape
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
