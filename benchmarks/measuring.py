@@ -104,7 +104,8 @@ async def interleave(
                 continue
             await asyncio.sleep(pause_s)
             try:
-                sample = await asyncio.wait_for(runs[name](repeat), limit_s)
+                async with asyncio.timeout(limit_s):
+                    sample = await runs[name](repeat)
             except TimeoutError:
                 arm.error = f"no result within {limit_s:.0f} s"
             except Exception as error:  # noqa: BLE001 - whatever fails in an arm is its result

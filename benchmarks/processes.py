@@ -88,7 +88,8 @@ class Answering:
         """Returns once it has said that it is ready. Raises StartError."""
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._child = self._stack.enter_context(child(name, command, env=env, **pipes))
-        await asyncio.wait_for(self._answer(), START_LIMIT_S)
+        async with asyncio.timeout(START_LIMIT_S):
+            await self._answer()
         self._listens = True
 
     async def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:

@@ -186,7 +186,7 @@ class TeacherEndpoints:
     async def _keep(self, endpoint: _Endpoint) -> None:
         loop = asyncio.get_running_loop()
         attempt = 0
-        while True:
+        while not self._closed:
             began = loop.time()
             connected = await self._serve(endpoint)
             # A server that drops its clients at once is waited for like one that is absent.

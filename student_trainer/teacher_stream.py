@@ -148,9 +148,9 @@ class TeacherStream:
         while state is not grpc.ChannelConnectivity.READY:
             if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
                 raise NotReadyError(await self._absence())
-            left = give_up - asyncio.get_running_loop().time()
             try:
-                await asyncio.wait_for(self._channel.wait_for_state_change(state), max(left, 0.0))
+                async with asyncio.timeout_at(give_up):
+                    await self._channel.wait_for_state_change(state)
             except TimeoutError:
                 text = f"no teacher answers at {self.endpoint} within {timeout_s:.1f} s"
                 raise NotReadyError(text) from None

@@ -239,7 +239,8 @@ class TeacherApp:
             return
         limit_s = self._config.engine_lost_s
         try:
-            await asyncio.wait_for(self_test(self._engine), limit_s)
+            async with asyncio.timeout(limit_s):
+                await self_test(self._engine)
         except TimeoutError as error:
             if isinstance(error, TeacherError):
                 raise
@@ -299,7 +300,8 @@ class TeacherApp:
 
     async def _close_engine(self) -> bool:
         try:
-            await asyncio.wait_for(self._engine.close(), _ENGINE_CLOSE_S)
+            async with asyncio.timeout(_ENGINE_CLOSE_S):
+                await self._engine.close()
         except TimeoutError:
             log.error("the engine did not end within %.0f s", _ENGINE_CLOSE_S)
             return False

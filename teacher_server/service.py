@@ -143,13 +143,15 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         for stream in list(self._streams):
             stream.drain(reason, int(deadline_s * 1000))
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await self._idle.wait()
             return True
         self._cut.set()
         for stream in list(self._streams):
             stream.cut(_cut_error())
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), _CUT_S)
+            async with asyncio.timeout(_CUT_S):
+                await self._idle.wait()
         return False
 
     def recheck(self) -> None:

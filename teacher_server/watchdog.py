@@ -121,7 +121,8 @@ class Watchdog:
     async def _is_healthy(self) -> bool:
         """An engine too hung to say is judged by its silence."""
         with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(self._engine.healthy(), self._interval_s)
+            async with asyncio.timeout(self._interval_s):
+                return await self._engine.healthy()
         return True
 
 

@@ -113,7 +113,8 @@ async def started(
 async def _ended(arm: Arm) -> None:
     """Closing is bounded; what an arm's process does not do in time is done by killing it."""
     with suppress(TimeoutError, OSError):
-        await asyncio.wait_for(arm.close(), CLOSE_LIMIT_S)
+        async with asyncio.timeout(CLOSE_LIMIT_S):
+            await arm.close()
 
 
 def _runs(arm: Arm, cell: str, job: Job) -> Run:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
+import grpc
 import numpy as np
 import pytest
 
@@ -298,6 +299,29 @@ async def test_streams_to_one_address_do_not_share_a_connection() -> None:
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     while block := await reader.read(65536):
         writer.write(block)
+
+
+async def test_an_attempt_to_connect_is_cancelled_even_as_its_channel_changes() -> None:
+    """Both at once: lost there, the cancellation of a keeper left the client closing for ever."""
+    changed = asyncio.get_running_loop().create_future()
+
+    class Channel:
+        def get_state(self, try_to_connect: bool) -> grpc.ChannelConnectivity:
+            return grpc.ChannelConnectivity.CONNECTING
+
+        async def wait_for_state_change(self, _state: grpc.ChannelConnectivity) -> None:
+            await changed
+
+    handshake = Handshake(tokenizer_fingerprint="", vocab_size=512, run_id="test")
+    stream = TeacherStream("127.0.0.1:1", handshake)
+    await stream._channel.close()
+    stream._channel = Channel()
+    connecting = asyncio.create_task(stream._wait_until_connected(timeout_s=5.0))
+    await asyncio.sleep(0.05)
+    changed.set_result(None)
+    connecting.cancel()
+    await asyncio.wait({connecting}, timeout=1.0)
+    assert connecting.cancelled()
 
 
 async def test_clients_are_back_within_three_seconds_and_not_in_one_burst() -> None:
