@@ -6,6 +6,9 @@ import asyncio
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -130,3 +133,26 @@ def test_every_line_of_a_server_is_an_object(tmp_path: Path) -> None:
     begun = [p for p in parsed if p["message"] == "a stream begins"]
     assert begun[0]["tenant"] == "test"
     assert begun[0]["request"]
+
+
+LOSES_ITS_TEACHER = """
+import asyncio
+from student_trainer.teacher_client import TeacherClient
+from teacher_server.testing import local_teacher
+
+async def scenario():
+    async with local_teacher() as teacher:
+        await TeacherClient.connect(
+            [teacher.address], tokenizer_fingerprint="", vocab_size=512, run_id="test"
+        )
+
+for _ in range(4):
+    asyncio.run(scenario())
+"""
+
+
+def test_a_client_that_loses_its_teacher_writes_nothing_of_grpcs_own() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    command = [sys.executable, "-c", LOSES_ITS_TEACHER]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
