@@ -263,7 +263,7 @@ def _copies(request: RowRequest) -> Callable[[], None]:
 
     def copies() -> None:
         collector = RowCollector(request)
-        collector.add(packed)
+        collector.add(packed, num_rows)
         check_finite(collector.rows(), request.first_row)
 
     return copies

@@ -56,6 +56,7 @@ def made_table(
             candidate_logprobs=rng.permuted(logprobs, axis=1),
             entropies=None,
             token_ranks=None,
+            computed_tokens=num_tokens,
         ),
     )
 
@@ -71,6 +72,7 @@ def sliced(rows: EngineRows, start: int, stop: int, *, candidates: bool) -> Engi
         candidate_logprobs=at_candidates[start:stop] if candidates else None,
         entropies=None,
         token_ranks=None,
+        computed_tokens=stop - start,
     )
 
 

@@ -78,12 +78,18 @@ class LiveMetrics(Collector):
         self.read: Callable[[], Readings] = Readings
         self.open_sessions = 0
         self.slow_streams = 0
+        self.computed_tokens = 0
 
     def collect(self) -> Iterator[Metric]:
         now = self.read()
         yield from self._tenant_families()
         yield from self._message_families()
         yield from self._time_families()
+        computed = CounterMetricFamily(
+            "teacher_computed_tokens", "Tokens the model was run on, for the rows that were made."
+        )
+        computed.add_metric([], self.computed_tokens)
+        yield computed
         sessions = GaugeMetricFamily(
             "teacher_sessions", "Sessions held; the active are among the open.", labels=["state"]
         )

@@ -28,7 +28,7 @@ from teacher_server import __version__
 from teacher_server.live_metrics import LiveMetrics, MethodLabels, Readings
 from teacher_server.tallies import MessageTally, TenantTally
 from teacher_wire.errors import ERRORS_BY_NAME
-from teacher_wire.records import TeacherInfo
+from teacher_wire.records import TeacherInfo, Timing
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -155,10 +155,12 @@ class Metrics:
         """The counts of a method's messages; method as "/package.Service/Method"."""
         return self._messages.setdefault(_method_labels(method), MessageTally())
 
-    def append_done(self, queue_s: float, engine_s: float) -> None:
+    def append_done(self, timing: Timing) -> None:
         """Records where the time of one append went."""
-        self._live.queue_wait.add(queue_s)
-        self._live.engine_step.add(engine_s)
+        live = self._live
+        live.queue_wait.add(timing.queue_us / 1e6)
+        live.engine_step.add(timing.engine_us / 1e6)
+        live.computed_tokens += timing.computed_tokens or 0
 
     def loop_lag(self, seconds: float) -> None:
         """Records how late the event loop was."""

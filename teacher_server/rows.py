@@ -102,5 +102,6 @@ def joined(parts: list[Scores]) -> Scores:
         timing=Timing(
             queue_us=sum(part.timing.queue_us for part in parts),
             engine_us=sum(part.timing.engine_us for part in parts),
+            computed_tokens=sum(part.timing.computed_tokens or 0 for part in parts),
         ),
     )

@@ -125,7 +125,9 @@ class Scheduler:
             self._tenant_limits.finish(booked, tokens, scored=entered is not None)
         left = self._clock()
         return rows, Timing(
-            queue_us=int((entered - arrived) * 1e6), engine_us=int((left - entered) * 1e6)
+            queue_us=int((entered - arrived) * 1e6),
+            engine_us=int((left - entered) * 1e6),
+            computed_tokens=rows.computed_tokens,
         )
 
     async def _run(self, query: ScoreQuery, tokens: int, entered: float) -> EngineRows:

@@ -63,7 +63,7 @@ class SessionMetrics(Protocol):
 
     def tenant(self, name: str) -> TenantTally: ...
 
-    def append_done(self, queue_s: float, engine_s: float) -> None: ...
+    def append_done(self, timing: Timing) -> None: ...
 
     def sessions_open(self, n: int) -> None: ...
 
@@ -363,7 +363,7 @@ class SessionTable:
             session.bad = np.concatenate([session.bad, rows.bad_events])
         state, verdict, keep_tokens = session.drift_after(session.bad)
         session.tally.tokens_scored += len(span)
-        self._metrics.append_done(timing.queue_us / 1e6, timing.engine_us / 1e6)
+        self._metrics.append_done(timing)
         return Scores(
             rows=rows, drift=state, verdict=verdict, keep_tokens=keep_tokens, timing=timing
         )

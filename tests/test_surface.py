@@ -102,7 +102,7 @@ MESSAGES = {
         "engine_version=11 instance_id=12 max_sessions=13 max_append_tokens=14 "
         "protocol_version=15 server_version=16 block_tokens=17"
     ),
-    "Timing": "queue_us=1 engine_us=2",
+    "Timing": "queue_us=1 engine_us=2 computed_tokens=3",
     "TokenSpan": "offset=1 token_ids=2 num_candidates=3 candidate_ids=4 event_mask=5",
     "Welcome": "info=1 accepts_batches=2",
 }

@@ -349,8 +349,10 @@ def _finish(message: pb.Scores | pb.ScoreResponse, scores: Scores) -> None:
     message.verdict = _VERDICT_TO_PB[scores.verdict]
     if scores.keep_tokens is not None:
         message.keep_tokens = scores.keep_tokens
-    message.timing.queue_us = scores.timing.queue_us
-    message.timing.engine_us = scores.timing.engine_us
+    timing, spent = message.timing, scores.timing
+    timing.queue_us, timing.engine_us = spent.queue_us, spent.engine_us
+    if spent.computed_tokens is not None:
+        timing.computed_tokens = spent.computed_tokens
 
 
 def decode_scores(chunks: list[pb.Scores] | list[pb.ScoreResponse]) -> Scores:
@@ -362,12 +364,17 @@ def decode_scores(chunks: list[pb.Scores] | list[pb.ScoreResponse]) -> Scores:
         raise InvalidRequestError(
             f"verdict is {final.verdict}, must be one of {sorted(_VERDICT_FROM_PB)}"
         )
+    timing = final.timing
     return Scores(
         rows=concat_rows([decode_rows(chunk.rows) for chunk in chunks]),
         drift=decode_drift(final.drift) if final.HasField("drift") else None,
         verdict=_VERDICT_FROM_PB[final.verdict],
         keep_tokens=final.keep_tokens if final.HasField("keep_tokens") else None,
-        timing=Timing(queue_us=final.timing.queue_us, engine_us=final.timing.engine_us),
+        timing=Timing(
+            queue_us=timing.queue_us,
+            engine_us=timing.engine_us,
+            computed_tokens=timing.computed_tokens if timing.HasField("computed_tokens") else None,
+        ),
     )
 
 

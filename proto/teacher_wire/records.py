@@ -177,6 +177,9 @@ class Timing:
 
     queue_us: int = 0
     engine_us: int = 0
+    computed_tokens: int | None = None
+    """Tokens the model was run on: the new ones, and those before them whose work was not kept.
+    None from a teacher that does not tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

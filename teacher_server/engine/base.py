@@ -55,6 +55,8 @@ class EngineRows:
     """[n] nats"""
     token_ranks: NDArray[np.int32] | None
     """[n] 1 = most likely"""
+    computed_tokens: int
+    """Tokens the model was run on: the new ones, and those before them whose work was not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -222,6 +222,7 @@ def score_rows(query: ScoreQuery, vocab_size: int) -> EngineRows:
         candidate_logprobs=None if query.candidate_ids is None else join(3),
         entropies=join(4) if query.want_entropy else None,
         token_ranks=join(5).astype(np.int32) if query.want_rank else None,
+        computed_tokens=len(seeds),
     )
 
 

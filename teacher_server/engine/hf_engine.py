@@ -117,9 +117,9 @@ class HfEngine:
     def _score(self, model: PreTrainedModel, query: ScoreQuery) -> EngineRows:
         """The row of token i comes from the model's output at token i - 1."""
         session = self._take_session(query)
-        last = len(query.token_ids) - 1
+        num_kept, last = len(session.token_ids), len(query.token_ids) - 1
         pieces: list[EngineRows] = []
-        for start, end in self._passes(len(session.token_ids), query.first_row - 1, last):
+        for start, end in self._passes(num_kept, query.first_row - 1, last):
             num_rows = min(end - start, max(0, end + 1 - query.first_row))
             input_ids = torch.from_numpy(query.token_ids[start:end].astype(np.int64))[None]
             output = model(
@@ -132,7 +132,7 @@ class HfEngine:
                 pieces.append(_rows(output.logits[0], query, end + 1 - num_rows))
         session.token_ids = query.token_ids[:last].copy()
         self._put_session(query.session, session)
-        return _concatenated(pieces)
+        return _concatenated(pieces, computed_tokens=last - num_kept)
 
     def _passes(self, start: int, first_output: int, last: int) -> Iterator[tuple[int, int]]:
         """Pieces of [start, last) for one forward pass each, smaller from first_output on."""
@@ -211,10 +211,11 @@ def _rows(logits_nV: torch.Tensor, query: ScoreQuery, first_token: int) -> Engin
         candidate_logprobs=candidate_logprobs,
         entropies=entropies,
         token_ranks=token_ranks,
+        computed_tokens=num_rows,
     )
 
 
-def _concatenated(pieces: list[EngineRows]) -> EngineRows:
+def _concatenated(pieces: list[EngineRows], *, computed_tokens: int) -> EngineRows:
     def optional(arrays: list[NDArray[np.generic] | None]) -> NDArray[np.generic] | None:
         present = [array for array in arrays if array is not None]
         return np.concatenate(present) if present else None
@@ -226,4 +227,5 @@ def _concatenated(pieces: list[EngineRows]) -> EngineRows:
         candidate_logprobs=optional([piece.candidate_logprobs for piece in pieces]),
         entropies=optional([piece.entropies for piece in pieces]),
         token_ranks=optional([piece.token_ranks for piece in pieces]),
+        computed_tokens=computed_tokens,
     )

@@ -138,8 +138,11 @@ class RowCollector:
         num_rows = len(request.target_ids)
         self._packed_nW = np.empty((num_rows, request.width()), dtype=np.int32)
         self._filled_n = np.zeros(num_rows, dtype=np.bool_)
+        self._computed_tokens = 0
 
-    def add(self, packed_mW: NDArray[np.int32]) -> None:
+    def add(self, packed_mW: NDArray[np.int32], computed_tokens: int) -> None:
+        """The answer to one submission, and how many of its tokens the model was run on."""
+        self._computed_tokens += computed_tokens
         index_m = packed_mW[:, POSITION] - self._request.first_row
         self._packed_nW[index_m] = packed_mW
         self._filled_n[index_m] = True
@@ -164,4 +167,5 @@ class RowCollector:
             else None,
             entropies=np.ascontiguousarray(floats_nW[:, ENTROPY]) if request.want_entropy else None,
             token_ranks=np.ascontiguousarray(packed_nW[:, RANK]) if request.want_rank else None,
+            computed_tokens=self._computed_tokens,
         )

@@ -30,9 +30,12 @@ from teacher_wire.errors import EngineError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.inputs import TokensPrompt
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+    from vllm.v1.metrics.stats import SchedulerStats
 
 PLUGIN = "driftline_token_scorer"
 """Entry point of token_scorer.register, by which vLLM's own processes find it."""
@@ -124,7 +127,9 @@ class VllmEngine:
             warn_if_emulated(self._dtype)
         # Not returned: the thread's future would keep it alive until exit, where it fails noisily.
         with children_on(self._cpu_cores), children_end_with_us():
-            self._llm = AsyncLLM.from_engine_args(self._engine_args())
+            self._llm = AsyncLLM.from_engine_args(
+                self._engine_args(), stat_loggers=[_kv_use_logger()]
+            )
 
     def _engine_args(self) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -228,7 +233,8 @@ class VllmEngine:
         request_id = str(next(self._request_ids))
         try:
             async for output in self._llm.encode(prompt, params, request_id):
-                collector.add(output.outputs.data.numpy())
+                computed = len(token_ids) - output.num_cached_tokens
+                collector.add(output.outputs.data.numpy(), computed)
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineError(f"vLLM failed: {error}") from error
 
@@ -239,8 +245,12 @@ class VllmEngine:
         return self._llm is not None and not self._llm.errored
 
     def kv_used_ratio(self) -> float | None:
-        """vLLM tells only when it keeps statistics of every step, which are off."""
-        return None
+        """Of queries under way; a block that is only cached counts as free."""
+        if self._llm is None:
+            return None
+        # Told after each step, and none follows when the last query is given up.
+        idle = not self._llm.output_processor.has_unfinished_requests()
+        return 0.0 if idle else self._llm.logger_manager.stat_loggers[0].used_ratio
 
     async def close(self) -> None:
         llm, self._llm = self._llm, None
@@ -249,6 +259,30 @@ class VllmEngine:
             # vLLM's object is part of a cycle; collected as late as at exit, it fails noisily.
             del llm
             gc.collect()
+
+
+def _kv_use_logger() -> type[PrometheusStatLogger]:
+    """Keeps one figure of vLLM's statistics.
+
+    Its base class is how vLLM is told to leave out Prometheus metrics of its own, which would be
+    kept up to date with every step for nobody.
+    """
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    class KvUse(PrometheusStatLogger):
+        def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
+            self.used_ratio = 0.0
+
+        def record(
+            self, scheduler_stats: SchedulerStats | None, *_args: object, **_rest: object
+        ) -> None:
+            if scheduler_stats is not None:
+                self.used_ratio = scheduler_stats.kv_cache_usage
+
+        def log_engine_initialized(self) -> None:
+            """Nothing to say."""
+
+    return KvUse
 
 
 def _architecture(config: PretrainedConfig) -> str:

@@ -264,6 +264,8 @@ def assert_equal(scrape: Scrape, counts: Counts) -> None:
     assert scrape.by("grpc_server_started_total", "grpc_service")[SERVICE] == counts.started.total()
     assert scrape.by("teacher_errors_total", "type") == counts.errors
     assert scrape.by("teacher_tokens_scored_total", "tenant") == counts.tokens
+    # The fake engine computes what it is asked for, and nothing again.
+    assert scrape.value("teacher_computed_tokens_total") == counts.tokens.total()
     assert scrape.by("teacher_admission_total", "outcome", "tenant") == counts.outcomes
     assert scrape.by("teacher_resumes_total", "result") == counts.resumes
     assert scrape.by("teacher_dropped_total", "reason") == {

@@ -50,7 +50,9 @@ async def grow(
         **{
             name: np.concatenate([getattr(answer, name) for answer in answers])
             for name in EngineRows.__slots__
-        }
+            if name != "computed_tokens"
+        },
+        computed_tokens=sum(answer.computed_tokens for answer in answers),
     )
 
 

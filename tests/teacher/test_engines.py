@@ -83,7 +83,9 @@ async def test_hf_in_pieces_equals_one_shot(reference: HfEngine, seed: int) -> N
     token_ids = random_ids(100 + seed, 700)
     bounds = random_bounds(rng, 1 + seed * 40, 700, 9)
     pieces = await grow(reference, token_ids, bounds, session="pieces")
-    assert_same_rows(pieces, await reference.score(a_query(token_ids, bounds[0])))
+    whole = await reference.score(a_query(token_ids, bounds[0]))
+    assert_same_rows(pieces, whole)
+    assert pieces.computed_tokens == whole.computed_tokens == 699  # the last token is not read
 
 
 async def test_hf_recomputes_evicted_forgotten_and_rewritten_sessions(reference: HfEngine) -> None:
@@ -98,7 +100,9 @@ async def test_hf_recomputes_evicted_forgotten_and_rewritten_sessions(reference:
             reference.forget("s")
         else:
             await reference.score(a_query(random_ids(9, 180), 1, session="s"))
-        assert_same_rows(await reference.score(a_query(token_ids, 120, session="s")), expected)
+        again = await reference.score(a_query(token_ids, 120, session="s"))
+        assert_same_rows(again, expected)
+        assert again.computed_tokens == 199
 
 
 async def test_hf_says_what_log_softmax_says(reference: HfEngine, model_dir: Path) -> None:
@@ -257,6 +261,35 @@ class TestVllm:
             assert_same_rows(await vllm_engine.score(query), await reference.score(query))
             await reset(vllm_engine)
 
+    async def test_kv_use_is_that_of_queries_under_way(
+        self, vllm_engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        use, told = kv_use(vllm_engine), []
+        record = use.record
+
+        def recorded(*args: Any, **rest: Any) -> None:
+            record(*args, **rest)
+            told.append(vllm_engine.kv_used_ratio())
+
+        monkeypatch.setattr(use, "record", recorded)
+        assert vllm_engine.kv_used_ratio() == 0.0
+        await vllm_engine.score(a_query(random_ids(23, 900), 899))
+        share = MAX_BATCHED_TOKENS / KV_CACHE_TOKENS
+        assert told[:3] == pytest.approx([share, 2 * share, 3 * share], rel=0.05)
+        assert set(told[3:]) == {0.0}
+
+    async def test_queries_that_are_given_up_leave_no_kv_behind(
+        self, vllm_engine: VllmEngine
+    ) -> None:
+        for delay_s in np.linspace(0.0, 0.05, 20):
+            query = a_query(random_ids(24, 900), 1)
+            asking = asyncio.create_task(vllm_engine.score(query))
+            await asyncio.sleep(float(delay_s))
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+        await vllm_engine.score(a_query(random_ids(25, 40), 1))
+        assert kv_use(vllm_engine).used_ratio == 0.0, "as vLLM told, idle or not"
+
     @pytest.mark.parametrize(
         "bounds",
         [
@@ -342,7 +375,8 @@ class TestVllm:
         self, vllm_engine: VllmEngine
     ) -> None:
         token_ids = random_ids(501, 1000)
-        await vllm_engine.score(a_query(token_ids, 999))
+        first = await vllm_engine.score(a_query(token_ids, 999))
+        assert first.computed_tokens == 999
         submitted: list[int] = []
         submit = vllm_engine._submit
 
@@ -352,11 +386,12 @@ class TestVllm:
 
         vllm_engine._submit = counting
         try:
-            await vllm_engine.score(a_query(token_ids, 900))
+            again = await vllm_engine.score(a_query(token_ids, 900))
         finally:
             del vllm_engine._submit
         # Hidden states 899..991 lie in the blocks that end at 928, 960 and 992.
         assert submitted == [999, 992, 960, 928]
+        assert again.computed_tokens == (999 - 992) + 3 * BLOCK
 
     async def test_whole_blocks_are_computed_once(
         self, vllm_engine: VllmEngine, reference: HfEngine
@@ -370,6 +405,7 @@ class TestVllm:
             other = await vllm_engine.score(a_query(other_ids, 2 * BLOCK, session="another"))
         computed = [tokens - cached for tokens, cached in requests]
         assert computed == [4 * BLOCK, BLOCK, 3 * BLOCK, BLOCK]
+        assert (pieces.computed_tokens, other.computed_tokens) == (8 * BLOCK, BLOCK)
         assert_same_rows(pieces, await reference.score(a_query(token_ids, bounds[0])))
         assert_same_rows(other, await reference.score(a_query(other_ids, 2 * BLOCK)))
 
@@ -432,6 +468,11 @@ class TestVllm:
         with pytest.raises(EngineError):
             await vllm_engine.score(a_query(random_ids(701, 10), 1))
         assert not await vllm_engine.healthy()
+
+
+def kv_use(engine: VllmEngine) -> Any:
+    """What listens to vLLM's statistics."""
+    return engine._llm.logger_manager.stat_loggers[0]
 
 
 @contextmanager

@@ -54,7 +54,8 @@ async def test_score_answers_the_model_numbers(teacher: Teacher) -> None:
     assert rows["entropies"] is None
     assert content["drift"] is None
     assert content["verdict"] == "continue"
-    assert set(content["timing"]) == {"queue_us", "engine_us"}
+    assert set(content["timing"]) == {"queue_us", "engine_us", "computed_tokens"}
+    assert content["timing"]["computed_tokens"] == len(RESPONSE)
 
 
 @pytest.mark.parametrize(("dtype", "numpy_dtype"), [("f32", "<f4"), ("f16", "<f2")])

@@ -15,6 +15,7 @@ from teacher_server.live_metrics import Readings
 from teacher_server.metrics import OTHER, Metrics
 from teacher_server.tallies import TimeTally
 from teacher_wire.errors import ERROR_CODES, CapacityError, DeadlineError, EngineError
+from teacher_wire.records import Timing
 from tests.teacher.http_teacher import INFO
 
 SESSION = "/opd.teacher.v1.TeacherService/Session"
@@ -32,7 +33,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 def used(metrics: Metrics) -> None:
     metrics.serving(INFO)
     metrics.tenant("a").tokens_scored += 3
-    metrics.append_done(0.001, 0.02)
+    metrics.append_done(Timing(queue_us=1000, engine_us=20_000, computed_tokens=5))
     metrics.sessions_open(2)
     metrics.messages(SESSION).received += 1
     metrics.error("CapacityError")
@@ -65,6 +66,7 @@ def test_every_family_has_its_published_name() -> None:
         "teacher_queue_wait_seconds",
         "teacher_engine_step_seconds",
         "teacher_tokens_scored",
+        "teacher_computed_tokens",
         "teacher_errors",
         "teacher_build_info",
         "teacher_http_request_seconds",
@@ -79,8 +81,9 @@ def test_values_are_the_sums_of_what_was_reported() -> None:
     used(metrics)
     metrics.tenant("a").tokens_scored += 4
     metrics.sessions_open(1)
-    metrics.append_done(0.004, 0.03)
+    metrics.append_done(Timing(queue_us=4000, engine_us=30_000, computed_tokens=4))
     assert value(metrics, "teacher_tokens_scored_total", tenant="a") == 7
+    assert value(metrics, "teacher_computed_tokens_total") == 9
     assert value(metrics, "teacher_sessions", state="open") == 1
     assert value(metrics, "teacher_queue_wait_seconds_count") == 2
     assert value(metrics, "teacher_engine_step_seconds_sum") == pytest.approx(0.05)

@@ -266,7 +266,7 @@ def test_large_answers_are_split_below_the_limit_and_joined_again(
         drift=DriftState(num_tokens=9, num_bad_events=4, exhausted_at=3),
         verdict=Verdict.TRUNCATE,
         keep_tokens=3,
-        timing=Timing(queue_us=1, engine_us=2),
+        timing=Timing(queue_us=1, engine_us=2, computed_tokens=0),
     )
     session_id = "s" * 256
     chunks = [reply.scores for reply in codec.encode_scores(scores, dtype, session_id)]

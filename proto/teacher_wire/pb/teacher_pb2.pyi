@@ -197,12 +197,14 @@ class ScoreResponse(_message.Message):
     def __init__(self, rows: _Optional[_Union[ScoreRows, _Mapping]] = ..., last: _Optional[bool] = ..., drift: _Optional[_Union[DriftState, _Mapping]] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., keep_tokens: _Optional[int] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("queue_us", "engine_us")
+    __slots__ = ("queue_us", "engine_us", "computed_tokens")
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     ENGINE_US_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     queue_us: int
     engine_us: int
-    def __init__(self, queue_us: _Optional[int] = ..., engine_us: _Optional[int] = ...) -> None: ...
+    computed_tokens: int
+    def __init__(self, queue_us: _Optional[int] = ..., engine_us: _Optional[int] = ..., computed_tokens: _Optional[int] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
     __slots__ = ("hello", "open", "append", "close", "credit", "batch")
