@@ -46,6 +46,8 @@ from teacher_wire.records import (
 
 _EMPTY_IDS: NDArray[np.int32] = np.zeros(0, np.int32)
 _EVICTION_HINT_MS = 500
+_BEYOND = 8
+"""One place for so many of the limit, beyond it, for tenants below their even share."""
 
 
 class Scorer(Protocol):
@@ -316,19 +318,26 @@ class SessionTable:
         return False
 
     def _make_room(self, tenant: str) -> None:
-        """A full table makes room with a session of whoever has the most by weight, never of a
-        tenant that has less than the one that asks."""
-        if len(self._sessions) < self._info.max_sessions:
+        """A full table makes room with an idle session of whoever has the most by weight, never of
+        a tenant that has less than the one that asks. With none idle, a tenant below its even share
+        takes a place beyond the limit: the others' sessions may be in use for as long as they last,
+        and give their places back one by one."""
+        limit, num_open = self._info.max_sessions, len(self._sessions)
+        if num_open < limit:
             return
         numbers = Counter(name for name, _ in self._sessions)
+        own = numbers[tenant]
         numbers[tenant] += 1
-        shares = {name: n / self._tenants.get(name).weight for name, n in numbers.items()}
+        weights = {name: self._tenants.get(name).weight for name in numbers}
+        shares = {name: n / weights[name] for name, n in numbers.items()}
         for name in sorted(shares, key=shares.__getitem__, reverse=True):
             if shares[name] >= shares[tenant] and self._evict_one(self._of(name)):
                 return
+        even_share = limit * weights[tenant] / sum(weights.values())
+        if own < even_share and num_open < limit + max(1, limit // _BEYOND):
+            return
         raise CapacityError(
-            f"{len(self._sessions)} sessions are open and in use, the limit is "
-            f"{self._info.max_sessions}",
+            f"{num_open} sessions are open and in use, the limit is {limit}",
             retry_after_ms=_EVICTION_HINT_MS,
         )
 

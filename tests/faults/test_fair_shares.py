@@ -17,7 +17,7 @@ from benchmarks.concurrency import jain_index
 from teacher_server.engine.fake_engine import FakeEngine
 from teacher_server.scheduler import SchedulerLimits
 from teacher_server.tenants import Tenant
-from teacher_server.testing import local_teacher, teacher_info
+from teacher_server.testing import local_teacher
 from teacher_wire.errors import CapacityError, QuotaError, RateLimitedError
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import TokenSpan
@@ -100,8 +100,7 @@ async def test_a_small_hold_on_a_batching_engine_keeps_the_queue_where_it_is_fai
     for held in (64 * APPEND, 2 * APPEND):
         engine = FakeEngine(prefill_tokens_per_s=5000.0, step_tokens=8 * APPEND)
         limits = SchedulerLimits(max_running_tokens=held)
-        room = teacher_info(engine, max_sessions=65)
-        async with local_teacher(engine, info=room, scheduler_limits=limits) as teacher:
+        async with local_teacher(engine, scheduler_limits=limits) as teacher:
             got = await shares(teacher.address, 5.0, greedy=64, modest=1)
         waits[held] = statistics.median(got["modest"].seconds)
     assert waits[2 * APPEND] < 0.25 * waits[64 * APPEND], waits

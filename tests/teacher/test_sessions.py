@@ -80,14 +80,14 @@ class Table:
         }
         return self.sessions.open(name, **(arguments | changes))
 
-    async def append(self, span: TokenSpan, name: str = "s") -> Scores:
-        return await self.sessions.append(name, span, tenant="t")
+    async def append(self, span: TokenSpan, name: str = "s", tenant: str = "t") -> Scores:
+        return await self.sessions.append(name, span, tenant=tenant)
 
-    async def busy(self) -> asyncio.Task[Scores]:
+    async def busy(self, name: str = "busy", tenant: str = "t") -> asyncio.Task[Scores]:
         """Opens a session whose append does not end, and lets a long time pass."""
-        self.open("busy")
+        self.open(name, tenant=tenant)
         self.engine.inject(Fault.HANG)
-        running = asyncio.create_task(self.append(make_span(5), "busy"))
+        running = asyncio.create_task(self.append(make_span(5), name, tenant=tenant))
         await asyncio.sleep(0)
         self.clock.now += 100
         return running
@@ -386,6 +386,57 @@ async def test_a_busy_session_is_never_evicted() -> None:
         await running
     table.clock.now += 1
     table.open("next")
+
+
+async def test_tenants_below_their_even_share_find_room_when_all_sessions_are_in_use() -> None:
+    table = Table(max_sessions=16, evict_idle_s=0.0)
+    running = [await table.busy(f"g{i}", "greedy") for i in range(16)]
+    for name, tenant in (("m1", "modest"), ("o1", "other")):
+        with pytest.raises(CapacityError, match="limit is 16"):
+            table.open("more", tenant="greedy")
+        running.append(await table.busy(name, tenant))
+    with pytest.raises(CapacityError, match="18 sessions are open"):
+        table.open("m2", tenant="modest")  # no more than an eighth beyond the limit
+    for ended in range(2):
+        table.sessions.close(f"g{ended}", tenant="greedy")
+        with pytest.raises(CapacityError):
+            table.open("more", tenant="greedy")  # its places go to the others first
+    assert len(table.sessions) == 16
+    for name in ("m2", "m3"):
+        running.append(await table.busy(name, "modest"))
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    limit=st.integers(1, 20),
+    moves=st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=80),
+)
+def test_places_beyond_the_limit_are_an_eighth_and_for_tenants_below_their_even_share(
+    limit: int, moves: list[tuple[str, bool]]
+) -> None:
+    """Any order of opens and closes; every session is in use while it is open."""
+    table = Table(max_sessions=limit, evict_idle_s=0.0)
+    held: dict[str, list[str]] = {name: [] for name in "abc"}
+    most = limit + max(1, limit // 8)
+    for number, (tenant, opens) in enumerate(moves):
+        own, num_open, name = held[tenant], len(table.sessions), f"{number}"
+        if not opens:
+            if own:
+                table.sessions.close(own.pop(), tenant=tenant)
+            continue
+        num_tenants = sum(1 for names in held.values() if names) + (not own)
+        if num_open < limit or (num_open < most and len(own) < limit / num_tenants):
+            table.open(name, tenant=tenant)
+            table.sessions._sessions[tenant, name].num_pending += 1
+            own.append(name)
+        else:
+            with pytest.raises(CapacityError):
+                table.open(name, tenant=tenant)
+        table.clock.now += 1
+        assert len(table.sessions) == sum(map(len, held.values())) <= most
 
 
 class Allowed:
