@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.rows import check_rows, joined, judged_rows, pieces
 from teacher_server.session import Session
+from teacher_server.session_shares import fits_beyond, givers
 from teacher_server.tallies import TenantTally
 from teacher_server.tenants import OpenTenants, Tenants
 from teacher_server.validation import check_drift, check_open, check_span, check_total_length
@@ -46,8 +47,6 @@ from teacher_wire.records import (
 
 _EMPTY_IDS: NDArray[np.int32] = np.zeros(0, np.int32)
 _EVICTION_HINT_MS = 500
-_BEYOND = 8
-"""One place for so many of the limit, beyond it, for tenants below their even share."""
 
 
 class Scorer(Protocol):
@@ -318,28 +317,19 @@ class SessionTable:
         return False
 
     def _make_room(self, tenant: str) -> None:
-        """A full table makes room with an idle session of whoever has the most by weight, never of
-        a tenant that has less than the one that asks. With none idle, a tenant below its even share
-        takes a place beyond the limit: the others' sessions may be in use for as long as they last,
-        and give their places back one by one."""
-        limit, num_open = self._info.max_sessions, len(self._sessions)
-        if num_open < limit:
+        limit = self._info.max_sessions
+        if len(self._sessions) < limit:
             return
-        numbers = Counter(name for name, _ in self._sessions)
-        own = numbers[tenant]
-        numbers[tenant] += 1
-        weights = {name: self._tenants.get(name).weight for name in numbers}
-        shares = {name: n / weights[name] for name, n in numbers.items()}
-        for name in sorted(shares, key=shares.__getitem__, reverse=True):
-            if shares[name] >= shares[tenant] and self._evict_one(self._of(name)):
+        num_open = Counter(name for name, _ in self._sessions)
+        weights = {name: self._tenants.get(name).weight for name in {*num_open, tenant}}
+        for name in givers(num_open, weights, tenant):
+            if self._evict_one(self._of(name)):
                 return
-        even_share = limit * weights[tenant] / sum(weights.values())
-        if own < even_share and num_open < limit + max(1, limit // _BEYOND):
-            return
-        raise CapacityError(
-            f"{num_open} sessions are open and in use, the limit is {limit}",
-            retry_after_ms=_EVICTION_HINT_MS,
-        )
+        if not fits_beyond(limit, num_open, weights, tenant):
+            raise CapacityError(
+                f"{len(self._sessions)} sessions are open and in use, the limit is {limit}",
+                retry_after_ms=_EVICTION_HINT_MS,
+            )
 
     def _of(self, tenant: str) -> list[tuple[str, str]]:
         """The sessions of a tenant, least recently used first."""
