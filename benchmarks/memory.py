@@ -31,7 +31,7 @@ from benchmarks.provenance import ROOT
 from benchmarks.service_load import POLICY, PROMPT, Load, connect
 from benchmarks.stored_rows import Table, made_table
 from benchmarks.teacher_process import server_process
-from student_trainer.teacher_client import TeacherClient, TeacherSession
+from teacher_client.client import TeacherClient, TeacherSession
 
 MIB = 2**20
 VOCABULARIES = (32_768, 151_936)

@@ -31,6 +31,7 @@ from benchmarks.measuring import Measured, Sample, first_line, wide_console, wri
 from benchmarks.models import SHAPES, checkpoint
 from benchmarks.service_load import POLICY, PROMPT, Load, connect
 from benchmarks.stored_rows import VOCAB_SIZE, StoredEngine, Table, made_table, rows_of
+from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
 from teacher_server.engine.base import (
     EngineLayer,
     EngineRows,
@@ -40,14 +41,13 @@ from teacher_server.engine.base import (
 )
 from teacher_server.engine.fake_engine import FakeEngine
 from teacher_server.engine.row_format import POSITION, RowCollector, RowRequest
-from teacher_server.metrics import Metrics
-from teacher_server.rows import check_rows, judged_rows
-from teacher_server.scheduler import Scheduler, SchedulerLimits
-from teacher_server.server_options import SERVER_OPTIONS
-from teacher_server.service import TeacherService, add_to_server
-from teacher_server.sessions import SessionTable
+from teacher_server.metrics.server import Metrics
+from teacher_server.rpc.server_options import SERVER_OPTIONS
+from teacher_server.rpc.service import TeacherService, add_to_server
+from teacher_server.scoring.judging import check_rows, judged_rows
+from teacher_server.scoring.sessions import SessionTable
+from teacher_server.scoring.validation import check_span
 from teacher_server.testing import teacher_info
-from teacher_server.validation import check_span
 from teacher_wire import codec
 from teacher_wire.errors import TeacherError
 from teacher_wire.pb import teacher_pb2 as pb

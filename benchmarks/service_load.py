@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.stored_rows import PROMPT_TOKENS, Table
-from student_trainer.teacher_client import TeacherClient
+from teacher_client.client import TeacherClient
 from teacher_wire.records import DriftPolicy, LogprobDtype, ScoreOptions, Scores, TokenSpan
 
 PROMPT = np.arange(1, PROMPT_TOKENS + 1, dtype=np.int32)

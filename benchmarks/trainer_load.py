@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.arms.base import Job, Text, made_texts
 from benchmarks.arms.driftline import POLICY, span
-from student_trainer.teacher_client import TeacherClient
+from teacher_client.client import TeacherClient
 from teacher_wire.records import LogprobDtype, ScoreOptions
 
 

@@ -40,8 +40,8 @@ from benchmarks.service_load import POLICY, PROMPT, Load, connect, grow
 from benchmarks.stored_rows import Table, made_table, rows_of
 from benchmarks.teacher_process import ServerProcess, server_process
 from benchmarks.wire_shapes import SHAPES, Shape
-from student_trainer.teacher_client import TeacherClient
-from teacher_server.rows import judged_rows
+from teacher_client.client import TeacherClient
+from teacher_server.scoring.judging import judged_rows
 from teacher_wire import codec
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import LogprobDtype, Scores, Timing, TokenSpan, Verdict

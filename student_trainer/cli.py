@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from student_trainer.config import TrainerConfig, load_config
-from student_trainer.config_warnings import warnings
 from student_trainer.errors import TrainerError
+from student_trainer.settings.config import TrainerConfig, load_config
+from student_trainer.settings.warnings import warnings
+from teacher_client.access import AccessError
 from teacher_wire import tracing
 from teacher_wire.errors import TeacherError
 
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (TrainerError, TeacherError) as error:
+    except (TrainerError, TeacherError, AccessError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
@@ -84,7 +85,7 @@ def _train(arguments: argparse.Namespace) -> int:
         except ImportError as error:
             raise TrainerError(f"run.otlp_endpoint needs the extra `otel`: {error}") from error
     _quiet_libraries()
-    from student_trainer.assembly import assembled
+    from student_trainer.assembly.run import assembled
     from student_trainer.train import train
 
     with assembled(config, resume=arguments.resume) as run:
@@ -104,7 +105,7 @@ def _quiet_libraries() -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     _quiet_libraries()
-    from student_trainer.assembly import evaluate_checkpoint
+    from student_trainer.assembly.run import evaluate_checkpoint
 
     result = evaluate_checkpoint(config, arguments.model or config.student.model)
     text = json.dumps(result, indent=2)
@@ -119,7 +120,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from student_trainer.report import (
+    from student_trainer.recording.report import (
         draw,
         summarize,
         summary_table,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
-from numpy.typing import NDArray
 
 from student_trainer.errors import CheckpointError, DatasetError
 from student_trainer.records import Prompt
@@ -120,26 +119,3 @@ class PromptOrder:
         order = np.random.default_rng((self._seed, passes)).permutation(len(self._prompts))
         start = within * self._prompts_per_step
         return [self._prompts[i] for i in order[start : start + self._prompts_per_step]]
-
-
-class SpecialTokens:
-    """Which response positions count: special tokens are masked before anything else looks at them.
-
-    Source: Revisiting On-Policy Distillation, released code (`opd_mask_first_tokens`): a student
-    and a teacher of one family can disagree by tens of nats on `<` or `<|im_end|>` for no good
-    reason.
-    """
-
-    def __init__(self, token_ids: Sequence[int], *, first_only: bool) -> None:
-        self._ids = np.asarray(sorted(set(token_ids)), np.int32)
-        self._first_only = first_only
-
-    def mask(self, response_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """[T] False where a token must not count. The mask of a prefix is a prefix of the mask."""
-        special = np.isin(response_ids, self._ids)
-        if self._first_only and special.any():
-            positions = np.flatnonzero(special)
-            _, first = np.unique(response_ids[positions], return_index=True)
-            special[:] = False
-            special[positions[first]] = True
-        return ~special

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from student_trainer.errors import DatasetError
 from student_trainer.records import Prompt, SamplingOptions
-from student_trainer.samplers.base import Sampler
+from student_trainer.rollouts.samplers.base import Sampler
 
 GREEDY = 0.0
 

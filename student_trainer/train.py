@@ -1,4 +1,4 @@
-"""THE loop. What it uses is put together in assembly.py; what it says goes to run_log.py.
+"""THE loop. What it uses is put together in assembly/; what it says goes to recording/.
 
 A step: take a batch of rollouts that the teacher has scored while they were generated, learn from
 it, put the new weights into the sampler, write it down.
@@ -6,8 +6,7 @@ it, put the new weights into the sampler, write it down.
 
 from __future__ import annotations
 
-from student_trainer.assembly import Run
-from student_trainer.batch import collate, recompute_behavior, split_micro, split_updates
+from student_trainer.assembly.run import Run
 from student_trainer.diagnostics import (
     effective_lengths,
     phase_seconds,
@@ -15,6 +14,7 @@ from student_trainer.diagnostics import (
     step_profile,
     warnings_of,
 )
+from student_trainer.learner.batch import collate, recompute_behavior, split_micro, split_updates
 from student_trainer.losses import (
     StepSums,
     merge,
@@ -23,9 +23,9 @@ from student_trainer.losses import (
     step_scale,
     sum_over_processes,
 )
+from student_trainer.recording.run_log import PhaseClock
 from student_trainer.records import Rollout
-from student_trainer.rollout_source import RolloutBatch
-from student_trainer.run_log import PhaseClock
+from student_trainer.rollouts.stream import RolloutBatch
 
 
 def train(run: Run) -> None:

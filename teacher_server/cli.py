@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teacher_server import logs
-from teacher_server.config import ConfigError, TeacherConfig, add_flags, load_config, to_toml
+from teacher_server.settings import ConfigError, TeacherConfig, add_flags, load_config, to_toml
 
 if TYPE_CHECKING:
     import grpc
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(config: TeacherConfig) -> int:
     import asyncio
 
-    from teacher_server.app import StartError, serve
+    from teacher_server.process.app import StartError, serve
 
     logs.configure(config.log_level, config.log_format)
     if config.otlp_endpoint:
@@ -88,7 +88,7 @@ def _serve(config: TeacherConfig) -> int:
 
 
 def _token(name: str) -> int:
-    from teacher_server.tenants_file import new_token
+    from teacher_server.access.tenants_file import new_token
 
     token, lines = new_token(name)
     print(f"# for the trainer, shown this once: its teacher.token_file\n{token}\n")

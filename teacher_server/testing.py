@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 import grpc
 
+from teacher_server.access.tenants import Tenants
+from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
 from teacher_server.engine.base import ScoringEngine
 from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
-from teacher_server.live_metrics import Readings
-from teacher_server.metrics import Metrics
-from teacher_server.scheduler import Scheduler, SchedulerLimits
-from teacher_server.server_options import SERVER_OPTIONS
-from teacher_server.service import TeacherService, add_to_server
-from teacher_server.sessions import SessionTable
-from teacher_server.stream import StreamLimits
-from teacher_server.tenants import Tenants
+from teacher_server.metrics.live import Readings
+from teacher_server.metrics.server import Metrics
+from teacher_server.rpc.server_options import SERVER_OPTIONS
+from teacher_server.rpc.service import TeacherService, add_to_server
+from teacher_server.rpc.stream import StreamLimits
+from teacher_server.scoring.sessions import SessionTable
 from teacher_wire.records import TeacherInfo
 
 

@@ -20,17 +20,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "teacher_wire": ROOT / "proto" / "teacher_wire",
+    "teacher_client": ROOT / "proto" / "teacher_client",
+    "vllm_process": ROOT / "proto" / "vllm_process",
     "teacher_server": ROOT / "teacher_server",
     "student_trainer": ROOT / "student_trainer",
 }
 GENERATED = "teacher_wire.pb."
 
 TORCH = "torch transformers safetensors vllm"
-ENGINES = (
-    "teacher_server.engine.vllm_engine teacher_server.engine.hf_engine "
-    "teacher_server.engine.token_scorer teacher_server.engine.row_scores "
-    "teacher_server.engine.fake_engine"
-)
+SIDES = "teacher_server student_trainer examples benchmarks tests"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,175 +44,173 @@ class Rule:
 
 
 RULES = [
+    # What both sides share.
     Rule(
         modules="teacher_wire.*",
-        never=f"{TORCH} teacher_server student_trainer examples",
-        why="both sides share it and neither is known to it",
+        never=f"{TORCH} httpx teacher_client vllm_process {SIDES}",
+        why="records, errors and messages know nobody",
     ),
-    Rule(modules="teacher_server.*", never="student_trainer examples tests", why="one way only"),
-    Rule(modules="student_trainer.*", never="teacher_server examples tests", why="one way only"),
+    Rule(
+        modules="teacher_wire.drift",
+        only="numpy teacher_wire.records",
+        why="pure: server, losses and reports all ask it",
+    ),
+    Rule(
+        modules="teacher_client.*",
+        never=f"{TORCH} vllm_process {SIDES}",
+        why="other trainers use it without ours",
+    ),
+    Rule(
+        modules="teacher_client.retry",
+        only="teacher_wire.errors",
+        why="whether to try again is independent of transport",
+    ),
+    Rule(modules="teacher_client.rendezvous", never="grpc numpy teacher_wire", why="pure"),
+    Rule(
+        modules="vllm_process.*",
+        never=f"{TORCH} grpc teacher_wire {SIDES}",
+        why="processes, not models",
+    ),
     Rule(
         modules="*",
         never="vllm",
         but="teacher_server.engine.vllm_engine teacher_server.engine.token_scorer "
-        "student_trainer.samplers.vllm_sampler",
+        "student_trainer.rollouts.samplers.vllm_sampler",
         why="three files know vllm",
     ),
+    Rule(
+        modules="*",
+        never="teacher_wire.pb",
+        but="teacher_wire.codec teacher_wire.batches teacher_wire.status teacher_server.rpc "
+        "teacher_server.process.app teacher_server.testing teacher_client.client "
+        "teacher_client.stream",
+        why="messages stay at the edge",
+    ),
+    # The trainer, from the ground up.
+    Rule(modules="student_trainer.*", never="teacher_server examples tests", why="one way only"),
     Rule(
         modules="student_trainer.losses.*",
         only="torch student_trainer.losses",
         why="formulas: no settings, no records, no grpc",
     ),
     Rule(
-        modules="student_trainer.rollout",
-        never=f"{TORCH} grpc teacher_wire.pb teacher_wire.codec student_trainer.config "
-        "student_trainer.teacher_client student_trainer.teacher_stream "
-        "student_trainer.samplers.vllm_sampler student_trainer.samplers.hf_sampler",
-        why="it knows protocols",
-    ),
-    Rule(
-        modules="student_trainer.rollout_source",
-        never=f"{TORCH} grpc student_trainer.config student_trainer.teacher_client",
-        why="it knows protocols",
-    ),
-    Rule(modules="student_trainer.samplers.base", never=f"{TORCH} grpc", why="the seam is free"),
-    Rule(modules="student_trainer.teacher_*", never=TORCH, why="the client needs no torch"),
-    Rule(
-        modules="student_trainer.patience",
-        only="teacher_wire.errors",
-        why="whether to try again is independent of transport",
-    ),
-    Rule(
-        modules="student_trainer.rendezvous", never=f"{TORCH} grpc numpy teacher_wire", why="pure"
-    ),
-    Rule(modules="student_trainer.budget", only="numpy", why="pure"),
-    Rule(modules="student_trainer.diagnostics*", never=f"{TORCH} grpc", why="pure"),
-    Rule(modules="student_trainer.records", never=f"{TORCH} grpc", why="numpy until the learner"),
-    Rule(
-        modules="student_trainer.config",
-        never=f"{TORCH} grpc student_trainer.losses",
+        modules="student_trainer.settings.*",
+        never=f"{TORCH} grpc teacher_client student_trainer",
         why="show-config starts at once",
+    ),
+    Rule(modules="student_trainer.records", never=f"{TORCH} grpc", why="numpy until the learner"),
+    Rule(modules="student_trainer.diagnostics.*", never=f"{TORCH} grpc", why="pure"),
+    Rule(
+        modules="student_trainer.learner.*",
+        never="vllm grpc teacher_client student_trainer.rollouts student_trainer.recording",
+        why="it learns from rollouts, however they came",
+    ),
+    Rule(
+        modules="student_trainer.rollouts.*",
+        never="grpc teacher_client teacher_wire.pb teacher_wire.codec student_trainer.recording",
+        why="it knows protocols",
+    ),
+    *(
+        Rule(modules=f"student_trainer.rollouts.{name}", never=TORCH, why="numpy alone")
+        for name in ("rollout", "stream", "budget", "samplers.base")
+    ),
+    Rule(
+        modules="student_trainer.rollouts.*",
+        never="student_trainer.rollouts.samplers.vllm_sampler "
+        "student_trainer.rollouts.samplers.hf_sampler",
+        why="assembly chooses implementations",
+    ),
+    Rule(
+        modules="student_trainer.recording.*",
+        never="grpc teacher_client student_trainer.learner student_trainer.rollouts",
+        why="it is told, it does not ask",
     ),
     Rule(
         modules="student_trainer.*",
-        never="student_trainer.config",
-        but="student_trainer.cli student_trainer.from_config student_trainer.methods_from_config "
-        "student_trainer.assembly student_trainer.config_warnings",
+        never="student_trainer.settings",
+        but="student_trainer.cli student_trainer.assembly student_trainer.settings",
         why="values are passed, not settings",
     ),
     Rule(
         modules="student_trainer.*",
-        never="student_trainer.teacher_client student_trainer.samplers.vllm_sampler "
-        "student_trainer.samplers.hf_sampler",
-        but="student_trainer.from_config",
-        why="one place chooses implementations",
-    ),
-    Rule(
-        modules="student_trainer.*",
-        never="student_trainer.from_config student_trainer.methods_from_config",
-        but="student_trainer.assembly",
-        why="one composition root",
-    ),
-    Rule(
-        modules="student_trainer.*",
         never="student_trainer.assembly student_trainer.train",
-        but="student_trainer.train student_trainer.cli",
+        but="student_trainer.train student_trainer.cli student_trainer.assembly",
         why="nothing below the loop knows the loop",
     ),
-    *(
-        Rule(
-            modules=f"teacher_server.{name}",
-            never=f"{TORCH} {ENGINES} teacher_server.app",
-            why="scoring is behind the engine protocol",
-        )
-        for name in (
-            "service",
-            "stream",
-            "replies",
-            "session",
-            "sessions",
-            "rows",
-            "validation",
-            "scheduler",
-            "fair_queue",
-            "tenant_limits",
-            "tenants",
-            "drift",
-            "analysis",
-            "metrics",
-            "live_metrics",
-            "logs",
-            "tallies",
-            "health",
-            "lifecycle",
-            "watchdog",
-            "http_api",
-            "http_bodies",
-            "http_edge",
-            "http_server",
-            "config",
-            "auth",
-            "interceptors",
-            "secret_files",
-            "tenants_file",
-            "tls",
-        )
-    ),
-    *(
-        Rule(
-            modules=f"teacher_server.{name}",
-            never="grpc fastapi uvicorn teacher_server.service teacher_server.http_edge",
-            why="who may call is independent of transport",
-        )
-        for name in ("auth", "secret_files", "tenants", "tenants_file")
-    ),
+    # The server, from the ground up.
     Rule(
-        modules="teacher_server.interceptors",
-        never="teacher_server.auth teacher_server.tenants_file teacher_server.config "
-        "teacher_wire.pb teacher_wire.codec",
-        why="it decodes nothing and knows no secret",
+        modules="teacher_server.*",
+        never="student_trainer teacher_client examples tests",
+        why="one way only",
     ),
-    Rule(modules="teacher_server.engine.base", never=f"{TORCH} grpc", why="the seam is free"),
     Rule(
         modules="teacher_server.engine.*",
         never="teacher_server grpc fastapi",
         why="an engine knows rows, not the service",
     ),
+    Rule(modules="teacher_server.engine.base", never=TORCH, why="the seam is free"),
     Rule(
-        modules="teacher_server.drift", only="numpy teacher_wire.records", why="pure, and no errors"
+        modules="teacher_server.*",
+        never=TORCH,
+        but="teacher_server.engine teacher_server.process.loading",
+        why="scoring is behind the engine protocol",
     ),
     Rule(
-        modules="teacher_server.fair_queue", only="typing", why="pure: whose turn it is, as a law"
+        modules="teacher_server.*",
+        never="teacher_server.engine",
+        but="teacher_server.engine teacher_server.process teacher_server.testing",
+        why="only its protocol is known",
     ),
     Rule(
-        modules="teacher_server.tenant_limits",
-        only="teacher_server.tenants teacher_wire.errors",
+        modules="teacher_server.access.*",
+        never="grpc fastapi uvicorn teacher_server.rpc teacher_server.http",
+        but="teacher_server.access.tls",
+        why="who may call is independent of transport",
+    ),
+    Rule(
+        modules="teacher_server.admission.*",
+        never="grpc fastapi teacher_server.rpc teacher_server.http teacher_server.scoring",
+        why="queries and tenants, no transport",
+    ),
+    Rule(modules="teacher_server.admission.fair_queue", only="typing", why="pure: a law"),
+    Rule(
+        modules="teacher_server.admission.tenant_limits",
+        only="teacher_server.access.tenants teacher_wire.errors",
         why="pure: limits as arithmetic",
     ),
     Rule(
-        modules="teacher_server.service", never="fastapi teacher_server.http_api", why="gRPC only"
+        modules="teacher_server.scoring.*",
+        never="grpc fastapi teacher_server.rpc teacher_server.http teacher_server.admission",
+        why="sessions know no transport",
     ),
     Rule(
-        modules="teacher_server.http_*",
-        never="grpc teacher_wire.pb teacher_wire.codec teacher_server.service",
+        modules="teacher_server.metrics.*",
+        never="fastapi teacher_server.rpc teacher_server.http teacher_server.scoring",
+        why="it is told, it does not ask",
+    ),
+    Rule(modules="teacher_server.rpc.*", never="fastapi uvicorn teacher_server.http", why="gRPC"),
+    Rule(
+        modules="teacher_server.rpc.interceptors",
+        never="teacher_server.access teacher_server.settings teacher_wire.pb teacher_wire.codec",
+        why="it decodes nothing and knows no secret",
+    ),
+    Rule(
+        modules="teacher_server.http.*",
+        never="grpc teacher_wire.pb teacher_wire.codec teacher_server.rpc",
         why="HTTP only",
     ),
     Rule(
         modules="teacher_server.*",
-        never="teacher_server.app",
-        but="teacher_server.cli",
+        never="teacher_server.process",
+        but="teacher_server.cli teacher_server.process",
         why="one composition root",
     ),
-    Rule(
-        modules="*",
-        never="teacher_wire.pb",
-        but="teacher_wire.codec teacher_wire.batches teacher_wire.status teacher_server.service "
-        "teacher_server.stream teacher_server.replies teacher_server.app teacher_server.testing "
-        "student_trainer.teacher_client student_trainer.teacher_stream",
-        why="messages stay at the edge",
-    ),
 ]
-SAME_LAYER = {"teacher_server.engine.*": "teacher_server.engine"}
+SAME_LAYER = {
+    "teacher_server.engine.*": "teacher_server.engine",
+    "student_trainer.settings.*": "student_trainer.settings student_trainer.errors",
+    "teacher_server.*": "teacher_server.engine.base",
+}
 """What a `never` on the parent package still allows."""
 
 MAX_FILE_LINES = 400
@@ -223,7 +219,7 @@ MAX_LOOP_LINES = 150
 LONG_FILES: dict[str, str] = {}
 """Exceptions: path and reason."""
 LONG_FUNCTIONS = {
-    "student_trainer/assembly.py:assembled": "a straight list of what a run is made of, in order",
+    "student_trainer/assembly/run.py:assembled": "a straight list of what a run is made of",
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
@@ -314,16 +310,16 @@ def test_rules_name_modules_that_exist() -> None:
 
 def test_a_wrong_import_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = tmp_path / "rollout.py"
-    source.write_text("def f():\n    from vllm.outputs import X\n    from .losses import inputs\n")
-    monkeypatch.setitem(MODULES, "student_trainer.rollout", source)
+    source.write_text("def f():\n    from vllm.outputs import X\n    from ..losses import inputs\n")
+    monkeypatch.setitem(MODULES, "student_trainer.rollouts.rollout", source)
     imports.cache_clear()
     try:
-        assert imports("student_trainer.rollout") == {
+        assert imports("student_trainer.rollouts.rollout") == {
             "vllm.outputs",
             "student_trainer.losses.inputs",
         }
-        rules = [rule for rule in RULES if rule.modules == "student_trainer.rollout"]
-        assert violations(rules[0]) == ["student_trainer.rollout imports vllm.outputs"]
+        rules = [rule for rule in RULES if rule.modules == "student_trainer.rollouts.rollout"]
+        assert violations(rules[0]) == ["student_trainer.rollouts.rollout imports vllm.outputs"]
     finally:
         imports.cache_clear()
 
@@ -331,13 +327,13 @@ def test_a_wrong_import_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("student_trainer.teacher_client", "torch vllm transformers"),
-        ("student_trainer.rollout", "torch vllm transformers"),
+        ("teacher_client.client", "torch vllm transformers"),
+        ("student_trainer.rollouts.rollout", "torch vllm transformers"),
         ("student_trainer.cli", "torch vllm transformers"),
-        ("teacher_server.service", "torch vllm transformers fastapi"),
-        ("teacher_server.http_api", "torch vllm transformers"),
+        ("teacher_server.rpc.service", "torch vllm transformers fastapi"),
+        ("teacher_server.http.api", "torch vllm transformers"),
         ("teacher_server.cli", "torch vllm transformers fastapi"),
-        ("teacher_server.app", "vllm"),
+        ("teacher_server.process.app", "vllm"),
     ],
 )
 def test_module_does_not_bring_these_along(module: str, absent: str) -> None:

@@ -12,8 +12,8 @@ from dataclasses import fields
 
 from pydantic import BaseModel
 
-from student_trainer.config import TrainerConfig
-from teacher_server.config import TeacherConfig
+from student_trainer.settings.config import TrainerConfig
+from teacher_server.settings import TeacherConfig
 from teacher_wire.pb import teacher_pb2 as pb
 
 TRAINER_SETTINGS = {

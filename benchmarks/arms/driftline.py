@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from benchmarks.arms.base import Arm, Setup, Text
 from benchmarks.processes import child, ready_file
-from student_trainer.teacher_client import TeacherClient
+from teacher_client.client import TeacherClient
 from teacher_wire.records import DriftPolicy, LogprobDtype, ScoreOptions, TokenSpan
 
 POLICY = DriftPolicy(k=16, threshold=0.5, stop_in_flight=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.arms.base import Arm, Setup, Text
-from teacher_wire.cpu_cores import IN_ENGINE_CORE
+from vllm_process.cores import IN_ENGINE_CORE
 
 if TYPE_CHECKING:
     from vllm.logprobs import FlatLogprobs

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.arms.base import Arm, Setup, Text
 from benchmarks.processes import child
-from teacher_wire.cpu_cores import IN_ENGINE_CORE
+from vllm_process.cores import IN_ENGINE_CORE
 
 REQUEST_LIMIT_S = 1200.0
 

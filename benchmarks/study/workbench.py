@@ -19,10 +19,10 @@ from rich.console import Console
 
 from benchmarks.study.arms import BASE_CONFIG, Arm
 from examples.demo import teacher_server
-from student_trainer.assembly import RunningSampler, assembled, running_sampler
-from student_trainer.config import TrainerConfig, load_config
+from student_trainer.assembly.run import RunningSampler, assembled, running_sampler
 from student_trainer.errors import TrainerError
-from student_trainer.run_log import METRICS_FILE, PROFILES_FILE, read_lines
+from student_trainer.recording.run_log import METRICS_FILE, PROFILES_FILE, read_lines
+from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.train import train
 from teacher_wire.errors import TeacherError
 

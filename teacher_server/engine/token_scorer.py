@@ -30,7 +30,7 @@ from vllm.v1.pool.metadata import PoolingMetadata
 from teacher_server.engine.cpu_head import logits_in_blocks
 from teacher_server.engine.row_format import HEADER, ZERO_BLOCKS_VARIABLE, RowRequest
 from teacher_server.engine.row_scores import rows_at_once, score_rows
-from teacher_wire.engine_children import end_with_parent
+from vllm_process.children import end_with_parent
 
 TASK: PoolingTask = "token_classify"
 

@@ -24,9 +24,9 @@ from teacher_server.engine.base import (
 )
 from teacher_server.engine.checkpoint import read_config, resolve_dtype, warn_if_emulated
 from teacher_server.engine.row_format import ZERO_BLOCKS_VARIABLE, RowCollector, RowRequest
-from teacher_wire.cpu_cores import children_on, executor_on
-from teacher_wire.engine_children import children_end_with_us
 from teacher_wire.errors import EngineError
+from vllm_process.children import children_end_with_us
+from vllm_process.cores import children_on, executor_on
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -26,11 +26,11 @@ import numpy as np
 
 from benchmarks.service_load import POLICY, PROMPT, Load, connect
 from benchmarks.stored_rows import StoredEngine, Table, made_table
-from student_trainer.teacher_client import TeacherClient
+from teacher_client.client import TeacherClient
 from teacher_server.engine.base import ScoreQuery
-from teacher_server.rows import check_rows, judged_rows
+from teacher_server.scoring.judging import check_rows, judged_rows
+from teacher_server.scoring.validation import check_span
 from teacher_server.testing import local_teacher, teacher_info
-from teacher_server.validation import check_span
 from teacher_wire import codec
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import DriftState, Scores, Timing, TokenSpan, Verdict

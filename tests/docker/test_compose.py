@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from student_trainer import cli as trainer_cli
-from student_trainer.config import load_config as load_trainer_config
-from student_trainer.from_config import teacher_access
+from student_trainer.assembly.parts import teacher_access
+from student_trainer.settings.config import load_config as load_trainer_config
 from teacher_server import cli as teacher_cli
-from teacher_server.config import load_config as load_teacher_config
+from teacher_server.settings import load_config as load_teacher_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -16,7 +16,7 @@ from teacher_wire import codec
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import ScoreOptions, TokenSpan
-from tests.teacher.raw_streams import Raw
+from tests.teacher.rpc.raw_streams import Raw
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 SPAN = TokenSpan(offset=0, token_ids=np.array([9, 2, 6], np.int32))

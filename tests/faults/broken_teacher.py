@@ -20,12 +20,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from teacher_server.app import TeacherApp
-from teacher_server.auth import Access
-from teacher_server.config import add_flags, load_config
+from teacher_server.access.auth import Access
 from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.engine.fake_engine import FakeEngine
-from teacher_server.served import describe
+from teacher_server.process.app import TeacherApp
+from teacher_server.process.loading import describe
+from teacher_server.settings import add_flags, load_config
 
 
 class BrokenEngine(FakeEngine):

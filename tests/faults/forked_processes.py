@@ -19,7 +19,7 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The module itself is imported in every child; what it needs is there already.
-_CONTEXT.set_forkserver_preload(["teacher_server.app", "student_trainer.teacher_client", "uvloop"])
+_CONTEXT.set_forkserver_preload(["teacher_server.process.app", "teacher_client.client", "uvloop"])
 START_S = 40.0
 
 
@@ -27,8 +27,8 @@ def _serve(folder: str, ready_file: str, settings: dict[str, Any]) -> None:
     log = os.open(Path(folder) / "servers.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    from teacher_server.app import serve
-    from teacher_server.config import TeacherConfig
+    from teacher_server.process.app import serve
+    from teacher_server.settings import TeacherConfig
 
     config = TeacherConfig(ready_file=ready_file, **settings)
     raise SystemExit(asyncio.run(serve(config)))

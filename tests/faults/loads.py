@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from student_trainer.patience import RetryLimits
-from student_trainer.teacher_client import TeacherClient
+from teacher_client.client import TeacherClient
+from teacher_client.retry import RetryLimits
 from teacher_wire.records import ScoreOptions, TokenSpan
 
 START_S = 40.0

@@ -10,11 +10,11 @@ from dataclasses import fields
 
 import numpy as np
 
-from student_trainer.teacher_client import TeacherClient
+from teacher_client.client import TeacherClient
+from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
 from teacher_server.engine.fake_engine import FakeEngine
-from teacher_server.metrics import Metrics
-from teacher_server.scheduler import Scheduler, SchedulerLimits
-from teacher_server.sessions import SessionTable
+from teacher_server.metrics.server import Metrics
+from teacher_server.scoring.sessions import SessionTable
 from teacher_server.testing import teacher_info
 from teacher_wire.records import (
     DriftPolicy,
@@ -24,7 +24,7 @@ from teacher_wire.records import (
     TokenSpan,
     concat_rows,
 )
-from tests.teacher.fake_rows import cut
+from tests.teacher.scoring.fake_rows import cut
 
 VOCAB_SIZE = 64
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)

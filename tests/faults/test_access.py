@@ -26,14 +26,14 @@ from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from student_trainer.patience import RetryLimits
-from student_trainer.teacher_access import TeacherAccess
-from student_trainer.teacher_client import TeacherClient
+from teacher_client.access import TeacherAccess
+from teacher_client.client import TeacherClient
+from teacher_client.retry import RetryLimits
+from teacher_server.access.tenants_file import TenantsFile
 from teacher_server.engine.fake_engine import FakeEngine
-from teacher_server.http_api import HttpDeps, create_app
-from teacher_server.http_edge import OPEN_PATHS
-from teacher_server.metrics import Metrics
-from teacher_server.tenants_file import TenantsFile
+from teacher_server.http.api import HttpDeps, create_app
+from teacher_server.http.edge import OPEN_PATHS
+from teacher_server.metrics.server import Metrics
 from teacher_server.testing import teacher_info
 from teacher_wire import codec
 from teacher_wire.errors import SessionNotFoundError, UnauthenticatedError
@@ -53,7 +53,7 @@ from tests.faults.access_servers import (
     write_private,
 )
 from tests.faults.live_server import LiveServer, live_server
-from tests.teacher.raw_streams import Raw, eventually
+from tests.teacher.rpc.raw_streams import Raw, eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(30)]
 

@@ -15,8 +15,8 @@ from typing import Any
 import grpc
 import pytest
 
-from student_trainer.teacher_stream import CHANNEL_OPTIONS
-from teacher_server.server_options import SERVER_OPTIONS
+from teacher_client.stream import CHANNEL_OPTIONS
+from teacher_server.rpc.server_options import SERVER_OPTIONS
 from teacher_server.testing import local_teacher
 from tests.faults.raw_h2 import MAX_CONCURRENT_STREAMS, h2_client, h2_server
 

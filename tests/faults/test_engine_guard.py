@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from teacher_server.admission.scheduler import SchedulerLimits
 from teacher_server.engine.fake_engine import FakeEngine, Fault
-from teacher_server.scheduler import SchedulerLimits
 from teacher_server.testing import teacher_info
 from teacher_wire import codec
 from teacher_wire.errors import (
@@ -26,8 +26,8 @@ from teacher_wire.errors import (
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import ScoreOptions, TokenSpan
 from teacher_wire.status import decode_error
-from tests.teacher.fake_rows import cut, make_span
-from tests.teacher.raw_streams import Raw, eventually, raw_stream
+from tests.teacher.rpc.raw_streams import Raw, eventually, raw_stream
+from tests.teacher.scoring.fake_rows import cut, make_span
 
 
 def ids(*values: int) -> bytes:

@@ -20,11 +20,11 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc.aio import AioRpcError, Metadata
 
-from teacher_server import http_api
+from teacher_server.access.tenants import Tenant
+from teacher_server.admission.scheduler import SchedulerLimits
 from teacher_server.engine.fake_engine import FakeEngine, Fault
-from teacher_server.scheduler import SchedulerLimits
-from teacher_server.stream import StreamLimits
-from teacher_server.tenants import Tenant
+from teacher_server.http import api
+from teacher_server.rpc.stream import StreamLimits
 from teacher_server.testing import LocalTeacher, local_teacher, teacher_info
 from teacher_wire import codec
 from teacher_wire.errors import (
@@ -51,8 +51,8 @@ from teacher_wire.errors import (
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import TokenSpan
 from teacher_wire.status import decode_error, decode_status, encode_error, encode_status
-from tests.teacher.fake_rows import make_span
-from tests.teacher.raw_streams import HELLO, PROMPT, Raw, eventually, raw_stream, stub_of
+from tests.teacher.rpc.raw_streams import HELLO, PROMPT, Raw, eventually, raw_stream, stub_of
+from tests.teacher.scoring.fake_rows import make_span
 
 IDS = np.arange(8, dtype=np.int32)
 SPAN = TokenSpan(offset=0, token_ids=IDS)
@@ -227,7 +227,7 @@ async def test_a_provoked_error_arrives_as_its_class(cls: type[TeacherError]) ->
 @asynccontextmanager
 async def http_of(teacher: LocalTeacher) -> AsyncIterator[httpx.AsyncClient]:
     """The HTTP side of a teacher, over a loopback socket."""
-    deps = http_api.HttpDeps(
+    deps = api.HttpDeps(
         info=teacher.info,
         sessions=teacher.sessions,
         ready=lambda: True,
@@ -235,7 +235,7 @@ async def http_of(teacher: LocalTeacher) -> AsyncIterator[httpx.AsyncClient]:
         tokenizer=None,
     )
     server = uvicorn.Server(
-        uvicorn.Config(http_api.create_app(deps), port=0, log_config=None, lifespan="off")
+        uvicorn.Config(api.create_app(deps), port=0, log_config=None, lifespan="off")
     )
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     serving = asyncio.create_task(server.serve())

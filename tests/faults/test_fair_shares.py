@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from benchmarks.concurrency import jain_index
+from teacher_server.access.tenants import Tenant
+from teacher_server.admission.scheduler import SchedulerLimits
 from teacher_server.engine.fake_engine import FakeEngine
-from teacher_server.scheduler import SchedulerLimits
-from teacher_server.tenants import Tenant
 from teacher_server.testing import local_teacher
 from teacher_wire.errors import CapacityError, QuotaError, RateLimitedError
 from teacher_wire.pb import teacher_pb2 as pb
@@ -24,7 +24,7 @@ from teacher_wire.records import TokenSpan
 from teacher_wire.status import decode_error
 from tests.faults.live_server import live_server
 from tests.faults.loads import Tally, ask_without_pause, tenant
-from tests.teacher.raw_streams import Raw, stub_of
+from tests.teacher.rpc.raw_streams import Raw, stub_of
 
 APPEND = 64
 SLOW_ENGINE = ("--max-running", "1", "--fake-tokens-per-s", "4000")

@@ -19,8 +19,8 @@ from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from tests.faults.live_server import LiveServer, live_server
 from tests.faults.loads import Tally, ask_without_pause, tenant
-from tests.teacher.fake_rows import make_span
-from tests.teacher.raw_streams import Raw
+from tests.teacher.rpc.raw_streams import Raw
+from tests.teacher.scoring.fake_rows import make_span
 
 NUM_CHANNELS, PER_CHANNEL, NUM_ACTIVE = 20, 100, 100
 IDLE_BYTES = 100 << 10

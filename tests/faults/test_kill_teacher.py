@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from student_trainer.checkpoint import load_state
+from student_trainer.learner.checkpoint import load_state
 from student_trainer.records import Rollout
 from teacher_wire.records import ScoreRows
 from tests.faults.forked_processes import ForkedTeacher

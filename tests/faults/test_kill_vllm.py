@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from student_trainer.patience import RetryLimits
-from student_trainer.teacher_client import TeacherClient
+from teacher_client.client import TeacherClient
+from teacher_client.retry import RetryLimits
 from teacher_wire.records import ScoreOptions
 from tests.faults.live_server import LiveServer
-from tests.teacher.engine_models import VOCAB_SIZE, write_tiny_model
-from tests.teacher.fake_rows import cut, make_span
+from tests.teacher.engine.engine_models import VOCAB_SIZE, write_tiny_model
+from tests.teacher.scoring.fake_rows import cut, make_span
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 

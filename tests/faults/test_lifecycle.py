@@ -20,9 +20,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.engine.fake_engine import FakeEngine
-from teacher_server.health import Health
-from teacher_server.lifecycle import Lifecycle, Phase
-from teacher_server.watchdog import _PROBE, WatchedEngine
+from teacher_server.process.lifecycle import Lifecycle, Phase
+from teacher_server.process.watchdog import _PROBE, WatchedEngine
+from teacher_server.rpc.health import Health
 from teacher_wire.errors import NotReadyError
 from teacher_wire.status import decode_status
 from tests.faults.live_server import BROKEN, CLI, LiveServer, live_server
@@ -328,10 +328,10 @@ def test_a_port_in_use_is_named(kind: str, flag: str, tmp_path: Path) -> None:
 
 async def test_a_port_is_taken_from_the_first_moment() -> None:
     """Two servers that start together must not both believe that they have it."""
-    from teacher_server.app import StartError, TeacherApp
-    from teacher_server.auth import Access
-    from teacher_server.config import TeacherConfig
-    from teacher_server.served import describe
+    from teacher_server.access.auth import Access
+    from teacher_server.process.app import StartError, TeacherApp
+    from teacher_server.process.loading import describe
+    from teacher_server.settings import TeacherConfig
 
     def app(config: TeacherConfig) -> TeacherApp:
         engine = FakeEngine()

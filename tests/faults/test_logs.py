@@ -62,7 +62,9 @@ async def test_a_failure_is_found_by_request_tenant_and_session(logged: io.Strin
                 assert (await call.read()).error.type == "EngineError"
             call.cancel()
     # grpc writes lines of its own about streams that earlier tests have cut.
-    ours = [line for line in lines_of(logged) if line["logger"] == "teacher_server.scheduler"]
+    ours = [
+        line for line in lines_of(logged) if line["logger"] == "teacher_server.admission.scheduler"
+    ]
     failures = [line for line in ours if line["level"] == "error"]
     assert [(line["tenant"], line["session"]) for line in failures] == [
         (tenant, f"{tenant}-{name}") for tenant in ("one", "two") for name in ("a", "b")
@@ -137,7 +139,7 @@ def test_every_line_of_a_server_is_an_object(tmp_path: Path) -> None:
 
 LOSES_ITS_TEACHER = """
 import asyncio
-from student_trainer.teacher_client import TeacherClient
+from teacher_client.client import TeacherClient
 from teacher_server.testing import local_teacher
 
 async def scenario():

@@ -22,8 +22,8 @@ from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import ScoreOptions, TokenSpan
 from teacher_wire.status import decode_status
 from tests.faults.live_server import live_server
-from tests.teacher.fake_rows import make_span
-from tests.teacher.raw_streams import HELLO, Raw
+from tests.teacher.rpc.raw_streams import HELLO, Raw
+from tests.teacher.scoring.fake_rows import make_span
 
 LIMIT = codec.MAX_MESSAGE_BYTES
 GIVEN_BACK = 4 << 20

@@ -12,18 +12,18 @@ import grpc
 import numpy as np
 import pytest
 
-from student_trainer.patience import RetryLimits
-from student_trainer.teacher_client import TeacherClient
-from teacher_server.server_options import SERVER_OPTIONS
+from teacher_client.client import TeacherClient
+from teacher_client.retry import RetryLimits
+from teacher_server.rpc.server_options import SERVER_OPTIONS
 from teacher_server.testing import local_teacher
 from teacher_wire import codec
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TokenSpan
 from tests.faults.proxy import Proxy, Weather, reset, weather
-from tests.teacher.fake_rows import assert_same_response, cut, make_span
-from tests.teacher.raw_streams import HELLO, Raw, eventually
-from tests.teacher.raw_streams import OPTIONS as RAW_OPTIONS
-from tests.teacher.raw_streams import POLICY as RAW_POLICY
+from tests.teacher.rpc.raw_streams import HELLO, Raw, eventually
+from tests.teacher.rpc.raw_streams import OPTIONS as RAW_OPTIONS
+from tests.teacher.rpc.raw_streams import POLICY as RAW_POLICY
+from tests.teacher.scoring.fake_rows import assert_same_response, cut, make_span
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=32)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from teacher_server.config import TeacherConfig
-from teacher_server.lifecycle import Phase
-from teacher_server.metrics import Metrics
+from teacher_server.metrics.server import Metrics
+from teacher_server.process.lifecycle import Phase
+from teacher_server.settings import TeacherConfig
 from teacher_wire.errors import ERROR_CODES
 
 ROOT = Path(__file__).resolve().parents[2]

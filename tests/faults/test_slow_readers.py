@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from teacher_server.engine.fake_engine import FakeEngine
-from teacher_server.stream import StreamLimits
+from teacher_server.rpc.stream import StreamLimits
 from teacher_wire import codec
 from teacher_wire.errors import SlowConsumerError
 from teacher_wire.pb import teacher_pb2 as pb
@@ -26,7 +26,7 @@ from teacher_wire.records import ScoreOptions, TokenSpan
 from tests.faults.live_server import LiveServer, live_server
 from tests.faults.loads import Tally, ask_without_pause, tenant
 from tests.faults.scrape import Scrape, scraped
-from tests.teacher.raw_streams import Raw, eventually, raw_stream
+from tests.teacher.rpc.raw_streams import Raw, eventually, raw_stream
 
 MIB = 1 << 20
 SLOW_S = 2.0

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from student_trainer.patience import RetryLimits
-from student_trainer.teacher_client import TeacherClient
+from teacher_client.client import TeacherClient
+from teacher_client.retry import RetryLimits
 from tests.faults.cut_proxy import CutProxy, cut_proxy
 from tests.faults.forked_processes import ForkedTeacher, forked
 from tests.faults.random_responses import (
@@ -35,7 +35,7 @@ from tests.faults.random_responses import (
     random_span,
     score_in_pieces,
 )
-from tests.teacher.fake_rows import cut
+from tests.teacher.scoring.fake_rows import cut
 
 log = logging.getLogger(__name__)
 pytestmark = pytest.mark.e2e

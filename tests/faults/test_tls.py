@@ -19,12 +19,11 @@ import httpx
 import numpy as np
 import pytest
 
-from student_trainer.errors import ConfigError as TrainerConfigError
-from student_trainer.patience import RetryLimits
-from student_trainer.teacher_access import TeacherAccess
-from student_trainer.teacher_client import TeacherClient
-from teacher_server.config import ConfigError
-from teacher_server.tls import TlsFiles, TlsMaterial
+from teacher_client.access import AccessError, TeacherAccess
+from teacher_client.client import TeacherClient
+from teacher_client.retry import RetryLimits
+from teacher_server.access.tls import TlsFiles, TlsMaterial
+from teacher_server.settings import ConfigError
 from teacher_wire.errors import NotReadyError, PermissionDeniedError, SessionNotFoundError
 from teacher_wire.records import TokenSpan
 from teacher_wire.status import decode_error
@@ -40,7 +39,7 @@ from tests.faults.access_servers import (
 )
 from tests.faults.live_server import LiveServer, live_server
 from tests.faults.made_certificates import Authority, Pair
-from tests.teacher.raw_streams import eventually
+from tests.teacher.rpc.raw_streams import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(30)]
 MORE = TokenSpan(offset=len(SPAN), token_ids=np.array([7], np.int32))
@@ -310,7 +309,7 @@ async def test_the_trainers_files_are_named_when_they_are_no_use(tmp_path: Path)
         (TeacherAccess(token_file=two), f"teacher.token_file '{two}' holds 21 characters"),
         (TeacherAccess(tls_ca=absent), f"teacher.tls_ca is '{absent}': No such file"),
     ):
-        with pytest.raises(TrainerConfigError) as caught:
+        with pytest.raises(AccessError) as caught:
             use(access)
         assert text in str(caught.value)
         assert "secret" not in str(caught.value)

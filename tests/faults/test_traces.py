@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from student_trainer.teacher_client import TeacherClient
+from teacher_client.client import TeacherClient
 from teacher_server import logs
 from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.testing import local_teacher
@@ -87,7 +87,7 @@ async def test_a_failed_append_ends_its_span_with_the_error(spans: InMemorySpanE
 
 
 async def test_a_step_of_the_trainer_is_a_span(spans: InMemorySpanExporter) -> None:
-    from student_trainer.rollout_source import RolloutSource
+    from student_trainer.rollouts.stream import RolloutSource
 
     source = object.__new__(RolloutSource)
 

@@ -13,15 +13,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from student_trainer import teacher_stream
-from student_trainer.patience import RetryLimits
-from student_trainer.teacher_client import TeacherClient
+from teacher_client import stream as teacher_stream
+from teacher_client.client import TeacherClient
+from teacher_client.retry import RetryLimits
 from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
 from teacher_server.testing import LocalTeacher, local_teacher, teacher_info
 from teacher_wire.errors import FingerprintMismatchError
 from teacher_wire.records import PROTOCOL_VERSION, TeacherInfo
 from tests.faults.random_responses import OPTIONS, POLICY, PROMPT, VOCAB_SIZE, random_span
-from tests.teacher.fake_rows import cut
+from tests.teacher.scoring.fake_rows import cut
 
 INFO = replace(teacher_info(FakeEngine(vocab_size=VOCAB_SIZE)), weights_digest="before")
 MINE = fake_fingerprint(VOCAB_SIZE)

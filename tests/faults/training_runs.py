@@ -19,10 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from student_trainer import cli, from_config
+from student_trainer import cli
+from student_trainer.assembly import parts
+from student_trainer.recording.run_log import read_lines
 from student_trainer.records import Rollout
-from student_trainer.rollout_source import RolloutBatch, RolloutSource
-from student_trainer.run_log import read_lines
+from student_trainer.rollouts.stream import RolloutBatch, RolloutSource
 from tests.faults.forked_processes import ForkedTeacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +99,7 @@ def _without_a_fingerprint() -> Iterator[None]:
     """A teacher with a tokenizer takes five seconds to start, which is the import of transformers;
     one without knows no fingerprint of the student's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(from_config, "tokenizer_fingerprint", lambda _: "")
+        patch.setattr(parts, "tokenizer_fingerprint", lambda _: "")
         yield
 
 

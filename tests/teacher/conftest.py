@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.teacher.engine_models import write_tiny_model
+from tests.teacher.engine.engine_models import write_tiny_model
 
 
 @pytest.fixture(scope="session")

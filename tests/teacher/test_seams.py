@@ -13,12 +13,12 @@ HEAVY = ("torch", "vllm", "transformers", "teacher_server.engine.hf_engine")
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("teacher_server.service", HEAVY),
-        ("teacher_server.scheduler", HEAVY),
-        ("teacher_server.drift", (*HEAVY, "teacher_wire.codec")),
-        ("teacher_server.sessions", (*HEAVY, "teacher_wire.codec")),
+        ("teacher_server.rpc.service", HEAVY),
+        ("teacher_server.admission.scheduler", HEAVY),
+        ("teacher_wire.drift", (*HEAVY, "teacher_wire.codec")),
+        ("teacher_server.scoring.sessions", (*HEAVY, "teacher_wire.codec")),
         ("teacher_server.cli", (*HEAVY, "grpc", "uvicorn", "numpy")),
-        ("student_trainer.teacher_client", (*HEAVY, "teacher_server")),
+        ("teacher_client.client", (*HEAVY, "teacher_server")),
         ("teacher_server.testing", HEAVY),
     ],
 )

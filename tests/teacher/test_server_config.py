@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from teacher_server.cli import main
-from teacher_server.config import (
+from teacher_server.settings import (
     ConfigError,
     TeacherConfig,
     add_flags,

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from student_trainer.data import SpecialTokens
 from student_trainer.records import Delta, Finish, Prompt, SamplingOptions
-from student_trainer.rollout import RolloutRules
+from student_trainer.rollouts.rollout import RolloutRules
+from student_trainer.special_tokens import SpecialTokens
 from teacher_wire.records import DriftState, ScoreRows, Scores, Timing, TokenSpan, Verdict
 
 VOCAB_SIZE = 50

@@ -6,7 +6,7 @@ import numpy as np
 
 from student_trainer.records import Finish, Prompt, Rollout, RolloutTimes
 from teacher_wire.records import DriftState, ScoreRows
-from tests.trainer.tiny_student import VOCAB_SIZE
+from tests.trainer.learner.tiny_student import VOCAB_SIZE
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

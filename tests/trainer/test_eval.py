@@ -12,7 +12,7 @@ from student_trainer.errors import DatasetError
 from student_trainer.eval import Grader, evaluate, pass_at_k
 from student_trainer.records import Prompt, SamplingOptions
 from tests.trainer.in_memory import EOS_ID, InMemorySampler
-from tests.trainer.tiny_student import character_tokenizer
+from tests.trainer.learner.tiny_student import character_tokenizer
 
 TOKENIZER = character_tokenizer()
 GRADER = Grader(r"#(\d+)", unicode_normalize=False)

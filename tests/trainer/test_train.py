@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from student_trainer import from_config
-from student_trainer.assembly import Run, assembled, evaluate_checkpoint
-from student_trainer.config import TrainerConfig, load_config
+from student_trainer.assembly import parts
+from student_trainer.assembly.run import Run, assembled, evaluate_checkpoint
 from student_trainer.errors import CheckpointError, ConfigError, DatasetError
-from student_trainer.rollout_source import RolloutSource
-from student_trainer.run_log import read_lines
+from student_trainer.recording.run_log import read_lines
+from student_trainer.rollouts.stream import RolloutSource
+from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.train import learn, train
 from teacher_wire.errors import EngineError
 from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TeacherInfo, TokenSpan
 from tests.trainer.in_memory import ScriptedSession
-from tests.trainer.tiny_student import (
+from tests.trainer.learner.tiny_student import (
     VOCAB_SIZE,
     character_tokenizer,
     tiny_student,
@@ -174,7 +174,7 @@ def connect_to(client: InMemoryClient, monkeypatch: pytest.MonkeyPatch) -> None:
     async def connect(*_: object) -> InMemoryClient:
         return client
 
-    monkeypatch.setattr(from_config, "connect", connect)
+    monkeypatch.setattr(parts, "connect", connect)
 
 
 def configured(folder: Path, *overrides: str) -> TrainerConfig:
@@ -398,7 +398,7 @@ def test_evaluation_without_heldout_problems_says_so(folder: Path) -> None:
 def test_prompt_that_leaves_no_room_for_the_budget_is_refused(folder: Path) -> None:
     config = configured(folder, "budget.max_tokens=37")
     with pytest.raises(DatasetError, match=r"train\.jsonl:1: the prompt has 4 tokens.* 1 to 3"):
-        from_config.prompts(config, character_tokenizer())
+        parts.prompts(config, character_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -413,12 +413,12 @@ def test_prompt_that_leaves_no_room_for_the_budget_is_refused(folder: Path) -> N
 def test_setting_beyond_the_teachers_limits_is_refused(
     folder: Path, override: str, reason: str
 ) -> None:
-    from_config.check_limits(configured(folder), INFO)
+    parts.check_limits(configured(folder), INFO)
     with pytest.raises(ConfigError, match=reason):
-        from_config.check_limits(configured(folder, override), INFO)
+        parts.check_limits(configured(folder, override), INFO)
 
 
 def test_special_token_that_the_vocabulary_lacks_is_refused(folder: Path) -> None:
     config = configured(folder, 'special_tokens.tokens=["#", "<nope>"]')
     with pytest.raises(ConfigError, match="'<nope>' is not in the vocabulary"):
-        from_config.special_tokens(config, character_tokenizer())
+        parts.special_tokens(config, character_tokenizer())

@@ -1,0 +1,1 @@
+"""Settings to objects, and objects to a run. The only package that chooses implementations."""

@@ -1,0 +1,228 @@
+"""Settings to objects: each function reads what it needs of the settings and builds one thing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from student_trainer.data import load_prompts
+from student_trainer.errors import ConfigError
+from student_trainer.eval import Grader
+from student_trainer.learner.optim import Optimizer
+from student_trainer.records import Prompt, SamplingOptions
+from student_trainer.rollouts.rollout import RolloutRules
+from student_trainer.rollouts.samplers.base import Sampler
+from student_trainer.rollouts.samplers.hf_sampler import HfSampler
+from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
+from student_trainer.settings.config import TrainerConfig
+from student_trainer.special_tokens import SpecialTokens
+from teacher_client.access import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, TeacherAccess
+from teacher_client.client import TeacherClient
+from teacher_wire.fingerprint import tokenizer_fingerprint
+from teacher_wire.records import (
+    DriftMetric,
+    DriftPolicy,
+    LogprobDtype,
+    ScoreOptions,
+    TeacherInfo,
+)
+
+
+def prompts(
+    config: TrainerConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Training problems, and the held-out ones that are evaluated."""
+    context = config.rollout.max_context
+    train = load_prompts(
+        config.data.train, tokenizer, max_prompt_tokens=context - config.longest_response
+    )
+    if config.data.heldout is None:
+        return train, []
+    heldout = load_prompts(
+        config.data.heldout,
+        tokenizer,
+        max_prompt_tokens=context - config.eval.max_tokens,
+        answer_field=config.data.answer_field,
+    )
+    return train, heldout[: config.eval.num_prompts]
+
+
+def special_tokens(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """The masked tokens. Raises ConfigError for one that the tokenizer does not have."""
+    vocabulary = tokenizer.get_vocab()
+    for token in config.special_tokens.tokens:
+        if token not in vocabulary:
+            raise ConfigError(f"special_tokens.tokens: {token!r} is not in the vocabulary")
+    ids = [vocabulary[token] for token in config.special_tokens.tokens]
+    return SpecialTokens(ids, first_only=config.special_tokens.occurrences == "first")
+
+
+def newline_ids(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a span of the gate; none unless its spans are those between newlines.
+
+    Raises ConfigError for one that the tokenizer does not have, or when none holds a newline.
+    """
+    gate = config.weights.block_gate
+    if gate is None or gate.granularity != "newline":
+        return ()
+    vocabulary = tokenizer.get_vocab()
+    if gate.newline_tokens is None:
+        ids = sorted(vocabulary.values())
+        texts = tokenizer.batch_decode([[token_id] for token_id in ids])
+        found = tuple(i for i, text in zip(ids, texts, strict=True) if "\n" in text)
+        if not found:
+            raise ConfigError("weights.block_gate: no token of the vocabulary holds a newline")
+        return found
+    for token in gate.newline_tokens:
+        if token not in vocabulary:
+            raise ConfigError(
+                f"weights.block_gate.newline_tokens: {token!r} is not in the vocabulary"
+            )
+    return tuple(vocabulary[token] for token in gate.newline_tokens)
+
+
+def device(config: TrainerConfig) -> torch.device:
+    """Where the learner runs."""
+    if config.student.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.student.device)
+
+
+async def connect(
+    config: TrainerConfig, vocab_size: int, tokenizer: PreTrainedTokenizerBase
+) -> TeacherClient:
+    """A teacher that speaks of the same tokens and whose limits hold what the run asks for.
+
+    Raises NotReadyError when none answers, FingerprintMismatchError or ConfigError when it does not
+    fit, before any work is done.
+    """
+    client = await TeacherClient.connect(
+        config.teacher.endpoints,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocab_size=vocab_size,
+        run_id=config.run.out.name,
+        connect_timeout_s=config.teacher.connect_timeout_s,
+        on_absent="wait" if config.teacher.on_absent == "wait" else "fail",
+        access=teacher_access(config),
+    )
+    try:
+        check_limits(config, client.info)
+    except ConfigError:
+        await client.aclose()
+        raise
+    return client
+
+
+def teacher_access(config: TrainerConfig) -> TeacherAccess:
+    """Token and certificates; nothing is read yet but the environment."""
+    token_file = os.environ.get(TOKEN_FILE_VARIABLE)
+    return TeacherAccess(
+        token_file=config.teacher.token_file or (Path(token_file) if token_file else None),
+        token=os.environ.get(TOKEN_VARIABLE, ""),
+        tls_ca=config.teacher.tls_ca,
+        tls_cert=config.teacher.tls_cert,
+        tls_key=config.teacher.tls_key,
+    )
+
+
+def check_limits(config: TrainerConfig, info: TeacherInfo) -> None:
+    """Raises ConfigError for a setting beyond what the teacher serves."""
+    asked = {
+        "teacher.k": (config.teacher.k, info.max_k),
+        "rollout.student_topk": (config.rollout.student_topk, info.max_k),
+        "rollout.max_context": (config.rollout.max_context, info.max_context),
+        "rollout.chunk_tokens": (config.rollout.chunk_tokens, info.max_append_tokens),
+    }
+    for name, (value, limit) in asked.items():
+        if value > limit:
+            raise ConfigError(f"{name} is {value}, the teacher {info.model_id} allows {limit}")
+
+
+def score_options(config: TrainerConfig) -> ScoreOptions:
+    """What the teacher returns; at the student's temperature, so that both sides compare."""
+    return ScoreOptions(
+        k=config.teacher.k,
+        temperature=config.rollout.temperature,
+        logprob_dtype=LogprobDtype(config.teacher.logprob_dtype),
+        want_entropy=config.loss.needs_teacher_entropy,
+    )
+
+
+def drift_policy(config: TrainerConfig) -> DriftPolicy:
+    """The rule that travels to the teacher with every session."""
+    drift = config.drift
+    return DriftPolicy(
+        metric=DriftMetric(drift.metric),
+        k=drift.k,
+        threshold=drift.threshold,
+        top_p=drift.top_p,
+        w_drop=drift.w_drop,
+        stop_in_flight=drift.stop_in_flight,
+    )
+
+
+def rollout_rules(
+    config: TrainerConfig, specials: SpecialTokens, info: TeacherInfo
+) -> RolloutRules:
+    """What all rollouts of the run share."""
+    return RolloutRules(
+        chunk_tokens=config.rollout.chunk_tokens,
+        max_span_tokens=info.max_append_tokens,
+        block_tokens=max(1, info.block_tokens),
+        specials=specials,
+        finish_when_absent=config.teacher.on_absent == "finish_unscored",
+    )
+
+
+def sampling_options(config: TrainerConfig, max_tokens: int) -> SamplingOptions:
+    """How the behavior policy samples, within the budget of the step."""
+    return SamplingOptions(
+        max_tokens=max_tokens,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        num_topk=config.rollout.student_topk,
+    )
+
+
+def sampler(config: TrainerConfig, model: str) -> Sampler:
+    """The generating engine, not started."""
+    settings = config.sampler
+    if settings.kind == "hf":
+        return HfSampler(model=model, dtype=settings.dtype, device=config.student.device)
+    return VllmSampler(
+        model=model,
+        dtype=config.student.dtype if settings.dtype == "auto" else settings.dtype,
+        max_context=config.rollout.max_context,
+        max_num_topk=config.rollout.student_topk,
+        max_num_seqs=settings.max_num_seqs,
+        stream_interval=settings.stream_interval,
+        kv_cache_gib=settings.kv_cache_gib,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        enforce_eager=settings.enforce_eager,
+        cpu_cores=settings.cpu_cores,
+        seed=config.run.seed,
+    )
+
+
+def grader(config: TrainerConfig) -> Grader:
+    """What makes an answer right."""
+    return Grader(config.eval.answer_pattern, unicode_normalize=config.eval.unicode_normalize)
+
+
+def optimizer(config: TrainerConfig, model: PreTrainedModel) -> Optimizer:
+    """AdamW over the whole run."""
+    optim = config.optim
+    updates_per_step = optim.epochs * optim.updates_per_epoch
+    return Optimizer(
+        model,
+        learning_rate=optim.learning_rate,
+        final_learning_rate=optim.final_learning_rate,
+        warmup_updates=optim.warmup_steps * updates_per_step,
+        total_updates=config.run.steps * updates_per_step,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+    )

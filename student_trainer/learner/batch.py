@@ -1,0 +1,206 @@
+"""Rollouts to padded tensors, split so that a forward pass stays within a number of tokens.
+
+Legend: B = sequences, S = prompt plus response positions, T = response positions, K = teacher
+top-k, J = student top-k. Padding is on the right and holds 0; masks say what is real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from student_trainer.errors import NonFiniteLossError
+from student_trainer.learner.student import Gathered, student_forward
+from student_trainer.losses.inputs import LossInputs
+from student_trainer.records import Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Some rollouts as tensors; row t of every [B, T, ...] tensor belongs to response token t."""
+
+    input_ids_BS: Tensor
+    attention_mask_BS: Tensor
+    prompt_lengths_B: Tensor
+    response_ids_BT: Tensor
+    response_mask_BT: Tensor
+    """True for real response tokens."""
+    mask_BT: Tensor
+    """True for response tokens that count: real and not special."""
+    behavior_logprobs_BT: Tensor
+    teacher_logprobs_BT: Tensor
+    teacher_topk_ids_BTK: Tensor
+    teacher_topk_logprobs_BTK: Tensor
+    student_topk_ids_BTJ: Tensor
+    behavior_topk_logprobs_BTJ: Tensor
+    teacher_logprobs_at_student_topk_BTJ: Tensor | None
+    behavior_logprobs_at_teacher_topk_BTK: Tensor | None
+    teacher_entropies_BT: Tensor | None
+    bad_events_BT: Tensor | None
+
+    def forward(self, model: PreTrainedModel, *, temperature: float) -> Gathered:
+        """The student at the response tokens, at the teacher's top-k and at its own top-k."""
+        return student_forward(
+            model,
+            self.input_ids_BS,
+            self.attention_mask_BS,
+            self.prompt_lengths_B,
+            self.response_ids_BT,
+            self.response_mask_BT,
+            (self.teacher_topk_ids_BTK, self.student_topk_ids_BTJ),
+            temperature=temperature,
+        )
+
+    def loss_inputs(self, gathered: Gathered) -> LossInputs:
+        """What the losses see: this batch and the student's present view of it.
+
+        Raises NonFiniteLossError when the student gives a real token no finite log-prob.
+        """
+        if not gathered.logprobs_BT.isfinite().all():
+            raise NonFiniteLossError("the student's log-probs are not finite: it has diverged")
+        at_teacher_topk, at_student_topk = gathered.logprobs_at_BTN
+        teacher_ids, student_ids = self.teacher_topk_ids_BTK, self.student_topk_ids_BTJ
+        sampled_ids = self.response_ids_BT.unsqueeze(-1)
+        of_student_topk: dict[str, Tensor] = {}
+        if self.teacher_logprobs_at_student_topk_BTJ is not None:
+            of_student_topk = {
+                "behavior_topk_logprobs_BTJ": self.behavior_topk_logprobs_BTJ,
+                "teacher_logprobs_at_student_topk_BTJ": self.teacher_logprobs_at_student_topk_BTJ,
+                "student_logprobs_at_student_topk_BTJ": at_student_topk,
+                "student_topk_in_teacher_topk_BTJ": contained(student_ids, teacher_ids),
+                "teacher_topk_in_student_topk_BTK": contained(teacher_ids, student_ids),
+                "sampled_in_student_topk_BT": contained(sampled_ids, student_ids).squeeze(-1),
+            }
+        return LossInputs(
+            mask_BT=self.mask_BT,
+            behavior_logprobs_BT=self.behavior_logprobs_BT,
+            student_logprobs_BT=gathered.logprobs_BT,
+            teacher_logprobs_BT=self.teacher_logprobs_BT,
+            teacher_topk_logprobs_BTK=self.teacher_topk_logprobs_BTK,
+            student_logprobs_at_teacher_topk_BTK=at_teacher_topk,
+            behavior_logprobs_at_teacher_topk_BTK=self.behavior_logprobs_at_teacher_topk_BTK,
+            sampled_in_teacher_topk_BT=contained(sampled_ids, teacher_ids).squeeze(-1),
+            bad_events_BT=self.bad_events_BT,
+            teacher_entropies_BT=self.teacher_entropies_BT,
+            student_entropies_BT=gathered.entropy_BT,
+            response_ids_BT=self.response_ids_BT,
+            **of_student_topk,
+        )
+
+
+def contained(ids_BTN: Tensor, others_BTM: Tensor) -> Tensor:
+    """bool [B, T, N]: whether an id is among the position's others.
+
+    One pass an other, so that it never holds [B, T, N, M].
+    """
+    found_BTN = torch.zeros_like(ids_BTN, dtype=torch.bool)
+    for other_BT in others_BTM.unbind(dim=-1):
+        found_BTN |= ids_BTN == other_BT.unsqueeze(-1)
+    return found_BTN
+
+
+def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
+    """One padded batch of at least one rollout."""
+    sequences = [np.concatenate([r.prompt.token_ids, r.response_ids]) for r in rollouts]
+
+    def padded(arrays: Sequence[NDArray[np.generic]], dtype: torch.dtype) -> Tensor:
+        longest = max(len(array) for array in arrays)
+        out = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), arrays[0].dtype)
+        for row, array in zip(out, arrays, strict=True):
+            row[: len(array)] = array
+        return torch.from_numpy(out).to(device=device, dtype=dtype)
+
+    def optional(arrays: Sequence[NDArray[np.generic] | None], dtype: torch.dtype) -> Tensor | None:
+        present = [array for array in arrays if array is not None]
+        return padded(present, dtype) if len(present) == len(arrays) else None
+
+    ones = [np.ones(len(sequence), np.bool_) for sequence in sequences]
+    return Batch(
+        input_ids_BS=padded(sequences, torch.long),
+        attention_mask_BS=padded(ones, torch.long),
+        prompt_lengths_B=torch.tensor([len(r.prompt.token_ids) for r in rollouts], device=device),
+        response_ids_BT=padded([r.response_ids for r in rollouts], torch.long),
+        response_mask_BT=padded([np.ones(len(r), np.bool_) for r in rollouts], torch.bool),
+        mask_BT=padded([r.mask for r in rollouts], torch.bool),
+        behavior_logprobs_BT=padded([r.behavior_logprobs for r in rollouts], torch.float32),
+        teacher_logprobs_BT=padded([r.teacher.token_logprobs for r in rollouts], torch.float32),
+        teacher_topk_ids_BTK=padded([r.teacher.topk_ids for r in rollouts], torch.long),
+        teacher_topk_logprobs_BTK=padded(
+            [r.teacher.topk_logprobs for r in rollouts], torch.float32
+        ),
+        student_topk_ids_BTJ=padded([r.student_topk_ids for r in rollouts], torch.long),
+        behavior_topk_logprobs_BTJ=padded(
+            [r.student_topk_logprobs for r in rollouts], torch.float32
+        ),
+        teacher_logprobs_at_student_topk_BTJ=optional(
+            [r.teacher.candidate_logprobs for r in rollouts], torch.float32
+        ),
+        behavior_logprobs_at_teacher_topk_BTK=optional(
+            [r.behavior_logprobs_at_teacher_topk for r in rollouts], torch.float32
+        ),
+        teacher_entropies_BT=optional([r.teacher.entropies for r in rollouts], torch.float32),
+        bad_events_BT=optional([r.teacher.bad_events for r in rollouts], torch.bool),
+    )
+
+
+def split_updates(
+    rollouts: Sequence[Rollout], num_updates: int, *, seed: tuple[int, ...]
+) -> list[list[Rollout]]:
+    """A shuffled pass over the rollouts as `num_updates` parts of nearly equal size."""
+    order = np.random.default_rng(seed).permutation(len(rollouts))
+    return [[rollouts[i] for i in part] for part in np.array_split(order, num_updates) if len(part)]
+
+
+def split_micro(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
+    """Parts whose padded size is at most `max_tokens`, a longer rollout alone; short with short."""
+    parts: list[list[Rollout]] = []
+    longest = 0
+    for rollout in sorted(rollouts, key=_sequence_length):
+        length = _sequence_length(rollout)
+        if not parts or max(longest, length) * (len(parts[-1]) + 1) > max_tokens:
+            parts.append([])
+        parts[-1].append(rollout)
+        longest = length
+    return parts
+
+
+def recompute_behavior(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    *,
+    micro_batch_tokens: int,
+    temperature: float,
+    device: torch.device,
+) -> list[Rollout]:
+    """The rollouts with behavior log-probs from the learner, over the full vocabulary.
+
+    Needed where the sampler's are renormalised on a nucleus: ratios and gates compare like with
+    like. Also keeps them at the teacher's top-k, which no sampler knows while it generates.
+    """
+    recomputed = []
+    for part in split_micro(rollouts, micro_batch_tokens):
+        with torch.no_grad():
+            gathered = collate(part, device).forward(model, temperature=temperature)
+        own = gathered.logprobs_BT.cpu().numpy()
+        at_teacher_topk, at_student_topk = (at.cpu().numpy() for at in gathered.logprobs_at_BTN)
+        for row, rollout in enumerate(part):
+            stop = len(rollout)
+            recomputed.append(
+                replace(
+                    rollout,
+                    behavior_logprobs=own[row, :stop],
+                    student_topk_logprobs=at_student_topk[row, :stop],
+                    behavior_logprobs_at_teacher_topk=at_teacher_topk[row, :stop],
+                )
+            )
+    return recomputed
+
+
+def _sequence_length(rollout: Rollout) -> int:
+    return len(rollout.prompt.token_ids) + len(rollout)

@@ -1,0 +1,1 @@
+"""Rollouts: generated, scored and stopped while they grow. Knows protocols, not grpc."""

@@ -1,0 +1,254 @@
+"""One rollout: generate, stream to the teacher as it grows, obey. Knows neither vllm nor grpc.
+
+Two tasks share a GrowingResponse: one takes tokens from the sampler, the other sends what has
+gathered to the teacher, one append at a time. Tokens that arrive while an append is under way go
+with the next one, so a slow teacher gets larger appends, not a queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from student_trainer.records import Delta, Finish, Prompt, Rollout, RolloutTimes, SamplingOptions
+from student_trainer.rollouts.samplers.base import Sampler
+from student_trainer.special_tokens import SpecialTokens
+from teacher_wire.errors import NotReadyError
+from teacher_wire.records import (
+    DriftState,
+    ScoreRows,
+    Scores,
+    TokenSpan,
+    Verdict,
+    concat_rows,
+    slice_rows,
+)
+
+
+class TeacherSession(Protocol):
+    """One response at the teacher."""
+
+    async def append(self, span: TokenSpan) -> Scores:
+        """Scores of the next tokens. Raises NotReadyError when the teacher stays away."""
+
+    async def close(self) -> None:
+        """Ends the session."""
+
+
+class GrowingResponse:
+    """The tokens of one rollout so far, with room for all it may have."""
+
+    def __init__(self, options: SamplingOptions, *, num_prompt: int) -> None:
+        room, num_topk = options.max_tokens, options.num_topk
+        self.num_prompt = num_prompt
+        self.token_ids = np.empty(room, np.int32)
+        self.logprobs = np.empty(room, np.float32)
+        self.topk_ids = np.empty((room, num_topk), np.int32)
+        self.topk_logprobs = np.empty((room, num_topk), np.float32)
+        self.num_tokens = 0
+        self.finish: Finish | None = None
+        self._grown = asyncio.Event()
+
+    def extend(self, delta: Delta) -> None:
+        """Adds what the sampler handed out."""
+        start, end = self.num_tokens, self.num_tokens + len(delta)
+        self.token_ids[start:end] = delta.token_ids
+        self.logprobs[start:end] = delta.logprobs
+        self.topk_ids[start:end] = delta.topk_ids
+        self.topk_logprobs[start:end] = delta.topk_logprobs
+        self.num_tokens = end
+        self._grown.set()
+
+    def end(self, finish: Finish) -> None:
+        """No more tokens will come."""
+        self.finish = finish
+        self._grown.set()
+
+    async def wait_for(self, num_tokens: int) -> int:
+        """Tokens there are, once there are `num_tokens` or no more will come."""
+        while self.num_tokens < num_tokens and self.finish is None:
+            self._grown.clear()
+            await self._grown.wait()
+        return self.num_tokens
+
+
+@dataclass(slots=True)
+class Judgement:
+    """What the teacher has said of a response so far."""
+
+    parts: list[ScoreRows] = field(default_factory=list)
+    num_scored: int = 0
+    drift: DriftState | None = None
+    keep_tokens: int | None = None
+    """Set by a TRUNCATE verdict."""
+    absent: bool = False
+    """The teacher stayed away and the rest is not scored."""
+    round_trip_tokens: int = 0
+    verdict_span_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRules:
+    """What all rollouts of a run share."""
+
+    chunk_tokens: int
+    """Tokens gathered before an append, unless generation ends."""
+    max_span_tokens: int
+    """The most tokens that the teacher takes in one append."""
+    block_tokens: int
+    """An append ends where prompt plus response is a multiple of this, where it can."""
+    specials: SpecialTokens
+    finish_when_absent: bool
+
+
+async def run_rollout(
+    prompt: Prompt,
+    *,
+    request_id: str,
+    options: SamplingOptions,
+    sampler: Sampler,
+    session: TeacherSession,
+    rules: RolloutRules,
+    policy_version: int,
+) -> Rollout | None:
+    """Generates one response while the teacher scores it; None when nothing of it was scored.
+
+    Raises TeacherError when the teacher fails.
+    """
+    started_s = time.monotonic()
+    growing = GrowingResponse(options, num_prompt=len(prompt.token_ids))
+    judge = asyncio.create_task(_judge(growing, session, sampler, request_id, rules))
+    try:
+        await _generate(prompt, request_id, options, sampler, growing)
+        generated_s = time.monotonic()
+        judgement = await judge
+        scored_s = time.monotonic()
+    finally:
+        # The append under way ends before its session does.
+        judge.cancel()
+        await asyncio.wait([judge])
+        await session.close()
+    times = RolloutTimes(
+        started_s=started_s,
+        generated_s=generated_s,
+        scored_s=scored_s,
+        round_trip_tokens=judgement.round_trip_tokens,
+        verdict_span_tokens=judgement.verdict_span_tokens,
+    )
+    if not judgement.parts:
+        return None
+    return _rollout(prompt, growing, judgement, rules, policy_version, times)
+
+
+async def _generate(
+    prompt: Prompt,
+    request_id: str,
+    options: SamplingOptions,
+    sampler: Sampler,
+    growing: GrowingResponse,
+) -> None:
+    """Fills `growing` until the sampler ends, of itself or because the judge aborted it."""
+    finish = Finish.LENGTH
+    try:
+        async for delta in sampler.generate(request_id, prompt.token_ids, options):
+            growing.extend(delta)
+            finish = delta.finish or finish
+    finally:
+        growing.end(finish)
+
+
+async def _judge(
+    growing: GrowingResponse,
+    session: TeacherSession,
+    sampler: Sampler,
+    request_id: str,
+    rules: RolloutRules,
+) -> Judgement:
+    """Sends tokens as they come until generation ends or the teacher's word does.
+
+    In the second case, a failure included, it aborts the generation.
+    """
+    try:
+        judgement = await _judgement(growing, session, rules)
+    except Exception:
+        await sampler.abort([request_id])
+        raise
+    if growing.finish is None:
+        await sampler.abort([request_id])
+    return judgement
+
+
+async def _judgement(
+    growing: GrowingResponse, session: TeacherSession, rules: RolloutRules
+) -> Judgement:
+    judgement = Judgement()
+    while True:
+        there = await growing.wait_for(judgement.num_scored + rules.chunk_tokens)
+        if there == judgement.num_scored:
+            return judgement
+        upto = min(there, judgement.num_scored + rules.max_span_tokens)
+        if upto < there or growing.finish is None:
+            block_end = upto - (growing.num_prompt + upto) % rules.block_tokens
+            upto = block_end if block_end > judgement.num_scored else upto
+        span = _span(growing, judgement.num_scored, upto, rules.specials)
+        try:
+            scores = await session.append(span)
+        except NotReadyError:
+            if not rules.finish_when_absent:
+                raise
+            judgement.absent = True
+            return judgement
+        judgement.parts.append(scores.rows)
+        judgement.num_scored = upto
+        judgement.drift = scores.drift
+        if scores.verdict is Verdict.TRUNCATE:
+            judgement.keep_tokens = scores.keep_tokens
+            judgement.round_trip_tokens = growing.num_tokens - upto
+            judgement.verdict_span_tokens = len(span)
+            return judgement
+
+
+def _span(growing: GrowingResponse, start: int, end: int, specials: SpecialTokens) -> TokenSpan:
+    has_candidates = growing.topk_ids.shape[1] > 0
+    return TokenSpan(
+        offset=start,
+        token_ids=growing.token_ids[start:end],
+        candidate_ids=growing.topk_ids[start:end] if has_candidates else None,
+        event_mask=specials.mask(growing.token_ids[:end])[start:],
+    )
+
+
+def _rollout(
+    prompt: Prompt,
+    growing: GrowingResponse,
+    judgement: Judgement,
+    rules: RolloutRules,
+    policy_version: int,
+    times: RolloutTimes,
+) -> Rollout:
+    """Drops everything past the point where the teacher's word ends."""
+    kept = judgement.num_scored
+    finish = growing.finish or Finish.LENGTH
+    if judgement.keep_tokens is not None:
+        kept, finish = judgement.keep_tokens, Finish.TRUNCATED
+    elif judgement.absent:
+        finish = Finish.UNSCORED
+    response_ids = growing.token_ids[:kept].copy()
+    return Rollout(
+        prompt=prompt,
+        response_ids=response_ids,
+        behavior_logprobs=growing.logprobs[:kept].copy(),
+        student_topk_ids=growing.topk_ids[:kept].copy(),
+        student_topk_logprobs=growing.topk_logprobs[:kept].copy(),
+        mask=rules.specials.mask(response_ids),
+        teacher=slice_rows(concat_rows(judgement.parts), 0, kept),
+        drift=judgement.drift,
+        finish=finish,
+        num_generated=growing.num_tokens,
+        policy_version=policy_version,
+        times=times,
+    )

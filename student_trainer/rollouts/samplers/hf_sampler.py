@@ -1,0 +1,112 @@
+"""The reference sampler: transformers, a token at a time, a rollout at a time. Obvious and slow.
+
+It samples from exactly the distribution whose log-probs it reports: softmax(logits / temperature),
+cut to the top-p nucleus and renormalised when top_p < 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from transformers import DynamicCache, PreTrainedModel
+
+from student_trainer.learner.student import load_student
+from student_trainer.records import Delta, Finish, SamplingOptions
+
+
+class HfSampler:
+    """A Sampler over one transformers model."""
+
+    def __init__(self, *, model: str, dtype: str, device: str) -> None:
+        self._path = model
+        self._dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device)
+        self._loaded: PreTrainedModel | None = None
+        self._running: set[str] = set()
+        self._aborted: set[str] = set()
+
+    async def start(self) -> None:
+        self._loaded = load_student(self._path, dtype=self._dtype, device=self._device).eval()
+
+    async def generate(
+        self, request_id: str, prompt_ids: NDArray[np.int32], options: SamplingOptions
+    ) -> AsyncIterator[Delta]:
+        model = self._model()
+        stop_ids = _stop_ids(model)
+        generator = torch.Generator().manual_seed(options.seed or 0)
+        cache = DynamicCache(config=model.config)
+        step_ids = torch.from_numpy(prompt_ids).long().unsqueeze(0).to(self._device)
+        self._running.add(request_id)
+        try:
+            for position in range(options.max_tokens):
+                with torch.no_grad():
+                    logits = model(step_ids, past_key_values=cache).logits[0, -1].float().cpu()
+                logprobs = sampling_logprobs(logits, options)
+                token = _choose(logprobs, options, generator)
+                topk = logprobs.topk(options.num_topk)
+                finish = None
+                if token in stop_ids:
+                    finish = Finish.STOP
+                elif request_id in self._aborted:
+                    finish = Finish.TRUNCATED
+                elif position == options.max_tokens - 1:
+                    finish = Finish.LENGTH
+                yield Delta(
+                    token_ids=np.array([token], np.int32),
+                    logprobs=np.array([logprobs[token]], np.float32),
+                    topk_ids=topk.indices.int().numpy()[None],
+                    topk_logprobs=topk.values.numpy()[None],
+                    finish=finish,
+                )
+                if finish is not None:
+                    return
+                step_ids = torch.tensor([[token]], device=self._device)
+                await asyncio.sleep(0)
+        finally:
+            self._running.discard(request_id)
+            self._aborted.discard(request_id)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        self._aborted.update(self._running.intersection(request_ids))
+
+    async def load_weights(self, folder: Path) -> None:
+        self._model().load_state_dict(load_file(folder / "model.safetensors"))
+
+    async def close(self) -> None:
+        self._loaded = None
+
+    def _model(self) -> PreTrainedModel:
+        if self._loaded is None:
+            raise RuntimeError("the sampler is not started")
+        return self._loaded
+
+
+def sampling_logprobs(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
+    """[V] log-probs of the distribution that is sampled from."""
+    logprobs = torch.log_softmax(logits / (options.temperature or 1.0), dim=-1)
+    if options.top_p < 1.0:
+        ordered = logprobs.sort(descending=True)
+        mass_before = ordered.values.exp().cumsum(-1) - ordered.values.exp()
+        outside = ordered.indices[mass_before >= options.top_p]
+        logprobs[outside] = -torch.inf
+        logprobs = torch.log_softmax(logprobs, dim=-1)
+    return logprobs
+
+
+def _choose(logprobs: torch.Tensor, options: SamplingOptions, generator: torch.Generator) -> int:
+    if options.temperature == 0.0:
+        return int(logprobs.argmax())
+    return int(torch.multinomial(logprobs.exp(), 1, generator=generator))
+
+
+def _stop_ids(model: PreTrainedModel) -> set[int]:
+    stop = model.generation_config.eos_token_id
+    return set(stop) if isinstance(stop, list) else {stop}

@@ -1,0 +1,173 @@
+"""Student rollouts with vLLM: one request a rollout, the student's top-k with every token.
+
+The behavior log-probs are `processed_logprobs`: those of the distribution that was sampled from,
+after temperature and top-p. vLLM runs its engine core in a process of its own; deltas are batched
+there (`stream_interval`), because handling every token of every rollout alone would keep this
+process busy and delay the very verdicts that stop a rollout.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from student_trainer.records import Delta, Finish, SamplingOptions
+from vllm_process.children import children_end_with_us
+from vllm_process.cores import children_on, executor_on
+
+if TYPE_CHECKING:
+    from vllm.logprobs import FlatLogprobs
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+_FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
+
+
+class VllmSampler:
+    """A Sampler over one vLLM engine."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        dtype: str,
+        max_context: int,
+        max_num_topk: int,
+        max_num_seqs: int,
+        stream_interval: int,
+        kv_cache_gib: float,
+        gpu_memory_utilization: float,
+        enforce_eager: bool,
+        cpu_cores: str,
+        seed: int,
+    ) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._max_context = max_context
+        self._max_num_topk = max_num_topk
+        self._max_num_seqs = max_num_seqs
+        self._stream_interval = stream_interval
+        self._kv_cache_gib = kv_cache_gib
+        self._gpu_memory_utilization = gpu_memory_utilization
+        self._enforce_eager = enforce_eager
+        self._cpu_cores = cpu_cores
+        self._seed = seed
+        self._engine: AsyncLLM | None = None
+
+    async def start(self) -> None:
+        """Loads the model into vLLM; tens of seconds."""
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self._kv_cache_gib)))
+        # The engine core is spawned, not forked: this process holds gRPC objects.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        args = AsyncEngineArgs(
+            model=self._model,
+            dtype=self._dtype,
+            max_model_len=self._max_context,
+            max_logprobs=max(1, self._max_num_topk),
+            max_num_seqs=self._max_num_seqs,
+            logprobs_mode="processed_logprobs",
+            stream_interval=self._stream_interval,
+            gpu_memory_utilization=self._gpu_memory_utilization,
+            enforce_eager=self._enforce_eager,
+            enable_prefix_caching=True,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            seed=self._seed,
+            distributed_executor_backend=executor_on(self._cpu_cores),
+        )
+        with children_on(self._cpu_cores), children_end_with_us():
+            self._engine = AsyncLLM.from_engine_args(args)
+
+    async def generate(
+        self, request_id: str, prompt_ids: NDArray[np.int32], options: SamplingOptions
+    ) -> AsyncIterator[Delta]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            logprobs=options.num_topk,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        prompt = {"prompt_token_ids": prompt_ids.tolist()}
+        async for output in self._running().generate(prompt, params, request_id):
+            yield _delta(output.outputs[0], options.num_topk)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        await self._running().abort(list(request_ids))
+
+    async def load_weights(self, folder: Path) -> None:
+        engine = self._running()
+        await engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        if not await engine.reset_prefix_cache():
+            raise RuntimeError("prefix cache not reset: weights were loaded while rollouts ran")
+
+    async def close(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+    def _running(self) -> AsyncLLM:
+        if self._engine is None:
+            raise RuntimeError("the sampler is not started")
+        return self._engine
+
+
+def _delta(output: CompletionOutput, num_topk: int) -> Delta:
+    """Arrays of one vLLM output."""
+    num_tokens = len(output.token_ids)
+    width = num_topk + 1
+    flat = output.logprobs
+    if num_tokens == 0:
+        ids, logprobs = np.empty((0, width), np.int32), np.empty((0, width), np.float32)
+    elif len(flat.token_ids) == num_tokens * width:
+        # Row layout: the sampled token, then ranks 1..J.
+        ids = np.asarray(flat.token_ids, np.int32).reshape(num_tokens, width)
+        logprobs = np.asarray(flat.logprobs, np.float32).reshape(num_tokens, width)
+    else:
+        ids, logprobs = _merged_rows(flat, num_tokens, width)
+    return Delta(
+        token_ids=np.asarray(output.token_ids, np.int32),
+        logprobs=logprobs[:, 0],
+        topk_ids=ids[:, 1:],
+        topk_logprobs=logprobs[:, 1:],
+        finish=_FINISH[output.finish_reason] if output.finish_reason else None,
+    )
+
+
+def _merged_rows(
+    flat: FlatLogprobs, num_tokens: int, width: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Rows of deltas that vLLM merged because they were not fetched in time.
+
+    Merging drops the duplicate of a sampled token that is also in the top-k, so rows are ragged;
+    the ranks put them back in order.
+    """
+    ids = np.empty((num_tokens, width), np.int32)
+    logprobs = np.empty((num_tokens, width), np.float32)
+    for row, (start, end) in enumerate(zip(flat.start_indices, flat.end_indices, strict=True)):
+        entries = range(start, end)
+        ranked = (
+            sorted(entries, key=lambda i: flat.ranks[i]) if end - start < width else entries[1:]
+        )
+        order = [start, *ranked]
+        ids[row] = [flat.token_ids[i] for i in order]
+        logprobs[row] = [flat.logprobs[i] for i in order]
+    return ids, logprobs

@@ -1,0 +1,1 @@
+"""Settings: what can be written in a configuration, checked before anything starts. No torch."""

@@ -1,0 +1,317 @@
+"""The trainer's settings: one frozen tree, read from TOML, overridden by `--set section.key=value`.
+
+Every experiment is one file; nothing else changes what a run does. Thresholds of the drift policy
+live here and travel to the teacher with each session. A combination that cannot work is refused
+here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from student_trainer.errors import ConfigError
+from student_trainer.settings.budget import (
+    FixedBudgetSettings,
+    ProgressiveBudgetSettings,
+    PruneBudgetSettings,
+    QuantileBudgetSettings,
+)
+from student_trainer.settings.drift import DriftSettings
+from student_trainer.settings.loss import LossSettings
+from student_trainer.settings.problems import explain
+from student_trainer.settings.section import Section
+from student_trainer.settings.weights import WeightSettings
+from vllm_process.cores import CORES_PATTERN
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+LOSSES_WITH_A_RATIO = ("sampled_reverse_kl", "student_topk_reverse_kl")
+"""Their surrogate holds p_student / p_behavior."""
+
+
+class RunSettings(Section):
+    out: Path
+    """Folder of everything the run writes."""
+    seed: int = 0
+    steps: int = Field(gt=0)
+    """Optimisation rounds: one batch of rollouts each."""
+    queue_depth: int = Field(0, ge=0, le=8)
+    """Batches generated ahead of the learner; 0 is synchronous, n has weights up to n steps old."""
+    otlp_endpoint: str = ""
+    """OTLP/HTTP address that traces are sent to (needs the extra `otel`); empty for none."""
+
+
+class StudentSettings(Section):
+    model: str
+    """Folder or name of a Hugging Face checkpoint."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    """"auto" takes CUDA when there is one."""
+
+
+class SamplerSettings(Section):
+    kind: Literal["vllm", "hf"] = "vllm"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_num_seqs: int = Field(64, gt=0)
+    """Rollouts generated at once."""
+    stream_interval: int = Field(8, gt=0)
+    """Tokens a rollout hands out at once."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """KV cache on a CPU."""
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
+    enforce_eager: bool = True
+    cpu_cores: str = Field("auto", pattern=CORES_PATTERN)
+    """Cores of the engine on a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares."""
+
+
+class RolloutSettings(Section):
+    prompts_per_step: int = Field(gt=0)
+    rollouts_per_prompt: int = Field(1, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    student_topk: int = Field(16, ge=0)
+    """The student's own top-k that is sent to the teacher with every token (J)."""
+    chunk_tokens: int = Field(32, gt=0)
+    """Tokens a rollout gathers before they are sent to be scored."""
+    max_context: int = Field(gt=1)
+    """Prompt plus response."""
+
+
+class TeacherSettings(Section):
+    endpoints: tuple[str, ...] = Field(min_length=1)
+    """host:port of each replica; all serve the same weights, sessions spread over those that are
+    up."""
+    k: int = Field(16, gt=0)
+    """Size of the teacher's top-k in every row (K)."""
+    logprob_dtype: Literal["f16", "f32"] = "f32"
+    connect_timeout_s: float = Field(60.0, gt=0)
+    """How long a teacher may be away before the run does not start, or on_absent applies."""
+    on_absent: Literal["wait", "finish_unscored", "fail"] = "wait"
+    """When every replica stays away: wait for one; end the rollouts without the scores that are
+    missing, and learn from what was scored; or end the run."""
+    token_file: Path | None = None
+    """File with the bearer token alone. Without it DRIFTLINE_TEACHER_TOKEN_FILE names the file, or
+    DRIFTLINE_TEACHER_TOKEN holds the token."""
+    tls_ca: Path | None = None
+    """PEM file of the CA of the teacher's certificate; without it there is no TLS."""
+    tls_cert: Path | None = None
+    """PEM file of the trainer's own certificate, for a teacher with mutual TLS."""
+    tls_key: Path | None = None
+    """PEM file of its private key."""
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key must be given together")
+        if self.tls_cert is not None and self.tls_ca is None:
+            raise ValueError("tls_cert needs tls_ca: without it there is no TLS")
+        return self
+
+
+class SpecialTokenSettings(Section):
+    tokens: tuple[str, ...] = ()
+    """Tokens that are masked: no loss, no drift event, no weight."""
+    occurrences: Literal["first", "all"] = "first"
+
+
+class OptimSettings(Section):
+    learning_rate: float = Field(gt=0)
+    final_learning_rate: float = Field(0.0, ge=0)
+    """Reached by a cosine over the whole run."""
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    epochs: int = Field(1, gt=0)
+    """Passes over one batch of rollouts."""
+    updates_per_epoch: int = Field(1, gt=0)
+    """Optimiser steps a pass."""
+    micro_batch_tokens: int = Field(16384, gt=0)
+    """Padded tokens in one forward pass; changes memory, not the gradient."""
+    max_sync_gap_nats: float = Field(1e-3, gt=0)
+    """Largest difference between the sampler's and the learner's log-probs after a sync."""
+
+
+class DataSettings(Section):
+    train: Path
+    """JSON lines with `prompt` (text) or `messages` (chat), and optionally `answer`."""
+    heldout: Path | None = None
+    answer_field: str = "answer"
+    """Field that holds what the graded part of a response must equal."""
+
+
+class EvalSettings(Section):
+    every_steps: int = Field(10, gt=0)
+    num_prompts: int = Field(128, gt=0)
+    pass_k: int = Field(4, ge=0)
+    """Samples a prompt for pass@k in the first and the last evaluation; 0 for none."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the samples for pass@k; accuracy is greedy."""
+    max_tokens: int = Field(512, gt=0)
+    answer_pattern: str = r"\\boxed\{([^{}]*)\}"
+    """The last match's first group is the answer."""
+    unicode_normalize: bool = False
+    """Compare after Unicode NFKC normalisation."""
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _has_a_group(cls, pattern: str) -> str:
+        try:
+            num_groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        if num_groups == 0:
+            raise ValueError("the pattern needs a group: that is the answer")
+        return pattern
+
+
+class CheckpointSettings(Section):
+    every_steps: int | None = Field(None, gt=0)
+    keep: int = Field(2, gt=0)
+
+
+class TrainerConfig(Section):
+    """Everything a run depends on."""
+
+    run: RunSettings
+    student: StudentSettings
+    sampler: SamplerSettings = SamplerSettings()
+    data: DataSettings
+    rollout: RolloutSettings
+    teacher: TeacherSettings
+    drift: DriftSettings = DriftSettings()
+    budget: Annotated[
+        FixedBudgetSettings
+        | PruneBudgetSettings
+        | ProgressiveBudgetSettings
+        | QuantileBudgetSettings,
+        Field(discriminator="kind"),
+    ]
+    loss: LossSettings
+    weights: WeightSettings = WeightSettings()
+    special_tokens: SpecialTokenSettings = SpecialTokenSettings()
+    optim: OptimSettings
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        k, topk = self.drift.k, self.rollout.student_topk
+        if k > self.teacher.k:
+            raise ValueError(
+                f"drift.k is {k}, more than the teacher.k {self.teacher.k} it compares"
+            )
+        if self.drift.metric == "overlap_ratio" and k > topk:
+            raise ValueError(
+                f"drift.k is {k}, more than the rollout.student_topk {topk} it compares"
+            )
+        if self.drift.metric == "overlap_ratio" and self.rollout.top_p < 1.0:
+            raise ValueError(
+                f"drift.metric overlap_ratio with rollout.top_p {self.rollout.top_p}: the "
+                "student's top-k outside its nucleus is arbitrary; use teacher_top_p_accept"
+            )
+        if self.longest_response >= self.rollout.max_context:
+            raise ValueError(
+                f"the largest budget is {self.longest_response} tokens and must leave room for a "
+                f"prompt in rollout.max_context {self.rollout.max_context}"
+            )
+        if self.data.heldout is not None and self.eval.max_tokens >= self.rollout.max_context:
+            raise ValueError(
+                f"eval.max_tokens is {self.eval.max_tokens} and must leave room for a prompt in "
+                f"rollout.max_context {self.rollout.max_context}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit_the_loss(self) -> Self:
+        if self.weights.importance_ratio is not None and self.loss.kind in LOSSES_WITH_A_RATIO:
+            raise ValueError(
+                f"weights.importance_ratio with loss {self.loss.kind}: its surrogate already holds "
+                "the policy ratio, which would count twice"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_has_what_it_needs(self) -> Self:
+        loss, rollout = self.loss, self.rollout
+        if loss.needs_student_topk and rollout.student_topk == 0:
+            raise ValueError(
+                f"loss {loss.kind} sums over the student's top-k and needs rollout.student_topk > "
+                "0, it is 0"
+            )
+        if loss.needs_student_topk and rollout.top_p < 1.0:
+            raise ValueError(
+                f"loss {loss.kind} sums over the student's top-k and needs the behavior policy's "
+                f"full distribution, but rollout.top_p is {rollout.top_p}: ids outside the nucleus "
+                "are arbitrary and have no log-prob"
+            )
+        if loss.renormalizes_on_teacher_topk and self.teacher.k == 1:
+            raise ValueError(
+                f"loss {loss.kind} renormalises on the teacher's top-k and is 0 on a single token: "
+                "teacher.k must be at least 2, or loss.tail true"
+            )
+        return self
+
+    @property
+    def longest_response(self) -> int:
+        """The most tokens that the budget may ever give a rollout."""
+        return self.budget.max_tokens if self.budget.kind == "fixed" else self.budget.maximum
+
+    @property
+    def needs_learner_behavior(self) -> bool:
+        """Whether behavior log-probs must come from the learner: at ids that only the teacher named
+        nobody else has them; under top-p the sampler's are renormalised on its nucleus and cannot
+        be compared with the learner's."""
+        compares = (
+            self.loss.compares_with_behavior
+            or self.weights.prefix_importance is not None
+            or self.weights.block_gate is not None
+            or self.weights.importance_ratio is not None
+        )
+        return self.loss.needs_behavior_at_teacher_topk or (compares and self.rollout.top_p < 1.0)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainerConfig:
+    """Reads a TOML file, applies `section.key=value` overrides, checks everything.
+
+    A value is JSON where it parses as JSON, else a string. Raises ConfigError.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return TrainerConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n{explain(error, TrainerConfig)}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r} must look like section.key=value")
+    *parents, leaf = name.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        node[leaf] = json.loads(text)
+    except json.JSONDecodeError:
+        node[leaf] = text

@@ -1,0 +1,56 @@
+"""Combinations that run, but not as somebody who writes them down may expect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from student_trainer.settings.config import TrainerConfig
+
+
+def warnings(config: TrainerConfig) -> list[str]:
+    """One sentence each, naming the settings; said once when a run starts."""
+    return [*_about_reuse(config), *_about_weights(config)]
+
+
+def _about_reuse(config: TrainerConfig) -> Iterator[str]:
+    """Weights of the student's drift where the student cannot have drifted."""
+    weights, optim = config.weights, config.optim
+    of_drift = [
+        name
+        for name, section in (
+            ("block_gate", weights.block_gate),
+            ("importance_ratio", weights.importance_ratio),
+        )
+        if section is not None
+    ]
+    single = optim.epochs * optim.updates_per_epoch == 1
+    fresh = config.run.queue_depth == 0
+    for name in of_drift:
+        if fresh and single:
+            yield (
+                f"weights.{name}: one update a batch (optim.epochs, optim.updates_per_epoch) of "
+                "rollouts that are never older than it (run.queue_depth = 0): the student is still "
+                "the behavior policy, and the weight is 1 but for what sampler and learner differ"
+            )
+        if not fresh and config.needs_learner_behavior:
+            so = "so with one update a batch it is 1" if single else "not the rollouts' age"
+            yield (
+                f"weights.{name}: with loss {config.loss.kind} at rollout.top_p "
+                f"{config.rollout.top_p} the learner recomputes the behavior log-probs when it "
+                f"takes up a batch, so the weight sees the updates within the batch only: {so}"
+            )
+
+
+def _about_weights(config: TrainerConfig) -> Iterator[str]:
+    """Weights that say the same thing twice, or cancel what was paid for."""
+    weights = config.weights
+    if weights.prune is not None and weights.prefix_importance is not None:
+        yield (
+            "weights.prune and weights.prefix_importance are redundant: both fall as teacher and "
+            "student drift apart, and their product falls faster than either paper's"
+        )
+    if weights.prune is not None and weights.prune.w_base == 0 and not config.drift.stop_in_flight:
+        yield (
+            "weights.prune.w_base is 0 and drift.stop_in_flight is off: tokens past a reliability "
+            "of 0 are generated and scored, and count nothing"
+        )

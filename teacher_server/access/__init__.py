@@ -1,0 +1,1 @@
+"""Who may call: tokens, certificates, tenants and the files that hold them."""

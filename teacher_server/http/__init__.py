@@ -1,0 +1,1 @@
+"""The HTTP side: health, metrics, one-shot scoring, analysis, a page. No grpc."""

@@ -1,0 +1,1 @@
+"""Counts and gauges of one server, for Prometheus."""

@@ -1,0 +1,149 @@
+"""Metrics that are read when Prometheus asks: plain counts, and what the server holds just now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from teacher_server.metrics.tallies import MessageTally, TenantTally, TimeTally
+
+_OUTCOMES = ("admitted", "refused", "expired", "cancelled")
+_DROPS = {"deadline": "expired", "cancelled": "cancelled"}
+MethodLabels = tuple[str, str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readings:
+    """What a server holds at one moment. None where nobody knows."""
+
+    active_sessions: int = 0
+    """Those with an append waiting or running."""
+    queue_depth: int = 0
+    queue_tokens: int = 0
+    batch_sessions: int = 0
+    batch_tokens: int = 0
+    send_queue_bytes: int = 0
+    engine_silent_s: float = 0.0
+    kv_used_ratio: float | None = None
+    phase: str = ""
+    phases: tuple[str, ...] = ()
+
+
+_GAUGES: dict[str, tuple[str, Callable[[Readings], float | None]]] = {
+    "teacher_queue_depth": ("Queries waiting for the engine.", lambda now: now.queue_depth),
+    "teacher_queue_tokens": ("New tokens waiting for the engine.", lambda now: now.queue_tokens),
+    "teacher_batch_sessions": ("Queries in the engine.", lambda now: now.batch_sessions),
+    "teacher_batch_tokens": ("New tokens in the engine.", lambda now: now.batch_tokens),
+    "teacher_send_queue_bytes": (
+        "Replies that clients have not accepted yet, bytes.",
+        lambda now: now.send_queue_bytes,
+    ),
+    "teacher_engine_silent_seconds": (
+        "Time that the engine has owed answers and given none.",
+        lambda now: now.engine_silent_s,
+    ),
+    "teacher_kv_used_ratio": (
+        "Share of the room for KV that is taken; absent where the engine does not tell.",
+        lambda now: now.kv_used_ratio,
+    ),
+}
+
+
+_TIMES = {
+    "teacher_queue_wait_seconds": "Time an append waited for the engine.",
+    "teacher_engine_step_seconds": "Time an append spent in the engine.",
+}
+_TIME_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class LiveMetrics(Collector):
+    """Makes families of tallies and of a reading."""
+
+    def __init__(
+        self, tenants: Mapping[str, TenantTally], messages: Mapping[MethodLabels, MessageTally]
+    ) -> None:
+        self._tenants = tenants
+        self._messages = messages
+        self._times = {name: TimeTally(_TIME_BOUNDS_S) for name in _TIMES}
+        self.queue_wait, self.engine_step = self._times.values()
+        self.read: Callable[[], Readings] = Readings
+        self.open_sessions = 0
+        self.slow_streams = 0
+        self.computed_tokens = 0
+
+    def collect(self) -> Iterator[Metric]:
+        now = self.read()
+        yield from self._tenant_families()
+        yield from self._message_families()
+        yield from self._time_families()
+        computed = CounterMetricFamily(
+            "teacher_computed_tokens", "Tokens the model was run on, for the rows that were made."
+        )
+        computed.add_metric([], self.computed_tokens)
+        yield computed
+        sessions = GaugeMetricFamily(
+            "teacher_sessions", "Sessions held; the active are among the open.", labels=["state"]
+        )
+        sessions.add_metric(["open"], self.open_sessions)
+        sessions.add_metric(["active"], now.active_sessions)
+        yield sessions
+        phase = GaugeMetricFamily("teacher_phase", "1 for the phase it is in.", labels=["phase"])
+        for name in now.phases:
+            phase.add_metric([name], float(name == now.phase))
+        yield phase
+        for name, (text, value_of) in _GAUGES.items():
+            gauge = GaugeMetricFamily(name, text)
+            value = value_of(now)
+            if value is not None:
+                gauge.add_metric([], value)
+            yield gauge
+
+    def _tenant_families(self) -> Iterator[Metric]:
+        tokens = CounterMetricFamily(
+            "teacher_tokens_scored", "Response tokens scored.", labels=["tenant"]
+        )
+        admission = CounterMetricFamily(
+            "teacher_admission", "What became of queries.", labels=["outcome", "tenant"]
+        )
+        dropped = CounterMetricFamily(
+            "teacher_dropped", "Queries and streams dropped.", labels=["reason"]
+        )
+        for tenant, tally in self._tenants.items():
+            tokens.add_metric([tenant], tally.tokens_scored)
+            for outcome in _OUTCOMES:
+                admission.add_metric([outcome, tenant], getattr(tally, outcome))
+        for reason, outcome in _DROPS.items():
+            count = sum(getattr(tally, outcome) for tally in self._tenants.values())
+            dropped.add_metric([reason], count)
+        dropped.add_metric(["slow"], self.slow_streams)
+        yield from (tokens, admission, dropped)
+
+    def _time_families(self) -> Iterator[Metric]:
+        for name, tally in self._times.items():
+            ends = [*(str(float(bound)) for bound in tally.bounds_s), "+Inf"]
+            buckets = list(zip(ends, accumulate(tally.counts), strict=True))
+            family = HistogramMetricFamily(name, _TIMES[name])
+            family.add_metric([], buckets, tally.total_s)
+            yield family
+
+    def _message_families(self) -> Iterator[Metric]:
+        labels = ["grpc_type", "grpc_service", "grpc_method"]
+        received = CounterMetricFamily(
+            "grpc_server_msg_received", "Messages received from clients.", labels=labels
+        )
+        sent = CounterMetricFamily(
+            "grpc_server_msg_sent", "Messages sent to clients.", labels=labels
+        )
+        for method, tally in self._messages.items():
+            received.add_metric(method, tally.received)
+            sent.add_metric(method, tally.sent)
+        yield from (received, sent)

@@ -1,0 +1,324 @@
+"""The composition root: engine, scheduler, sessions, gRPC and HTTP in one process, from start to
+end.
+
+Health says NOT_SERVING until the engine is up and its self-test has passed, while it is silent, and
+from the first SIGTERM on. That signal drains: GoAway to every stream, answers to what was asked,
+exit 0. An engine beyond repair ends the process with exit 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import uvicorn
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from teacher_server.access.auth import Access
+from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
+from teacher_server.engine.base import ScoringEngine
+from teacher_server.engine.self_test import self_test
+from teacher_server.http import api
+from teacher_server.http.edge import DEFAULT_TENANT
+from teacher_server.http.server import http_server
+from teacher_server.metrics.live import Readings
+from teacher_server.metrics.server import Metrics
+from teacher_server.process.lifecycle import Lifecycle, Phase, leave
+from teacher_server.process.loading import build_engine, describe, load_tokenizer
+from teacher_server.process.watchdog import Watchdog, WatchedEngine, sample_loop_lag
+from teacher_server.rpc.health import Health
+from teacher_server.rpc.interceptors import AccessInterceptor
+from teacher_server.rpc.server_options import SERVER_OPTIONS
+from teacher_server.rpc.service import TeacherService, add_to_server
+from teacher_server.rpc.stream import StreamLimits
+from teacher_server.scoring.sessions import SessionTable
+from teacher_server.settings import TeacherConfig
+from teacher_wire.codec import SERVICE_NAME
+from teacher_wire.errors import EngineError, TeacherError
+from teacher_wire.records import TeacherInfo
+
+log = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 0.5
+_LOST_DRAIN_S = 1.0
+"""Enough for GoAway: an engine beyond repair answers nothing."""
+_ENGINE_CLOSE_S = 10.0
+_SETTLE_POLL_S = 0.02
+_TEND_INTERVAL_S = 1.0
+
+
+class StartError(Exception):
+    """The server cannot start as configured."""
+
+
+class TeacherApp:
+    """One server: its parts and what happens to them from start to end."""
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        engine: ScoringEngine,
+        info: TeacherInfo,
+        tokenizer: Any,
+        access: Access,
+    ) -> None:
+        self._config = config
+        self._access = access
+        self._engine = WatchedEngine(engine)
+        self._health = Health(("", SERVICE_NAME))
+        self._life = Lifecycle(self._health.set)
+        self._metrics = metrics = Metrics()
+        self._scheduler = Scheduler(
+            self._engine,
+            SchedulerLimits(
+                max_running=config.max_running,
+                max_running_tokens=config.max_running_tokens,
+                max_queued_tokens=config.max_queued_tokens,
+            ),
+            tenants=access.tenants,
+        )
+        self._sessions = SessionTable(
+            self._scheduler,
+            info,
+            metrics=metrics,
+            tenants=access.tenants,
+            ttl_s=config.session_ttl_s,
+            evict_idle_s=config.evict_idle_s,
+            resume_window_s=config.resume_window_s,
+        )
+        self._service = TeacherService(
+            info,
+            self._sessions,
+            metrics=metrics,
+            ready=lambda: self._life.accepts,
+            limits=StreamLimits(
+                max_reply_bytes=config.max_reply_bytes, slow_client_s=config.slow_client_s
+            ),
+            caller=self._access.tenant_of,
+        )
+        metrics.watch(self._read)
+        self._http = self._http_server(info, tokenizer)
+        self._grpc = self._grpc_server()
+
+    def _http_server(self, info: TeacherInfo, tokenizer: Any) -> uvicorn.Server:
+        deps = api.HttpDeps(
+            info=info,
+            sessions=self._sessions,
+            ready=lambda: self._life.ready,
+            metrics=self._metrics,
+            tokenizer=tokenizer,
+            authenticate=self._http_tenant if self._access.required else None,
+            open_metrics=self._config.open_metrics,
+        )
+        tls = self._access.tls
+        return http_server(
+            api.create_app(deps),
+            tls and tls.http_context(),
+            slow_client_s=self._config.slow_client_s,
+            on_slow=self._metrics.slow_stream,
+        )
+
+    def _grpc_server(self) -> grpc.aio.Server:
+        guard = AccessInterceptor(self._access.admit, metrics=self._metrics)
+        server = grpc.aio.server(interceptors=[guard], options=SERVER_OPTIONS)
+        add_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._config.reflection:
+            names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+        return server
+
+    def _read(self) -> Readings:
+        return Readings(
+            active_sessions=self._sessions.num_active(),
+            queue_depth=self._scheduler.num_queued,
+            queue_tokens=self._scheduler.queued_tokens,
+            batch_sessions=self._engine.num_running,
+            batch_tokens=self._engine.running_tokens,
+            send_queue_bytes=self._service.send_queue_bytes,
+            engine_silent_s=self._engine.silent_s(),
+            kv_used_ratio=self._engine.kv_used_ratio(),
+            phase=self._life.phase.value,
+            phases=tuple(phase.value for phase in Phase),
+        )
+
+    async def run(self) -> int:
+        """Serves until a signal or the loss of the engine; returns the exit code.
+
+        Raises StartError. Where something of the engine would not end, the process ends in here.
+        """
+        grpc_address = self._bind_grpc()
+        http_socket = self._bind_http()
+        http_address = _address(self._config.host, http_socket.getsockname()[1])
+        self._life.watch_signals()
+        if self._access.has_files:
+            hang_up = signal.SIGHUP
+            asyncio.get_running_loop().add_signal_handler(hang_up, self._refresh_access, True)
+        await self._grpc.start()
+        http_task = asyncio.create_task(self._http.serve(sockets=[http_socket]))
+        http_task.add_done_callback(lambda _: self._life.lose("HTTP has ended"))
+        loaded = await self._load()
+        if loaded:
+            self._life.enter(Phase.SERVING)
+            self._announce(grpc_address, http_address)
+            await self._serve_until_ending()
+        await self._drain()
+        await self._grpc.stop(_STOP_GRACE_S)
+        self._http.should_exit = True
+        await asyncio.gather(http_task, return_exceptions=True)
+        if not (loaded and await self._close_engine()):
+            leave(self._life.exit_code)
+        return self._life.exit_code
+
+    def _bind_grpc(self) -> str:
+        address = _address(self._config.host, self._config.grpc_port)
+        try:
+            if self._access.tls is None:
+                port = self._grpc.add_insecure_port(address)
+            else:
+                credentials = self._access.tls.grpc_credentials()
+                port = self._grpc.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise StartError(f"gRPC cannot listen on {address}: {error}") from error
+        if port == 0:
+            raise StartError(f"gRPC cannot listen on {address}: is the port in use?")
+        return _address(self._config.host, port)
+
+    def _bind_http(self) -> socket.socket:
+        host, port = self._config.host, self._config.http_port
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            # Two sockets may be bound to one port until one of them listens.
+            listener.listen()
+        except OSError as error:
+            listener.close()
+            text = f"HTTP cannot listen on {_address(host, port)}: {error.strerror}"
+            raise StartError(text) from error
+        return listener
+
+    def _http_tenant(self, authorization: Sequence[str], certificate_name: str | None) -> str:
+        return self._access.tenant_of(authorization, certificate_name, DEFAULT_TENANT)
+
+    def _refresh_access(self, force: bool = False) -> None:
+        """Reads changed files of tenants and TLS; ends streams that are not allowed any more."""
+        self._access.poll(force=force)
+        self._service.recheck()
+
+    async def _load(self) -> bool:
+        """True once the engine may serve; False when a signal came first or it failed."""
+        loading = asyncio.create_task(self._start_engine())
+        ending = asyncio.create_task(self._life.ending.wait())
+        await asyncio.wait({loading, ending}, return_when=asyncio.FIRST_COMPLETED)
+        ending.cancel()
+        if self._life.ending.is_set():
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            return False
+        try:
+            loading.result()
+        except TeacherError as error:
+            self._life.lose(f"the engine did not start: {error}")
+            return False
+        return True
+
+    async def _start_engine(self) -> None:
+        await self._engine.start()
+        if not self._config.self_test:
+            return
+        limit_s = self._config.engine_lost_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self_test(self._engine)
+        except TimeoutError as error:
+            if isinstance(error, TeacherError):
+                raise
+            raise EngineError(f"its self-test took more than {limit_s} s") from error
+
+    def _announce(self, grpc_address: str, http_address: str) -> None:
+        print(f"teacher-server ready grpc={grpc_address} http={http_address}", flush=True)  # noqa: T201
+        if self._config.ready_file:
+            ready = {
+                "grpc_address": grpc_address,
+                "http_address": http_address,
+                "pid": os.getpid(),
+            }
+            path = Path(self._config.ready_file)
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text(json.dumps(ready) + "\n")
+            partial.replace(path)
+
+    async def _serve_until_ending(self) -> None:
+        config = self._config
+        watchdog = Watchdog(
+            self._engine, self._life, stall_s=config.engine_stall_s, lost_s=config.engine_lost_s
+        )
+        tasks = [
+            asyncio.create_task(watchdog.run()),
+            asyncio.create_task(self._tend()),
+            asyncio.create_task(sample_loop_lag(self._metrics.loop_lag)),
+        ]
+        for task in tasks:
+            task.add_done_callback(self._on_task_end)
+        await self._life.ending.wait()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a part of the server failed", exc_info=task.exception())
+            self._life.lose("a part of the server failed")
+
+    async def _tend(self) -> None:
+        while True:
+            await asyncio.sleep(_TEND_INTERVAL_S)
+            self._sessions.expire()
+            self._refresh_access()
+
+    async def _drain(self) -> None:
+        lost = self._life.phase is Phase.LOST
+        reason = "the engine is lost" if lost else "the server is stopping"
+        drain_s = min(self._config.drain_s, _LOST_DRAIN_S) if lost else self._config.drain_s
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + drain_s
+        if not await self._service.drain(reason, drain_s):
+            log.warning("streams were still busy after %.1f s and were cut", drain_s)
+        while self._http.server_state.tasks and loop.time() < give_up:
+            await asyncio.sleep(_SETTLE_POLL_S)
+
+    async def _close_engine(self) -> bool:
+        try:
+            async with asyncio.timeout(_ENGINE_CLOSE_S):
+                await self._engine.close()
+        except TimeoutError:
+            log.error("the engine did not end within %.0f s", _ENGINE_CLOSE_S)
+            return False
+        return True
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def serve(config: TeacherConfig) -> int:
+    """Builds and runs a server; returns its exit code. Raises StartError and ConfigError."""
+    access = Access.from_config(config)
+    try:
+        engine = await asyncio.to_thread(build_engine, config)
+        tokenizer = await asyncio.to_thread(load_tokenizer, config)
+        info = await asyncio.to_thread(describe, config, engine, tokenizer)
+    except (TeacherError, OSError) as error:
+        raise StartError(f"cannot read the checkpoint {config.model!r}: {error}") from error
+    return await TeacherApp(config, engine, info, tokenizer, access).run()

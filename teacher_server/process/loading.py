@@ -1,0 +1,91 @@
+"""What is served: engine, tokenizer and their description, from the settings."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+from teacher_server import __version__
+from teacher_server.engine.base import ScoringEngine
+from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
+from teacher_server.settings import TeacherConfig
+from teacher_wire.fingerprint import tokenizer_fingerprint, weights_digest
+from teacher_wire.records import TeacherInfo
+
+
+def build_engine(config: TeacherConfig) -> ScoringEngine:
+    """The engine of the configuration, not started. Imports no other engine."""
+    if config.engine == "fake":
+        return FakeEngine(
+            vocab_size=config.fake_vocab_size,
+            max_context=config.max_context,
+            max_k=min(config.max_k, config.fake_vocab_size),
+            prefill_tokens_per_s=config.fake_tokens_per_s,
+            base_latency_s=config.fake_latency_s,
+            step_tokens=config.fake_step_tokens,
+        )
+    common: dict[str, Any] = {
+        "model": config.model,
+        "revision": config.revision or None,
+        "dtype": config.dtype,
+        "max_context": config.max_context,
+        "max_k": config.max_k,
+    }
+    if config.engine == "hf":
+        from teacher_server.engine.hf_engine import HfEngine
+
+        return HfEngine(**common, device=config.device, max_sessions=config.hf_sessions)
+    from teacher_server.engine.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        **common,
+        block_size=config.block_size,
+        kv_cache_gib=config.kv_cache_gib or None,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        head_dtype=config.head_dtype,
+        enforce_eager=config.enforce_eager,
+        tensor_parallel_size=config.tensor_parallel_size,
+        cpu_cores=config.cpu_cores,
+    )
+
+
+def load_tokenizer(config: TeacherConfig) -> Any:
+    """The tokenizer of the checkpoint, or None for a fake engine without one."""
+    name = config.tokenizer or config.model
+    if not name:
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, revision=config.revision or None)
+
+
+def describe(config: TeacherConfig, engine: ScoringEngine, tokenizer: Any) -> TeacherInfo:
+    """What clients are told. Reads every weight file of a local checkpoint for its digest."""
+    served = engine.info
+    folder = Path(config.model) if config.model else None
+    is_local = folder is not None and folder.is_dir()
+    if tokenizer is None:
+        fingerprint = fake_fingerprint(served.vocab_size)
+    else:
+        fingerprint = tokenizer_fingerprint(tokenizer)
+    return TeacherInfo(
+        model_id=config.model or f"fake-{served.vocab_size}",
+        revision=config.revision,
+        weights_digest=weights_digest(folder) if folder is not None and is_local else "",
+        dtype=served.dtype,
+        vocab_size=served.vocab_size,
+        tokenizer_fingerprint=fingerprint,
+        special_token_ids=tuple(sorted(tokenizer.all_special_ids)) if tokenizer else (),
+        max_k=served.max_k,
+        max_context=served.max_context,
+        engine=served.name,
+        engine_version=served.version,
+        instance_id=uuid.uuid4().hex,
+        max_sessions=config.max_sessions,
+        max_append_tokens=config.max_append_tokens,
+        server_version=__version__,
+        block_tokens=served.block_tokens,
+    )

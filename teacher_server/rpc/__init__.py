@@ -1,0 +1,1 @@
+"""The gRPC side: service, streams, replies, health. No model."""

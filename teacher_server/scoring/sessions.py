@@ -1,0 +1,400 @@
+"""The sessions a teacher holds for its trainers. Knows no transport, no model and no thresholds.
+
+A session is a cache of what the client knows: prompt, scored tokens and drift. Appends are
+idempotent by (session, offset): an offset below the scored length rewinds first, one beyond it is
+a SessionOffsetError. A session can be rewound down to the point at which it was last opened,
+because the bad events before it are known only as a sum. Idle sessions end after a time, or sooner
+when a new one needs the room or their stream breaks; the client then opens it again with the full
+prefix.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_server.access.tenants import OpenTenants, Tenants
+from teacher_server.engine.base import EngineRows, ScoreQuery
+from teacher_server.metrics.tallies import TenantTally
+from teacher_server.scoring.eviction import fits_beyond, givers
+from teacher_server.scoring.judging import check_rows, joined, judged_rows, pieces
+from teacher_server.scoring.session import Session
+from teacher_server.scoring.validation import (
+    check_drift,
+    check_open,
+    check_span,
+    check_total_length,
+)
+from teacher_wire.errors import (
+    CapacityError,
+    InvalidRequestError,
+    QuotaError,
+    SessionNotFoundError,
+    SessionOffsetError,
+)
+from teacher_wire.records import (
+    DriftPolicy,
+    DriftState,
+    ScoreOptions,
+    ScoreRows,
+    Scores,
+    TeacherInfo,
+    Timing,
+    TokenSpan,
+)
+
+_EMPTY_IDS: NDArray[np.int32] = np.zeros(0, np.int32)
+_EVICTION_HINT_MS = 500
+
+
+class Scorer(Protocol):
+    """What a session table asks for rows; teacher_server.admission.scheduler.Scheduler."""
+
+    async def score(
+        self, query: ScoreQuery, *, tenant: str, deadline_s: float | None = None
+    ) -> tuple[EngineRows, Timing]: ...
+
+    def forget(self, session: str) -> None: ...
+
+
+class SessionMetrics(Protocol):
+    """What a session table reports; teacher_server.metrics.server.Metrics."""
+
+    def tenant(self, name: str) -> TenantTally: ...
+
+    def append_done(self, timing: Timing) -> None: ...
+
+    def sessions_open(self, n: int) -> None: ...
+
+    def evicted(self, reason: str, n: int = 1) -> None: ...
+
+    def resumed(self, result: str) -> None: ...
+
+
+class SessionTable:
+    """All sessions of a server, by tenant and name."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        info: TeacherInfo,
+        *,
+        metrics: SessionMetrics,
+        tenants: Tenants | None = None,
+        ttl_s: float = 600.0,
+        evict_idle_s: float = 1.0,
+        resume_window_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Limits come from `info`, which is also what clients are told.
+
+        A session idle for ttl_s ends; one idle for evict_idle_s may make room for a new one; one
+        whose stream broke ends after resume_window_s, unless it is opened again before.
+        """
+        self._scorer = scorer
+        self._info = info
+        self._metrics = metrics
+        self._tenants = tenants or OpenTenants()
+        self._ttl_s = ttl_s
+        self._evict_idle_s = evict_idle_s
+        self._resume_window_s = resume_window_s
+        self._clock = clock
+        self._sessions: OrderedDict[tuple[str, str], Session] = OrderedDict()
+        """Least recently used first."""
+        self._detached: deque[tuple[float, Session]] = deque()
+        """Sessions whose stream broke, with the time at which they end; first to end first."""
+        self._once = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def num_active(self) -> int:
+        """Sessions with an append waiting or running."""
+        return sum(session.num_pending > 0 for session in self._sessions.values())
+
+    def open(
+        self,
+        session_id: str,
+        prompt_ids: NDArray[np.int32],
+        options: ScoreOptions,
+        policy: DriftPolicy | None,
+        *,
+        tenant: str,
+        owner: object = None,
+        scored_ids: NDArray[np.int32] = _EMPTY_IDS,
+        drift_state: DriftState | None = None,
+    ) -> int:
+        """Starts, resumes or replaces a session; returns the offset at which it goes on.
+
+        Raises InvalidRequestError, CapacityError when every session is in use, or QuotaError when
+        the tenant has as many in use as it may.
+        """
+        check_open(self._info, session_id, prompt_ids, scored_ids, options, policy)
+        base_drift = check_drift(policy, drift_state, len(scored_ids))
+        self.expire()
+        key = (tenant, session_id)
+        is_held = key in self._sessions
+        try:
+            if not is_held:
+                self._make_room_of(tenant)
+                self._make_room(tenant)
+        except CapacityError:
+            if len(scored_ids):
+                self._metrics.resumed("refused")
+            raise
+        if len(scored_ids):
+            self._metrics.resumed("held" if is_held else "rebuilt")
+        self._sessions[key] = Session(
+            session_id=session_id,
+            tenant=tenant,
+            prompt_ids=prompt_ids,
+            options=options,
+            policy=policy,
+            scored_ids=scored_ids,
+            base=len(scored_ids),
+            base_drift=base_drift,
+            bad=np.zeros(0, np.bool_),
+            last_used=self._clock(),
+            owner=owner,
+            tally=self._metrics.tenant(tenant),
+        )
+        self._sessions.move_to_end(key)
+        self._metrics.sessions_open(len(self._sessions))
+        return len(scored_ids)
+
+    def options_of(self, session_id: str, *, tenant: str) -> ScoreOptions:
+        """What the rows of an open session hold."""
+        return self._find(session_id, tenant).options
+
+    async def append(
+        self,
+        session_id: str,
+        span: TokenSpan,
+        *,
+        tenant: str,
+        deadline_s: float | None = None,
+    ) -> Scores:
+        """Scores a piece of a response and advances its drift; a failed append changes nothing.
+
+        Appends of one session are carried out one after the other. Raises InvalidRequestError,
+        SessionNotFoundError, SessionOffsetError, CapacityError, DeadlineError, EngineError or
+        NonFiniteError.
+        """
+        session = self._find(session_id, tenant)
+        session.num_pending += 1
+        give_up = None if deadline_s is None else self._clock() + deadline_s
+        try:
+            async with session.lock:
+                left = None if give_up is None else give_up - self._clock()
+                scores = await self._score(session, span, left)
+        finally:
+            session.num_pending -= 1
+            session.last_used = self._clock()
+        if self._sessions.get((tenant, session_id)) is not session:
+            raise SessionNotFoundError(f"session {session_id!r} was closed or replaced meanwhile")
+        return scores
+
+    def close(self, session_id: str, *, tenant: str, owner: object = None) -> bool:
+        """Ends a session; False when there is none of that name, which is not an error.
+
+        With an owner, a session that somebody else has opened since stays.
+        """
+        session = self._sessions.get((tenant, session_id))
+        if session is None or (owner is not None and session.owner is not owner):
+            return False
+        del self._sessions[tenant, session_id]
+        self._let_go(session)
+        return True
+
+    def detach(self, session_ids: Iterable[str], *, tenant: str, owner: object) -> None:
+        """Their stream broke: those that nobody opens again end after the resume window."""
+        ends_at = self._clock() + self._resume_window_s
+        found = [self._sessions.get((tenant, session_id)) for session_id in session_ids]
+        ours = [session for session in found if session is not None and session.owner is owner]
+        self._detached.extend((ends_at, session) for session in ours)
+        if ours:
+            asyncio.get_running_loop().call_later(self._resume_window_s + 0.01, self.expire)
+
+    def expire(self) -> int:
+        """Ends the sessions that are idle for ttl_s or detached for too long; returns how many."""
+        now = self._clock()
+        num_lost = 0
+        while self._detached and self._detached[0][0] <= now:
+            session = self._detached.popleft()[1]
+            key = (session.tenant, session.session_id)
+            # One that was opened again is another object.
+            if self._sessions.get(key) is session:
+                self._let_go(self._sessions.pop(key))
+                num_lost += 1
+        stale = []
+        for key, session in self._sessions.items():
+            if session.last_used > now - self._ttl_s:
+                break
+            if not session.num_pending:
+                stale.append(key)
+        for key in stale:
+            self._let_go(self._sessions.pop(key))
+        if stale:
+            self._metrics.evicted("idle", len(stale))
+        if num_lost:
+            self._metrics.evicted("lost", num_lost)
+        return num_lost + len(stale)
+
+    async def score_once(
+        self,
+        prompt_ids: NDArray[np.int32],
+        span: TokenSpan,
+        options: ScoreOptions,
+        policy: DriftPolicy | None,
+        *,
+        tenant: str,
+        deadline_s: float | None = None,
+    ) -> Scores:
+        """Scores one whole response of any length that fits the context; nothing is kept."""
+        if span.offset:
+            raise InvalidRequestError(f"span offset is {span.offset}, must be 0")
+        name = f"once-{next(self._once)}"
+        check_open(self._info, name, prompt_ids, _EMPTY_IDS, options, policy)
+        check_total_length(self._info, len(prompt_ids) + len(span))
+        session = Session(
+            session_id=name,
+            tenant=tenant,
+            prompt_ids=prompt_ids,
+            options=options,
+            policy=policy,
+            scored_ids=_EMPTY_IDS,
+            base=0,
+            base_drift=DriftState(),
+            bad=np.zeros(0, np.bool_),
+            last_used=self._clock(),
+            owner=None,
+            tally=self._metrics.tenant(tenant),
+        )
+        give_up = None if deadline_s is None else self._clock() + deadline_s
+        parts: list[Scores] = []
+        try:
+            for piece in pieces(span, self._info.max_append_tokens):
+                left = None if give_up is None else give_up - self._clock()
+                parts.append(await self._score(session, piece, left))
+        finally:
+            self._scorer.forget(session.engine_name)
+        return joined(parts)
+
+    def _find(self, session_id: str, tenant: str) -> Session:
+        session = self._sessions.get((tenant, session_id))
+        if session is None:
+            raise SessionNotFoundError(f"no session {session_id!r}: it expired or was never opened")
+        session.last_used = self._clock()
+        self._sessions.move_to_end((tenant, session_id))
+        return session
+
+    def _make_room_of(self, tenant: str) -> None:
+        """A tenant at its own limit makes room with its own sessions."""
+        limit = self._tenants.get(tenant).max_sessions
+        if limit is None:
+            return
+        own = self._of(tenant)
+        if len(own) >= limit and not self._evict_one(own):
+            raise QuotaError(
+                f"{len(own)} sessions of tenant {tenant!r} are open and in use, its limit is "
+                f"{limit}",
+                retry_after_ms=_EVICTION_HINT_MS,
+            )
+
+    def _evict_one(self, keys: Iterable[tuple[str, str]]) -> bool:
+        """Ends the first of the sessions, least recently used first, that has been idle."""
+        limit = self._clock() - self._evict_idle_s
+        for key in keys:
+            session = self._sessions[key]
+            if session.last_used > limit:
+                break
+            if not session.num_pending:
+                self._let_go(self._sessions.pop(key))
+                self._metrics.evicted("room")
+                return True
+        return False
+
+    def _make_room(self, tenant: str) -> None:
+        limit = self._info.max_sessions
+        if len(self._sessions) < limit:
+            return
+        num_open = Counter(name for name, _ in self._sessions)
+        weights = {name: self._tenants.get(name).weight for name in {*num_open, tenant}}
+        for name in givers(num_open, weights, tenant):
+            if self._evict_one(self._of(name)):
+                return
+        if not fits_beyond(limit, num_open, weights, tenant):
+            raise CapacityError(
+                f"{len(self._sessions)} sessions are open and in use, the limit is {limit}",
+                retry_after_ms=_EVICTION_HINT_MS,
+            )
+
+    def _of(self, tenant: str) -> list[tuple[str, str]]:
+        """The sessions of a tenant, least recently used first."""
+        return [key for key in self._sessions if key[0] == tenant]
+
+    def _let_go(self, session: Session) -> None:
+        self._scorer.forget(session.engine_name)
+        self._metrics.sessions_open(len(self._sessions))
+
+    async def _score(self, session: Session, span: TokenSpan, deadline_s: float | None) -> Scores:
+        check_span(self._info, session.options, session.policy, span)
+        offset, length = span.offset, len(session.scored_ids)
+        if offset > length:
+            raise SessionOffsetError(
+                f"append at {offset}, but the session has {length} scored tokens",
+                expected_offset=length,
+                offset=offset,
+            )
+        if offset < session.base:
+            raise SessionOffsetError(
+                f"append at {offset}, but the session was opened at {session.base}: open it again",
+                expected_offset=session.base,
+                offset=offset,
+            )
+        check_total_length(self._info, len(session.prompt_ids) + offset + len(span))
+        rows, timing = await self._rows(session, span, deadline_s)
+        session.rewind(offset)
+        session.scored_ids = np.concatenate([session.scored_ids, span.token_ids])
+        if rows.bad_events is not None:
+            session.bad = np.concatenate([session.bad, rows.bad_events])
+        state, verdict, keep_tokens = session.drift_after(session.bad)
+        session.tally.tokens_scored += len(span)
+        self._metrics.append_done(timing)
+        return Scores(
+            rows=rows, drift=state, verdict=verdict, keep_tokens=keep_tokens, timing=timing
+        )
+
+    async def _rows(
+        self, session: Session, span: TokenSpan, deadline_s: float | None
+    ) -> tuple[ScoreRows, Timing]:
+        options = session.options
+        prefix = [session.prompt_ids, session.scored_ids[: span.offset], span.token_ids]
+        query = ScoreQuery(
+            token_ids=np.concatenate(prefix),
+            first_row=len(session.prompt_ids) + span.offset,
+            candidate_ids=span.candidate_ids,
+            k=options.k,
+            temperature=options.temperature,
+            want_entropy=options.want_entropy,
+            want_rank=options.want_rank,
+            session=session.engine_name,
+            cache_salt=session.tenant,
+        )
+        try:
+            rows, timing = await self._scorer.score(
+                query, tenant=session.tenant, deadline_s=deadline_s
+            )
+        except BaseException as error:
+            session.tally.failed(error)
+            raise
+        session.tally.admitted += 1
+        check_rows(rows, query)
+        return judged_rows(rows, span, session.policy), timing

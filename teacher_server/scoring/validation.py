@@ -1,0 +1,124 @@
+"""What a teacher refuses before any work: ids, k, lengths and states that can never succeed.
+
+Everything is checked before it reaches the engine: an id outside the vocabulary would poison a CUDA
+context, not one request.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_wire import drift
+from teacher_wire.errors import InvalidRequestError
+from teacher_wire.records import (
+    DriftMetric,
+    DriftPolicy,
+    DriftState,
+    ScoreOptions,
+    TeacherInfo,
+    TokenSpan,
+)
+
+MAX_SESSION_ID_BYTES = 256
+
+
+def check_ids(ids: NDArray[np.int32], field: str, vocab_size: int) -> None:
+    """Every id is in 0 <= id < vocab_size; names the first that is not."""
+    # Read without its sign a negative id is larger than any vocabulary: one pass, not two.
+    if not ids.size or ids.view(np.uint32).max() < vocab_size:
+        return
+    bad = np.argwhere((ids < 0) | (ids >= vocab_size))
+    where = tuple(int(index) for index in bad[0])
+    place = ", ".join(map(str, where))
+    raise InvalidRequestError(f"{field}[{place}] is {ids[where]}, must be in 0..{vocab_size - 1}")
+
+
+def check_total_length(info: TeacherInfo, num_tokens: int) -> None:
+    """Prompt and response together fit the context."""
+    if num_tokens > info.max_context:
+        raise InvalidRequestError(
+            f"prompt and response have {num_tokens} tokens, the limit is {info.max_context}"
+        )
+
+
+def check_open(
+    info: TeacherInfo,
+    session_id: str,
+    prompt_ids: NDArray[np.int32],
+    scored_ids: NDArray[np.int32],
+    options: ScoreOptions,
+    policy: DriftPolicy | None,
+) -> None:
+    """What an Open says can be served."""
+    size = len(session_id.encode())
+    if not 1 <= size <= MAX_SESSION_ID_BYTES:
+        raise InvalidRequestError(
+            f"session_id has {size} bytes, must have 1..{MAX_SESSION_ID_BYTES}"
+        )
+    if not len(prompt_ids):
+        raise InvalidRequestError("prompt_ids has 0 tokens, must have at least 1")
+    check_total_length(info, len(prompt_ids) + len(scored_ids))
+    check_ids(prompt_ids, "prompt_ids", info.vocab_size)
+    check_ids(scored_ids, "scored_ids", info.vocab_size)
+    if options.k > min(info.max_k, info.vocab_size):
+        raise InvalidRequestError(
+            f"k is {options.k}, the limit is {min(info.max_k, info.vocab_size)}"
+        )
+    if policy is not None and policy.k > options.k:
+        raise InvalidRequestError(f"drift k is {policy.k}, the limit is k, which is {options.k}")
+
+
+def check_drift(
+    policy: DriftPolicy | None, state: DriftState | None, num_scored: int
+) -> DriftState:
+    """The state to go on from; a state that no sequence of events leads to is refused."""
+    if policy is None or (state is None and not num_scored):
+        return DriftState(num_tokens=num_scored)
+    if state is None:
+        raise InvalidRequestError(f"drift is missing, must cover the {num_scored} scored tokens")
+    if state.num_tokens != num_scored:
+        raise InvalidRequestError(
+            f"drift covers {state.num_tokens} tokens, must cover the {num_scored} scored ones"
+        )
+    if not 0 <= state.num_bad_events <= num_scored:
+        raise InvalidRequestError(
+            f"drift has {state.num_bad_events} bad events, must have 0..{num_scored}"
+        )
+    budget = drift.bad_event_budget(policy.w_drop)
+    exhausted = state.num_bad_events >= budget
+    if exhausted != (state.exhausted_at is not None):
+        raise InvalidRequestError(
+            f"drift has {state.num_bad_events} bad events and exhausted_at {state.exhausted_at}, "
+            f"but R reaches 0 at {budget}"
+        )
+    if state.exhausted_at is not None and not budget <= state.exhausted_at <= num_scored:
+        raise InvalidRequestError(
+            f"drift exhausted_at is {state.exhausted_at}, must be in {budget}..{num_scored}"
+        )
+    return state
+
+
+def check_span(
+    info: TeacherInfo, options: ScoreOptions, policy: DriftPolicy | None, span: TokenSpan
+) -> None:
+    """What an Append says can be scored."""
+    num_tokens = len(span)
+    if not 1 <= num_tokens <= info.max_append_tokens:
+        raise InvalidRequestError(
+            f"token_ids has {num_tokens} tokens, must have 1..{info.max_append_tokens}"
+        )
+    check_ids(span.token_ids, "token_ids", info.vocab_size)
+    width = 0
+    if span.candidate_ids is not None:
+        width = span.candidate_ids.shape[1]
+        if not 1 <= width <= info.max_k:
+            raise InvalidRequestError(
+                f"candidate_ids has {width} ids a row, must have 1..{info.max_k}"
+            )
+        check_ids(span.candidate_ids, "candidate_ids", info.vocab_size)
+    overlap = policy is not None and policy.metric is DriftMetric.OVERLAP_RATIO
+    if overlap and policy is not None and width < policy.k:
+        raise InvalidRequestError(
+            f"candidate_ids has {width} ids a row, the drift policy compares {policy.k}"
+        )

@@ -1,0 +1,254 @@
+"""Batches of rollouts. Run: python -m pytest tests/trainer/rollouts/test_rollout_source.py"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from student_trainer.data import PromptOrder
+from student_trainer.records import SamplingOptions
+from student_trainer.rollouts import stream as rollout_source
+from student_trainer.rollouts.stream import LoopThread, RolloutBatch, RolloutSource
+from teacher_wire.errors import EngineError, NotReadyError
+from tests.trainer.in_memory import InMemorySampler, ScriptedSession, prompt, rules
+
+PROMPTS = [prompt(i, i + 1) for i in range(2, 8)]
+
+
+@pytest.fixture
+def loop() -> Iterator[LoopThread]:
+    """A loop that is closed again."""
+    thread = LoopThread()
+    yield thread
+    thread.close()
+
+
+def source(
+    loop: LoopThread,
+    sampler: InMemorySampler,
+    *,
+    queue_depth: int = 0,
+    end_step: int = 10,
+    open_session: Callable[[NDArray[np.int32]], ScriptedSession] = lambda _: ScriptedSession(),
+    finish_when_absent: bool = False,
+) -> RolloutSource:
+    """Two rollouts of each of two prompts a step."""
+    return RolloutSource(
+        loop=loop,
+        sampler=sampler,
+        open_session=open_session,
+        prompts=PromptOrder(PROMPTS, prompts_per_step=2, seed=0),
+        rules=rules(finish_when_absent=finish_when_absent),
+        options=lambda: SamplingOptions(max_tokens=12, num_topk=2),
+        rollouts_per_prompt=2,
+        queue_depth=queue_depth,
+        seed=5,
+        first_step=0,
+        end_step=end_step,
+    )
+
+
+def contents(batch: RolloutBatch) -> list[tuple[str, list[int], list[float]]]:
+    """What a batch holds, without the times."""
+    return [
+        (r.prompt.prompt_id, r.response_ids.tolist(), r.teacher.token_logprobs.tolist())
+        for r in batch.rollouts
+    ]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_depth_does_not_change_the_batches_of_the_same_weights(
+    loop: LoopThread, depth: int
+) -> None:
+    ahead = source(loop, InMemorySampler(), queue_depth=depth)
+    at_once = source(loop, InMemorySampler())
+    pairs = [(next(ahead), next(at_once)) for _ in range(4)]
+    for left, right in pairs:
+        assert left.step == right.step
+        assert contents(left) == contents(right)
+
+
+def test_rollouts_of_one_prompt_and_of_two_steps_differ(loop: LoopThread) -> None:
+    sampler = InMemorySampler()
+    batches = source(loop, sampler)
+    responses = [tuple(r.response_ids) for _ in range(3) for r in next(batches).rollouts]
+    assert len(set(responses)) == len(responses) == 12
+    assert len(set(sampler.seeds.values())) == 12
+
+
+@pytest.mark.parametrize(("depth", "versions"), [(0, [0, 1, 2, 3]), (1, [0, 0, 1, 2])])
+def test_rollout_records_the_version_of_the_weights_that_sampled_it(
+    loop: LoopThread, depth: int, versions: list[int]
+) -> None:
+    sampler = InMemorySampler()
+    batches = source(loop, sampler, queue_depth=depth)
+    seen = []
+    for step in range(4):
+        rollouts = next(batches).rollouts
+        seen.append({r.policy_version for r in rollouts})
+        for rollout in rollouts:
+            fresh = InMemorySampler(weights=rollout.policy_version)
+            possible = [
+                fresh.draw(rollout.prompt.token_ids, SamplingOptions(max_tokens=12, seed=seed))[0]
+                for name, seed in list(sampler.seeds.items())
+                if name.startswith(f"step{step}-")
+            ]
+            assert any(np.array_equal(rollout.response_ids, ids) for ids in possible)
+        batches.wait_until_idle()
+        sampler.weights = batches.policy_version = step + 1
+    assert seen == [{version} for version in versions]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_nothing_is_generated_for_steps_that_do_not_come(loop: LoopThread, depth: int) -> None:
+    sampler = InMemorySampler()
+    batches = source(loop, sampler, queue_depth=depth, end_step=2)
+    assert [batch.step for batch in batches] == [0, 1]
+    batches.wait_until_idle()
+    assert {name.split("-")[0] for name in sampler.seeds} == {"step0", "step1"}
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_failed_rollout_cancels_the_others_and_is_raised(loop: LoopThread, depth: int) -> None:
+    sampler = InMemorySampler()
+    sessions: list[ScriptedSession] = []
+
+    def open_session(prompt_ids: NDArray[np.int32]) -> ScriptedSession:
+        failures = {0: EngineError("boom")} if len(sessions) == 2 else {}
+        pause = 0 if failures else 1_000_000
+        sessions.append(ScriptedSession(failures=failures, turns_per_append=pause))
+        return sessions[-1]
+
+    with pytest.raises(EngineError, match="boom"):
+        next(source(loop, sampler, queue_depth=depth, open_session=open_session))
+    assert sampler.running == {}
+    assert [session.num_closed for session in sessions] == [1] * 4
+
+
+def test_unscored_rollouts_are_left_out_and_counted(loop: LoopThread) -> None:
+    sessions: list[ScriptedSession] = []
+
+    def open_session(prompt_ids: NDArray[np.int32]) -> ScriptedSession:
+        failures = {0: NotReadyError("away")} if len(sessions) == 1 else {}
+        sessions.append(ScriptedSession(failures=failures))
+        return sessions[-1]
+
+    batches = source(loop, InMemorySampler(), open_session=open_session, finish_when_absent=True)
+    batch = next(batches)
+    assert (len(batch.rollouts), batch.num_unscored) == (3, 1)
+
+
+def test_step_of_which_nothing_was_scored_is_an_empty_batch(loop: LoopThread) -> None:
+    batches = source(
+        loop,
+        InMemorySampler(),
+        open_session=lambda _: ScriptedSession(failures={0: NotReadyError("away")}),
+        finish_when_absent=True,
+    )
+    batch = next(batches)
+    assert (batch.rollouts, batch.num_unscored) == ([], 4)
+    assert next(batches).step == 1
+
+
+def test_closed_source_leaves_nothing_running(loop: LoopThread) -> None:
+    sampler = InMemorySampler()
+    sessions: list[ScriptedSession] = []
+
+    def open_session(prompt_ids: NDArray[np.int32]) -> ScriptedSession:
+        sessions.append(ScriptedSession(turns_per_append=0 if len(sessions) < 4 else 1_000_000))
+        return sessions[-1]
+
+    batches = source(loop, sampler, queue_depth=2, open_session=open_session)
+    next(batches)
+    deadline = time.monotonic() + 10
+    while len(sessions) < 12 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    batches.close()
+    assert len(sessions) == 12
+    assert sampler.running == {}
+    assert all(session.num_closed == 1 for session in sessions)
+
+
+class StuckSession(ScriptedSession):
+    """Its teacher does not answer the end of a session."""
+
+    async def close(self) -> None:
+        await asyncio.Event().wait()
+
+
+def test_teacher_that_does_not_answer_does_not_keep_a_source_from_closing(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_source, "CLOSE_TIMEOUT_S", 0.2)
+    sessions: list[ScriptedSession] = []
+
+    def open_session(prompt_ids: NDArray[np.int32]) -> ScriptedSession:
+        pause, kind = (0, ScriptedSession) if len(sessions) < 4 else (1_000_000, StuckSession)
+        sessions.append(kind(turns_per_append=pause))
+        return sessions[-1]
+
+    batches = source(loop, InMemorySampler(), queue_depth=1, open_session=open_session)
+    next(batches)
+    deadline = time.monotonic() + 10
+    while sum(s.num_under_way for s in sessions) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    started = time.monotonic()
+    batches.close()
+    # Twice the bound and then some for a loaded machine; without a bound it never ends.
+    assert time.monotonic() - started < 5
+
+
+def test_loop_thread_returns_results_and_raises_errors(loop: LoopThread) -> None:
+    async def answer(value: int) -> int:
+        await asyncio.sleep(0)
+        if value < 0:
+            raise ValueError(f"value {value}")
+        return value
+
+    assert loop.run(answer(4)) == 4
+    with pytest.raises(ValueError, match="value -1"):
+        loop.run(answer(-1))
+
+
+def test_loop_thread_runs_work_beside_its_caller(loop: LoopThread) -> None:
+    async def where() -> int:
+        return threading.get_ident()
+
+    started, go_on = threading.Event(), threading.Event()
+
+    async def wait() -> str:
+        started.set()
+        await asyncio.to_thread(go_on.wait, 10)
+        return "done"
+
+    future = loop.start(wait())
+    assert started.wait(10)
+    assert loop.run(where()) != threading.get_ident()
+    assert not future.done()
+    go_on.set()
+    assert future.result(10) == "done"
+
+
+def test_closed_loop_thread_ends_what_it_still_runs() -> None:
+    thread = LoopThread()
+    ended, started = threading.Event(), threading.Event()
+
+    async def forever() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    future = thread.start(forever())
+    assert started.wait(10)
+    thread.close()
+    assert ended.is_set()
+    assert future.cancelled()
+    assert "rollouts" not in [t.name for t in threading.enumerate()]

@@ -1,0 +1,244 @@
+"""The vLLM sampler against transformers.
+
+Run: python -m pytest -m vllm tests/trainer/rollouts/test_samplers.py
+
+One engine for the module. Tolerance 1e-4 nats: float32 on both sides, other kernels; log-probs are
+of order 10. The engine's batch and its deltas are whatever the machine's speed makes of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from student_trainer.errors import WeightSyncError
+from student_trainer.learner.student import load_student
+from student_trainer.records import Delta, Finish, SamplingOptions
+from student_trainer.rollouts.samplers import vllm_sampler as vllm_sampler_module
+from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
+from student_trainer.rollouts.weight_sync import WeightSync
+from tests.trainer.learner.tiny_student import EOS_ID, tiny_student, write_tiny_student
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.asyncio(loop_scope="module"),
+    # vLLM leaves its ZeroMQ context to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning"),
+]
+
+PROMPT = np.array([5, 6, 7, 8], np.int32)
+NUM_TOPK = 4
+CLOSE = 1e-4
+TIED = True
+"""Tied heads are the harder case: a sync that forgets the head goes unnoticed by nothing else."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_student(tmp_path_factory.mktemp("student"), tied=TIED)
+
+
+@pytest.fixture(scope="module")
+def learner() -> PreTrainedModel:
+    """The weights that the sampler holds."""
+    return tiny_student(tied=TIED)
+
+
+def vllm_sampler(checkpoint: Path) -> VllmSampler:
+    """Small, on one core."""
+    return VllmSampler(
+        model=str(checkpoint),
+        dtype="float32",
+        max_context=256,
+        max_num_topk=NUM_TOPK,
+        max_num_seqs=16,
+        stream_interval=4,
+        kv_cache_gib=1.0,
+        gpu_memory_utilization=0.3,
+        enforce_eager=True,
+        cpu_cores="0",
+        seed=0,
+    )
+
+
+@pytest.fixture(scope="module")
+async def sampler(checkpoint: Path) -> AsyncIterator[VllmSampler]:
+    made = vllm_sampler(checkpoint)
+    await made.start()
+    yield made
+    await made.close()
+    gc.collect()
+
+
+async def deltas(
+    sampler: VllmSampler, name: str, options: SamplingOptions, *, pause_s: float = 0.0
+) -> list[Delta]:
+    """All of one generation, taken by a consumer that pauses after each delta."""
+    parts = []
+    async for delta in sampler.generate(name, PROMPT, options):
+        parts.append(delta)
+        await asyncio.sleep(pause_s)
+    return parts
+
+
+def joined(parts: list[Delta], name: str) -> NDArray[np.generic]:
+    return np.concatenate([getattr(part, name) for part in parts])
+
+
+def expected_logprobs(
+    model: PreTrainedModel, token_ids: NDArray[np.generic], temperature: float
+) -> torch.Tensor:
+    """[n, V] of the whole sequence at once."""
+    sequence = torch.from_numpy(np.concatenate([PROMPT, token_ids])).long()[None]
+    with torch.no_grad():
+        logits = model(sequence).logits[0, len(PROMPT) - 1 : -1].float()
+    return torch.log_softmax(logits / temperature, -1)
+
+
+def check_rows(model: PreTrainedModel, parts: list[Delta], temperature: float) -> None:
+    """Log-probs of tokens and top-k equal transformers'."""
+    tokens = joined(parts, "token_ids")
+    expected = expected_logprobs(model, tokens, temperature)
+    own = expected[torch.arange(len(tokens)), torch.from_numpy(tokens).long()].numpy()
+    assert np.abs(joined(parts, "logprobs") - own).max() < CLOSE
+    topk_ids, topk = joined(parts, "topk_ids"), joined(parts, "topk_logprobs")
+    assert topk_ids.shape == (len(tokens), NUM_TOPK)
+    assert np.abs(topk - expected.topk(NUM_TOPK).values.numpy()).max() < CLOSE
+    at_ids = expected.gather(1, torch.from_numpy(topk_ids).long()).numpy()
+    assert np.abs(topk - at_ids).max() < CLOSE
+    assert all(len(set(row)) == NUM_TOPK for row in topk_ids.tolist())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+async def test_log_probs_and_topk_equal_transformers(
+    sampler: VllmSampler, learner: PreTrainedModel, temperature: float
+) -> None:
+    options = SamplingOptions(max_tokens=40, temperature=temperature, num_topk=NUM_TOPK, seed=11)
+    parts = await deltas(sampler, f"rows-{temperature}", options)
+    assert sum(map(len, parts)) > 10
+    assert [part.finish is None for part in parts] == [True] * (len(parts) - 1) + [False]
+    check_rows(learner, parts, temperature)
+
+
+async def test_top_p_log_probs_are_those_of_the_nucleus(
+    sampler: VllmSampler, learner: PreTrainedModel
+) -> None:
+    options = SamplingOptions(max_tokens=30, top_p=0.8, seed=2)
+    parts = await deltas(sampler, "nucleus", options)
+    tokens = joined(parts, "token_ids")
+    full = expected_logprobs(learner, tokens, 1.0)
+    for row, token, got in zip(full, tokens, joined(parts, "logprobs"), strict=True):
+        ordered = row.exp().sort(descending=True).values
+        inside = ordered[(ordered.cumsum(0) - ordered) < 0.8]
+        assert abs(float(row[int(token)] - inside.sum().log()) - float(got)) < CLOSE
+
+
+async def test_merged_deltas_give_the_same_rows_as_prompt_ones(
+    sampler: VllmSampler, learner: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ragged: list[int] = []
+    merged_rows = vllm_sampler_module._merged_rows
+
+    def counted(flat, num_tokens, width):  # type: ignore[no-untyped-def]
+        ragged.append(num_tokens)
+        return merged_rows(flat, num_tokens, width)
+
+    monkeypatch.setattr(vllm_sampler_module, "_merged_rows", counted)
+    options = SamplingOptions(max_tokens=120, num_topk=NUM_TOPK, seed=5)
+    prompt = await deltas(sampler, "prompt", options)
+    slow = await deltas(sampler, "slow", options, pause_s=0.3)
+    assert len(slow) < len(prompt)
+    assert ragged
+    for name in ("token_ids", "topk_ids"):
+        assert np.array_equal(joined(slow, name), joined(prompt, name))
+    for name in ("logprobs", "topk_logprobs"):
+        assert np.abs(joined(slow, name) - joined(prompt, name)).max() < CLOSE
+    check_rows(learner, slow, 1.0)
+
+
+async def test_generation_without_topk_still_has_log_probs(sampler: VllmSampler) -> None:
+    parts = await deltas(sampler, "bare", SamplingOptions(max_tokens=9, seed=1))
+    assert joined(parts, "topk_ids").shape == (len(joined(parts, "token_ids")), 0)
+    assert (joined(parts, "logprobs") < 0).all()
+
+
+async def test_generation_is_reproducible_by_seed(sampler: VllmSampler) -> None:
+    async def tokens(name: str, seed: int) -> list[int]:
+        options = SamplingOptions(max_tokens=24, seed=seed)
+        return joined(await deltas(sampler, name, options), "token_ids").tolist()
+
+    alone = await tokens("seed-a", 3)
+    beside = await asyncio.gather(*(tokens(f"seed-b{seed}", seed) for seed in range(6)))
+    assert beside[3] == alone
+    assert len({tuple(response) for response in beside}) == 6
+
+
+async def test_abort_ends_soon_and_keeps_the_tokens_so_far(
+    sampler: VllmSampler, learner: PreTrainedModel
+) -> None:
+    options = SamplingOptions(max_tokens=240, num_topk=NUM_TOPK, seed=5)
+    parts: list[Delta] = []
+    async for delta in sampler.generate("abort", PROMPT, options):
+        parts.append(delta)
+        if len(parts) == 1:
+            await sampler.abort(["abort"])
+    tokens = joined(parts, "token_ids")
+    assert len(parts[0]) <= len(tokens) < 240
+    assert parts[-1].finish is Finish.TRUNCATED
+    check_rows(learner, parts, 1.0)
+
+
+async def test_abort_of_an_unknown_id_is_ignored(sampler: VllmSampler) -> None:
+    await sampler.abort(["never heard of"])
+    assert len(await deltas(sampler, "never heard of", SamplingOptions(max_tokens=4, seed=1))) >= 1
+
+
+async def test_budget_and_end_token_end_a_generation(sampler: VllmSampler) -> None:
+    finishes = set()
+    for seed in range(12):
+        options = SamplingOptions(max_tokens=30, temperature=2.0, seed=seed)
+        parts = await deltas(sampler, f"end-{seed}", options)
+        tokens = joined(parts, "token_ids").tolist()
+        finishes.add(parts[-1].finish)
+        if parts[-1].finish is Finish.STOP:
+            assert tokens.index(EOS_ID) == len(tokens) - 1
+        else:
+            assert EOS_ID not in tokens
+            assert len(tokens) == 30
+    assert finishes == {Finish.STOP, Finish.LENGTH}
+
+
+# Last: it leaves other weights behind.
+async def test_changed_weights_arrive_exactly_and_other_ones_are_noticed(
+    sampler: VllmSampler, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = load_student(str(checkpoint), dtype=torch.float32, device=torch.device("cpu"))
+    sync = WeightSync(changed, sampler, max_logprob_gap=1e-3)
+    try:
+        for version in range(3):
+            with torch.no_grad():
+                for parameter in changed.parameters():
+                    parameter += 0.2 * torch.randn_like(parameter)
+            assert await sync.push([PROMPT, PROMPT[:1]], version) < CLOSE
+        options = SamplingOptions(max_tokens=20, num_topk=NUM_TOPK, seed=1)
+        check_rows(changed, await deltas(sampler, "after", options), 1.0)
+
+        # From here on the engine is made to load the weights it began with.
+        async def load_others(folder: Path) -> None:
+            assert (folder / "model.safetensors").is_file()
+            await load_weights(checkpoint)
+
+        load_weights = sampler.load_weights
+        monkeypatch.setattr(sampler, "load_weights", load_others)
+        with pytest.raises(WeightSyncError, match="nats, more than"):
+            await sync.push([PROMPT], 7)
+    finally:
+        sync.close()

@@ -1,0 +1,108 @@
+"""Weights arrive in the sampler, or it is said.
+
+Run: python -m pytest tests/trainer/rollouts/test_weight_sync.py
+
+The reference sampler stands in for vLLM here; test_samplers.py does the same with a real engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from student_trainer.errors import WeightSyncError
+from student_trainer.records import Delta, SamplingOptions
+from student_trainer.rollouts.samplers.hf_sampler import HfSampler
+from student_trainer.rollouts.weight_sync import WeightSync
+from tests.trainer.learner.tiny_student import tiny_student, write_tiny_student
+
+PROBES = [np.array([5, 6, 7], np.int32), np.array([9], np.int32)]
+
+
+async def started(folder: Path, sampler: type[HfSampler] = HfSampler) -> HfSampler:
+    """A reference sampler over a checkpoint."""
+    made = sampler(model=str(folder), dtype="float32", device="cpu")
+    await made.start()
+    return made
+
+
+def change(model: PreTrainedModel, seed: int) -> None:
+    """Other weights everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+async def test_changed_weights_arrive_exactly(tmp_path: Path, tied: bool) -> None:
+    sampler = await started(write_tiny_student(tmp_path, tied=tied))
+    learner = tiny_student(tied=tied)
+    sync = WeightSync(learner, sampler, max_logprob_gap=1e-3)
+    try:
+        for version in range(2):
+            change(learner, version)
+            # 1e-4 nats: one token at a time with a cache against all at once, in float32.
+            assert await sync.push(PROBES, version) < 1e-4
+    finally:
+        sync.close()
+
+
+class Deaf(HfSampler):
+    """Keeps the weights that it has."""
+
+    async def load_weights(self, folder: Path) -> None:
+        """Does nothing."""
+
+
+async def test_sampler_with_other_weights_is_an_error(tmp_path: Path) -> None:
+    sampler = await started(write_tiny_student(tmp_path), Deaf)
+    learner = tiny_student()
+    sync = WeightSync(learner, sampler, max_logprob_gap=1e-3)
+    assert await sync.push(PROBES, 0) < 1e-4
+    change(learner, 0)
+    with pytest.raises(WeightSyncError, match=r"sync of step 3 .* nats, more than 0\.001"):
+        await sync.push(PROBES, 3)
+    sync.close()
+
+
+class Broken(HfSampler):
+    """Its second probe has log-probs that are no numbers."""
+
+    async def generate(
+        self, request_id: str, prompt_ids: NDArray[np.int32], options: SamplingOptions
+    ) -> AsyncIterator[Delta]:
+        async for delta in super().generate(request_id, prompt_ids, options):
+            bad = request_id.endswith("-1")
+            yield replace(delta, logprobs=delta.logprobs * np.nan) if bad else delta
+
+
+async def test_log_probs_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
+    sampler = await started(write_tiny_student(tmp_path), Broken)
+    sync = WeightSync(tiny_student(), sampler, max_logprob_gap=1e-3)
+    with pytest.raises(WeightSyncError, match="nan"):
+        await sync.push(PROBES, 0)
+    sync.close()
+
+
+async def test_closed_sync_leaves_no_folder(tmp_path: Path) -> None:
+    seen: list[Path] = []
+
+    class Watching(HfSampler):
+        async def load_weights(self, folder: Path) -> None:
+            seen.append(folder)
+            assert (folder / "model.safetensors").is_file()
+
+    sampler = await started(write_tiny_student(tmp_path), Watching)
+    sync = WeightSync(tiny_student(), sampler, max_logprob_gap=1e-3)
+    await sync.push(PROBES, 0)
+    sync.close()
+    assert len(seen) == 1
+    assert not seen[0].exists()

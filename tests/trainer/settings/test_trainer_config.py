@@ -1,0 +1,319 @@
+"""Settings: what is refused and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from student_trainer.assembly.methods import divergence
+from student_trainer.assembly.parts import score_options
+from student_trainer.errors import ConfigError
+from student_trainer.losses import (
+    Divergence,
+    EntropyAwareKL,
+    ForwardKL,
+    GeneralizedJSD,
+    LocalSupportMatching,
+    SampledReverseKL,
+    StudentTopKReverseKL,
+    TruncatedReverseKL,
+)
+from student_trainer.settings.config import TrainerConfig, load_config
+from tests.trainer.settings.smallest_config import SMALLEST
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+TOPK_LOSS = ["loss.kind=student_topk_reverse_kl", "drift.metric=teacher_top_p_accept"]
+V2_LOSS = ["loss.support=student_topk_and_sampled", "drift.metric=teacher_top_p_accept"]
+
+
+@pytest.fixture
+def smallest(tmp_path: Path) -> Path:
+    """A file with every required setting and next to nothing else."""
+    path = tmp_path / "trainer.toml"
+    path.write_text(SMALLEST, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("trainer-*.toml")), ids=lambda p: p.name)
+def test_published_configuration_loads(path: Path) -> None:
+    assert isinstance(load_config(path), TrainerConfig)
+
+
+def test_there_is_a_published_configuration() -> None:
+    assert list(CONFIGS.glob("trainer-*.toml"))
+
+
+def test_settings_cannot_be_changed_after_loading(smallest: Path) -> None:
+    config = load_config(smallest)
+    with pytest.raises(ValueError, match="frozen"):
+        config.run.steps = 4  # type: ignore[misc]
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.toml"
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: no such configuration file"):
+        load_config(path)
+
+
+def test_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text("[run\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"bad\.toml: not TOML"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "nearest"),
+    [
+        ("rollout.temprature=1", "rollout.temprature", "temperature"),
+        ("optim.learning_rte=1", "optim.learning_rte", "learning_rate"),
+        ("optm.learning_rate=1", "optm", "optim"),
+        ("budget.max_token=5", "budget.fixed.max_token", "max_tokens"),
+        ("weights.block_gate.taw=5", "weights.block_gate.taw", "tau"),
+        ("loss.clip_log_ration=5", "loss.local_support_matching.clip_log_ration", "clip_log_ratio"),
+    ],
+)
+def test_unknown_setting_is_refused_with_its_place_and_the_nearest_name(
+    smallest: Path, override: str, place: str, nearest: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(smallest, [override])
+    assert f"{place}: unknown setting; did you mean {nearest!r}?" in str(caught.value)
+
+
+def test_missing_setting_is_named(smallest: Path) -> None:
+    smallest.write_text(SMALLEST.replace("steps = 3", ""), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run\.steps: Field required"):
+        load_config(smallest)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["teacher.k=8"], r"drift\.k is 16, more than the teacher\.k 8"),
+        (["rollout.student_topk=8"], r"drift\.k is 16, more than the rollout\.student_topk 8"),
+        (
+            [*TOPK_LOSS, "rollout.student_topk=0"],
+            r"needs rollout\.student_topk > 0",
+        ),
+        (
+            [*TOPK_LOSS, "rollout.top_p=0.9"],
+            r"needs the behavior policy's full distribution, but rollout\.top_p is 0\.9",
+        ),
+        (
+            [*TOPK_LOSS, "loss.support=intersection", "rollout.top_p=0.9"],
+            r"full distribution, but rollout\.top_p is 0\.9",
+        ),
+        (
+            [*TOPK_LOSS, "loss.support=union", "rollout.student_topk=0"],
+            r"sums over the student's top-k and needs rollout\.student_topk > 0, it is 0",
+        ),
+        (
+            [*V2_LOSS, "rollout.student_topk=0"],
+            r"local_support_matching sums over the student's top-k and needs rollout\.student_topk",
+        ),
+        ([*V2_LOSS, "rollout.top_p=0.9"], r"ids outside the nucleus are arbitrary"),
+        (
+            ["loss.tail=true", "loss.clip_log_ratio=5"],
+            r"tail and clip_log_ratio exclude each other",
+        ),
+        (["loss.support=union"], r"loss\.local_support_matching\.support: .*teacher_topk"),
+        ([*TOPK_LOSS, "loss.support=teacher_topk"], r"support: .*only_stu"),
+        ([*TOPK_LOSS, "loss.weight_mode=none"], r"weight_mode: .*student_p"),
+        ([*TOPK_LOSS, "loss.clip_epsilon=1"], r"clip_epsilon.*less than 1"),
+        (["teacher.k=1", "drift.k=1"], r"is 0 on a single token: teacher\.k must be at least 2"),
+        (
+            ["loss.kind=entropy_aware_kl", "teacher.k=1", "drift.k=1"],
+            r"entropy_aware_kl renormalises on the teacher's top-k and is 0 on a single token",
+        ),
+        (["loss.kind=generalized_jsd", "loss.beta=0"], r"loss\.generalized_jsd\.beta: .*than 0"),
+        (["loss.kind=generalized_jsd", "loss.beta=1"], r"loss\.generalized_jsd\.beta: .*than 1"),
+        (["loss.kind=generalized_jsd", "loss.tail=true"], r"loss\.generalized_jsd\.tail: unknown"),
+        (
+            ["loss.kind=entropy_aware_kl", "loss.entropy_threshold=-1"],
+            r"entropy_threshold: .*greater than or equal to 0",
+        ),
+        (["rollout.top_p=0.9"], r"overlap_ratio with rollout\.top_p 0\.9.*teacher_top_p_accept"),
+        (["budget.max_tokens=200"], r"largest budget is 200 tokens.*rollout\.max_context 200"),
+        (
+            ['budget={"kind":"prune","initial":10,"minimum":10,"maximum":200}'],
+            r"largest budget is 200 tokens",
+        ),
+        (
+            ['budget={"kind":"prune","initial":5,"minimum":10,"maximum":20}'],
+            r"minimum <= initial <= maximum, got 10, 5, 20",
+        ),
+        (
+            [
+                'budget={"kind":"progressive","initial":30,"maximum":20,"increment":1,"every_steps":1}'
+            ],
+            r"minimum <= initial <= maximum, got 1, 30, 20",
+        ),
+        (
+            ['budget={"kind":"quantile","initial":5,"minimum":10,"maximum":20}'],
+            r"minimum <= initial <= maximum, got 10, 5, 20",
+        ),
+        (
+            [
+                'budget={"kind":"progressive","initial":3,"maximum":200,"increment":1,"every_steps":1}'
+            ],
+            r"largest budget is 200 tokens",
+        ),
+        (
+            ["data.heldout=h.jsonl", "eval.max_tokens=200"],
+            r"eval\.max_tokens is 200.*rollout\.max_context 200",
+        ),
+        (["loss.kind=cross_entropy"], r"loss: .*cross_entropy"),
+        (
+            ["loss.kind=sampled_reverse_kl", "weights.importance_ratio.mode=mask"],
+            r"importance_ratio with loss sampled_reverse_kl: its surrogate already holds the",
+        ),
+        (
+            [*TOPK_LOSS, "weights.importance_ratio.max_ratio=2"],
+            r"importance_ratio with loss student_topk_reverse_kl: its surrogate already holds",
+        ),
+        (
+            ["weights.position_window.start_share=0.5", "weights.position_window.end_share=0.5"],
+            r"weights\.position_window: .*start_share is 0\.5 and must be below the end_share 0\.5",
+        ),
+        (["weights.prefix_importance.kind=causal"], r"causal needs tau_nats.*abs_advantage"),
+        (["weights.prefix_importance.tau_nats=4"], r"kind cumulative does not read tau_nats"),
+        (
+            ["weights.prefix_importance.kind=linear", "weights.prefix_importance.max_gap_nats=5"],
+            r"kind linear does not read max_gap_nats",
+        ),
+        (["weights.block_gate.min_span=4"], r"granularity block does not read min_span"),
+        (
+            ["weights.block_gate.granularity=newline", "weights.block_gate.max_span=20"],
+            r"max_span is 20 and must be at least twice the min_span 16",
+        ),
+        (["weights.block_gate.newline_tokens=[]"], r"newline_tokens: .*at least 1"),
+        (["weights.importance_ratio.min_ratio=0.5"], r"truncate does not read min_ratio"),
+        (["weights.entropy_top.ratio=0"], r"entropy_top\.ratio: .*greater than 0"),
+        (["run.steps=0"], r"run\.steps: .*greater than 0 \(got 0\)"),
+        (["rollout.temperature=0"], r"rollout\.temperature: .*\(got 0\)"),
+        (["rollout.temperature=Infinity"], r"rollout\.temperature: .*finite.*\(got inf\)"),
+        (["optim.learning_rate=NaN"], r"optim\.learning_rate: .*\(got nan\)"),
+        (["optim.betas=[0.9,1.0]"], r"optim\.betas\.1: .*less than 1 \(got 1\.0\)"),
+        (["teacher.endpoints=[]"], r"teacher\.endpoints: .*at least 1"),
+        (
+            ["drift.k=256", "teacher.k=256", "rollout.student_topk=256"],
+            r"drift\.k: .*255 \(got 256\)",
+        ),
+        (["drift.threshold=1e-12"], r"drift\.threshold: .*0\.000000001 \(got 1e-12\)"),
+        (["eval.answer_pattern=#("], r"eval\.answer_pattern: .*not a regular expression"),
+        (["eval.answer_pattern=#[0-9]+"], r"eval\.answer_pattern: .*needs a group"),
+    ],
+)
+def test_combination_that_cannot_work_is_refused_with_its_reason(
+    smallest: Path, overrides: list[str], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(smallest, overrides)
+
+
+def test_drift_k_may_exceed_the_student_topk_when_nothing_compares_them(smallest: Path) -> None:
+    overrides = ["drift.metric=teacher_top_p_accept", "rollout.student_topk=0"]
+    assert load_config(smallest, overrides).drift.k == 16
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss.support=teacher_topk_and_sampled", "rollout.student_topk=0"],
+        ["loss.support=teacher_topk_and_sampled", "teacher.k=1", "drift.k=1"],
+        ["loss.tail=true", "teacher.k=1", "drift.k=1"],
+        ["loss.kind=forward_kl", "loss.tail=false", "rollout.student_topk=0"],
+        ["loss.kind=generalized_jsd", "rollout.top_p=0.9"],
+        ["loss.kind=entropy_aware_kl", "rollout.top_p=0.9"],
+        [*TOPK_LOSS, "loss.support=only_tch", "rollout.student_topk=0"],
+    ],
+)
+def test_loss_asks_for_no_more_than_it_needs(smallest: Path, overrides: list[str]) -> None:
+    load_config(smallest, ["drift.metric=teacher_top_p_accept", *overrides])
+
+
+def test_entropies_are_asked_of_the_teacher_by_the_loss_that_needs_them(smallest: Path) -> None:
+    assert not score_options(load_config(smallest)).want_entropy
+    assert score_options(load_config(smallest, ["loss.kind=entropy_aware_kl"])).want_entropy
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], LocalSupportMatching()),
+        (
+            ["loss.support=teacher_topk_and_sampled", "loss.tail=true"],
+            LocalSupportMatching(support="teacher_topk_and_sampled", tail=True),
+        ),
+        (["loss.clip_log_ratio=5"], LocalSupportMatching(clip_log_ratio=5.0)),
+        (["loss.kind=truncated_reverse_kl", "loss.tail=true"], TruncatedReverseKL(tail=True)),
+        (["loss.kind=forward_kl"], ForwardKL()),
+        (["loss.kind=generalized_jsd", "loss.beta=0.1"], GeneralizedJSD(beta=0.1)),
+        (["loss.kind=entropy_aware_kl"], EntropyAwareKL(entropy_threshold=0.8, tail=False)),
+        (["loss.kind=sampled_reverse_kl", "loss.dual_clip=null"], SampledReverseKL(dual_clip=None)),
+        (
+            [*TOPK_LOSS, "loss.support=union", "loss.weight_mode=teacher_p"],
+            StudentTopKReverseKL(support="union", weight_mode="teacher_p"),
+        ),
+    ],
+)
+def test_settings_of_the_loss_become_the_divergence(
+    smallest: Path, overrides: list[str], expected: Divergence
+) -> None:
+    assert divergence(load_config(smallest, overrides)) == expected
+
+
+def test_override_replaces_a_value_and_makes_a_section(smallest: Path) -> None:
+    overrides = ["run.steps=7", "student.model=other/name", "weights.prune.w_base=0.25"]
+    config = load_config(smallest, [*overrides, 'special_tokens.tokens=["<"]'])
+    assert config.run.steps == 7
+    assert config.student.model == "other/name"
+    assert config.weights.prune is not None
+    assert config.weights.prune.w_base == 0.25
+    assert config.weights.block_gate is None
+    assert config.special_tokens.tokens == ("<",)
+
+
+def test_later_override_wins(smallest: Path) -> None:
+    assert load_config(smallest, ["run.steps=7", "run.steps=8"]).run.steps == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("run.steps", "must look like section.key=value"),
+        ("run.steps.more=1", "steps is a value, not a section"),
+    ],
+)
+def test_malformed_override_is_refused(smallest: Path, override: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(smallest, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ([], False),
+        (["loss.kind=sampled_reverse_kl"], False),
+        (["rollout.top_p=0.9"], False),
+        (["rollout.top_p=0.9", "loss.kind=sampled_reverse_kl"], True),
+        (["rollout.top_p=0.9", "weights.block_gate.tau=1"], True),
+        (["rollout.top_p=0.9", "weights.prefix_importance.gamma=1"], True),
+        (["rollout.top_p=0.9", "weights.importance_ratio.max_ratio=2"], True),
+        (["rollout.top_p=0.9", "weights.prune.w_base=1"], False),
+        ([*TOPK_LOSS], False),
+        ([*TOPK_LOSS, "loss.support=intersection"], False),
+        ([*TOPK_LOSS, "loss.support=only_tch"], True),
+        ([*TOPK_LOSS, "loss.support=only_tch", "rollout.top_p=0.9"], True),
+        ([*TOPK_LOSS, "loss.support=union"], True),
+        ([*TOPK_LOSS, "loss.support=symmetric_difference"], True),
+        (["loss.support=teacher_topk_and_sampled"], False),
+    ],
+)
+def test_behavior_is_recomputed_only_where_the_samplers_will_not_do(
+    smallest: Path, overrides: list[str], needed: bool
+) -> None:
+    config = load_config(smallest, ["drift.metric=teacher_top_p_accept", *overrides])
+    assert config.needs_learner_behavior is needed
