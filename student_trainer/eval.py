@@ -89,7 +89,7 @@ async def evaluate(
             async for delta in sampler.generate(request_id, prompt.token_ids, options)
         ]
         token_ids = np.concatenate(parts)
-        text = tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+        text = str(tokenizer.decode(token_ids.tolist(), skip_special_tokens=True))
         done += 1
         progress(done, total)
         return grader.correct(text, answers[index]), len(token_ids)

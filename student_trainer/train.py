@@ -78,7 +78,7 @@ def take_step(run: Run, scored: RolloutBatch, clock: PhaseClock) -> None:
         metrics,
         first=run.log.first_step,
         mismatched=profile["mismatched_tokens"],
-        decode=run.tokenizer.decode,
+        decode=lambda token_ids: str(run.tokenizer.decode(token_ids)),
     )
     run.log.alarms(step + 1, alarms)
 

@@ -31,10 +31,11 @@ from teacher_wire.pb import teacher_pb2 as pb
 ERROR_DOMAIN = "driftline"
 _CLASS_BY_CODE: dict[grpc.StatusCode | None, type[TeacherError]] = {
     # Several classes share a code; without a reason it is the root of them.
-    code.grpc: cls
-    for cls, code in ERROR_CODES.items()
-    if not any(issubclass(cls, other) for other in ERROR_CODES if other is not cls)
-} | {
+    **{
+        code.grpc: cls
+        for cls, code in ERROR_CODES.items()
+        if not any(issubclass(cls, other) for other in ERROR_CODES if other is not cls)
+    },
     # What a client sees of a call that a stopping server cut.
     grpc.StatusCode.CANCELLED: NotReadyError,
 }

@@ -76,8 +76,9 @@ class Checkpoints:
 def load_state(folder: Path) -> dict[str, Any]:
     """What `Checkpoints.save` stored beside the student. Raises CheckpointError."""
     try:
-        return torch.load(folder / STATE_FILE, weights_only=True)
+        state: dict[str, Any] = torch.load(folder / STATE_FILE, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {STATE_FILE}, not a checkpoint of a run") from None
     except (EOFError, RuntimeError, UnpicklingError) as error:
         raise CheckpointError(f"{folder}: cannot read {STATE_FILE}: {error}") from error
+    return state

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -46,10 +47,12 @@ def load_student(path: str, *, dtype: torch.dtype, device: torch.device) -> PreT
         raise CheckpointError(f"{path}: no config.json, not a Hugging Face checkpoint")
     try:
         config = AutoConfig.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot load a student: {error}") from error
-    model.to(device)
+    torch.nn.Module.to(model, device)
     model.train()
     return model
 
@@ -112,7 +115,7 @@ def _chunked_head(
     head: torch.nn.Module, hidden_RD: Tensor, ids_RN: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [R, N] at ids and entropies [R], without ever holding all [R, V] logits."""
-    num_rows, vocab_size = len(hidden_RD), head.weight.shape[0]
+    num_rows, vocab_size = len(hidden_RD), cast("Tensor", head.weight).shape[0]
     chunk = max(1, HEAD_CHUNK_LOGITS // vocab_size)
     if num_rows <= chunk:
         return _head_rows(head, hidden_RD, ids_RN, temperature)

@@ -19,9 +19,10 @@ def read_config(model: str, revision: str | None) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model, revision=revision)
+        config: PretrainedConfig = AutoConfig.from_pretrained(model, revision=revision)
     except (OSError, ValueError) as error:
         raise EngineError(f"no readable model at {model}: {error}") from error
+    return config
 
 
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:

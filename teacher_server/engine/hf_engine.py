@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,10 +95,12 @@ class HfEngine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             warn_if_emulated(self._info.dtype)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             self._model_id, revision=self._revision, dtype=self._info.dtype
         )
-        return model.to(device).eval()
+        torch.nn.Module.to(model, device)
+        model.eval()
+        return model
 
     async def score(self, query: ScoreQuery) -> EngineRows:
         check_query(query, self._info)
@@ -216,7 +219,7 @@ def _rows(logits_nV: torch.Tensor, query: ScoreQuery, first_token: int) -> Engin
 
 
 def _concatenated(pieces: list[EngineRows], *, computed_tokens: int) -> EngineRows:
-    def optional(arrays: list[NDArray[np.generic] | None]) -> NDArray[np.generic] | None:
+    def optional(arrays: list[NDArray[Any] | None]) -> NDArray[Any] | None:
         present = [array for array in arrays if array is not None]
         return np.concatenate(present) if present else None
 

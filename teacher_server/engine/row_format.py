@@ -127,7 +127,8 @@ def _digest(token_ids: NDArray[np.int32], block_size: int) -> bytes:
     """Names a text of whole blocks; empty for any other."""
     if len(token_ids) % block_size:
         return b""
-    return hashlib.blake2b(np.ascontiguousarray(token_ids, np.int32), digest_size=16).digest()
+    packed = np.ascontiguousarray(token_ids, np.int32).data
+    return hashlib.blake2b(packed, digest_size=16).digest()
 
 
 class RowCollector:

@@ -163,7 +163,8 @@ def _ranks(logits_RV: torch.Tensor, target_logits_R1: torch.Tensor) -> torch.Ten
 
 
 def _entropies(weights_RV: torch.Tensor, sums_R1: torch.Tensor) -> torch.Tensor:
-    return torch.special.entr(weights_RV.div_(sums_R1)).sum(-1, keepdim=True)
+    each_RV: torch.Tensor = torch.special.entr(weights_RV.div_(sums_R1))
+    return each_RV.sum(-1, keepdim=True)
 
 
 def topk_in_blocks(logits_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

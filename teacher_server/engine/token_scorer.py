@@ -15,6 +15,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ def _scoring_class(architecture: str) -> type[torch.nn.Module]:
     module = importlib.import_module(f"vllm.model_executor.models.{BASE_MODULES[architecture]}")
     base: type[torch.nn.Module] = module.__dict__[architecture]
 
-    def __init__(self: torch.nn.Module, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         base.__init__(self, vllm_config=vllm_config, prefix=prefix)
         if current_platform.is_cpu():
             _use_head_in_blocks(self)
@@ -109,11 +110,12 @@ class HeadInBlocks(UnquantizedEmbeddingMethod):
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x [R, H] -> float32 logits [R, V], V with vLLM's padding."""
-        return logits_in_blocks(x, layer.weight, bias)
+        return logits_in_blocks(x, cast("torch.Tensor", layer.weight), bias)
 
 
 def _use_head_in_blocks(model: torch.nn.Module) -> None:
     """A quantised head is left as it is."""
+    layer: Any
     for layer in model.modules():
         if type(getattr(layer, "quant_method", None)) is UnquantizedEmbeddingMethod:
             layer.quant_method = HeadInBlocks()
@@ -189,7 +191,8 @@ class TokenScorer(Pooler):
             hidden_states = torch.cat([hidden_states, torch.stack(recalled)])
         packed_RW = self._score(hidden_states, spans)
         if packed_RW is None:
-            return [None] * len(spans)
+            none: list[torch.Tensor | None] = [None] * len(spans)
+            return none
         pieces = packed_RW.split([span.num_rows for span in spans])
         outputs: list[torch.Tensor | None] = []
         for span, piece, state, finished in zip(

@@ -13,7 +13,7 @@ import gc
 import itertools
 import os
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from teacher_server.engine.base import (
     EngineInfo,
@@ -31,6 +31,7 @@ from vllm_process.cores import children_on, executor_on
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.config import VllmConfig
+    from vllm.config.model import ModelDType
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.inputs import TokensPrompt
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -154,7 +155,7 @@ class VllmEngine:
                 "head_dtype": "model" if current_platform.is_cpu() else self._head_dtype,
             },
             skip_tokenizer_init=True,
-            dtype=self._dtype,
+            dtype=cast("ModelDType", self._dtype),
             max_model_len=self._info.max_context,
             block_size=self._block_size,
             enable_prefix_caching=True,
@@ -250,7 +251,8 @@ class VllmEngine:
             return None
         # Told after each step, and none follows when the last query is given up.
         idle = not self._llm.output_processor.has_unfinished_requests()
-        return 0.0 if idle else self._llm.logger_manager.stat_loggers[0].used_ratio
+        loggers: Any = self._llm.logger_manager
+        return 0.0 if idle else float(loggers.stat_loggers[0].used_ratio)
 
     async def close(self) -> None:
         llm, self._llm = self._llm, None

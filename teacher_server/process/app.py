@@ -122,7 +122,7 @@ class TeacherApp:
         tls = self._access.tls
         return http_server(
             api.create_app(deps),
-            tls and tls.http_context(),
+            None if tls is None else tls.http_context(),
             slow_client_s=self._config.slow_client_s,
             on_slow=self._metrics.slow_stream,
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from vllm_process.children import children_end_with_us
 from vllm_process.cores import children_on, executor_on
 
 if TYPE_CHECKING:
+    from vllm.config.model import ModelDType
     from vllm.logprobs import FlatLogprobs
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -72,7 +73,7 @@ class VllmSampler:
 
         args = AsyncEngineArgs(
             model=self._model,
-            dtype=self._dtype,
+            dtype=cast("ModelDType", self._dtype),
             max_model_len=self._max_context,
             max_logprobs=max(1, self._max_num_topk),
             max_num_seqs=self._max_num_seqs,
@@ -93,7 +94,7 @@ class VllmSampler:
     async def generate(
         self, request_id: str, prompt_ids: NDArray[np.int32], options: SamplingOptions
     ) -> AsyncIterator[Delta]:
-        from vllm import SamplingParams
+        from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
@@ -106,7 +107,7 @@ class VllmSampler:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        prompt = {"prompt_token_ids": prompt_ids.tolist()}
+        prompt = TokensPrompt(prompt_token_ids=prompt_ids.tolist())
         async for output in self._running().generate(prompt, params, request_id):
             yield _delta(output.outputs[0], options.num_topk)
 
@@ -134,7 +135,7 @@ def _delta(output: CompletionOutput, num_topk: int) -> Delta:
     """Arrays of one vLLM output."""
     num_tokens = len(output.token_ids)
     width = num_topk + 1
-    flat = output.logprobs
+    flat = cast("FlatLogprobs", output.logprobs)
     if num_tokens == 0:
         ids, logprobs = np.empty((0, width), np.int32), np.empty((0, width), np.float32)
     elif len(flat.token_ids) == num_tokens * width:
@@ -165,7 +166,9 @@ def _merged_rows(
     for row, (start, end) in enumerate(zip(flat.start_indices, flat.end_indices, strict=True)):
         entries = range(start, end)
         ranked = (
-            sorted(entries, key=lambda i: flat.ranks[i]) if end - start < width else entries[1:]
+            sorted(entries, key=lambda i: cast("int", flat.ranks[i]))
+            if end - start < width
+            else entries[1:]
         )
         order = [start, *ranked]
         ids[row] = [flat.token_ids[i] for i in order]
