@@ -1,3 +1,3 @@
 """The teacher server: scores a student's tokens while they are being generated."""
 
-__version__ = "0.1.0"
+from teacher_wire import __version__ as __version__

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,13 +57,34 @@ class TeacherAccess:
     def channel(self, endpoint: str, options: Sequence[tuple[str, int]]) -> grpc.aio.Channel:
         """A channel to a teacher, not connected yet. Raises AccessError."""
         if self.tls_ca is None:
-            if (self.token or self.token_file) and not _is_loopback(endpoint):
-                log.warning("the token crosses the network to %s in the clear: no tls_ca", endpoint)
+            self.warn_in_the_clear(endpoint)
             return grpc.aio.insecure_channel(endpoint, options=options)
         key = None if self.tls_key is None else _read("tls_key", self.tls_key)
         cert = None if self.tls_cert is None else _read("tls_cert", self.tls_cert)
         credentials = grpc.ssl_channel_credentials(_read("tls_ca", self.tls_ca), key, cert)
         return grpc.aio.secure_channel(endpoint, credentials, options=options)
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """The same trust for HTTPS; None without tls_ca. Raises AccessError."""
+        if self.tls_ca is None:
+            return None
+        # Comments of a PEM file may be of any letters, the rest is ASCII.
+        authority = _read("tls_ca", self.tls_ca).decode("ascii", "ignore")
+        # Not ssl.create_default_context, which trusts every CA of the system when the file is empty.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            context.load_verify_locations(cadata=authority)
+            if self.tls_cert is not None:
+                context.load_cert_chain(self.tls_cert, self.tls_key, password="")
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            files = ", ".join(str(p) for p in (self.tls_ca, self.tls_cert, self.tls_key) if p)
+            raise AccessError(f"no TLS with {files}: {error}") from error
+        return context
+
+    def warn_in_the_clear(self, endpoint: str) -> None:
+        """Says so when a token crosses the network without TLS."""
+        if (self.token or self.token_file) and not _is_loopback(endpoint):
+            log.warning("the token crosses the network to %s in the clear: no tls_ca", endpoint)
 
 
 def _read(name: str, path: Path) -> bytes:
