@@ -7,9 +7,11 @@ BIN := $(VENV)/bin
 ACCELERATOR ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 # On a CPU-only host whose package index offers only CUDA builds of torch, name PyTorch's CPU index here.
 TORCH_INDEX ?=
+# uv, fetched where it is not on PATH, or `pip`.
+INSTALLER ?= auto
 SOAK_MINUTES ?= 20
 
-.PHONY: demo test check fuzz soak lint format proto playground setup clean
+.PHONY: demo test check fuzz soak lint format proto playground dist test-dist setup clean
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
@@ -45,12 +47,20 @@ proto: setup  ## regenerate the code of the contract
 playground: setup  ## train the playground's teacher and student anew
 	$(BIN)/python -m examples.playground.build --out examples/playground/checkpoints
 
+dist: setup  ## driftline and driftline-client, each as source and wheel, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist proto
+	$(BIN)/python -m build --outdir dist .
+
+test-dist: dist  ## each wheel in an environment of its own, both in one, and one after the other is gone
+	$(BIN)/python -m tests.dist.environments dist
+
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml scripts/setup_venv.py
+$(VENV)/.ready: pyproject.toml proto/pyproject.toml scripts/setup_venv.py
 	$(PYTHON) scripts/setup_venv.py --venv $(VENV) --accelerator $(ACCELERATOR) \
-	    --torch-index "$(TORCH_INDEX)"
+	    --torch-index "$(TORCH_INDEX)" --installer $(INSTALLER)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist proto/build *.egg-info proto/*.egg-info runs

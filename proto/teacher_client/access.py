@@ -70,7 +70,7 @@ class TeacherAccess:
             return None
         # Comments of a PEM file may be of any letters, the rest is ASCII.
         authority = _read("tls_ca", self.tls_ca).decode("ascii", "ignore")
-        # Not ssl.create_default_context, which trusts every CA of the system when the file is empty.
+        # ssl.create_default_context would trust every CA of the system when the file is empty.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
             context.load_verify_locations(cadata=authority)

@@ -23,7 +23,6 @@ from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPBearer
 from numpy.typing import NDArray
 
-from teacher_server import __version__
 from teacher_server.http.analysis import (
     Tokenizer,
     TokenTexts,
@@ -48,6 +47,7 @@ from teacher_server.http.edge import (
     HttpEdge,
 )
 from teacher_server.metrics.server import CONTENT_TYPE, Metrics
+from teacher_wire import __version__
 from teacher_wire.errors import InvalidRequestError, NotReadyError
 from teacher_wire.records import (
     DriftPolicy,

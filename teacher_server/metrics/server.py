@@ -24,9 +24,9 @@ from prometheus_client import (
     generate_latest,
 )
 
-from teacher_server import __version__
 from teacher_server.metrics.live import LiveMetrics, MethodLabels, Readings
 from teacher_server.metrics.tallies import MessageTally, TenantTally
+from teacher_wire import __version__
 from teacher_wire.errors import ERRORS_BY_NAME
 from teacher_wire.records import TeacherInfo, Timing
 

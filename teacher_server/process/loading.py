@@ -6,10 +6,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from teacher_server import __version__
 from teacher_server.engine.base import ScoringEngine
 from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
 from teacher_server.settings import TeacherConfig
+from teacher_wire import __version__
 from teacher_wire.fingerprint import tokenizer_fingerprint, weights_digest
 from teacher_wire.records import TeacherInfo
 
