@@ -18,8 +18,11 @@ WORKDIR /src
 
 # Requirements before sources, so that a change of code does not install torch again.
 COPY pyproject.toml ./
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-print(*p['dependencies'], *p['optional-dependencies']['${EXTRA}'], sep='\n')" > requirements.txt
+COPY proto/pyproject.toml proto/
+RUN python -c "import tomllib; \
+ours, client = (tomllib.load(open(path + 'pyproject.toml', 'rb'))['project'] for path in ('', 'proto/')); \
+print(*ours['dependencies'], *client['dependencies'], *ours['optional-dependencies']['${EXTRA}'], sep='\n')" \
+    | grep -v '^driftline-client' > requirements.txt
 # torch first: otherwise vLLM's own requirement takes it from the default index.
 RUN grep '^torch==' requirements.txt \
     | xargs pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
@@ -27,10 +30,11 @@ RUN grep '^torch==' requirements.txt \
 RUN pip install -r requirements.txt \
     && if [ "$EXTRA" = cpu ]; then pip uninstall -y torchvision torchaudio torchcodec; fi
 
+COPY LICENSE README.md ./
 COPY proto/ proto/
 COPY teacher_server/ teacher_server/
 COPY student_trainer/ student_trainer/
-RUN pip install --no-deps .
+RUN pip install --no-deps ./proto .
 
 FROM ${PYTHON_IMAGE}
 # A compiler, because torch and triton compile kernels at run time; libnuma for vLLM's CPU build.

@@ -2,8 +2,11 @@
 
 import fnmatch
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +24,7 @@ from teacher_server.settings import load_config as load_teacher_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CLIENT = tomllib.loads((ROOT / "proto" / "pyproject.toml").read_text())
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(COMPOSE_TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -245,7 +249,7 @@ def test_everything_copied_exists_and_is_sent_to_docker(name: str) -> None:
             continue
         for source in words[:-1]:
             assert (ROOT / source).exists(), source
-            assert is_sent_to_docker(source.rstrip("/")), source
+            assert is_sent_to_docker(source.split("/")[0]), source
     assert not is_sent_to_docker(".git")
     assert not is_sent_to_docker("examples")
 
@@ -262,6 +266,43 @@ def test_every_package_is_copied_before_it_is_installed(name: str) -> None:
     for package in PYPROJECT["tool"]["setuptools"]["packages"]:
         top = package.split(".")[0]
         assert folders.get(top, top).split("/")[0] in copied
+    for project in (PYPROJECT, CLIENT):
+        for file in (project["project"]["readme"], *project["project"]["license-files"]):
+            assert file in copied, "a wheel without its licence or its page"
+
+
+def commands(name: str) -> list[str]:
+    """What the RUN instructions of the build stage have the shell do."""
+    return [rest for keyword, rest in stages(name)[0] if keyword == "RUN"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pip_installs_both_distributions_and_only_what_is_there(name: str) -> None:
+    words = [shlex.split(command) for command in commands(name) if "pip install" in command]
+    paths = {word for line in words for word in line if re.match(r"\.{1,2}(/|$)", word)}
+    assert paths == {".", "./proto"}
+    for path in paths:
+        assert (ROOT / path / "pyproject.toml").is_file()
+    (files,) = {line[line.index("-r") + 1] for line in words if "-r" in line}
+    assert any(command.endswith(f"> {files}") for command in commands(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("extra", ["cpu", "cuda"])
+def test_the_requirements_are_those_of_both_distributions(
+    name: str, extra: str, tmp_path: Path
+) -> None:
+    (command,) = [c for c in commands(name) if c.endswith("> requirements.txt")]
+    for file in ("pyproject.toml", "proto/pyproject.toml"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+    shell = ["bash", "-c", command.replace("python -c", f"{sys.executable} -c", 1)]
+    subprocess.run(shell, cwd=tmp_path, env={**os.environ, "EXTRA": extra}, check=True)
+    found = (tmp_path / "requirements.txt").read_text().splitlines()
+    ours, client = PYPROJECT["project"], CLIENT["project"]
+    expected = ours["dependencies"] + client["dependencies"] + ours["optional-dependencies"][extra]
+    assert found == [line for line in expected if not line.startswith("driftline-client")]
+    assert len(found) == len(expected) - 1
 
 
 def test_both_images_are_built_alike() -> None:
