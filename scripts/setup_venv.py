@@ -35,9 +35,8 @@ PIP_TO_UV = {
     "proxy": "ALL_PROXY",
 }
 """Where uv looks for what pip reads from its configuration."""
-NO_NETWORK = re.compile(
-    r"dns error|error sending request|failed to fetch|could not find a version|connect(ion)? "
-    r"(error|refused|timed out)|temporary failure in name resolution|no route to host",
+NO_INDEX = re.compile(
+    "failed to fetch|error sending request|could not find a version|no matching distribution",
     re.IGNORECASE,
 )
 
@@ -100,15 +99,13 @@ class Progress:
 
 
 def cause(said: str) -> str:
-    """Why a command failed, from all that it printed."""
-    if NO_NETWORK.search(said):
-        return (
-            "a package index did not answer or lacks a package (check the network, pip's "
-            "configuration, UV_DEFAULT_INDEX and TORCH_INDEX)"
-        )
+    """Why a command failed, in one line, from all that it printed."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"(error|cause|×|caused by)\b", line, re.I)]
-    return (errors or lines or ["it said nothing"])[-1]
+    errors = [line for line in lines if re.match(r"error|cause", line, re.IGNORECASE)]
+    last = (errors or lines or ["it said nothing"])[-1]
+    if NO_INDEX.search(said):
+        last += " (check the network, pip's configuration, UV_DEFAULT_INDEX and TORCH_INDEX)"
+    return last
 
 
 def uv_environment(pip: list[str], given: Collection[str]) -> dict[str, str]:
