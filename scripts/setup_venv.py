@@ -21,8 +21,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BREAKS_TRANSFORMERS = ["torchvision", "torchaudio", "torchcodec"]
-UV = "uv>=0.9,<1"
+PYPROJECT = tomllib.loads(Path("pyproject.toml").read_text())
+UV = f"uv{PYPROJECT['tool']['uv']['required-version']}"
+BREAKS_TRANSFORMERS = PYPROJECT["tool"]["uv"]["exclude-dependencies"][0]["dependencies"]
 PIP_TO_UV = {
     "index-url": "UV_DEFAULT_INDEX",
     "extra-index-url": "UV_INDEX",
@@ -130,16 +131,13 @@ def uv_environment(pip: list[str], given: Collection[str]) -> dict[str, str]:
 def with_uv(uv: str, python: str, accelerator: str, torch_index: str, pip: list[str]) -> list[Step]:
     """The steps of an installation by uv, torch first only where it has an index of its own."""
     environment = uv_environment(pip, os.environ)
-    install = [uv, "pip", "install", "--python", python, "--compile-bytecode"]
+    install = [uv, "pip", "install", "--python", python]
     steps = []
     if torch_index:
         command = [*install, "--default-index", torch_index, torch_requirement()]
         steps.append(Step(f"torch ({accelerator})", command, environment=environment))
-    left_out = Path(python).parents[1] / "left-out.txt"
-    if accelerator == "cpu":
-        left_out.write_text("".join(f"{n}; sys_platform == 'none'\n" for n in BREAKS_TRANSFORMERS))
-        install += ["--overrides", str(left_out)]
-    command = [*install, *project(accelerator)]
+    # Half of the time, but else every start of vLLM takes seconds more until all is compiled.
+    command = [*install, "--compile-bytecode", *project(accelerator)]
     return [*steps, Step("torch, vllm, driftline and the tools", command, environment=environment)]
 
 
@@ -160,9 +158,20 @@ def project(accelerator: str) -> list[str]:
 
 def torch_requirement() -> str:
     """The version of torch that the project names."""
-    dependencies = tomllib.loads(Path("pyproject.toml").read_text())["project"]["dependencies"]
+    dependencies = PYPROJECT["project"]["dependencies"]
     (torch,) = [line for line in dependencies if line.startswith("torch==")]
     return str(torch)
+
+
+def usable_uv() -> str | None:
+    """The uv on PATH, unless it is older than the project's settings ask for: it would skip them."""
+    uv = shutil.which("uv")
+    if uv is None:
+        return None
+    said = subprocess.run([uv, "--version"], capture_output=True, text=True, check=False).stdout
+    numbers = re.findall(r"\d+", said)[:2]
+    wanted = re.findall(r"\d+", UV.partition(",")[0])
+    return uv if [int(n) for n in numbers] >= [int(n) for n in wanted] else None
 
 
 def make(folder: Path, accelerator: str, torch_index: str, *, use_uv: bool) -> None:
@@ -173,9 +182,8 @@ def make(folder: Path, accelerator: str, torch_index: str, *, use_uv: bool) -> N
     log.unlink(missing_ok=True)
     progress = Progress(log)
     progress.run(Step("environment", [sys.executable, "-m", "venv", "--clear", str(folder)]), 2)
-    uv = shutil.which("uv") if use_uv else None
+    uv = usable_uv() if use_uv else None
     if use_uv and uv is None:
-        # Half a minute is enough to learn that it is not to be had.
         fetched = Step("uv", [*pip, "install", "--retries", "1", UV], may_fail=True)
         uv = str(folder / "bin" / "uv") if progress.run(fetched, remaining=1) else None
     if uv is None:
