@@ -164,7 +164,7 @@ def torch_requirement() -> str:
 
 
 def usable_uv() -> str | None:
-    """The uv on PATH, unless it is older than the project's settings ask for: it would skip them."""
+    """The uv on PATH, unless it is so old that it would skip the project's settings."""
     uv = shutil.which("uv")
     if uv is None:
         return None
