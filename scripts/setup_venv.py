@@ -181,11 +181,14 @@ def make(folder: Path, accelerator: str, torch_index: str, *, use_uv: bool) -> N
     log = folder.with_suffix(".log")
     log.unlink(missing_ok=True)
     progress = Progress(log)
-    progress.run(Step("environment", [sys.executable, "-m", "venv", "--clear", str(folder)]), 2)
     uv = usable_uv() if use_uv else None
-    if use_uv and uv is None:
+    missing = use_uv and uv is None
+    installing = 1 + bool(torch_index) if use_uv else 2 + (accelerator == "cpu")
+    making = [sys.executable, "-m", "venv", "--clear", str(folder)]
+    progress.run(Step("environment", making), remaining=missing + installing)
+    if missing:
         fetched = Step("uv", [*pip, "install", "--retries", "1", UV], may_fail=True)
-        uv = str(folder / "bin" / "uv") if progress.run(fetched, remaining=1) else None
+        uv = str(folder / "bin" / "uv") if progress.run(fetched, installing) else None
     if uv is None:
         steps = list(with_pip(pip, accelerator, torch_index))
     else:
