@@ -53,7 +53,7 @@ dist: setup  ## driftline and driftline-client, each as source and wheel, in dis
 	$(BIN)/python -m build --outdir dist .
 
 test-dist: dist  ## each wheel in an environment of its own, both in one, and one after the other is gone
-	$(BIN)/python -m tests.dist.environments dist
+	$(BIN)/python -m tests.distributions.environments dist
 
 setup: $(VENV)/.ready
 
