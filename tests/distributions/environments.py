@@ -1,4 +1,6 @@
-"""Proves the built wheels in environments of their own: python -m tests.distributions.environments dist
+"""Proves the built wheels in environments of their own.
+
+Run: python -m tests.distributions.environments dist
 
 Third-party packages of driftline come from the environment that runs this, by links, so that it
 takes seconds; those of the client are installed from the package index, and nothing else is there.
@@ -66,8 +68,9 @@ def said(command: list[str]) -> str:
 
 def claim(text: str, holds: bool, shown: str) -> None:
     """Prints one claim and what was seen; the first that does not hold ends the proof."""
-    print(f"{'ok  ' if holds else 'FAIL'} {text}")
-    print("".join(f"       {line}\n" for line in shown.splitlines()), end="", flush=True)
+    lines = "".join(f"       {line}\n" for line in shown.splitlines())
+    sys.stdout.write(f"{'ok  ' if holds else 'FAIL'} {text}\n{lines}")
+    sys.stdout.flush()
     if not holds:
         sys.exit(1)
 
