@@ -20,8 +20,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
-import grpc
 import numpy as np
 import uvloop
 from rich.table import Table as RichTable
@@ -31,27 +31,16 @@ from benchmarks.measuring import Measured, Sample, first_line, wide_console, wri
 from benchmarks.models import SHAPES, checkpoint
 from benchmarks.service_load import POLICY, PROMPT, Load, connect
 from benchmarks.stored_rows import VOCAB_SIZE, StoredEngine, Table, made_table, rows_of
-from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
-from teacher_server.engine.base import (
-    EngineLayer,
-    EngineRows,
-    ScoreQuery,
-    ScoringEngine,
-    check_finite,
-)
+from teacher_server.engine.base import ScoreQuery, ScoringEngine, check_finite
 from teacher_server.engine.fake_engine import FakeEngine
 from teacher_server.engine.row_format import POSITION, RowCollector, RowRequest
-from teacher_server.metrics.server import Metrics
-from teacher_server.rpc.server_options import SERVER_OPTIONS
-from teacher_server.rpc.service import TeacherService, add_to_server
 from teacher_server.scoring.judging import check_rows, judged_rows
-from teacher_server.scoring.sessions import SessionTable
 from teacher_server.scoring.validation import check_span
-from teacher_server.testing import teacher_info
+from teacher_server.testing import local_teacher, teacher_info
 from teacher_wire import codec
 from teacher_wire.errors import TeacherError
 from teacher_wire.pb import teacher_pb2 as pb
-from teacher_wire.records import Scores, Timing, TokenSpan, Verdict
+from teacher_wire.records import Scores, Timing, Verdict
 
 ENGINES = ("stored", "fake", "hf", "vllm")
 LAG_INTERVAL_S = 0.002
@@ -67,77 +56,31 @@ class Stopwatch:
     def add(self, seam: str, started: float) -> None:
         self.seconds.setdefault(seam, []).append(time.perf_counter() - started)
 
+    def around(self, part: object, method: str, seam: str) -> None:
+        """Times every call of a part's method, for as long as the part lives."""
+        call = getattr(part, method)
+
+        async def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return await call(*args, **kwargs)
+            finally:
+                self.add(seam, started)
+
+        setattr(part, method, timed)
+
     def median(self, seam: str) -> float:
         return median(self.seconds[seam]) if seam in self.seconds else 0.0
 
 
-class TimedEngine(EngineLayer):
-    """An engine with a stopwatch."""
-
-    def __init__(self, engine: ScoringEngine, watch: Stopwatch) -> None:
-        super().__init__(engine)
-        self._watch = watch
-
-    async def score(self, query: ScoreQuery) -> EngineRows:
-        started = time.perf_counter()
-        try:
-            return await super().score(query)
-        finally:
-            self._watch.add("engine", started)
-
-
-class TimedScheduler(Scheduler):
-    """A scheduler with a stopwatch."""
-
-    watch: Stopwatch
-
-    async def score(
-        self, query: ScoreQuery, *, tenant: str, deadline_s: float | None = None
-    ) -> tuple[EngineRows, Timing]:
-        started = time.perf_counter()
-        try:
-            return await super().score(query, tenant=tenant, deadline_s=deadline_s)
-        finally:
-            self.watch.add("scheduler", started)
-
-
-class TimedSessions(SessionTable):
-    """A session table with a stopwatch."""
-
-    watch: Stopwatch
-
-    async def append(
-        self,
-        session_id: str,
-        span: TokenSpan,
-        *,
-        tenant: str,
-        deadline_s: float | None = None,
-    ) -> Scores:
-        started = time.perf_counter()
-        try:
-            return await super().append(session_id, span, tenant=tenant, deadline_s=deadline_s)
-        finally:
-            self.watch.add("sessions", started)
-
-
 @asynccontextmanager
 async def timed_teacher(engine: ScoringEngine, watch: Stopwatch) -> AsyncIterator[str]:
-    """The address of a server in this process, put together from its timed parts."""
-    timed = TimedEngine(engine, watch)
-    info, metrics = teacher_info(timed), Metrics()
-    scheduler = TimedScheduler(timed, SchedulerLimits())
-    sessions = TimedSessions(scheduler, info, metrics=metrics)
-    scheduler.watch = sessions.watch = watch
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    service = TeacherService(info, sessions, metrics=metrics)
-    add_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        await server.stop(None)
+    """The address of a server in this process, with stopwatches between its parts."""
+    async with local_teacher(engine) as teacher:
+        watch.around(teacher.parts.engine, "score", "engine")
+        watch.around(teacher.scheduler, "score", "scheduler")
+        watch.around(teacher.sessions, "append", "sessions")
+        yield teacher.address
 
 
 def built(arguments: argparse.Namespace, table: Table, load: Load) -> ScoringEngine:

@@ -1,33 +1,70 @@
-"""`teacher-server serve | probe | token | show-config`. Imports only what the command needs."""
+"""`teacher-server serve | probe | token | show-config`. Imports only what the command needs, and
+nothing before `serve` can be ended by a signal."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from teacher_server import logs
-from teacher_server.settings import ConfigError, TeacherConfig, add_flags, load_config, to_toml
+from teacher_server.process.signals import signals_end_at_once
 
 if TYPE_CHECKING:
+    import argparse
+
     import grpc
+
+    from teacher_server.settings import TeacherConfig
 
 EXIT_CONFIG = 2
 PROBE_SERVING, PROBE_NOT_SERVING, PROBE_UNREACHABLE = 0, 1, 2
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    with signals_end_at_once() if words[:1] == ["serve"] else nullcontext():
+        return _run(words)
+
+
+def _run(words: Sequence[str]) -> int:
+    # A probe asks for health every few seconds: it does without the settings, and their imports.
+    if words[:1] == ["probe"]:
+        return _probe(build_parser(with_settings=False).parse_args(words))
+    from teacher_server.settings import ConfigError, load_config, refuse_unknown_flags, to_toml
+
+    arguments, rest = build_parser().parse_known_args(words)
+    try:
+        refuse_unknown_flags(rest)
+        if arguments.command == "token":
+            return _token(arguments.name)
+        config, sources = load_config(vars(arguments), os.environ)
+    except ConfigError as error:
+        return _refused(error)
+    if arguments.command == "show-config":
+        print(to_toml(config, sources), end="")
+        return 0
+    return _serve(config)
+
+
+def build_parser(*, with_settings: bool = True) -> argparse.ArgumentParser:
     """All commands and flags."""
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="teacher-server",
         description="Scores a student's tokens while they are being generated.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    add_flags(commands.add_parser("serve", help="load the teacher and serve it"))
-    add_flags(commands.add_parser("show-config", help="print the resolved settings as TOML"))
+    serve = commands.add_parser("serve", help="load the teacher and serve it")
+    shown = commands.add_parser("show-config", help="print the resolved settings as TOML")
+    if with_settings:
+        from teacher_server.settings import add_flags
+
+        add_flags(serve)
+        add_flags(shown)
     probe = commands.add_parser(
         "probe", help="ask for health: exit 0 serving, 1 not serving, 2 unreachable"
     )
@@ -42,49 +79,69 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
-    arguments = build_parser().parse_args(argv)
-    if arguments.command == "probe":
-        return _probe(arguments)
-    try:
-        if arguments.command == "token":
-            return _token(arguments.name)
-        config, sources = load_config(vars(arguments), os.environ)
-    except ConfigError as error:
-        print(f"teacher-server: {error}", file=sys.stderr)
-        return EXIT_CONFIG
-    if arguments.command == "show-config":
-        print(to_toml(config, sources), end="")
-        return 0
-    return _serve(config)
+def _refused(error: Exception) -> int:
+    print(f"teacher-server: {error}", file=sys.stderr)
+    return EXIT_CONFIG
 
 
 def _serve(config: TeacherConfig) -> int:
     import asyncio
 
+    from teacher_server import logs
     from teacher_server.process.app import StartError, serve
+    from teacher_server.process.lifecycle import EXIT_BROKEN, leave
+    from teacher_server.settings import ConfigError
+
+    async def until_it_ends() -> int:
+        try:
+            return await serve(config)
+        except (StartError, ConfigError):
+            raise
+        except Exception as error:  # noqa: BLE001 - nobody foresaw it, and nothing of it may stay
+            _tell_unforeseen(error)
+            leave(EXIT_BROKEN)
 
     logs.configure(config.log_level, config.log_format)
-    if config.otlp_endpoint:
-        from teacher_wire import tracing
-
-        try:
-            tracing.export_to(config.otlp_endpoint, "teacher-server")
-        except ImportError as error:
-            print(f"teacher-server: otlp_endpoint needs the extra `otel`: {error}", file=sys.stderr)
-            return EXIT_CONFIG
     loop_factory = None
     if config.event_loop == "uvloop":
         import uvloop
 
         loop_factory = uvloop.new_event_loop
     try:
+        if config.otlp_endpoint:
+            _send_traces(config.otlp_endpoint)
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            return runner.run(serve(config))
+            return runner.run(until_it_ends())
     except (StartError, ConfigError) as error:
-        print(f"teacher-server: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return _refused(error)
+
+
+def _send_traces(endpoint: str) -> None:
+    from teacher_server.settings import ConfigError
+    from teacher_wire import tracing
+
+    try:
+        tracing.export_to(endpoint, "teacher-server")
+    except ImportError as error:
+        raise ConfigError(f"otlp_endpoint needs the extra `otel`: {error}") from error
+
+
+def _tell_unforeseen(error: Exception) -> None:
+    """One line, and a file with the traceback."""
+    import tempfile
+    import traceback
+
+    told = " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="teacher-server-", suffix=".txt", delete=False
+        ) as file:
+            file.writelines(traceback.format_exception(error))
+    except OSError:
+        print(*traceback.format_exception(error), file=sys.stderr)
+    else:
+        told += f"; its traceback is in {file.name}, for a bug report"
+    print(f"teacher-server: {told}", file=sys.stderr)
 
 
 def _token(name: str) -> int:
@@ -123,6 +180,8 @@ def _probe(arguments: argparse.Namespace) -> int:
 
 def _probe_channel(arguments: argparse.Namespace) -> grpc.Channel:
     """A channel as the flags say. Raises OSError for a file that cannot be read."""
+    from pathlib import Path
+
     import grpc
 
     if not arguments.tls_ca:

@@ -3,6 +3,8 @@ defaults.
 
 Every setting `max_sessions` is the flag `--max-sessions`, the environment variable
 `TEACHER_MAX_SESSIONS` and the TOML key `max_sessions`; the first of these that is given wins.
+pydantic-settings reads variables and file; flags are argparse's, for a help text of one line a
+setting and subcommands that need no settings.
 """
 
 from __future__ import annotations
@@ -11,114 +13,190 @@ import argparse
 import difflib
 import ipaddress
 import logging
-import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from vllm_process.cores import CORES_PATTERN
 
 ENV_PREFIX = "TEACHER_"
 log = logging.getLogger(__name__)
-Value = str | int | float | bool
 
 
 class ConfigError(ValueError):
     """A setting that cannot be served; the message names it, its value and what is allowed."""
 
 
-def setting(
-    default: Any,
-    text: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """A field with its help text and its range, both ends included."""
-    metadata = {"text": text, "low": low, "high": high, "choices": choices}
-    return field(default=default, metadata=metadata)
+@dataclass(frozen=True, slots=True)
+class ReadBy:
+    """Marks a setting that these engines read and the others do not."""
+
+    engines: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherConfig:
-    """Everything that can be set."""
+VLLM, HF, FAKE, MODELS = map(ReadBy, (("vllm",), ("hf",), ("fake",), ("vllm", "hf")))
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0.0)]
+Patience = Annotated[float, Field(ge=0.1)]
 
-    engine: str = setting("vllm", "what scores", choices=("vllm", "hf", "fake"))
-    model: str = setting("", "checkpoint: a folder or a hub name; may be empty for fake")
-    revision: str = setting("", "revision of a hub checkpoint")
-    tokenizer: str = setting("", "tokenizer, when it is not the checkpoint's own")
-    dtype: str = setting(
-        "auto", "arithmetic of the model", choices=("auto", "float32", "bfloat16", "float16")
-    )
-    head_dtype: str = setting("model", "arithmetic of the LM head", choices=("model", "float32"))
-    device: str = setting("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
-    max_context: int = setting(8192, "prompt plus response, tokens", low=2)
-    max_k: int = setting(128, "largest top-k and candidates a row", low=1, high=4096)
-    block_size: int = setting(32, "tokens in a KV block of vllm", low=1)
-    kv_cache_gib: float = setting(0.0, "KV cache, GiB, 0 for the engine's choice", low=0.0)
-    gpu_memory_utilization: float = setting(0.9, "share of the GPU's memory", low=0.01, high=1.0)
-    max_num_seqs: int = setting(256, "queries in one engine step", low=1)
-    max_num_batched_tokens: int = setting(8192, "tokens in one engine step", low=1)
-    tensor_parallel_size: int = setting(1, "GPUs that share the model", low=1)
-    cpu_cores: str = setting("auto", "cores of the vllm engine on a CPU, such as 0 or 2,3")
-    enforce_eager: bool = setting(False, "vllm without compiled graphs: starts sooner, runs slower")
-    hf_sessions: int = setting(64, "KV caches that the hf engine keeps", low=1)
-    self_test: bool = setting(True, "score a short text two ways before serving")
-    fake_vocab_size: int = setting(512, "vocabulary of the fake engine", low=2)
-    fake_tokens_per_s: float = setting(0.0, "speed of the fake engine, 0 for no time", low=0.0)
-    fake_latency_s: float = setting(0.0, "time of a query in the fake engine, s", low=0.0)
-    fake_step_tokens: int = setting(0, "tokens of a step of the fake engine, 0: no steps", low=0)
-    host: str = setting("127.0.0.1", "address to listen on")
-    grpc_port: int = setting(50051, "port of gRPC, 0 for a free one", low=0, high=65535)
-    http_port: int = setting(8080, "port of HTTP, 0 for a free one", low=0, high=65535)
-    insecure: bool = setting(
-        False, "listen beyond loopback without authentication or without encryption"
-    )
-    tenants_file: str = setting("", "TOML file of tenants and their tokens; empty: no tokens")
-    open_metrics: bool = setting(False, "serve /metrics without a token")
-    tls_cert: str = setting("", "PEM file of the server's certificate chain; empty: no TLS")
-    tls_key: str = setting("", "PEM file of its private key")
-    tls_client_ca: str = setting("", "PEM file of the CA whose certificates clients must show")
-    reflection: bool = setting(True, "serve gRPC reflection")
-    max_sessions: int = setting(4096, "open sessions", low=1)
-    session_ttl_s: float = setting(600.0, "idle time after which a session ends, s", low=0.1)
-    evict_idle_s: float = setting(
-        1.0, "idle time after which a session may make room for a new one, s", low=0.0
-    )
-    resume_window_s: float = setting(
-        1.0, "time that a session outlives its broken stream, s", low=0.0
-    )
-    max_append_tokens: int = setting(4096, "tokens in one append", low=1)
-    max_running: int = setting(64, "queries in the engine at once", low=1)
-    max_running_tokens: int = setting(16_384, "new tokens in the engine at once", low=1)
-    max_queued_tokens: int = setting(262_144, "tokens waiting for the engine", low=1)
-    engine_stall_s: float = setting(
-        30.0, "silence of an engine that owes answers, until health says NOT_SERVING, s", low=0.1
-    )
-    engine_lost_s: float = setting(
-        300.0, "silence of an engine that owes answers, until the server exits with 1, s", low=0.1
-    )
-    slow_client_s: float = setting(30.0, "time a client may take to accept a reply, s", low=0.1)
-    max_reply_bytes: int = setting(8 << 20, "replies waiting on one stream, bytes", low=1 << 20)
-    drain_s: float = setting(30.0, "time for streams to end after SIGTERM, s", low=0.0)
-    ready_file: str = setting("", "file to write addresses and process id to, as JSON, when ready")
-    log_level: str = setting("info", "least severe log line", choices=("debug", "info", "warning"))
-    log_format: str = setting("text", "form of log lines", choices=("text", "json"))
-    otlp_endpoint: str = setting("", "OTLP/HTTP address that traces are sent to, empty for none")
-    event_loop: str = setting("uvloop", "event loop", choices=("uvloop", "asyncio"))
 
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            _check(entry.name, getattr(self, entry.name), entry.metadata)
+class TeacherConfig(BaseSettings):
+    """Everything that can be set. Raises ConfigError."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        env_prefix=ENV_PREFIX,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+    )
+
+    engine: Literal["vllm", "hf", "fake"] = "vllm"
+    """what scores"""
+    model: str = ""
+    """checkpoint: a folder or a hub name; may be empty for fake"""
+    revision: str = ""
+    """revision of a hub checkpoint"""
+    tokenizer: str = ""
+    """tokenizer, when it is not the checkpoint's own"""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], MODELS] = "auto"
+    """arithmetic of the model"""
+    head_dtype: Annotated[Literal["model", "float32"], VLLM] = "model"
+    """arithmetic of the LM head"""
+    device: Annotated[Literal["auto", "cpu", "cuda"], HF] = "auto"
+    """where the model runs"""
+    max_context: int = Field(8192, ge=2)
+    """prompt plus response, tokens"""
+    max_k: int = Field(128, ge=1, le=4096)
+    """largest top-k and candidates a row"""
+    block_size: Annotated[Count, VLLM] = 32
+    """tokens in a KV block"""
+    kv_cache_gib: Annotated[float, Field(ge=0.0), VLLM] = 0.0
+    """KV cache, GiB, 0 for the engine's choice"""
+    gpu_memory_utilization: Annotated[float, Field(ge=0.01, le=1.0), VLLM] = 0.9
+    """share of the GPU's memory"""
+    max_num_seqs: Annotated[Count, VLLM] = 256
+    """queries in one engine step"""
+    max_num_batched_tokens: Annotated[Count, VLLM] = 8192
+    """tokens in one engine step"""
+    tensor_parallel_size: Annotated[Count, VLLM] = 1
+    """GPUs that share the model"""
+    cpu_cores: Annotated[str, Field(pattern=CORES_PATTERN), VLLM] = "auto"
+    """cores of the engine on a CPU, such as 0 or 2,3"""
+    enforce_eager: Annotated[bool, VLLM] = False
+    """no compiled graphs: starts sooner, runs slower"""
+    hf_sessions: Annotated[Count, HF] = 64
+    """KV caches that the engine keeps"""
+    self_test: bool = True
+    """score a short text two ways before serving"""
+    fake_vocab_size: Annotated[int, Field(ge=2), FAKE] = 512
+    """vocabulary of the engine"""
+    fake_tokens_per_s: Annotated[float, Field(ge=0.0), FAKE] = 0.0
+    """speed of the engine, 0 for no time"""
+    fake_latency_s: Annotated[Seconds, FAKE] = 0.0
+    """time of a query in the engine, s"""
+    fake_step_tokens: Annotated[int, Field(ge=0), FAKE] = 0
+    """tokens of a step of the engine, 0: no steps"""
+    host: str = "127.0.0.1"
+    """address to listen on"""
+    grpc_port: Port = 50051
+    """port of gRPC, 0 for a free one"""
+    http_port: Port = 8080
+    """port of HTTP, 0 for a free one"""
+    insecure: bool = False
+    """listen beyond loopback without authentication or without encryption"""
+    tenants_file: str = ""
+    """TOML file of tenants and their tokens; empty: no tokens"""
+    open_metrics: bool = False
+    """serve /metrics without a token"""
+    tls_cert: str = ""
+    """PEM file of the server's certificate chain; empty: no TLS"""
+    tls_key: str = ""
+    """PEM file of its private key"""
+    tls_client_ca: str = ""
+    """PEM file of the CA whose certificates clients must show"""
+    reflection: bool = True
+    """serve gRPC reflection"""
+    max_sessions: Count = 4096
+    """open sessions"""
+    session_ttl_s: Patience = 600.0
+    """idle time after which a session ends, s"""
+    evict_idle_s: Seconds = 1.0
+    """idle time after which a session may make room for a new one, s"""
+    resume_window_s: Seconds = 1.0
+    """time that a session outlives its broken stream, s"""
+    max_append_tokens: Count = 4096
+    """tokens in one append"""
+    max_running: Count = 64
+    """queries in the engine at once"""
+    max_running_tokens: Count = 16_384
+    """new tokens in the engine at once"""
+    max_queued_tokens: Count = 262_144
+    """tokens waiting for the engine"""
+    engine_stall_s: Patience = 30.0
+    """silence of an engine that owes answers, until health says NOT_SERVING, s"""
+    engine_lost_s: Patience = 300.0
+    """silence of an engine that owes answers, until the server exits with 1, s"""
+    slow_client_s: Patience = 30.0
+    """time a client may take to accept a reply, s"""
+    max_reply_bytes: int = Field(8 << 20, ge=1 << 20)
+    """replies waiting on one stream, bytes"""
+    drain_s: Seconds = 30.0
+    """time for streams to end after SIGTERM, s"""
+    ready_file: str = ""
+    """file to write addresses and process id to, as JSON, when ready"""
+    log_level: Literal["debug", "info", "warning"] = "info"
+    """least severe log line"""
+    log_format: Literal["text", "json"] = "text"
+    """form of log lines"""
+    otlp_endpoint: str = ""
+    """OTLP/HTTP address that traces are sent to, empty for none"""
+    event_loop: Literal["uvloop", "asyncio"] = "uvloop"
+    """event loop"""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_problem(detail) for detail in _details(error))) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """A record holds what it is given; `load_config` asks the sources."""
+        return (init_settings,)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and _FIELDS[str(info.field_name)].annotation is not bool:
+            raise ConfigError(_wrong_type(str(info.field_name), value))
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TeacherConfig:
+        self._refuse_unread()
         if self.engine != "fake" and not self.model:
             raise ConfigError(f"model is empty, must name a checkpoint for engine {self.engine!r}")
-        if not re.fullmatch(CORES_PATTERN, self.cpu_cores):
-            raise ConfigError(
-                f"cpu_cores is {self.cpu_cores!r}, must be like '0' or '2,3', or auto"
-            )
         if bool(self.tls_cert) != bool(self.tls_key):
             given, other = ("cert", "key") if self.tls_cert else ("key", "cert")
             raise ConfigError(f"tls_{other} is empty, must be given with tls_{given}")
@@ -131,8 +209,23 @@ class TeacherConfig:
             )
         if self.grpc_port and self.grpc_port == self.http_port:
             raise ConfigError(f"http_port is {self.http_port}, which is grpc_port: must differ")
+        if urlsplit(self.otlp_endpoint).password is not None:
+            # The value would be printed by show-config, and repeated here.
+            raise ConfigError(
+                "otlp_endpoint has a password in it, must not: set OTEL_EXPORTER_OTLP_HEADERS"
+            )
         if not self.insecure and not is_loopback(self.host):
             self._refuse_open_network()
+        return self
+
+    def _refuse_unread(self) -> None:
+        for name in sorted(self.model_fields_set):
+            readers = read_by(_FIELDS[name])
+            if self.engine not in readers:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, which engine {self.engine!r} does not "
+                    f"read: leave it out, or choose engine {' or '.join(map(repr, readers))}"
+                )
 
     def _refuse_open_network(self) -> None:
         # A token that crosses a network in the clear is everybody's, so it does not count either.
@@ -148,19 +241,55 @@ class TeacherConfig:
         )
 
 
-_FIELDS = {entry.name: entry for entry in fields(TeacherConfig)}
+_FIELDS: Mapping[str, FieldInfo] = TeacherConfig.model_fields
 
 
-def _check(name: str, value: Value, rule: Mapping[str, Any]) -> None:
-    choices, low, high = rule["choices"], rule["low"], rule["high"]
-    if choices and value not in choices:
-        raise ConfigError(f"{name} is {value!r}, must be one of {', '.join(choices)}")
-    if isinstance(value, str):
-        return
-    if low is not None and not value >= low:
-        raise ConfigError(f"{name} is {value}, must be at least {low}")
-    if high is not None and not value <= high:
-        raise ConfigError(f"{name} is {value}, must be at most {high}")
+ENGINES: tuple[str, ...] = get_args(_FIELDS["engine"].annotation)
+
+
+def read_by(entry: FieldInfo) -> tuple[str, ...]:
+    """The engines with which a setting is read; all for one of the server itself."""
+    return next((mark.engines for mark in entry.metadata if isinstance(mark, ReadBy)), ENGINES)
+
+
+def _details(error: ValidationError) -> list[Any]:
+    return error.errors(include_url=False)
+
+
+def _problem(detail: Mapping[str, Any]) -> str:
+    """One line: the setting, its value, what is allowed."""
+    kind, limits = detail["type"], detail.get("ctx", {})
+    if isinstance(limits.get("error"), ConfigError):
+        return str(limits["error"])
+    name, value = str(detail["loc"][0]), detail["input"]
+    if kind == "extra_forbidden":
+        return f"unknown setting {name!r}{_nearest(name)}"
+    if kind == "greater_than_equal":
+        return f"{name} is {value}, must be at least {limits['ge']}"
+    if kind == "less_than_equal":
+        return f"{name} is {value}, must be at most {limits['le']}"
+    if kind == "finite_number":
+        return f"{name} is {value}, must be a finite number"
+    if kind == "literal_error":
+        choices = ", ".join(get_args(_FIELDS[name].annotation))
+        return f"{name} is {value!r}, must be one of {choices}"
+    if kind == "string_pattern_mismatch":
+        return f"{name} is {value!r}, must be like '0' or '2,3', or auto"
+    return _wrong_type(name, value)
+
+
+def _wrong_type(name: str, value: object) -> str:
+    return f"{name} is {value!r}, must be of type {_kind(_FIELDS[name])}"
+
+
+def _kind(entry: FieldInfo) -> str:
+    """int, float, bool or str."""
+    return entry.annotation.__name__ if isinstance(entry.annotation, type) else "str"
+
+
+def _nearest(key: str) -> str:
+    close = difflib.get_close_matches(key.replace("-", "_").lower(), _FIELDS, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def is_loopback(host: str) -> bool:
@@ -177,16 +306,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds `--config` and one flag a setting; one that is not given is not in the namespace."""
     parser.add_argument("--config", metavar="PATH", help="TOML file with settings")
     for name, entry in _FIELDS.items():
-        flag, rule = f"--{name.replace('_', '-')}", entry.metadata
-        text = f"{rule['text']} (default {entry.default!r})".replace("%", "%%")
-        if entry.type == "bool":
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-            )
+        readers = read_by(entry)
+        note = "" if readers == ENGINES else f", {' and '.join(readers)} only"
+        text = f"{entry.description} (default {entry.default!r}{note})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if entry.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
         else:
-            parser.add_argument(
-                flag, default=argparse.SUPPRESS, help=text, metavar=str(entry.type).upper()
-            )
+            options["metavar"] = "|".join(get_args(entry.annotation)) or _kind(entry).upper()
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+def refuse_unknown_flags(words: Iterable[str]) -> None:
+    """Raises ConfigError for words of a command line that are no flag, naming the nearest."""
+    for word in words:
+        flag, _, _ = word.partition("=")
+        known = [f"--{name.replace('_', '-')}" for name in ("config", *_FIELDS)]
+        near = difflib.get_close_matches(flag, known, n=1)
+        hint = f", did you mean {near[0]!r}?" if near and near[0] != flag else ""
+        raise ConfigError(f"unknown argument {flag!r}{hint}")
 
 
 def load_config(
@@ -198,85 +336,51 @@ def load_config(
     file. Raises ConfigError.
     """
     path = flags.get("config") or env.get(f"{ENV_PREFIX}CONFIG")
-    layers: list[tuple[str, Mapping[str, Any]]] = [
-        ("file", _read_file(Path(path)) if path else {}),
-        ("environment", _read_env(env)),
-        ("flag", {name: flags[name] for name in _FIELDS if name in flags}),
-    ]
-    values: dict[str, Value] = {}
+    variables = EnvSettingsSource(TeacherConfig)
+    variables.env_vars = {name.lower(): value for name, value in env.items()}
+    _warn_of_strangers(env)
+    layers: dict[str, Mapping[str, Any]] = {
+        "file": _read_file(Path(path)) if path else {},
+        "environment": variables(),
+        "flag": {name: flags[name] for name in _FIELDS if name in flags},
+    }
+    values: dict[str, Any] = {}
     sources = dict.fromkeys(_FIELDS, "default")
-    for source, layer in layers:
-        for name, raw in layer.items():
-            values[name] = _parse(name, raw)
-            sources[name] = source
-    return TeacherConfig(**values), sources  # type: ignore[arg-type]
+    for source, layer in layers.items():
+        values |= layer
+        sources |= dict.fromkeys(layer, source)
+    return TeacherConfig(**values), sources
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as stream:
-            values = tomllib.load(stream)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        with path.open("rb"):  # the source takes a file that is not there for an empty one
+            values = TomlConfigSettingsSource(TeacherConfig, path).toml_data
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"config file {path}: {error}") from error
     for key in values:
         if key not in _FIELDS:
-            raise ConfigError(f"config file {path}: unknown key {key!r}{_nearest(key, _FIELDS)}")
+            raise ConfigError(f"config file {path}: unknown key {key!r}{_nearest(key)}")
     return values
 
 
-def _read_env(env: Mapping[str, str]) -> dict[str, str]:
-    """Settings in the environment. Others with the prefix only warn: a container platform may put
-    variables of its own under a service's name."""
-    values = {}
-    for key, raw in env.items():
+def _warn_of_strangers(env: Mapping[str, str]) -> None:
+    """Only a warning: a container platform may put variables of its own under a service's name."""
+    for key in env:
         name = key.removeprefix(ENV_PREFIX).lower()
-        if not key.startswith(ENV_PREFIX) or name == "config":
-            continue
-        if name in _FIELDS:
-            values[name] = raw
-        else:
-            log.warning("%s is no setting%s", key, _nearest(name, _FIELDS))
-    return values
-
-
-def _nearest(key: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _parse(name: str, raw: object) -> Value:
-    """A value in the type of its setting; text is converted, anything else must fit."""
-    kind = str(_FIELDS[name].type)
-    try:
-        if kind == "bool":
-            return _parse_bool(raw)
-        if kind == "int" and isinstance(raw, str | int) and not isinstance(raw, bool):
-            return int(raw)
-        if kind == "float" and isinstance(raw, str | int | float) and not isinstance(raw, bool):
-            return float(raw)
-        if kind == "str" and isinstance(raw, str):
-            return raw
-        raise ValueError(raw)
-    except ValueError:
-        raise ConfigError(f"{name} is {raw!r}, must be of type {kind}") from None
-
-
-def _parse_bool(raw: object) -> bool:
-    if isinstance(raw, bool):
-        return raw
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    if isinstance(raw, str) and raw.lower() in words:
-        return words[raw.lower()]
-    raise ValueError(raw)
+        if key.startswith(ENV_PREFIX) and name != "config" and name not in _FIELDS:
+            log.warning("%s is no setting%s", key, _nearest(name))
 
 
 def to_toml(config: TeacherConfig, sources: Mapping[str, str]) -> str:
-    """The resolved settings as TOML, each with where it came from."""
+    """The resolved settings as TOML, each with where it came from. Those of other engines are
+    comments, as they would be refused."""
     lines = []
-    for name in _FIELDS:
-        value = getattr(config, name)
+    for name, entry in _FIELDS.items():
+        value, readers = getattr(config, name), read_by(entry)
         text = str(value).lower() if isinstance(value, bool) else repr(value)
         if isinstance(value, str):
             text = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        lines.append(f"{name} = {text}  # {sources[name]}")
+        line = f"{name} = {text}  # {sources[name]}"
+        lines.append(line if config.engine in readers else f"# {line}, for {' and '.join(readers)}")
     return "\n".join(lines) + "\n"

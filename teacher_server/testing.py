@@ -9,14 +9,16 @@ from dataclasses import dataclass
 
 import grpc
 
+from teacher_server.access.auth import Access
 from teacher_server.access.tenants import Tenants
 from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
 from teacher_server.engine.base import ScoringEngine
 from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
-from teacher_server.metrics.live import Readings
 from teacher_server.metrics.server import Metrics
+from teacher_server.process.lifecycle import Phase
+from teacher_server.process.parts import Limits, TeacherParts
 from teacher_server.rpc.server_options import SERVER_OPTIONS
-from teacher_server.rpc.service import TeacherService, add_to_server
+from teacher_server.rpc.service import TeacherService
 from teacher_server.rpc.stream import StreamLimits
 from teacher_server.scoring.sessions import SessionTable
 from teacher_wire.records import TeacherInfo
@@ -51,6 +53,7 @@ class LocalTeacher:
 
     address: str
     info: TeacherInfo
+    parts: TeacherParts
     scheduler: Scheduler
     sessions: SessionTable
     service: TeacherService
@@ -72,35 +75,32 @@ async def local_teacher(
     ready: Callable[[], bool] = lambda: True,
 ) -> AsyncIterator[LocalTeacher]:
     """A running teacher; it is stopped on leaving, and its streams with it."""
-    engine = engine or FakeEngine()
-    info = info or teacher_info(engine)
-    metrics = Metrics()
-    scheduler = Scheduler(engine, scheduler_limits or SchedulerLimits(), tenants=tenants)
-    sessions = SessionTable(
-        scheduler, info, metrics=metrics, tenants=tenants, evict_idle_s=evict_idle_s
+    engine, access = engine or FakeEngine(), Access()
+    access.tenants = tenants or access.tenants
+    parts = TeacherParts(
+        engine,
+        info or teacher_info(engine),
+        access=access,
+        limits=Limits(
+            scheduler=scheduler_limits or SchedulerLimits(),
+            stream=stream_limits or StreamLimits(),
+            evict_idle_s=evict_idle_s,
+        ),
+        accepts=ready,
     )
-    service = TeacherService(info, sessions, metrics=metrics, ready=ready, limits=stream_limits)
-    metrics.watch(
-        lambda: Readings(
-            active_sessions=sessions.num_active(),
-            queue_depth=scheduler.num_queued,
-            queue_tokens=scheduler.queued_tokens,
-            batch_sessions=scheduler.num_running,
-            send_queue_bytes=service.send_queue_bytes,
-        )
-    )
-    server = grpc.aio.server(options=list(options))
-    add_to_server(service, server)
+    parts.life.enter(Phase.SERVING)
+    server = parts.grpc_server(options=options)
     bound = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     try:
         yield LocalTeacher(
             address=f"127.0.0.1:{bound}",
-            info=info,
-            scheduler=scheduler,
-            sessions=sessions,
-            service=service,
-            metrics=metrics,
+            info=parts.info,
+            parts=parts,
+            scheduler=parts.scheduler,
+            sessions=parts.sessions,
+            service=parts.service,
+            metrics=parts.metrics,
             server=server,
         )
     finally:

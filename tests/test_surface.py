@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterator
-from dataclasses import fields
 
 from pydantic import BaseModel
 
@@ -146,7 +145,7 @@ def test_trainer_has_these_settings_and_no_others() -> None:
 
 
 def test_teacher_has_these_settings_and_no_others() -> None:
-    assert sorted(field.name for field in fields(TeacherConfig)) == TEACHER_SETTINGS.split()
+    assert sorted(TeacherConfig.model_fields) == TEACHER_SETTINGS.split()
 
 
 def test_messages_have_these_fields_with_these_numbers() -> None:

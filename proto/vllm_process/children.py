@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _VARIABLE = "DRIFTLINE_ENGINE_PARENT"
 _PR_SET_PDEATHSIG = 1
@@ -34,6 +35,26 @@ def children_end_with_us() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Does nothing except in a child of `children_end_with_us`, and nothing but on Linux."""
-    if sys.platform == "linux" and os.environ.get(_VARIABLE) == str(os.getppid()):
+    """Does nothing except in a process of `children_end_with_us`, and nothing but on Linux.
+
+    Ends this process where the one that started it has ended before it could ask for that.
+    """
+    parent = os.environ.get(_VARIABLE)
+    if sys.platform != "linux" or parent is None:
+        return
+    if parent == str(os.getppid()):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not _lives(parent):
+        os._exit(1)
+
+
+def _lives(pid: str) -> bool:
+    """Whether a process is there, and not only waiting for somebody to ask how it ended."""
+    try:
+        os.kill(int(pid), 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's, or /proc does not tell
+    return state not in "ZX"

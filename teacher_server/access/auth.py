@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from teacher_server.access.caller import Caller
 from teacher_server.access.tenants import OpenTenants, Tenants
 from teacher_server.access.tenants_file import TenantsFile
 from teacher_server.access.tls import TlsFiles, TlsMaterial
@@ -24,7 +25,13 @@ MAX_TOKEN_CHARACTERS = 4096
 class Access:
     """What the settings say of callers, and the files behind it."""
 
-    def __init__(self, *, tenants: TenantsFile | None, tls: TlsMaterial | None, mutual: bool):
+    def __init__(
+        self,
+        *,
+        tenants: TenantsFile | None = None,
+        tls: TlsMaterial | None = None,
+        mutual: bool = False,
+    ) -> None:
         """`mutual`: clients show a certificate, which the handshake has verified."""
         self._file = tenants
         self.tls = tls
@@ -64,23 +71,20 @@ class Access:
         if self._file is not None:
             self._file.tenant_of(_bearer(authorization))
 
-    def tenant_of(
-        self, authorization: Sequence[str], certificate_name: str | None, default: str
-    ) -> str:
-        """The tenant of a call by its Authorization headers and the common name of its certificate.
+    def tenant_of(self, caller: Caller) -> str:
+        """The tenant of a call.
 
-        `certificate_name` is None without a certificate and empty for one without a common name.
         Raises UnauthenticatedError, or PermissionDeniedError for a certificate that names nobody.
         """
-        if self._mutual and certificate_name is None:
+        if self._mutual and caller.certificate_name is None:
             raise UnauthenticatedError("no client certificate: this teacher asks for one")
         if self._file is not None:
-            return self._file.tenant_of(_bearer(authorization))
+            return self._file.tenant_of(_bearer(caller.authorization))
         if not self._by_certificate:
-            return default
-        if not certificate_name:
+            return caller.claimed
+        if not caller.certificate_name:
             raise PermissionDeniedError("the client's certificate has no common name")
-        return certificate_name
+        return caller.certificate_name
 
     def poll(self, *, force: bool = False) -> None:
         """Reads the files again that look changed, or all of them."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from teacher_server.engine.base import (
@@ -86,7 +87,7 @@ class HfEngine:
     async def start(self) -> None:
         try:
             self._model = await asyncio.get_running_loop().run_in_executor(self._worker, self._load)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise EngineError(f"transformers cannot load {self._model_id}: {error}") from error
 
     def _load(self) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 
 class _Server(uvicorn.Server):
-    """The process has one set of signal handlers, in teacher_server.process.app."""
+    """The process has one set of signal handlers, in teacher_server.process.lifecycle."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

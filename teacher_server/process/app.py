@@ -1,5 +1,4 @@
-"""The composition root: engine, scheduler, sessions, gRPC and HTTP in one process, from start to
-end.
+"""One server process from start to end: parts behind ports, an engine loaded, watched, drained.
 
 Health says NOT_SERVING until the engine is up and its self-test has passed, while it is silent, and
 from the first SIGTERM on. That signal drains: GoAway to every stream, answers to what was asked,
@@ -14,35 +13,21 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import grpc
-import uvicorn
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
 from teacher_server.access.auth import Access
-from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
+from teacher_server.admission.scheduler import SchedulerLimits
 from teacher_server.engine.base import ScoringEngine
 from teacher_server.engine.self_test import self_test
-from teacher_server.http import api
-from teacher_server.http.edge import DEFAULT_TENANT
 from teacher_server.http.server import http_server
-from teacher_server.metrics.live import Readings
-from teacher_server.metrics.server import Metrics
-from teacher_server.process.lifecycle import Lifecycle, Phase, leave
+from teacher_server.process import signals
+from teacher_server.process.lifecycle import Phase, leave
 from teacher_server.process.loading import build_engine, describe, load_tokenizer
-from teacher_server.process.watchdog import Watchdog, WatchedEngine, sample_loop_lag
-from teacher_server.rpc.health import Health
-from teacher_server.rpc.interceptors import AccessInterceptor
-from teacher_server.rpc.server_options import SERVER_OPTIONS
-from teacher_server.rpc.service import TeacherService, add_to_server
+from teacher_server.process.parts import Limits, TeacherParts
+from teacher_server.process.watchdog import Watchdog, sample_loop_lag
 from teacher_server.rpc.stream import StreamLimits
-from teacher_server.scoring.sessions import SessionTable
 from teacher_server.settings import TeacherConfig
-from teacher_wire.codec import SERVICE_NAME
 from teacher_wire.errors import EngineError, TeacherError
 from teacher_wire.records import TeacherInfo
 
@@ -61,7 +46,7 @@ class StartError(Exception):
 
 
 class TeacherApp:
-    """One server: its parts and what happens to them from start to end."""
+    """One server: what happens to its parts from start to end."""
 
     def __init__(
         self,
@@ -72,89 +57,22 @@ class TeacherApp:
         access: Access,
     ) -> None:
         self._config = config
-        self._access = access
-        self._engine = WatchedEngine(engine)
-        self._health = Health(("", SERVICE_NAME))
-        self._life = Lifecycle(self._health.set)
-        self._metrics = metrics = Metrics()
-        self._scheduler = Scheduler(
-            self._engine,
-            SchedulerLimits(
-                max_running=config.max_running,
-                max_running_tokens=config.max_running_tokens,
-                max_queued_tokens=config.max_queued_tokens,
-            ),
-            tenants=access.tenants,
-        )
-        self._sessions = SessionTable(
-            self._scheduler,
-            info,
-            metrics=metrics,
-            tenants=access.tenants,
-            ttl_s=config.session_ttl_s,
-            evict_idle_s=config.evict_idle_s,
-            resume_window_s=config.resume_window_s,
-        )
-        self._service = TeacherService(
-            info,
-            self._sessions,
-            metrics=metrics,
-            ready=lambda: self._life.accepts,
-            limits=StreamLimits(
-                max_reply_bytes=config.max_reply_bytes, slow_client_s=config.slow_client_s
-            ),
-            caller=self._access.tenant_of,
-        )
-        metrics.watch(self._read)
-        self._http = self._http_server(info, tokenizer)
-        self._grpc = self._grpc_server()
-
-    def _http_server(self, info: TeacherInfo, tokenizer: Any) -> uvicorn.Server:
-        deps = api.HttpDeps(
-            info=info,
-            sessions=self._sessions,
-            ready=lambda: self._life.ready,
-            metrics=self._metrics,
-            tokenizer=tokenizer,
-            authenticate=self._http_tenant if self._access.required else None,
-            open_metrics=self._config.open_metrics,
-        )
-        tls = self._access.tls
-        return http_server(
-            api.create_app(deps),
+        self._parts = parts = TeacherParts(engine, info, access=access, limits=_limits(config))
+        self._access, self._life = access, parts.life
+        tls = access.tls
+        self._grpc = parts.grpc_server(reflects=config.reflection)
+        self._http = http_server(
+            parts.http_app(tokenizer, open_metrics=config.open_metrics),
             None if tls is None else tls.http_context(),
-            slow_client_s=self._config.slow_client_s,
-            on_slow=self._metrics.slow_stream,
-        )
-
-    def _grpc_server(self) -> grpc.aio.Server:
-        guard = AccessInterceptor(self._access.admit, metrics=self._metrics)
-        server = grpc.aio.server(interceptors=[guard], options=SERVER_OPTIONS)
-        add_to_server(self._service, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        if self._config.reflection:
-            names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
-            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
-        return server
-
-    def _read(self) -> Readings:
-        return Readings(
-            active_sessions=self._sessions.num_active(),
-            queue_depth=self._scheduler.num_queued,
-            queue_tokens=self._scheduler.queued_tokens,
-            batch_sessions=self._engine.num_running,
-            batch_tokens=self._engine.running_tokens,
-            send_queue_bytes=self._service.send_queue_bytes,
-            engine_silent_s=self._engine.silent_s(),
-            kv_used_ratio=self._engine.kv_used_ratio(),
-            phase=self._life.phase.value,
-            phases=tuple(phase.value for phase in Phase),
+            slow_client_s=config.slow_client_s,
+            on_slow=parts.metrics.slow_stream,
         )
 
     async def run(self) -> int:
         """Serves until a signal or the loss of the engine; returns the exit code.
 
         Raises StartError. Where something of the engine would not end, the process ends in here.
+        Signals before this are teacher_server.process.signals' affair.
         """
         grpc_address = self._bind_grpc()
         http_socket = self._bind_http()
@@ -169,7 +87,11 @@ class TeacherApp:
         loaded = await self._load()
         if loaded:
             self._life.enter(Phase.SERVING)
-            self._announce(grpc_address, http_address)
+            try:
+                self._announce(grpc_address, http_address)
+            except OSError as error:
+                where = error.filename or "standard output"
+                self._life.lose(f"{where} cannot be told the addresses: {error.strerror}")
             await self._serve_until_ending()
         await self._drain()
         await self._grpc.stop(_STOP_GRACE_S)
@@ -177,6 +99,7 @@ class TeacherApp:
         await asyncio.gather(http_task, return_exceptions=True)
         if not (loaded and await self._close_engine()):
             leave(self._life.exit_code)
+        signals.ignore()
         return self._life.exit_code
 
     def _bind_grpc(self) -> str:
@@ -190,7 +113,9 @@ class TeacherApp:
         except RuntimeError as error:
             raise StartError(f"gRPC cannot listen on {address}: {error}") from error
         if port == 0:
-            raise StartError(f"gRPC cannot listen on {address}: is the port in use?")
+            raise StartError(
+                f"gRPC cannot listen on {address}: is the port in use? Choose another grpc_port"
+            )
         return _address(self._config.host, port)
 
     def _bind_http(self) -> socket.socket:
@@ -205,16 +130,13 @@ class TeacherApp:
         except OSError as error:
             listener.close()
             text = f"HTTP cannot listen on {_address(host, port)}: {error.strerror}"
-            raise StartError(text) from error
+            raise StartError(f"{text}. Choose another http_port") from error
         return listener
-
-    def _http_tenant(self, authorization: Sequence[str], certificate_name: str | None) -> str:
-        return self._access.tenant_of(authorization, certificate_name, DEFAULT_TENANT)
 
     def _refresh_access(self, force: bool = False) -> None:
         """Reads changed files of tenants and TLS; ends streams that are not allowed any more."""
         self._access.poll(force=force)
-        self._service.recheck()
+        self._parts.service.recheck()
 
     async def _load(self) -> bool:
         """True once the engine may serve; False when a signal came first or it failed."""
@@ -234,13 +156,15 @@ class TeacherApp:
         return True
 
     async def _start_engine(self) -> None:
-        await self._engine.start()
+        log.info("loading the engine")
+        await self._parts.engine.start()
         if not self._config.self_test:
             return
         limit_s = self._config.engine_lost_s
+        log.info("testing the engine")
         try:
             async with asyncio.timeout(limit_s):
-                await self_test(self._engine)
+                await self_test(self._parts.engine)
         except TimeoutError as error:
             if isinstance(error, TeacherError):
                 raise
@@ -262,12 +186,15 @@ class TeacherApp:
     async def _serve_until_ending(self) -> None:
         config = self._config
         watchdog = Watchdog(
-            self._engine, self._life, stall_s=config.engine_stall_s, lost_s=config.engine_lost_s
+            self._parts.engine,
+            self._life,
+            stall_s=config.engine_stall_s,
+            lost_s=config.engine_lost_s,
         )
         tasks = [
             asyncio.create_task(watchdog.run()),
             asyncio.create_task(self._tend()),
-            asyncio.create_task(sample_loop_lag(self._metrics.loop_lag)),
+            asyncio.create_task(sample_loop_lag(self._parts.metrics.loop_lag)),
         ]
         for task in tasks:
             task.add_done_callback(self._on_task_end)
@@ -284,7 +211,7 @@ class TeacherApp:
     async def _tend(self) -> None:
         while True:
             await asyncio.sleep(_TEND_INTERVAL_S)
-            self._sessions.expire()
+            self._parts.sessions.expire()
             self._refresh_access()
 
     async def _drain(self) -> None:
@@ -293,7 +220,7 @@ class TeacherApp:
         drain_s = min(self._config.drain_s, _LOST_DRAIN_S) if lost else self._config.drain_s
         loop = asyncio.get_running_loop()
         give_up = loop.time() + drain_s
-        if not await self._service.drain(reason, drain_s):
+        if not await self._parts.service.drain(reason, drain_s):
             log.warning("streams were still busy after %.1f s and were cut", drain_s)
         while self._http.server_state.tasks and loop.time() < give_up:
             await asyncio.sleep(_SETTLE_POLL_S)
@@ -301,24 +228,58 @@ class TeacherApp:
     async def _close_engine(self) -> bool:
         try:
             async with asyncio.timeout(_ENGINE_CLOSE_S):
-                await self._engine.close()
+                await self._parts.engine.close()
         except TimeoutError:
             log.error("the engine did not end within %.0f s", _ENGINE_CLOSE_S)
             return False
         return True
 
 
+def _limits(config: TeacherConfig) -> Limits:
+    return Limits(
+        scheduler=SchedulerLimits(
+            max_running=config.max_running,
+            max_running_tokens=config.max_running_tokens,
+            max_queued_tokens=config.max_queued_tokens,
+        ),
+        stream=StreamLimits(
+            max_reply_bytes=config.max_reply_bytes, slow_client_s=config.slow_client_s
+        ),
+        session_ttl_s=config.session_ttl_s,
+        evict_idle_s=config.evict_idle_s,
+        resume_window_s=config.resume_window_s,
+    )
+
+
 def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _check_ready_file(name: str) -> None:
+    """Before the model is loaded for nothing. Raises StartError."""
+    path = Path(name)
+    if not name:
+        return
+    if not path.parent.is_dir():
+        why = f"there is no folder {str(path.parent)!r}: make it first"
+    elif path.is_dir():
+        why = "that is a folder: name a file in it"
+    elif not os.access(path.parent, os.W_OK):
+        why = f"the folder {str(path.parent)!r} cannot be written to: choose another"
+    else:
+        return
+    raise StartError(f"ready_file is {name!r}, but {why}")
+
+
 async def serve(config: TeacherConfig) -> int:
     """Builds and runs a server; returns its exit code. Raises StartError and ConfigError."""
+    _check_ready_file(config.ready_file)
     access = Access.from_config(config)
     try:
         engine = await asyncio.to_thread(build_engine, config)
         tokenizer = await asyncio.to_thread(load_tokenizer, config)
         info = await asyncio.to_thread(describe, config, engine, tokenizer)
-    except (TeacherError, OSError) as error:
-        raise StartError(f"cannot read the checkpoint {config.model!r}: {error}") from error
+    except (TeacherError, OSError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise StartError(f"cannot read the checkpoint {config.model!r}: {told}") from error
     return await TeacherApp(config, engine, info, tokenizer, access).run()

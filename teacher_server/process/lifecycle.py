@@ -10,11 +10,13 @@ import asyncio
 import logging
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from typing import NoReturn
+
+from teacher_server.process import signals
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +84,13 @@ class Lifecycle:
     def lose(self, reason: str) -> None:
         """Ends the server as broken."""
         if self._phase not in _FINAL:
-            log.error("beyond repair: %s", reason)
+            log.error("beyond repair: %s", " ".join(reason.split()))
             self.enter(Phase.LOST)
 
     def watch_signals(self) -> None:
-        """Takes SIGTERM and SIGINT over."""
+        """Takes SIGTERM and SIGINT over, for as long as the loop runs."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
+        signals.take_over(lambda number: loop.call_soon_threadsafe(self._on_signal, number))
 
     def _on_signal(self, number: int) -> None:
         now = asyncio.get_running_loop().time()
@@ -108,5 +109,6 @@ def leave(exit_code: int) -> NoReturn:
     for child in multiprocessing.active_children():
         child.kill()
     logging.shutdown()
-    sys.stdout.flush()
+    with suppress(OSError):  # a disk that is full
+        sys.stdout.flush()
     os._exit(exit_code)

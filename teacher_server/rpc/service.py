@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from teacher_server import logs
+from teacher_server.access.caller import UNAUTHENTICATED_GRPC_TENANT, Caller, TenantOf
 from teacher_server.metrics.tallies import MessageTally
 from teacher_server.rpc.interceptors import authorization_of, certificate_name_of
 from teacher_server.rpc.stream import Context, SessionStream, StreamLimits, seen
@@ -41,10 +42,7 @@ from teacher_wire.records import PROTOCOL_VERSION, Scores, TeacherInfo
 from teacher_wire.status import encode_status
 
 log = logging.getLogger(__name__)
-DEFAULT_TENANT = "default"
 MAX_RUN_ID_BYTES = 256
-TenantOf = Callable[[Sequence[str], str | None, str], str]
-"""Authorization headers, common name of the certificate, run_id -> tenant; raises TeacherError."""
 _CUT_S = 0.3
 """Time for calls that are cut to say so."""
 
@@ -109,10 +107,10 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         metrics: ServiceMetrics,
         ready: Callable[[], bool] = lambda: True,
         limits: StreamLimits | None = None,
-        caller: TenantOf = lambda _authorization, _certificate_name, run_id: run_id,
+        tenant_of: TenantOf,
     ) -> None:
         """While `ready` is False every scoring call is refused with NotReadyError."""
-        self._caller = caller
+        self._tenant_of = tenant_of
         self._info = info
         self._sessions = sessions
         self._metrics = metrics
@@ -238,8 +236,13 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                 log.info("a stream ends")
 
     def _tenant(self, context: grpc.aio.ServicerContext[Any, Any], run_id: str) -> str:
-        authorization = authorization_of(context.invocation_metadata())
-        return self._caller(authorization, certificate_name_of(context), tenant_of(run_id))
+        return self._tenant_of(
+            Caller(
+                authorization=authorization_of(context.invocation_metadata()),
+                certificate_name=certificate_name_of(context),
+                claimed=claimed_tenant(run_id),
+            )
+        )
 
     def _check(self, context: grpc.aio.ServicerContext[Any, Any], run_id: str, tenant: str) -> None:
         if self._tenant(context, run_id) != tenant:
@@ -330,12 +333,12 @@ def _cut_error() -> NotReadyError:
     return NotReadyError("the server ended before it had answered: ask elsewhere, or later")
 
 
-def tenant_of(run_id: str) -> str:
+def claimed_tenant(run_id: str) -> str:
     """Whose share a call counts against where nobody is authenticated."""
     size = len(run_id.encode())
     if size > MAX_RUN_ID_BYTES:
         raise InvalidRequestError(f"run_id has {size} bytes, the limit is {MAX_RUN_ID_BYTES}")
-    return run_id or DEFAULT_TENANT
+    return run_id or UNAUTHENTICATED_GRPC_TENANT
 
 
 def check_hello(hello: pb.Hello, info: TeacherInfo) -> None:

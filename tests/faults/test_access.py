@@ -29,11 +29,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from teacher_client.access import TeacherAccess
 from teacher_client.client import TeacherClient
 from teacher_client.retry import RetryLimits
+from teacher_server.access.auth import Access
 from teacher_server.access.tenants_file import TenantsFile
 from teacher_server.engine.fake_engine import FakeEngine
-from teacher_server.http.api import HttpDeps, create_app
-from teacher_server.http.edge import OPEN_PATHS
-from teacher_server.metrics.server import Metrics
+from teacher_server.http.middleware import OPEN_PATHS
+from teacher_server.process.parts import Limits, TeacherParts
 from teacher_server.testing import teacher_info
 from teacher_wire import codec
 from teacher_wire.errors import SessionNotFoundError, UnauthenticatedError
@@ -271,13 +271,8 @@ def test_http_has_no_way_to_name_a_session() -> None:
 
 
 def http_app() -> Any:
-    info = teacher_info(FakeEngine())
-    sessions: Any = None
-    return create_app(
-        HttpDeps(
-            info=info, sessions=sessions, ready=lambda: True, metrics=Metrics(), tokenizer=None
-        )
-    )
+    engine = FakeEngine()
+    return TeacherParts(engine, teacher_info(engine), access=Access(), limits=Limits()).http_app()
 
 
 async def test_every_http_route_but_probes_and_page_needs_a_token(guarded: LiveServer) -> None:

@@ -23,7 +23,6 @@ from grpc.aio import AioRpcError, Metadata
 from teacher_server.access.tenants import Tenant
 from teacher_server.admission.scheduler import SchedulerLimits
 from teacher_server.engine.fake_engine import FakeEngine, Fault
-from teacher_server.http import api
 from teacher_server.rpc.stream import StreamLimits
 from teacher_server.testing import LocalTeacher, local_teacher, teacher_info
 from teacher_wire import codec
@@ -227,16 +226,8 @@ async def test_a_provoked_error_arrives_as_its_class(cls: type[TeacherError]) ->
 @asynccontextmanager
 async def http_of(teacher: LocalTeacher) -> AsyncIterator[httpx.AsyncClient]:
     """The HTTP side of a teacher, over a loopback socket."""
-    deps = api.HttpDeps(
-        info=teacher.info,
-        sessions=teacher.sessions,
-        ready=lambda: True,
-        metrics=teacher.metrics,
-        tokenizer=None,
-    )
-    server = uvicorn.Server(
-        uvicorn.Config(api.create_app(deps), port=0, log_config=None, lifespan="off")
-    )
+    app = teacher.parts.http_app()
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     serving = asyncio.create_task(server.serve())
     await eventually(lambda: server.started)

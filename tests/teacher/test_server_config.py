@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import argparse
 import tomllib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from teacher_server.cli import main
+from teacher_server.process import loading
 from teacher_server.settings import (
+    ENGINES,
     ConfigError,
     TeacherConfig,
     add_flags,
     is_loopback,
     load_config,
+    read_by,
     to_toml,
 )
+from tests.teacher.engine.engine_models import write_tiny_model
 
 OTHER_VALUES: dict[str, Any] = {
     "engine": "fake",
@@ -61,27 +64,26 @@ def parse(*arguments: str) -> dict[str, Any]:
 
 
 def test_every_setting_has_a_flag_a_variable_and_a_key(tmp_path: Path) -> None:
-    for entry in fields(TeacherConfig):
-        value = other_value(entry.name, entry.default)
-        flag, word = f"--{entry.name.replace('_', '-')}", str(value)
+    for name, entry in TeacherConfig.model_fields.items():
+        value = other_value(name, entry.default)
+        flag, word = f"--{name.replace('_', '-')}", str(value)
         path = tmp_path / "teacher.toml"
-        path.write_text(
-            f"{entry.name} = {word.lower() if isinstance(value, bool) else repr(value)}\n"
-        )
+        path.write_text(f"{name} = {word.lower() if isinstance(value, bool) else repr(value)}\n")
         if isinstance(value, bool):
             arguments = [flag if value else flag.replace("--", "--no-", 1)]
         else:
             arguments = [flag, word]
-        base = {"TEACHER_ENGINE": "fake"} if entry.name != "engine" else {}
-        base |= NEEDS.get(entry.name, {})
+        base = {"TEACHER_ENGINE": read_by(entry)[-1], "TEACHER_MODEL": "m"}
+        base = {key: base[key] for key in base if key != f"TEACHER_{name.upper()}"}
+        base |= NEEDS.get(name, {})
         for flags, env, source in (
             (parse(*arguments), {}, "flag"),
-            ({}, {f"TEACHER_{entry.name.upper()}": word}, "environment"),
+            ({}, {f"TEACHER_{name.upper()}": word}, "environment"),
             ({"config": str(path)}, {}, "file"),
         ):
             config, sources = load_config(flags, base | env)
-            assert getattr(config, entry.name) == value
-            assert sources[entry.name] == source
+            assert getattr(config, name) == value
+            assert sources[name] == source
 
 
 def test_flags_win_over_variables_over_the_file(tmp_path: Path) -> None:
@@ -115,6 +117,8 @@ def test_flags_win_over_variables_over_the_file(tmp_path: Path) -> None:
         ({"tls_cert": "c"}, "tls_key is empty, must be given with tls_cert"),
         ({"tls_key": "k"}, "tls_cert is empty, must be given with tls_key"),
         ({"tls_client_ca": "ca"}, "tls_cert is empty, must be given with tls_client_ca"),
+        ({"max_k": 0, "grpc_port": -1}, "max_k is 0, must be at least 1; grpc_port is -1, must be"),
+        ({"max_sesions": 3}, "unknown setting 'max_sesions', did you mean 'max_sessions'?"),
     ],
 )
 def test_bad_values_are_named_with_their_limit(values: dict[str, Any], text: str) -> None:
@@ -179,6 +183,7 @@ def test_printed_settings_load_as_they_were(
     config, sources = load_config({"config": str(path)}, {})
     assert config == TeacherConfig(engine="fake", model='a "b" \\c', reflection=False)
     assert tomllib.loads(to_toml(config, sources)) == tomllib.loads(printed)
+    assert "\n# block_size = 32  # default, for vllm\n" in printed
 
 
 def test_a_bad_setting_ends_the_command_with_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +191,72 @@ def test_a_bad_setting_ends_the_command_with_2(capsys: pytest.CaptureFixture[str
     assert "must be a loopback address" in capsys.readouterr().err
 
 
+UNREAD = [
+    (name, engine)
+    for name, entry in TeacherConfig.model_fields.items()
+    for engine in ENGINES
+    if engine not in read_by(entry)
+]
+
+
+@pytest.mark.parametrize(("name", "engine"), UNREAD)
+def test_a_setting_that_the_engine_does_not_read_is_refused_with_the_one_that_does(
+    name: str, engine: str
+) -> None:
+    entry = TeacherConfig.model_fields[name]
+    assert TeacherConfig(engine=engine, model="m"), "its default is no choice of anybody's"
+    reader = read_by(entry)[0]
+    text = f"{name} is .*, which engine '{engine}' does not read: .* engine '{reader}'"
+    for value in (entry.default, other_value(name, entry.default)):
+        with pytest.raises(ConfigError, match=text):
+            TeacherConfig(engine=engine, model="m", **{name: value})
+
+
+def test_each_engine_is_built_of_the_settings_that_it_is_said_to_read(tmp_path: Path) -> None:
+    model = str(write_tiny_model(tmp_path / "model"))
+
+    class Watched:
+        def __init__(self, engine: str) -> None:
+            self.config, self.read = TeacherConfig(engine=engine, model=model), set[str]()
+
+        def __getattr__(self, name: str) -> Any:
+            self.read.add(name)
+            return getattr(self.config, name)
+
+    read: dict[str, set[str]] = {}
+    for engine in ENGINES:
+        config: Any = Watched(engine)
+        loading.build_engine(config)
+        read[engine] = config.read
+    for name, entry in TeacherConfig.model_fields.items():
+        readers = {engine for engine in ENGINES if name in read[engine]}
+        if read_by(entry) != ENGINES:
+            assert readers == set(read_by(entry)), name
+        elif name not in ("model", "revision"):  # with the fake engine its tokenizer's
+            assert readers in (set(), set(ENGINES)), name
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="otlp_endpoint has a password in it") as caught:
+        TeacherConfig(engine="fake", otlp_endpoint="http://me:hunter2@collector:4318")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--max-sesions", "3"), "unknown argument '--max-sesions', did you mean '--max-sessions'"),
+        (("--max-sessions", "3", "4"), "unknown argument '4'"),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest_and_never_itself(
+    words: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--engine", "fake", *words]) == 2
+    assert text in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("cores", ["", "0-3", "all", "1,", "-1", "0 1"])
 def test_cores_are_numbers_with_commas(cores: str) -> None:
     with pytest.raises(ConfigError, match=f"cpu_cores is {cores!r}, must be like '0' or '2,3'"):
-        TeacherConfig(engine="fake", cpu_cores=cores)
+        TeacherConfig(model="m", cpu_cores=cores)

@@ -9,10 +9,12 @@ import httpx
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from teacher_server.access.caller import TenantOf
 from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
 from teacher_server.engine.fake_engine import FakeEngine
-from teacher_server.http import edge
-from teacher_server.http.api import HttpDeps, create_app
+from teacher_server.http import middleware
+from teacher_server.http.app import create_app
+from teacher_server.http.deps import HttpDeps
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.sessions import SessionTable
 from teacher_wire.records import Scores, TeacherInfo
@@ -73,8 +75,8 @@ class Teacher:
         self,
         *,
         has_tokenizer: bool = True,
-        authenticate: edge.Authenticate | None = None,
-        max_body_bytes: int = edge.MAX_BODY_BYTES,
+        authenticate: TenantOf | None = None,
+        max_body_bytes: int = middleware.MAX_BODY_BYTES,
     ) -> None:
         self.engine = FakeEngine(vocab_size=V, max_k=V)
         self.metrics = Metrics()

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from teacher_server.engine.fake_engine import full_logprobs, prefix_seeds
-from teacher_server.http import api, bodies
+from teacher_server.http import bodies
+from teacher_server.http.routes import v1
 from teacher_wire.errors import ERROR_CODES, NonFiniteError
 from tests.teacher.http.http_teacher import PROMPT, RESPONSE, Teacher, V, error_of, no_constants
 
@@ -216,8 +217,8 @@ async def test_non_finite_scores_never_leave(
 async def test_replies_too_large_for_json_are_refused_before_the_engine(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "MAX_JSON_ENTRIES", 11)
-    monkeypatch.setattr(api, "MAX_REPORT_ENTRIES", 11)
+    monkeypatch.setattr(v1, "MAX_JSON_ENTRIES", 11)
+    monkeypatch.setattr(v1, "MAX_REPORT_ENTRIES", 11)
     body = {"prompt_ids": PROMPT, "response_ids": RESPONSE, "k": 2}
     for path in ("/v1/score", "/v1/analyze"):
         refused = await teacher.post(path, body)

@@ -4,13 +4,14 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 
-from teacher_server.http import edge
+from teacher_server.access.caller import Caller
+from teacher_server.http import middleware
 from teacher_wire.errors import (
     ERROR_CODES,
     CapacityError,
@@ -96,7 +97,7 @@ async def test_a_body_over_the_limit_is_refused_and_one_at_the_limit_is_not(
 async def test_a_body_that_never_ends_is_cut_off(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT_S", 0.05)
 
     async def pieces() -> AsyncIterator[bytes]:
         yield b"{"
@@ -109,7 +110,7 @@ async def test_a_body_that_never_ends_is_cut_off(
 async def test_requests_past_the_bound_are_turned_away_with_a_hint(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge, "MAX_BODIES_IN_FLIGHT", 2)
+    monkeypatch.setattr(middleware, "MAX_BODIES_IN_FLIGHT", 2)
     release = asyncio.Event()
     inner = teacher.sessions.score_once
 
@@ -131,8 +132,8 @@ async def test_requests_past_the_bound_are_turned_away_with_a_hint(
 
 
 async def test_v1_needs_the_token_and_names_the_tenant() -> None:
-    def authenticate(headers: Sequence[str], _certificate_name: str | None) -> str:
-        if headers != ["Bearer good"]:
+    def authenticate(caller: Caller) -> str:
+        if caller.authorization != ["Bearer good"]:
             raise UnauthenticatedError("no or wrong token")
         return "team-a"
 

@@ -1,26 +1,16 @@
-"""The HTTP side of a teacher: health, metrics, one-shot scoring, analysis, and a page for people.
-
-Translates JSON to records and back. Knows no engine, no scheduling and no thresholds; every failure
-leaves as {"error": {type, reason, message, ...}} with the status of the error table.
-Tokenising and rendering run in threads, because this loop also carries the gRPC streams.
-"""
+"""What is served, one-shot scoring, analysis. Tokenising and rendering run in threads, because this
+loop also carries the gRPC streams."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import json
-import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib import resources
-from typing import Any, Protocol
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.responses import HTMLResponse
-from fastapi.security import HTTPBearer
+from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 
 from teacher_server.http.analysis import (
@@ -31,7 +21,6 @@ from teacher_server.http.analysis import (
     report_to_json,
 )
 from teacher_server.http.bodies import (
-    FAILURES,
     AnalyzeBody,
     AnalyzeReply,
     ArrayEncoding,
@@ -39,25 +28,9 @@ from teacher_server.http.bodies import (
     ScoreBody,
     ScoreReply,
 )
-from teacher_server.http.edge import (
-    EXCEPTION_HANDLERS,
-    MAX_BODY_BYTES,
-    METRICS_PATH,
-    Authenticate,
-    HttpEdge,
-)
-from teacher_server.metrics.server import CONTENT_TYPE, Metrics
-from teacher_wire import __version__
-from teacher_wire.errors import InvalidRequestError, NotReadyError
-from teacher_wire.records import (
-    DriftPolicy,
-    LogprobDtype,
-    ScoreOptions,
-    ScoreRows,
-    Scores,
-    TeacherInfo,
-    TokenSpan,
-)
+from teacher_server.http.deps import HttpDeps
+from teacher_wire.errors import InvalidRequestError
+from teacher_wire.records import LogprobDtype, ScoreOptions, ScoreRows, Scores, TokenSpan
 
 MAX_JSON_ENTRIES = 262_144
 """Largest n * K that leaves as JSON numbers; packed arrays have no such limit."""
@@ -65,105 +38,9 @@ MAX_REPORT_ENTRIES = 65_536
 """Largest n * K of a report, whose entries are objects."""
 
 
-class Sessions(Protocol):
-    """The part of teacher_server.scoring.sessions.SessionTable used here."""
-
-    async def score_once(
-        self,
-        prompt_ids: NDArray[np.int32],
-        span: TokenSpan,
-        options: ScoreOptions,
-        policy: DriftPolicy | None,
-        *,
-        tenant: str,
-    ) -> Scores: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HttpDeps:
-    """What the HTTP side is made of."""
-
-    info: TeacherInfo
-    sessions: Sessions
-    ready: Callable[[], bool]
-    """False while loading or draining; must not block."""
-    metrics: Metrics
-    tokenizer: Tokenizer | None
-    """None: texts are refused, token ids still work."""
-    authenticate: Authenticate | None = None
-    """Who asks, for every path but the open ones of the edge."""
-    open_metrics: bool = False
-    """/metrics is open too."""
-
-
-def create_app(deps: HttpDeps, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """The HTTP application of one server."""
-    deps.metrics.serving(deps.info)
-    # FastAPI's interactive pages load scripts from elsewhere, so only the schema is served.
-    app = FastAPI(
-        title="driftline teacher",
-        version=deps.info.server_version or __version__,
-        docs_url=None,
-        redoc_url=None,
-        # A redirect would be made from the Host header, which anybody may send.
-        redirect_slashes=False,
-        responses=FAILURES,
-        exception_handlers=EXCEPTION_HANDLERS,
-    )
-    app.include_router(_plain_routes(deps))
-    app.include_router(_v1_routes(deps), dependencies=_bearer(deps.authenticate is not None))
-    app.add_middleware(
-        HttpEdge,
-        metrics=deps.metrics,
-        authenticate=deps.authenticate,
-        open_metrics=deps.open_metrics,
-        max_body_bytes=max_body_bytes,
-    )
-    return app
-
-
-def _bearer(needed: bool) -> list[Any]:
-    """Has the published schema say that a token is needed; the edge has checked it by then."""
-    return [Depends(HTTPBearer(auto_error=False))] if needed else []
-
-
-def _not_json(media_type: str) -> dict[str, Any]:
-    """What the published schema says of a path whose answer is no JSON, though its failures are."""
-    return {"response_class": Response, "responses": {200: {"content": {media_type: {}}}}}
-
-
-def _plain_routes(deps: HttpDeps) -> APIRouter:
-    router = APIRouter()
-    page = resources.files("teacher_server.http").joinpath("page.html").read_text("utf-8")
-    page_headers = {"Content-Security-Policy": _content_security_policy(page)}
-
-    @router.get("/", **_not_json("text/html"))
-    async def show_page() -> HTMLResponse:
-        return HTMLResponse(page, headers=page_headers)
-
-    @router.get("/healthz")
-    async def liveness() -> dict[str, str]:
-        """200 as long as the process answers."""
-        return {"status": "alive"}
-
-    @router.get("/readyz")
-    async def readiness() -> dict[str, str]:
-        """200 when clients should come here, 503 while loading, stalled or draining."""
-        _refuse_unless_ready(deps)
-        return {"status": "ready"}
-
-    needs_token = deps.authenticate is not None and not deps.open_metrics
-
-    @router.get(METRICS_PATH, **_not_json("text/plain"), dependencies=_bearer(needs_token))
-    async def prometheus() -> Response:
-        """Prometheus text format."""
-        return Response(deps.metrics.render(), media_type=CONTENT_TYPE)
-
-    return router
-
-
-def _v1_routes(deps: HttpDeps) -> APIRouter:
-    router = APIRouter(prefix="/v1")
+def routes(deps: HttpDeps) -> APIRouter:
+    """/v1/info, /v1/score and /v1/analyze."""
+    router = APIRouter(prefix="/v1", dependencies=deps.token_in_schema())
     texts = TokenTexts(deps.tokenizer)
     # A tokenizer that is asked from two threads at once may refuse ("Already borrowed").
     tokenizer_turn = asyncio.Lock()
@@ -178,7 +55,7 @@ def _v1_routes(deps: HttpDeps) -> APIRouter:
     @router.post("/score", response_model=ScoreReply)
     async def score(body: ScoreBody, request: Request) -> Response:
         """Teacher scores of one whole response, as nested lists or packed arrays."""
-        _refuse_unless_ready(deps)
+        deps.refuse_unless_ready()
         if body.encoding is ArrayEncoding.JSON:
             _refuse_too_many(len(body.response_ids), body.k, MAX_JSON_ENTRIES)
         scores = await deps.sessions.score_once(
@@ -193,7 +70,7 @@ def _v1_routes(deps: HttpDeps) -> APIRouter:
     @router.post("/analyze", response_model=AnalyzeReply)
     async def analyze(body: AnalyzeBody, request: Request) -> Response:
         """A table of what the teacher thinks of each response token."""
-        _refuse_unless_ready(deps)
+        deps.refuse_unless_ready()
         async with tokenizer_turn:
             prompt_ids, response_ids = await asyncio.to_thread(_ids_of, body, deps.tokenizer)
         _refuse_too_many(len(response_ids), body.k, MAX_REPORT_ENTRIES)
@@ -219,11 +96,6 @@ def _v1_routes(deps: HttpDeps) -> APIRouter:
             return await asyncio.to_thread(render)
 
     return router
-
-
-def _refuse_unless_ready(deps: HttpDeps) -> None:
-    if not deps.ready():
-        raise NotReadyError("the teacher is loading, stalled or draining", retry_after_ms=1000)
 
 
 def _ids_of(
@@ -297,18 +169,3 @@ def _json(content: dict[str, Any]) -> Response:
     """A JSON response. A NaN or an infinity raises, because JSON has no such number."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return Response(text, media_type="application/json")
-
-
-def _content_security_policy(page: str) -> str:
-    """Allows exactly the page's own script and style, and requests to this server."""
-    sources = {"script": "'none'", "style": "'none'"}
-    for tag in sources:
-        match = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        if match is not None:
-            digest = hashlib.sha256(match[1].encode()).digest()
-            sources[tag] = f"'sha256-{base64.b64encode(digest).decode()}'"
-    return (
-        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; "
-        "img-src data:; connect-src 'self'; form-action 'none'; base-uri 'none'; "
-        "frame-ancestors 'none'"
-    )

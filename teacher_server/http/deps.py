@@ -1,0 +1,61 @@
+"""What the HTTP side is made of, given to every group of routes. Knows no route."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from fastapi import Depends
+from fastapi.security import HTTPBearer
+from numpy.typing import NDArray
+
+from teacher_server.access.caller import TenantOf
+from teacher_server.http.analysis import Tokenizer
+from teacher_server.metrics.server import Metrics
+from teacher_wire.errors import NotReadyError
+from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TeacherInfo, TokenSpan
+
+
+class Sessions(Protocol):
+    """The part of teacher_server.scoring.sessions.SessionTable used here."""
+
+    async def score_once(
+        self,
+        prompt_ids: NDArray[np.int32],
+        span: TokenSpan,
+        options: ScoreOptions,
+        policy: DriftPolicy | None,
+        *,
+        tenant: str,
+    ) -> Scores: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpDeps:
+    """What the HTTP side is made of."""
+
+    info: TeacherInfo
+    sessions: Sessions
+    ready: Callable[[], bool]
+    """False while loading or draining; must not block."""
+    metrics: Metrics
+    tokenizer: Tokenizer | None
+    """None: texts are refused, token ids still work."""
+    authenticate: TenantOf | None = None
+    """Who asks, for every path but the open ones; None: nobody is authenticated."""
+    open_metrics: bool = False
+    """/metrics is open too."""
+
+    def refuse_unless_ready(self) -> None:
+        """Raises NotReadyError while loading, stalled or draining."""
+        if not self.ready():
+            message = "the teacher is loading, stalled or draining"
+            raise NotReadyError(message, retry_after_ms=1000)
+
+    def token_in_schema(self, *, needed: bool = True) -> list[Any]:
+        """Has the published schema say that a token is needed; it has been checked by then."""
+        if self.authenticate is None or not needed:
+            return []
+        return [Depends(HTTPBearer(auto_error=False))]

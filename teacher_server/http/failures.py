@@ -1,0 +1,86 @@
+"""How a failure leaves over HTTP: {"error": {type, reason, message, retryable, retry_after_ms}},
+with the status that teacher_wire.errors gives its class. What goes wrong inside the server is
+logged under the request id and leaves as EngineError without its details.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from teacher_server.metrics.server import Metrics
+from teacher_wire.errors import (
+    EngineError,
+    InvalidRequestError,
+    TeacherError,
+    code_of,
+    error_to_json,
+)
+
+_log = logging.getLogger(__name__)
+
+
+def error_response(error: Exception, request_id: str, metrics: Metrics) -> Response:
+    """The response of an exception; what is not a TeacherError becomes an EngineError."""
+    if isinstance(error, TeacherError) and not isinstance(error, EngineError):
+        told: TeacherError = error
+    else:
+        # The engine's own words (paths, addresses, tensors) are for the log.
+        told = EngineError(f"the teacher failed; its log has more under request id {request_id}")
+    metrics.error(type(told).__name__)
+    return _error_body(code_of(told).http, told)
+
+
+def _error_body(status: int, told: TeacherError) -> Response:
+    content = json.dumps({"error": error_to_json(told)})
+    response = Response(content, status, media_type="application/json")
+    if told.retry_after_ms > 0:
+        response.headers["retry-after"] = str(math.ceil(told.retry_after_ms / 1000))
+    if status == 401:
+        response.headers["www-authenticate"] = "Bearer"
+    return response
+
+
+async def _on_teacher_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, EngineError):
+        _log.error("request %s: engine failed", request.state.request_id, exc_info=error)
+    return error_response(error, request.state.request_id, request.state.metrics)
+
+
+async def _on_invalid_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = "; ".join(_problem(detail) for detail in error.errors()[:3])
+    return await _on_teacher_error(request, InvalidRequestError(problems))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Routing failures keep their HTTP status: no error class stands for a wrong path or method."""
+    assert isinstance(error, HTTPException)
+    request.state.metrics.error(InvalidRequestError.__name__)
+    told = InvalidRequestError(f"{request.method} {request.url.path}: {error.detail}")
+    response = _error_body(error.status_code, told)
+    response.headers.update(error.headers or {})
+    return response
+
+
+EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[..., Any]] = {
+    TeacherError: _on_teacher_error,
+    RequestValidationError: _on_invalid_body,
+    HTTPException: _on_http_exception,
+}
+
+
+def _problem(detail: dict[str, Any]) -> str:
+    """One validation problem: where, what, and the value when it is a short scalar."""
+    where = ".".join(str(part) for part in detail["loc"])
+    value = detail.get("input")
+    short = isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 32)
+    got = f", got {value!r}" if short else ""
+    return f"{where}: {detail['msg']}{got}"

@@ -1,0 +1,126 @@
+"""The composition root: the parts of one teacher, joined. The server, tests and benchmarks build
+theirs here. Knows no settings, no port and no signal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+from fastapi import FastAPI
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from teacher_server.access.auth import Access
+from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
+from teacher_server.engine.base import ScoringEngine
+from teacher_server.http.analysis import Tokenizer
+from teacher_server.http.app import create_app
+from teacher_server.http.deps import HttpDeps
+from teacher_server.metrics.live import Readings
+from teacher_server.metrics.server import Metrics
+from teacher_server.process.lifecycle import Lifecycle, Phase
+from teacher_server.process.watchdog import WatchedEngine
+from teacher_server.rpc.health import Health
+from teacher_server.rpc.interceptors import AccessInterceptor
+from teacher_server.rpc.server_options import SERVER_OPTIONS
+from teacher_server.rpc.service import TeacherService, add_to_server
+from teacher_server.rpc.stream import StreamLimits
+from teacher_server.scoring.sessions import SessionTable
+from teacher_wire.codec import SERVICE_NAME
+from teacher_wire.records import TeacherInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the parts may hold, and for how long; what a session may hold is in TeacherInfo."""
+
+    scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
+    stream: StreamLimits = field(default_factory=StreamLimits)
+    session_ttl_s: float = 600.0
+    evict_idle_s: float = 1.0
+    resume_window_s: float = 1.0
+
+
+class TeacherParts:
+    """One teacher around an engine that is not started."""
+
+    def __init__(
+        self,
+        engine: ScoringEngine,
+        info: TeacherInfo,
+        *,
+        access: Access,
+        limits: Limits,
+        accepts: Callable[[], bool] | None = None,
+    ) -> None:
+        """`accepts` says whether new work is taken over gRPC; None: as the phase has it."""
+        self.info = info
+        self.access = access
+        self.engine = WatchedEngine(engine)
+        self.health = Health(("", SERVICE_NAME))
+        self.life = Lifecycle(self.health.set)
+        self.metrics = Metrics()
+        self.scheduler = Scheduler(self.engine, limits.scheduler, tenants=access.tenants)
+        self.sessions = SessionTable(
+            self.scheduler,
+            info,
+            metrics=self.metrics,
+            tenants=access.tenants,
+            ttl_s=limits.session_ttl_s,
+            evict_idle_s=limits.evict_idle_s,
+            resume_window_s=limits.resume_window_s,
+        )
+        self.service = TeacherService(
+            info,
+            self.sessions,
+            metrics=self.metrics,
+            ready=accepts or (lambda: self.life.accepts),
+            limits=limits.stream,
+            tenant_of=access.tenant_of,
+        )
+        self.metrics.watch(self._read)
+
+    def grpc_server(
+        self, *, options: Sequence[tuple[str, int]] = SERVER_OPTIONS, reflects: bool = True
+    ) -> grpc.aio.Server:
+        """The service, health and reflection, on no port yet. Needs a running loop."""
+        guard = AccessInterceptor(self.access.admit, metrics=self.metrics)
+        server = grpc.aio.server(interceptors=[guard], options=list(options))
+        add_to_server(self.service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        if reflects:
+            names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+        return server
+
+    def http_app(
+        self, tokenizer: Tokenizer | None = None, *, open_metrics: bool = False
+    ) -> FastAPI:
+        """The HTTP side of the same sessions."""
+        return create_app(
+            HttpDeps(
+                info=self.info,
+                sessions=self.sessions,
+                ready=lambda: self.life.ready,
+                metrics=self.metrics,
+                tokenizer=tokenizer,
+                authenticate=self.access.tenant_of if self.access.required else None,
+                open_metrics=open_metrics,
+            )
+        )
+
+    def _read(self) -> Readings:
+        return Readings(
+            active_sessions=self.sessions.num_active(),
+            queue_depth=self.scheduler.num_queued,
+            queue_tokens=self.scheduler.queued_tokens,
+            batch_sessions=self.engine.num_running,
+            batch_tokens=self.engine.running_tokens,
+            send_queue_bytes=self.service.send_queue_bytes,
+            engine_silent_s=self.engine.silent_s(),
+            kv_used_ratio=self.engine.kv_used_ratio(),
+            phase=self.life.phase.value,
+            phases=tuple(phase.value for phase in Phase),
+        )
