@@ -25,7 +25,6 @@ def middlewares(deps: HttpDeps, max_body_bytes: int) -> list[Middleware]:
     return [
         Middleware(middleware.Metered, metrics=deps.metrics),
         Middleware(middleware.Named),
-        Middleware(middleware.Headed),
         Middleware(middleware.Caught, metrics=deps.metrics),
         Middleware(
             middleware.Authenticated,
@@ -34,7 +33,6 @@ def middlewares(deps: HttpDeps, max_body_bytes: int) -> list[Middleware]:
         ),
         Middleware(middleware.BodiesInFlight),
         Middleware(middleware.WholeBody, max_bytes=max_body_bytes),
-        Middleware(middleware.WhileWanted),
     ]
 
 

@@ -1,5 +1,5 @@
 """What every HTTP request passes before its route, one thing each, in the order of
-teacher_server.http.app: counted, named, headed, caught, authenticated, admitted, read, abandoned.
+teacher_server.http.app: counted, named, caught, authenticated, admitted, read.
 
 Knows no route but the paths that are open.
 """
@@ -91,30 +91,25 @@ class Metered(_Middleware):
 
 
 class Named(_Middleware):
-    """Gives it an id: the client's when that is harmless in a log line, else a new one."""
+    """Gives it an id, in the log and on the reply: the client's when that is harmless in a log
+    line, else a new one."""
 
     async def request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = Headers(scope=scope).get("x-request-id")
-        harmless = given is not None and _REQUEST_ID.fullmatch(given)
-        request_id = given if given and harmless else uuid.uuid4().hex
+        request_id = Headers(scope=scope).get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
         logs.request_id.set(request_id)
         scope.setdefault("state", {})["request_id"] = request_id
-        await self._app(scope, receive, send)
+        headers = {**_HEADERS, "x-request-id": request_id}
 
-
-class Headed(_Middleware):
-    """Puts its id and the headers of every reply on the reply."""
-
-    async def request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def headed(message: Message) -> None:
+        async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = scope["state"]["request_id"]
-                for name, value in _HEADERS.items():
-                    headers.setdefault(name, value)
+                reply = MutableHeaders(scope=message)
+                for name, value in headers.items():
+                    reply.setdefault(name, value)
             await send(message)
 
-        await self._app(scope, receive, headed)
+        await self._app(scope, receive, named)
 
 
 class Caught(_Middleware):
@@ -186,8 +181,8 @@ class BodiesInFlight(_WithBody):
 
 
 class WholeBody(_WithBody):
-    """Reads the body to its end before anything is done about it. `receive` of what is within gives
-    it in one message, then what the connection says."""
+    """Reads the body to its end, then answers unless the client leaves first: then the work is
+    cancelled, the engine's too."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
         super().__init__(app)
@@ -197,14 +192,16 @@ class WholeBody(_WithBody):
         body = await self._read(Headers(scope=scope), receive)
         if body is None:
             return
-        pending = [body]
-
-        async def whole() -> Message:
-            if pending:
-                return {"type": "http.request", "body": pending.pop(), "more_body": False}
-            return await receive()
-
-        await self._app(scope, whole, send)
+        answer = asyncio.ensure_future(self._app(scope, _replay(body), send))
+        departure = asyncio.ensure_future(_departure(receive))
+        try:
+            await asyncio.wait({answer, departure}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                answer.result()
+        finally:
+            departure.cancel()
+            answer.cancel()
+            await asyncio.wait({answer, departure})
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
         """The whole body, None if the client left; refuses an announced excess before reading."""
@@ -233,31 +230,14 @@ class WholeBody(_WithBody):
             raise DeadlineError(f"the body did not arrive within {BODY_TIMEOUT_S} s") from error
 
 
-class WhileWanted(_WithBody):
-    """Answers, unless the client leaves first: then the work is cancelled, the engine's too."""
-
-    async def request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await receive()
-        answer = asyncio.ensure_future(self._app(scope, _once(body), send))
-        departure = asyncio.ensure_future(_departure(receive))
-        try:
-            await asyncio.wait({answer, departure}, return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
-                answer.result()
-        finally:
-            departure.cancel()
-            answer.cancel()
-            await asyncio.wait({answer, departure})
-
-
-def _once(body: Message) -> Receive:
-    """A receive that gives the body, then never anything: the connection is watched elsewhere."""
+def _replay(body: bytes) -> Receive:
+    """A receive that gives the body once, then never anything: the connection is watched above."""
     pending = [body]
 
     async def receive() -> Message:
         if not pending:
             await asyncio.Event().wait()
-        return pending.pop()
+        return {"type": "http.request", "body": pending.pop(), "more_body": False}
 
     return receive
 

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,12 @@ class TeacherApp:
 
     def _bind_grpc(self) -> str:
         address = _address(self._config.host, self._config.grpc_port)
-        try:
-            if self._access.tls is None:
+        tls, port = self._access.tls, 0
+        with suppress(RuntimeError):  # it says no more than that it failed to bind
+            if tls is None:
                 port = self._grpc.add_insecure_port(address)
             else:
-                credentials = self._access.tls.grpc_credentials()
-                port = self._grpc.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise StartError(f"gRPC cannot listen on {address}: {error}") from error
+                port = self._grpc.add_secure_port(address, tls.grpc_credentials())
         if port == 0:
             raise StartError(
                 f"gRPC cannot listen on {address}: is the port in use? Choose another grpc_port"

@@ -1,0 +1,104 @@
+"""What can be foreseen at a start is one line that names cause and remedy, with a documented exit
+code; what cannot keeps its traceback in a file that it names.
+
+Ports in use and bad settings: test_lifecycle.py. Run: pytest tests/faults/test_start_errors.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.live_server import CLI, LiveServer
+from tests.teacher.engine.engine_models import write_tiny_model
+
+pytestmark = pytest.mark.e2e
+
+START_S = 120
+REFUSED = {
+    "--ready-file {folder}/absent/ready": "there is no folder '{folder}/absent': make it first",
+    "--ready-file {folder}": "that is a folder: name a file in it",
+    "--tls-cert {folder}/no.pem --tls-key {folder}/no.key": "tls_cert is '{folder}/no.pem': No",
+    "--tenants-file {folder}/no.toml": "tenants_file {folder}/no.toml: ",
+    "--engine hf --model {folder}/no-model": "cannot read the checkpoint '{folder}/no-model': ",
+    "--engine hf --model {folder}": "cannot read the checkpoint '{folder}': ",
+    "--engine vllm --model {folder} --hf-sessions 3": "hf_sessions is 3, which engine 'vllm' does",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_the_operator_can_mend_is_one_line(arguments: str, tmp_path: Path) -> None:
+    command = [*CLI, *arguments.format(folder=tmp_path).split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("teacher-server: ")
+    assert REFUSED[arguments].format(folder=tmp_path) in line
+
+
+def test_weights_that_cannot_be_read_end_the_start_with_1_and_one_line_for_it(
+    tmp_path: Path,
+) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    for weights in model.glob("*.safetensors"):
+        weights.write_bytes(b"no weights")
+    command = [*CLI, "--engine", "hf", "--model", str(model), "--grpc-port", "0"]
+    command += ["--http-port", "0", "--log-level", "warning"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "ERROR teacher_server" in line]
+    assert f"the engine did not start: transformers cannot load {model}: " in line
+
+
+def test_a_full_disk_under_its_standard_output_is_one_line_of_the_log(tmp_path: Path) -> None:
+    command = [*CLI, "--grpc-port", "0", "--http-port", "0", "--log-level", "warning"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "standard output cannot be told the addresses: No space left on device" in line
+
+
+def test_a_full_disk_under_its_log_costs_lines_and_nothing_else(tmp_path: Path) -> None:
+    shell = f'exec "$@" 2>/dev/full >{tmp_path / "out"}'
+    server = LiveServer(tmp_path, program=("sh", "-c", shell, "sh", *CLI))
+    try:
+        server.wait_until_ready()
+        assert server.get("/readyz")[0] == 200
+        server.send_signal(signal.SIGTERM)
+        assert server.exit_code(60) == 0
+    finally:
+        server.end()
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_traceback_in_a_file(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from teacher_server import cli\n"
+        "from teacher_server.process import app\n"
+        "app.describe = lambda *_: 1 / 0\n"
+        "sys.exit(cli.main(['serve', '--engine', 'fake']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    found = re.fullmatch(
+        r"teacher-server: ZeroDivisionError: division by zero; its traceback is in (.+), for .*",
+        line,
+    )
+    assert found
+    assert Path(found[1]).read_text().startswith("Traceback")
