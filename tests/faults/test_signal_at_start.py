@@ -16,8 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.live_server import LiveServer
-from tests.faults.test_lifecycle import assert_gone
 from tests.teacher.engine.engine_models import write_tiny_model
 
 pytestmark = pytest.mark.e2e
@@ -67,12 +65,37 @@ def stop_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     return stop
 
 
-def until(true: Callable[[], object], server: LiveServer) -> None:
-    give_up = time.monotonic() + UNTIL_S
-    while not true():
-        assert server.process.poll() is None, server.output
-        assert time.monotonic() < give_up, server.output
-        time.sleep(0.01)
+class Started:
+    """A teacher as a user starts it, with its output; it is killed on leaving."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.ready_file, self._log = folder / "ready.json", folder / "log"
+        command = [sys.executable, "-m", "teacher_server.cli", "serve", "--engine", "fake"]
+        command += ["--grpc-port", "0", "--http-port", "0", "--ready-file", str(self.ready_file)]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen([*command, *flags], stdout=log, stderr=log)
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text("utf-8", "backslashreplace")
+
+    def until(self, true: Callable[[], object]) -> None:
+        give_up = time.monotonic() + UNTIL_S
+        while not true():
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < give_up, self.output
+            time.sleep(0.01)
+
+    def exit_code(self) -> int:
+        return self.process.wait(UNTIL_S)
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -84,14 +107,11 @@ def test_a_signal_while_it_imports(
     module: str, number: int, stop_at: Callable[[str], Path], tmp_path: Path
 ) -> None:
     reached = stop_at(module)
-    server = LiveServer(tmp_path)
-    try:
-        until(reached.exists, server)
-        server.send_signal(number)
-        assert server.exit_code(UNTIL_S) == 0
+    with Started(tmp_path) as server:
+        server.until(reached.exists)
+        server.process.send_signal(number)
+        assert server.exit_code() == 0
         assert server.output == f"teacher-server: signal {int(number)} before it served: ended\n"
-    finally:
-        server.end()
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
@@ -99,25 +119,19 @@ def test_a_signal_while_the_checkpoint_is_read(
     loop: str, stop_at: Callable[[str], Path], tmp_path: Path
 ) -> None:
     reached = stop_at("teacher_server.engine.hf_engine")
-    server = LiveServer(tmp_path, "--engine", "hf", "--model", "m", "--event-loop", loop)
-    try:
-        until(reached.exists, server)
-        server.send_signal(signal.SIGTERM)
-        assert server.exit_code(UNTIL_S) == 0
-    finally:
-        server.end()
+    with Started(tmp_path, "--engine", "hf", "--model", "m", "--event-loop", loop) as server:
+        server.until(reached.exists)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.exit_code() == 0
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 def test_a_signal_while_the_engine_is_tested(loop: str, tmp_path: Path) -> None:
-    server = LiveServer(tmp_path, "--fake-latency-s", "3600", "--event-loop", loop)
-    try:
-        until(lambda: "testing the engine" in server.output, server)
-        server.send_signal(signal.SIGTERM)
-        assert server.exit_code(UNTIL_S) == 0
+    with Started(tmp_path, "--fake-latency-s", "3600", "--event-loop", loop) as server:
+        server.until(lambda: "testing the engine" in server.output)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.exit_code() == 0
         assert not server.ready_file.exists()
-    finally:
-        server.end()
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
@@ -125,17 +139,14 @@ def test_a_signal_after_the_drain_changes_nothing(
     loop: str, stop_at: Callable[[str], Path], tmp_path: Path
 ) -> None:
     reached = stop_at("exit")
-    server = LiveServer(tmp_path, "--event-loop", loop)
-    try:
-        server.wait_until_ready()
-        server.send_signal(signal.SIGTERM)
-        until(reached.exists, server)
+    with Started(tmp_path, "--event-loop", loop) as server:
+        server.until(server.ready_file.exists)
+        server.process.send_signal(signal.SIGTERM)
+        server.until(reached.exists)
         for number in (signal.SIGTERM, signal.SIGINT):
-            server.send_signal(number)
+            server.process.send_signal(number)
         (tmp_path / "go").touch()
-        assert server.exit_code(UNTIL_S) == 0
-    finally:
-        server.end()
+        assert server.exit_code() == 0
 
 
 @pytest.mark.vllm
@@ -144,31 +155,39 @@ def test_a_signal_while_vllm_starts_takes_its_engine_along(moment: str, tmp_path
     model = write_tiny_model(tmp_path / "model")
     flags = ["--engine", "vllm", "--model", str(model), "--max-context", "192", "--max-k", "16"]
     flags += ["--kv-cache-gib", "0.05", "--enforce-eager", "--cpu-cores", "0"]
-    server = LiveServer(tmp_path, *flags)
     engine: list[int] = []
 
     def begun() -> bool:
         engine[:] = spawned(server.process.pid)
         return bool(engine) and (moment == "its engine is there" or moment in server.output)
 
-    try:
-        until(begun, server)
-        server.send_signal(signal.SIGTERM)
-        assert server.exit_code(UNTIL_S) == 0
-        for pid in engine:
-            assert_gone(pid)
-    finally:
-        server.end()
+    with Started(tmp_path, *flags) as server:
+        server.until(begun)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.exit_code() == 0
+    give_up = time.monotonic() + UNTIL_S
+    while any(map(lives, engine)):
+        assert time.monotonic() < give_up, engine
+        time.sleep(0.01)
 
 
 def spawned(pid: int) -> list[int]:
     """Children of a process that Python's multiprocessing has spawned to work for it."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
-    return found
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    children = [int(child) for task in tasks for child in _read(task / "children").split()]
+    return [child for child in children if "spawn_main" in _read(Path(f"/proc/{child}/cmdline"))]
+
+
+def lives(pid: int) -> bool:
+    """Nobody may be there to ask how it ended."""
+    return _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()[:1] not in ([], ["Z"])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 @pytest.mark.parametrize("state", ["lives", "ended", "has ended and nobody has asked"])

@@ -11,16 +11,17 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.faults.live_server import CLI, LiveServer
 from tests.teacher.engine.engine_models import write_tiny_model
 
 pytestmark = pytest.mark.e2e
 
 START_S = 120
+CLI = (sys.executable, "-m", "teacher_server.cli", "serve", "--engine", "fake")
 REFUSED = {
     "--ready-file {folder}/absent/ready": "there is no folder '{folder}/absent': make it first",
     "--ready-file {folder}": "that is a folder: name a file in it",
@@ -68,15 +69,21 @@ def test_a_full_disk_under_its_standard_output_is_one_line_of_the_log(tmp_path: 
 
 
 def test_a_full_disk_under_its_log_costs_lines_and_nothing_else(tmp_path: Path) -> None:
-    shell = f'exec "$@" 2>/dev/full >{tmp_path / "out"}'
-    server = LiveServer(tmp_path, program=("sh", "-c", shell, "sh", *CLI))
+    ready = tmp_path / "ready"
+    command = [*CLI, "--grpc-port", "0", "--http-port", "0", "--ready-file", str(ready)]
+    with Path("/dev/full").open("w") as full:
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=full)
     try:
-        server.wait_until_ready()
-        assert server.get("/readyz")[0] == 200
+        give_up = time.monotonic() + START_S
+        while not ready.exists():
+            assert server.poll() is None
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
         server.send_signal(signal.SIGTERM)
-        assert server.exit_code(60) == 0
+        assert server.wait(START_S) == 0
     finally:
-        server.end()
+        server.kill()
+        server.wait()
 
 
 def test_what_nobody_foresaw_is_one_line_and_a_traceback_in_a_file(tmp_path: Path) -> None:
