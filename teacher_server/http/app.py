@@ -9,12 +9,12 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from teacher_server import __version__
 from teacher_server.http import middleware
 from teacher_server.http.bodies import FAILURES
 from teacher_server.http.deps import HttpDeps
 from teacher_server.http.failures import EXCEPTION_HANDLERS
 from teacher_server.http.routes import plain, v1
+from teacher_wire import __version__
 
 GROUPS = (plain, v1)
 """Each gives its `routes(deps)`."""
