@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,26 @@ from typing import Any
 from student_trainer.errors import TrainerError
 from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.settings.warnings import warnings
+from student_trainer.stopping import EXIT_TERMINATED, Stopped, StopRequest
+from student_trainer.train_state import checkpoints, step_of
 from teacher_client.access import AccessError
 from teacher_wire import tracing
 from teacher_wire.errors import TeacherError
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+TRAIN = (
+    f"Distil a student. Exit codes: 0 when the run is finished, {EXIT_FAILED} after an error, "
+    f"{EXIT_INTERRUPTED} after Ctrl-C, {EXIT_TERMINATED} after SIGTERM, which gives up the step "
+    "under way, writes a checkpoint of the last finished one and prints the command that goes on; "
+    "a second SIGTERM ends the run at once."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; a typed error is one line on stderr and exit code 1."""
     arguments = _parser().parse_args(argv)
+    arguments.command = sys.orig_argv if argv is None else ["student-trainer", *argv]
     try:
         return int(arguments.run(arguments))
     except (TrainerError, TeacherError, AccessError) as error:
@@ -36,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="student-trainer", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="distil a student")
+    train = commands.add_parser("train", help="distil a student", description=TRAIN)
     _config_arguments(train)
     train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     train.set_defaults(run=_train)
@@ -84,14 +94,41 @@ def _train(arguments: argparse.Namespace) -> int:
             tracing.export_to(config.run.otlp_endpoint, "student-trainer")
         except ImportError as error:
             raise TrainerError(f"run.otlp_endpoint needs the extra `otel`: {error}") from error
-    _quiet_libraries()
-    from student_trainer.assembly.run import assembled
-    from student_trainer.train import train
-
-    with assembled(config, resume=arguments.resume) as run:
-        train(run)
-        run.save_student()
+    stop = StopRequest()
+    with stop.on_sigterm(lambda: _last_words(config, arguments)):
+        try:
+            _train_until_stopped(config, arguments.resume, stop)
+        except Stopped:
+            stop.say_last_words()
+            return EXIT_TERMINATED
     return 0
+
+
+def _train_until_stopped(config: TrainerConfig, resume: bool, stop: StopRequest) -> None:
+    with stop.may_give_up():
+        _quiet_libraries()
+        from student_trainer.assembly.run import assembled
+        from student_trainer.train import train
+
+    with assembled(config, resume=resume, stop=stop) as run:
+        try:
+            train(run)
+        except Stopped:
+            run.give_up()
+            raise
+        run.finish()
+
+
+def _last_words(config: TrainerConfig, arguments: argparse.Namespace) -> str:
+    """How far a run that SIGTERM ended is saved, and the command that goes on."""
+    saved = checkpoints(config.run.out / "checkpoints")
+    command = shlex.join(
+        [*arguments.command, *["--resume"] * (not arguments.resume and any(saved))]
+    )
+    if not saved:
+        return f"SIGTERM: no finished step is saved; the run begins again with\n  {command}"
+    done, planned = step_of(saved[-1]), config.run.steps
+    return f"SIGTERM: {done} of {planned} steps are saved in {saved[-1]}; go on with\n  {command}"
 
 
 def _quiet_libraries() -> None:
@@ -120,13 +157,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from student_trainer.recording.report import (
-        draw,
-        summarize,
-        summary_table,
-        warning_lines,
-        write_summary,
-    )
+    from student_trainer.recording.report import draw, summary_table, warning_lines
+    from student_trainer.recording.summary import summarize, write_summary
 
     extra: dict[str, Any] = {}
     if arguments.teacher_eval:

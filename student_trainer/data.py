@@ -109,13 +109,13 @@ class PromptOrder:
                 f"rollout.prompts_per_step is {prompts_per_step}, the dataset has {len(prompts)}"
             )
         self._prompts = prompts
-        self._prompts_per_step = prompts_per_step
+        self.prompts_per_step = prompts_per_step
         self._seed = seed
 
     def step(self, step: int) -> list[Prompt]:
         """The prompts of a step; a pass drops its last incomplete step."""
-        steps_per_pass = len(self._prompts) // self._prompts_per_step
+        steps_per_pass = len(self._prompts) // self.prompts_per_step
         passes, within = divmod(step, steps_per_pass)
         order = np.random.default_rng((self._seed, passes)).permutation(len(self._prompts))
-        start = within * self._prompts_per_step
-        return [self._prompts[i] for i in order[start : start + self._prompts_per_step]]
+        start = within * self.prompts_per_step
+        return [self._prompts[i] for i in order[start : start + self.prompts_per_step]]

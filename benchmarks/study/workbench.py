@@ -21,13 +21,10 @@ from benchmarks.study.arms import BASE_CONFIG, Arm
 from examples.demo import teacher_server
 from student_trainer.assembly.run import RunningSampler, assembled, running_sampler
 from student_trainer.errors import TrainerError
-from student_trainer.recording.run_log import METRICS_FILE, PROFILES_FILE, read_lines
+from student_trainer.recording.json_lines import read_profiles, read_run
 from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.train import train
 from teacher_wire.errors import TeacherError
-
-PHASES = ("generate", "teacher_wait", "learn", "sync")
-"""What counts as wall time: everything of a step. Evaluations are timed by none of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,16 +66,19 @@ def settings(arm: Arm, seed: int, *, steps: int, out: Path, teacher: str) -> Tra
 
 
 def measured(out: Path) -> dict[str, Any]:
-    """What a run wrote, as curves: wall seconds and tokens are totals up to each point."""
-    records = read_lines(out / METRICS_FILE)
-    steps = [r for r in records if r["kind"] == "step"]
-    evals = {r["step"]: r["accuracy"] for r in records if r["kind"] == "eval"}
-    profiles = read_lines(out / PROFILES_FILE)
-    wall_s = _totals(sum(step[f"seconds_{phase}"] for phase in PHASES) for step in steps)
-    generated = _totals(step["generated_tokens"] for step in steps)
-    kept = _totals(step["kept_tokens"] for step in steps)
+    """What a run wrote, as curves: wall seconds and tokens are totals up to each point.
+
+    Wall time is all of a step, by whatever phase; evaluations are in none of them.
+    """
+    written, profiles = read_run(out), list(read_profiles(out).values())
+    rollouts = [step.generation for step in written.steps if step.generation is not None]
+    updates = [step.learning for step in written.steps if step.learning is not None]
+    accuracies = {evaluation.step: evaluation.accuracy for evaluation in written.evaluations}
+    wall_s = _totals(step.seconds.total for step in written.steps)
+    generated = _totals(r.generated_tokens for r in rollouts)
+    kept = _totals(r.kept_tokens for r in rollouts)
     return {
-        "accuracy": evals[max(evals)],
+        "accuracy": accuracies[max(accuracies)],
         "wall_s": round(wall_s[-1], 2),
         "generated_tokens": int(generated[-1]),
         "kept_tokens": int(kept[-1]),
@@ -90,15 +90,15 @@ def measured(out: Path) -> dict[str, Any]:
                 "kept_tokens": int(kept[step]),
                 "accuracy": accuracy,
             }
-            for step, accuracy in sorted(evals.items())
+            for step, accuracy in sorted(accuracies.items())
         ],
-        "max_tokens": [int(step["max_tokens"]) for step in steps],
-        "truncated_rollouts": [int(step["truncated_rollouts"]) for step in steps],
-        "length_mean": [round(step["length_mean"], 1) for step in steps],
-        "reverse_kl": [round(step.get("reverse_kl", 0.0), 4) for step in steps],
+        "max_tokens": [step.max_tokens for step in written.steps],
+        "truncated_rollouts": [r.truncated_rollouts for r in rollouts],
+        "length_mean": [round(r.length_mean, 1) for r in rollouts],
+        "reverse_kl": [round(update.reverse_kl or 0.0, 4) for update in updates],
         "overlap_by_band": {
-            "first": profiles[0]["overlap_by_band"] if profiles else None,
-            "last": profiles[-1]["overlap_by_band"] if profiles else None,
+            "first": profiles[0].overlap_by_band if profiles else None,
+            "last": profiles[-1].overlap_by_band if profiles else None,
         },
     }
 

@@ -1,5 +1,5 @@
-"""Traces across trainer and teacher: a step, its appends, and where each spent its time. Off unless
-switched on, and opentelemetry is imported only then.
+"""Traces across trainer and teacher: a rollout, its appends, and where each spent its time. Off
+unless switched on, and opentelemetry is imported only then.
 
 No instrumentation of gRPC: those libraries swallow cancellation and break streams. The trace
 travels as `traceparent` in each Append (W3C Trace Context).

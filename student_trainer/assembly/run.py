@@ -6,113 +6,51 @@ teacher), then the learner, and the sampler, which takes tens of seconds, last.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from student_trainer.assembly import methods, parts
+from student_trainer.assembly import methods, parts, resuming
 from student_trainer.data import PromptOrder, load_tokenizer
 from student_trainer.eval import EvalResult, evaluate
-from student_trainer.learner.checkpoint import Checkpoints, load_state, save_student
-from student_trainer.learner.optim import Optimizer
+from student_trainer.learner.learner import Learner
 from student_trainer.learner.student import load_student
-from student_trainer.losses import Divergence, PositionWeight
-from student_trainer.recording.run_log import Bars, RunLog
+from student_trainer.recording.recorder import Recorder
+from student_trainer.recording.summary import write_progress
+from student_trainer.recording.terminal import Bars
 from student_trainer.records import Prompt
-from student_trainer.rollouts.budget import LengthBudget
 from student_trainer.rollouts.samplers.base import Sampler
-from student_trainer.rollouts.stream import LoopThread, RolloutSource
+from student_trainer.rollouts.stream import LoopThread, RolloutStream
 from student_trainer.rollouts.weight_sync import WeightSync
 from student_trainer.settings.config import TrainerConfig
+from student_trainer.special_tokens import SpecialTokens
+from student_trainer.step_report import EvalReport
+from student_trainer.stopping import Stopped, StopRequest
+from student_trainer.train_state import (
+    TrainState,
+    checkpoints,
+    latest,
+    refuse_older,
+    replaced,
+    step_of,
+)
+from teacher_client.client import TeacherClient
 
 NUM_PROBE_PROMPTS = 2
+Progress = Callable[[int, int], None]
 
 
-@dataclass(slots=True, kw_only=True)
-class Run:
-    """Everything the loop uses."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problems:
+    """The tokenizer, and what it made of the data."""
 
-    config: TrainerConfig
-    device: torch.device
-    student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    optimizer: Optimizer
-    divergence: Divergence
-    weights: list[PositionWeight]
-    budget: LengthBudget
-    source: RolloutSource
-    loop: LoopThread
-    sampler: Sampler
-    sync: WeightSync
-    probe_prompts: list[NDArray[np.int32]]
+    train: list[Prompt]
     heldout: list[Prompt]
-    checkpoints: Checkpoints
-    log: RunLog
-    bars: Bars
-    first_step: int
-
-    @property
-    def overlap_k(self) -> int | None:
-        """Entries compared by the overlap; None when no candidates are sent."""
-        return self.config.drift.k if self.config.rollout.student_topk > 0 else None
-
-    def push_weights(self, version: int) -> float:
-        """Moves the learner's weights into the sampler; returns the log-prob gap, in nats."""
-        gap = self.loop.run(self.sync.push(self.probe_prompts, version))
-        self.source.policy_version = version
-        return gap
-
-    def evaluation_due(self, step: int) -> bool:
-        """After every so many steps and after the last."""
-        every, last = self.config.eval.every_steps, self.config.run.steps
-        return bool(self.heldout) and (step % every == 0 or step == last)
-
-    def evaluate(self, step: int) -> EvalResult:
-        """Greedy accuracy of the sampler's weights; the first and the last time also pass@k."""
-        settings = self.config.eval
-        ends = step in (0, self.config.run.steps)
-        self.source.wait_until_idle()
-        result = self.loop.run(
-            evaluate(
-                self.sampler,
-                self.heldout,
-                parts.grader(self.config),
-                self.tokenizer,
-                name=f"step{step}",
-                max_tokens=settings.max_tokens,
-                num_samples=settings.pass_k if ends else 0,
-                temperature=settings.temperature,
-                progress=lambda done, total: self.bars.update("evaluation", done, total),
-            )
-        )
-        self.log.evaluation(
-            step,
-            {
-                "accuracy": result.accuracy,
-                "pass_at_1": result.pass_at_1,
-                "pass_at_k": result.pass_at_k,
-                "mean_tokens": result.mean_tokens,
-            },
-        )
-        return result
-
-    def checkpoint_due(self, step: int) -> bool:
-        every = self.config.checkpoint.every_steps
-        return every is not None and step % every == 0
-
-    def save_checkpoint(self, step: int) -> None:
-        """Everything a resumed run needs."""
-        state = {"optimizer": self.optimizer.state_dict(), "budget": self.budget.state_dict()}
-        self.checkpoints.save(step, self.student, self.tokenizer, state)
-
-    def save_student(self) -> None:
-        """The trained student, in Hugging Face format."""
-        save_student(self.config.run.out / "student", self.student, self.tokenizer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +61,105 @@ class RunningSampler:
     sampler: Sampler
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What the loop uses: the four owners, and how they meet the sampler that is running."""
+
+    config: TrainerConfig
+    learner: Learner
+    stream: RolloutStream
+    recorder: Recorder
+    state: TrainState
+    problems: Problems
+    sync: WeightSync
+    running: RunningSampler
+    stop: StopRequest
+
+    @property
+    def overlap_k(self) -> int | None:
+        """Entries compared by the overlap; None when no candidates are sent."""
+        return self.config.drift.k if self.config.rollout.student_topk > 0 else None
+
+    def swap_weights(self, version: int) -> float | None:
+        """Moves the learner's weights into the sampler; returns the log-prob gap, in nats.
+
+        None when the run was asked to stop meanwhile: then nobody will sample from them.
+        """
+        try:
+            with self.stop.may_give_up():
+                self.stream.wait_until_idle()
+                gap = self.running.loop.run(self.sync.push(version))
+        except Stopped:
+            return None
+        self.stream.policy_version = version
+        return gap
+
+    def evaluation_due(self) -> bool:
+        """After every so many steps and after the last, unless it was done before a resume."""
+        step, settings = self.state.step, self.config.eval
+        at_an_end = step in (0, self.config.run.steps)
+        due = bool(self.problems.heldout) and (step % settings.every_steps == 0 or at_an_end)
+        return due and self.recorder.last_evaluation != step
+
+    def evaluate(self) -> None:
+        """Greedy accuracy of the sampler's weights; the first and the last time also pass@k."""
+        step, ends = self.state.step, (0, self.config.run.steps)
+        with self.stop.may_give_up():
+            self.stream.wait_until_idle()
+            result = evaluated(
+                self.config,
+                self.running,
+                self.problems,
+                name=f"step{step}",
+                num_samples=self.config.eval.pass_k if step in ends else 0,
+                progress=lambda done, total: self.recorder.progress("evaluation", done, total),
+            )
+        self.recorder.evaluation(
+            EvalReport(
+                step=step,
+                accuracy=result.accuracy,
+                pass_at_1=result.pass_at_1,
+                pass_at_k=result.pass_at_k,
+                mean_tokens=result.mean_tokens,
+            )
+        )
+
+    def checkpoint_due(self) -> bool:
+        every = self.config.checkpoint.every_steps
+        return every is not None and self.state.step % every == 0
+
+    def finish(self) -> None:
+        """Saves the trained student, in Hugging Face format, and says that the run is finished."""
+        with self.stop.whole(), replaced(self.config.run.out / "student") as folder:
+            self.learner.save(folder)
+        self._write_progress(finished=True)
+
+    def give_up(self) -> None:
+        """Saves what the finished steps came to, for a run that was asked to stop."""
+        with self.stop.whole():
+            written = checkpoints(resuming.checkpoint_folder(self.config))
+            if self.state.step > 0 and (not written or self.state.step != step_of(written[-1])):
+                self.state.save()
+            self._write_progress(finished=False)
+            self.stop.say_last_words()
+
+    def _write_progress(self, *, finished: bool) -> None:
+        planned = self.config.run.steps
+        write_progress(self.config.run.out, finished=finished, steps_planned=planned)
+
+
+def _problems(config: TrainerConfig, model: str) -> Problems:
+    tokenizer = load_tokenizer(model)
+    train, heldout = parts.prompts(config, tokenizer)
+    return Problems(tokenizer=tokenizer, train=train, heldout=heldout)
+
+
 @contextmanager
-def started_sampler(config: TrainerConfig, model: str, loop: LoopThread) -> Iterator[Sampler]:
-    """The engine that generates, with the weights of a checkpoint; tens of seconds."""
-    sampler = parts.sampler(config, model)
+def started(sampler: Sampler, loop: LoopThread) -> Iterator[None]:
+    """Starts the engine that generates, tens of seconds, and frees it again."""
     try:
         loop.run(sampler.start())
-        yield sampler
+        yield
     finally:
         loop.run(sampler.close())
 
@@ -137,120 +167,185 @@ def started_sampler(config: TrainerConfig, model: str, loop: LoopThread) -> Iter
 @contextmanager
 def running_sampler(config: TrainerConfig, model: str) -> Iterator[RunningSampler]:
     """A sampler on a loop of its own, for several runs or none."""
-    with closing(LoopThread()) as loop, started_sampler(config, model, loop) as sampler:
+    sampler = parts.sampler(config, model)
+    with closing(LoopThread()) as loop, started(sampler, loop):
         yield RunningSampler(loop, sampler)
 
 
 @contextmanager
 def assembled(
-    config: TrainerConfig, *, resume: bool = False, running: RunningSampler | None = None
+    config: TrainerConfig,
+    *,
+    resume: bool = False,
+    running: RunningSampler | None = None,
+    stop: StopRequest | None = None,
 ) -> Iterator[Run]:
     """A run ready for its first step; ends everything it started when the block is left.
 
     A sampler that is `running` already is given the run's weights and left running.
     """
+    stop = stop or StopRequest()
     with ExitStack() as stack:
-        tokenizer = load_tokenizer(config.student.model)
-        train_prompts, heldout = parts.prompts(config, tokenizer)
-        specials = parts.special_tokens(config, tokenizer)
-        newline_ids = parts.newline_ids(config, tokenizer)
-        checkpoints = Checkpoints(config.run.out / "checkpoints", keep=config.checkpoint.keep)
-        if not resume:
-            checkpoints.refuse_older()
-        start_from = str(checkpoints.latest()) if resume else config.student.model
-        device = parts.device(config)
-        torch.manual_seed(config.run.seed)
-        student = load_student(
-            start_from, dtype=getattr(torch, config.student.dtype), device=device
-        )
+        with stop.may_give_up():
+            run = _assemble(config, stack, resume, running, stop)
+        yield run
 
-        loop = running.loop if running else stack.enter_context(closing(LoopThread()))
-        client = loop.run(parts.connect(config, student.config.vocab_size, tokenizer))
-        stack.callback(lambda: loop.run(client.aclose()))
-        bars = stack.enter_context(Bars())
-        optimizer = parts.optimizer(config, student)
-        budget = methods.budget(config)
-        first_step = 0
-        if resume:
-            state = load_state(checkpoints.latest())
-            optimizer.load_state_dict(state["optimizer"])
-            budget.load_state_dict(state["budget"])
-            first_step = state["step"]
-        log = RunLog(config.run.out, bars, resume_from=first_step if resume else None)
-        stack.callback(log.close)
 
+def _assemble(
+    config: TrainerConfig,
+    stack: ExitStack,
+    resumed: bool,
+    running: RunningSampler | None,
+    stop: StopRequest,
+) -> Run:
+    problems = _problems(config, config.student.model)
+    specials = parts.special_tokens(config, problems.tokenizer)
+    start_from = _start_from(config, resumed)
+    learner = _learner(config, problems.tokenizer, start_from, stop)
+    loop = running.loop if running else stack.enter_context(closing(LoopThread()))
+    client = loop.run(parts.connect(config, learner.vocab_size, problems.tokenizer))
+    stack.callback(lambda: loop.run(client.aclose()))
+    bars = stack.enter_context(Bars())
+    sampler = running.sampler if running else parts.sampler(config, start_from)
+    stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), client, bars)
+    state = resuming.train_state(config, learner, stream)
+    warned = resuming.warnings(config, learner, state, Path(start_from) if resumed else None)
+    for warning in warned:
+        bars.console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+    recorder = Recorder(
+        config.run.out,
+        bars,
+        resume_from=state.step if resumed else None,
+        decode=lambda token_id: str(problems.tokenizer.decode(token_id)),
+    )
+    stack.callback(recorder.close)
+    write_progress(config.run.out, finished=False, steps_planned=config.run.steps)
+    if running is None:
         bars.update("sampler", 0, 1, f"starting {config.sampler.kind}")
-        sampler = (
-            running.sampler
-            if running
-            else stack.enter_context(started_sampler(config, start_from, loop))
-        )
+        stack.enter_context(started(sampler, loop))
         bars.update("sampler", 1, 1, "ready")
-        sync = WeightSync(student, sampler, max_logprob_gap=config.optim.max_sync_gap_nats)
-        stack.callback(sync.close)
-        probe_prompts = [p.token_ids for p in train_prompts[:NUM_PROBE_PROMPTS]]
-        if running:
-            loop.run(sync.push(probe_prompts, first_step))
-        options, policy = parts.score_options(config), parts.drift_policy(config)
-        source = RolloutSource(
-            loop=loop,
-            sampler=sampler,
-            open_session=lambda prompt_ids: client.open(prompt_ids, options, policy),
-            prompts=PromptOrder(
-                train_prompts,
-                prompts_per_step=config.rollout.prompts_per_step,
-                seed=config.run.seed,
-            ),
-            rules=parts.rollout_rules(config, specials, client.info),
-            options=lambda: parts.sampling_options(config, budget.max_tokens),
-            rollouts_per_prompt=config.rollout.rollouts_per_prompt,
-            queue_depth=config.run.queue_depth,
-            seed=config.run.seed,
-            first_step=first_step,
-            end_step=config.run.steps,
-            progress=lambda done, total: bars.update("rollouts", done, total),
+    sync = WeightSync(
+        learner,
+        sampler,
+        probe_prompts=[prompt.token_ids for prompt in problems.train[:NUM_PROBE_PROMPTS]],
+        max_logprob_gap=config.optim.max_sync_gap_nats,
+    )
+    stack.callback(sync.close)
+    if running is not None:
+        loop.run(sync.push(state.step))
+    stack.callback(stream.close)
+    return Run(
+        config=config,
+        learner=learner,
+        stream=stream,
+        recorder=recorder,
+        state=state,
+        problems=problems,
+        sync=sync,
+        running=RunningSampler(loop, sampler),
+        stop=stop,
+    )
+
+
+def _start_from(config: TrainerConfig, resumed: bool) -> str:
+    """The student of the configuration, or that of the run's last checkpoint."""
+    folder = resuming.checkpoint_folder(config)
+    if not resumed:
+        refuse_older(folder)
+        return config.student.model
+    checkpoint = latest(folder)
+    resuming.check_resumable(config, checkpoint)
+    return str(checkpoint)
+
+
+def _learner(
+    config: TrainerConfig, tokenizer: PreTrainedTokenizerBase, start_from: str, stop: StopRequest
+) -> Learner:
+    weights = methods.weights(config, newline_ids=parts.newline_ids(config, tokenizer))
+    torch.manual_seed(config.run.seed)
+    dtype = getattr(torch, config.student.dtype)
+    model = load_student(start_from, dtype=dtype, device=parts.device(config))
+    return Learner(
+        model,
+        tokenizer,
+        parts.optimizer(config, model),
+        divergence=methods.divergence(config),
+        weights=weights,
+        epochs=config.optim.epochs,
+        updates_per_epoch=config.optim.updates_per_epoch,
+        micro_batch_tokens=config.optim.micro_batch_tokens,
+        temperature=config.rollout.temperature,
+        seed=config.run.seed,
+        recomputes_behavior=config.needs_learner_behavior,
+        stop=stop,
+    )
+
+
+def _stream(
+    config: TrainerConfig,
+    prompts: list[Prompt],
+    specials: SpecialTokens,
+    running: RunningSampler,
+    client: TeacherClient,
+    bars: Bars,
+) -> RolloutStream:
+    asked, policy = parts.score_options(config), parts.drift_policy(config)
+    return RolloutStream(
+        loop=running.loop,
+        sampler=running.sampler,
+        open_session=lambda prompt_ids: client.open(prompt_ids, asked, policy),
+        prompts=PromptOrder(
+            prompts, prompts_per_step=config.rollout.prompts_per_step, seed=config.run.seed
+        ),
+        rules=parts.rollout_rules(config, specials, client.info),
+        budget=methods.budget(config),
+        options=lambda max_tokens: parts.sampling_options(config, max_tokens),
+        rollouts_per_prompt=config.rollout.rollouts_per_prompt,
+        queue_depth=config.run.queue_depth,
+        seed=config.run.seed,
+        num_steps=config.run.steps,
+        progress=lambda done, total: bars.update("rollouts", done, total),
+    )
+
+
+def evaluated(
+    config: TrainerConfig,
+    running: RunningSampler,
+    problems: Problems,
+    *,
+    name: str,
+    num_samples: int,
+    progress: Progress,
+) -> EvalResult:
+    """What the weights in a running sampler make of the held-out problems.
+
+    `name` differs from that of every other evaluation under way.
+    """
+    return running.loop.run(
+        evaluate(
+            running.sampler,
+            problems.heldout,
+            parts.grader(config),
+            problems.tokenizer,
+            name=name,
+            max_tokens=config.eval.max_tokens,
+            num_samples=num_samples,
+            temperature=config.eval.temperature,
+            progress=progress,
         )
-        stack.callback(source.close)
-        yield Run(
-            config=config,
-            device=device,
-            student=student,
-            tokenizer=tokenizer,
-            optimizer=optimizer,
-            divergence=methods.divergence(config),
-            weights=methods.weights(config, newline_ids=newline_ids),
-            budget=budget,
-            source=source,
-            loop=loop,
-            sampler=sampler,
-            sync=sync,
-            probe_prompts=probe_prompts,
-            heldout=heldout,
-            checkpoints=checkpoints,
-            log=log,
-            bars=bars,
-            first_step=first_step,
-        )
+    )
 
 
 def evaluate_checkpoint(config: TrainerConfig, model: str) -> dict[str, float | int | None]:
     """Exact match and pass@k of any checkpoint on the held-out problems, without a teacher."""
-    with ExitStack() as stack:
-        tokenizer = load_tokenizer(model)
-        _, heldout = parts.prompts(config, tokenizer)
-        running = stack.enter_context(running_sampler(config, model))
-        progress = stack.enter_context(Bars())
-        result = running.loop.run(
-            evaluate(
-                running.sampler,
-                heldout,
-                parts.grader(config),
-                tokenizer,
-                name="checkpoint",
-                max_tokens=config.eval.max_tokens,
-                num_samples=config.eval.pass_k,
-                temperature=config.eval.temperature,
-                progress=lambda done, total: progress.update("evaluation", done, total),
-            )
+    problems = _problems(config, model)
+    with running_sampler(config, model) as running, Bars() as bars:
+        result = evaluated(
+            config,
+            running,
+            problems,
+            name="checkpoint",
+            num_samples=config.eval.pass_k,
+            progress=lambda done, total: bars.update("evaluation", done, total),
         )
     return asdict(result)

@@ -1,6 +1,6 @@
 """What a step's rollouts say about drift, waste and time, and which of it is worth a warning.
 
-Pure numpy; the loop logs it. Every metric is explained in docs/diagnostics.md.
+Pure numpy; the loop reports it. Every metric is explained in docs/diagnostics.md.
 """
 
 from student_trainer.diagnostics.alarms import Alarm, warnings_of
@@ -10,7 +10,7 @@ from student_trainer.diagnostics.step import (
     BAND_TOKENS,
     effective_lengths,
     phase_seconds,
-    rollout_metrics,
+    rollout_report,
     step_profile,
 )
 
@@ -21,7 +21,7 @@ __all__ = [
     "mismatched_tokens",
     "phase_seconds",
     "repetition_rate",
-    "rollout_metrics",
+    "rollout_report",
     "step_profile",
     "warnings_of",
 ]

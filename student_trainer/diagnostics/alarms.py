@@ -5,10 +5,10 @@ The reasons and remedies stand in docs/diagnostics.md. No warning stops a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from student_trainer.diagnostics.mismatch import MismatchedToken
+from student_trainer.step_report import LearnReport, MismatchedToken, RolloutReport, StepReport
 
 MIN_SUPPORT_MASS = 0.5
 """Below, most of the student's probability is where local support matching has no gradient."""
@@ -39,33 +39,30 @@ class Alarm:
 
 
 def warnings_of(
-    metrics: Mapping[str, float],
-    *,
-    first: Mapping[str, float],
-    mismatched: Sequence[MismatchedToken] = (),
-    decode: Callable[[int], str] = str,
+    report: StepReport, *, first: StepReport | None, decode: Callable[[int], str] = str
 ) -> list[Alarm]:
-    """What is wrong with a step, given the metrics of the run's first step.
+    """What is wrong with a step, given the run's first step; None where it is not known.
 
-    Metrics that are absent give no warning. `decode` gives the text of a token id.
+    What the report does not say gives no warning. `decode` gives the text of a token id.
     """
-    found = [*_support(metrics, first), *_drift(metrics), *_learning(metrics), *_teacher(metrics)]
-    if (rate := metrics.get("repetition_rate", 0.0)) > MAX_REPETITION_RATE:
-        message = (
-            f"{rate:.0%} of the tokens continue a loop: look at the responses before trusting a "
-            "falling loss; a teacher agrees with a loop once it is in one"
-        )
-        found.append(Alarm(kind="repetition", message=message))
-    if mismatched:
+    found: list[Alarm] = []
+    if (learning := report.learning) is not None:
+        before = None if first is None else first.learning
+        found += [*_support(learning, before), *_learning(learning)]
+    if report.generation is not None:
+        found += _drift(report.generation)
+    found += _teacher(report)
+    if report.profile is not None and (mismatched := report.profile.mismatched_tokens):
         found.append(Alarm(kind="mismatched_tokens", message=_mismatch(mismatched, decode)))
     return found
 
 
-def _support(metrics: Mapping[str, float], first: Mapping[str, float]) -> Iterator[Alarm]:
-    name = "student_mass_at_teacher_topk"
-    if (mass := metrics.get(name)) is None:
+def _support(learning: LearnReport, first: LearnReport | None) -> Iterator[Alarm]:
+    if (mass := learning.student_mass_at_teacher_topk) is None:
         return
-    before = first.get(name, mass)
+    before = None if first is None else first.student_mass_at_teacher_topk
+    if before is None:
+        before = mass
     if mass < MIN_SUPPORT_MASS or mass < SUPPORT_MASS_DROP * before:
         yield Alarm(
             kind="support_mass",
@@ -75,44 +72,44 @@ def _support(metrics: Mapping[str, float], first: Mapping[str, float]) -> Iterat
         )
 
 
-def _drift(metrics: Mapping[str, float]) -> Iterator[Alarm]:
-    if (rate := metrics.get("bad_event_rate", 0.0)) > MAX_BAD_EVENT_RATE:
+def _drift(rollouts: RolloutReport) -> Iterator[Alarm]:
+    if (rate := rollouts.bad_event_rate or 0.0) > MAX_BAD_EVENT_RATE:
         yield Alarm(
             kind="bad_events",
             message=f"{rate:.0%} of the tokens are bad events: drift.k and drift.threshold do not "
             "fit this pair, or the two tokenizers or chat templates differ",
         )
-    effective = metrics.get("effective_length_p50")
-    exhausted = metrics.get("exhausted_rate", 0.0)
-    if (
-        effective is not None
-        and effective < MIN_EFFECTIVE_TOKENS
-        and exhausted >= EXHAUSTED_MAJORITY
-    ):
+    effective, exhausted = rollouts.effective_length_p50, rollouts.exhausted_rate or 0.0
+    if effective < MIN_EFFECTIVE_TOKENS and exhausted >= EXHAUSTED_MAJORITY:
         yield Alarm(
             kind="effective_length",
             message=f"half of the rollouts drift away within {effective:.0f} tokens, "
             f"{exhausted:.0%} of them in all: nearly nothing is learnt from. Lower drift.w_drop or "
             "drift.threshold, or start from a student nearer to the teacher",
         )
-    if (share := metrics.get("unreliable_share", 0.0)) > MAX_UNRELIABLE_SHARE:
+    if (share := rollouts.unreliable_share or 0.0) > MAX_UNRELIABLE_SHARE:
         yield Alarm(
             kind="unreliable",
             message=f"{share:.0%} of the tokens come after R reached 0: lower the budget, or set "
             "drift.stop_in_flight",
         )
+    if (rate := rollouts.repetition_rate) > MAX_REPETITION_RATE:
+        yield Alarm(
+            kind="repetition",
+            message=f"{rate:.0%} of the tokens continue a loop: look at the responses before "
+            "trusting a falling loss; a teacher agrees with a loop once it is in one",
+        )
 
 
-def _learning(metrics: Mapping[str, float]) -> Iterator[Alarm]:
-    if metrics.get("loss_tokens") == 0.0:
+def _learning(learning: LearnReport) -> Iterator[Alarm]:
+    if learning.loss_tokens == 0.0:
         yield Alarm(
             kind="no_tokens",
             message="no token counted, nothing was learnt: special_tokens masks all of them",
         )
-    high = metrics.get("weight_max")
-    if high is None:
+    low, mean, high = learning.weight_min, learning.weight_mean, learning.weight_max
+    if low is None or mean is None or high is None:
         return
-    low, mean = metrics.get("weight_min", high), metrics.get("weight_mean", high)
     if high <= 0.0:
         message = "every weight is 0, nothing was learnt: raise weights.prune.w_base"
     elif high > MAX_WEIGHT_OVER_MEAN * mean or 0.0 < low * MAX_WEIGHT_RATIO < high:
@@ -125,13 +122,13 @@ def _learning(metrics: Mapping[str, float]) -> Iterator[Alarm]:
     yield Alarm(kind="weights", message=message)
 
 
-def _teacher(metrics: Mapping[str, float]) -> Iterator[Alarm]:
-    unscored = metrics.get("unscored_rollouts", 0)
-    partly = metrics.get("partly_scored_rollouts", 0)
+def _teacher(report: StepReport) -> Iterator[Alarm]:
+    unscored = report.unscored_rollouts
+    partly = 0 if report.generation is None else report.generation.partly_scored_rollouts
     if unscored or partly:
         yield Alarm(
             kind="unscored",
-            message=f"the teacher stayed away: {unscored:.0f} rollouts are lost, {partly:.0f} are "
+            message=f"the teacher stayed away: {unscored} rollouts are lost, {partly} are "
             "scored in part. The step is smaller than configured; see the teacher's log",
         )
 

@@ -8,11 +8,11 @@ mistakes, whose gradient drowns everything else. They belong under `special_toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
 
 import numpy as np
 
 from student_trainer.records import Rollout
+from student_trainer.step_report import MismatchedToken
 
 TEACHER_FLOOR_NATS = -15.0
 """A teacher below this all but excludes the token (3e-7)."""
@@ -21,15 +21,6 @@ STUDENT_SURE_NATS = -0.5
 MIN_ROLLOUT_SHARE = 0.1
 MIN_ROLLOUTS = 2
 """One rollout is never many, however small the step."""
-
-
-class MismatchedToken(TypedDict):
-    """One token id; the means are over its counted positions below the teacher's floor."""
-
-    token_id: int
-    rollouts: int
-    teacher_logprob: float
-    behavior_logprob: float
 
 
 def mismatched_tokens(rollouts: Sequence[Rollout]) -> list[MismatchedToken]:

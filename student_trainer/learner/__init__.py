@@ -1,1 +1,1 @@
-"""The learner: the student, its batches, its optimiser and its checkpoints. Knows no sampler."""
+"""The learner: the student, its batches, its optimiser and its weights. Knows no sampler."""

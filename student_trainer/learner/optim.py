@@ -33,20 +33,20 @@ class Optimizer:
             self._parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay
         )
         self._max_grad_norm = max_grad_norm
-
-        def factor(update: int) -> float:
-            if update < warmup_updates:
-                return (update + 1) / warmup_updates
-            done = (update - warmup_updates) / max(1, total_updates - warmup_updates)
-            floor = final_learning_rate / learning_rate
-            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adamw, factor)
+        self._learning_rate, self._final_learning_rate = learning_rate, final_learning_rate
+        self._warmup_updates, self._total_updates = warmup_updates, total_updates
+        self._num_updates = 0
 
     @property
     def learning_rate(self) -> float:
         """Of the coming update."""
-        return float(self._schedule.get_last_lr()[0])
+        update, warmup = self._num_updates, self._warmup_updates
+        if update < warmup:
+            return self._learning_rate * ((update + 1) / warmup)
+        done = (update - warmup) / max(1, self._total_updates - warmup)
+        floor = self._final_learning_rate / self._learning_rate
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self._learning_rate * (floor + (1 - floor) * cosine)
 
     def step(self, scale: float) -> float:
         """Applies the accumulated gradients times `scale`; returns their norm before clipping.
@@ -67,8 +67,10 @@ class Optimizer:
             raise NonFiniteLossError(
                 f"the gradient norm is {norm}; the weights are left as they were"
             )
+        for group in self._adamw.param_groups:
+            group["lr"] = self.learning_rate
         self._adamw.step()
-        self._schedule.step()
+        self._num_updates += 1
         self._adamw.zero_grad(set_to_none=True)
         return norm
 
@@ -85,10 +87,12 @@ class Optimizer:
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad, op=dist.ReduceOp.SUM)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        return {"adamw": self._adamw.state_dict(), "schedule": self._schedule.state_dict()}
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs: the moments, and how many updates there were."""
+        return {"moments": self._adamw.state_dict()["state"], "updates": self._num_updates}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._adamw.load_state_dict(state["adamw"])
-        self._schedule.load_state_dict(state["schedule"])
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there with the settings of this optimiser, should they have changed."""
+        groups = self._adamw.state_dict()["param_groups"]
+        self._adamw.load_state_dict({"state": state["moments"], "param_groups": groups})
+        self._num_updates = state["updates"]

@@ -21,13 +21,15 @@ class LengthBudget(Protocol):
     def max_tokens(self) -> int:
         """Response tokens a rollout of the coming step may have."""
 
-    def update(self, effective_lengths: Sequence[int]) -> dict[str, float]:
-        """Account for a finished step, given E of every rollout in it; returns what to log."""
+    def update(self, effective_lengths: Sequence[int]) -> float | None:
+        """Account for a finished step, given E of every rollout in it.
 
-    def state_dict(self) -> dict[str, int]:
+        Returns the share of rollouts whose E reached the boundary; None without a boundary."""
+
+    def state(self) -> dict[str, int]:
         """What a resumed run needs; plain integers."""
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load(self, state: Mapping[str, int]) -> None:
         """Raises ValueError on keys or values that this budget could not have written."""
 
 
@@ -61,14 +63,14 @@ class FixedBudget:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         self.max_tokens = max_tokens
 
-    def update(self, effective_lengths: Sequence[int]) -> dict[str, float]:
+    def update(self, effective_lengths: Sequence[int]) -> float | None:
         """Nothing to learn."""
+        return None
+
+    def state(self) -> dict[str, int]:
         return {}
 
-    def state_dict(self) -> dict[str, int]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load(self, state: Mapping[str, int]) -> None:
         _read_state(state, {})
 
 
@@ -118,7 +120,7 @@ class PruneBudget:
         """Effective length from which a rollout of the present step hits."""
         return max(self._floor, self.max_tokens - self._margin)
 
-    def update(self, effective_lengths: Sequence[int]) -> dict[str, float]:
+    def update(self, effective_lengths: Sequence[int]) -> float | None:
         _check_rollouts(effective_lengths)
         num_hits = sum(length >= self.boundary for length in effective_lengths)
         hit_share = num_hits / len(effective_lengths)
@@ -128,12 +130,12 @@ class PruneBudget:
         elif self._num_low >= self._patience:
             self.max_tokens = max(self.max_tokens - self._step, self._minimum)
             self._num_low = 0
-        return {"budget_hit_share": hit_share}
+        return hit_share
 
-    def state_dict(self) -> dict[str, int]:
+    def state(self) -> dict[str, int]:
         return {"max_tokens": self.max_tokens, "num_low": self._num_low}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load(self, state: Mapping[str, int]) -> None:
         ranges = {
             "max_tokens": (self._minimum, self._maximum),
             "num_low": (0, self._patience - 1),
@@ -160,14 +162,14 @@ class ProgressiveBudget:
         grown = self._initial + self._increment * (self._num_updates // self._every)
         return min(self._maximum, grown)
 
-    def update(self, effective_lengths: Sequence[int]) -> dict[str, float]:
+    def update(self, effective_lengths: Sequence[int]) -> float | None:
         self._num_updates += 1
-        return {}
+        return None
 
-    def state_dict(self) -> dict[str, int]:
+    def state(self) -> dict[str, int]:
         return {"num_updates": self._num_updates}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load(self, state: Mapping[str, int]) -> None:
         (self._num_updates,) = _read_state(state, {"num_updates": (0, 2**63 - 1)})
 
 
@@ -198,15 +200,15 @@ class QuantileBudget:
         self._minimum, self._maximum, self._margin = minimum, maximum, margin
         self._quantile, self._rate = quantile, rate
 
-    def update(self, effective_lengths: Sequence[int]) -> dict[str, float]:
+    def update(self, effective_lengths: Sequence[int]) -> float | None:
         _check_rollouts(effective_lengths)
         target = float(np.quantile(effective_lengths, self._quantile)) + self._margin
         moved = math.ceil(self.max_tokens + self._rate * (target - self.max_tokens))
         self.max_tokens = min(max(moved, self._minimum), self._maximum)
-        return {}
+        return None
 
-    def state_dict(self) -> dict[str, int]:
+    def state(self) -> dict[str, int]:
         return {"max_tokens": self.max_tokens}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load(self, state: Mapping[str, int]) -> None:
         (self.max_tokens,) = _read_state(state, {"max_tokens": (self._minimum, self._maximum)})

@@ -1,20 +1,23 @@
-"""Batches of scored rollouts, `queue_depth` steps ahead. Only in here is the teacher asked.
+"""Scored rollouts, one after another, and a step's worth ahead of the learner. Only in here is the
+teacher asked.
 
 Generation and scoring run on one asyncio loop in a thread of its own; the learner's thread takes
-finished batches. Depth 0 generates a batch when it is asked for one; depth n keeps n more under way
-while the learner works, with weights that are up to n optimiser steps old. The loop is the same.
+finished rollouts in the order of their prompts. Depth 0 generates when it is asked; depth 1 keeps
+as many under way as a step takes while the learner works, with weights one optimiser step old.
+Deeper is no faster: rollouts that wait to be learnt from only grow older. Knows no model.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypeVar
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import uvloop
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 
 from student_trainer.data import PromptOrder
 from student_trainer.records import Prompt, Rollout, SamplingOptions
+from student_trainer.rollouts.budget import LengthBudget
 from student_trainer.rollouts.rollout import RolloutRules, TeacherSession, run_rollout
 from student_trainer.rollouts.samplers.base import Sampler
 from teacher_wire import tracing
@@ -62,18 +66,17 @@ class LoopThread:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutBatch:
-    """The rollouts of one step."""
+class Taken:
+    """What the loop got when it asked for rollouts."""
 
-    step: int
     rollouts: list[Rollout]
-    """Empty when the teacher stayed away all through the step."""
+    """Empty when the teacher stayed away all through."""
     num_unscored: int
     """Rollouts that the teacher scored nothing of; they are not in the list."""
 
 
-class RolloutSource:
-    """An iterator of rollout batches, from `first_step` up to but without `end_step`."""
+class RolloutStream:
+    """The rollouts of a run, from the first step on: `rollouts_per_prompt` of each prompt."""
 
     def __init__(
         self,
@@ -83,116 +86,131 @@ class RolloutSource:
         open_session: Callable[[NDArray[np.int32]], TeacherSession],
         prompts: PromptOrder,
         rules: RolloutRules,
-        options: Callable[[], SamplingOptions],
+        budget: LengthBudget,
+        options: Callable[[int], SamplingOptions],
         rollouts_per_prompt: int,
         queue_depth: int,
         seed: int,
-        first_step: int,
-        end_step: int,
+        num_steps: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
+        """`options` are those of a rollout, given the most tokens that it may have."""
         self._loop = loop
         self._sampler = sampler
         self._open_session = open_session
         self._prompts = prompts
         self._rules = rules
+        self.budget = budget
+        """How long the next rollouts may be; the loop tells it what came of the last."""
         self._options = options
         self._rollouts_per_prompt = rollouts_per_prompt
-        self._queue_depth = queue_depth
+        self.rollouts_per_step = prompts.prompts_per_step * rollouts_per_prompt
+        self._num_ahead = queue_depth * self.rollouts_per_step
         self._seed = seed
-        self._next_step, self._end_step = first_step, end_step
+        self._num_steps = num_steps
         self._progress = progress
-        self._under_way: deque[Future[RolloutBatch]] = deque()
-        self._tasks: set[asyncio.Task[RolloutBatch]] = set()
-        self.policy_version = first_step
-        """Optimiser rounds of the weights in the sampler; the learner sets it after a sync."""
+        self._under_way: deque[Future[Rollout | None]] = deque()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._finished: Counter[int] = Counter()
+        self._num_taken = self._num_settled = 0
+        self._coming = self._from_step(0)
+        self.policy_version = 0
+        """Optimiser rounds of the weights in the sampler; set after a sync."""
 
-    def __iter__(self) -> Self:
-        return self
+    def take(self, count: int) -> Taken:
+        """The next `count` rollouts; fewer at the end of the run.
 
-    def __next__(self) -> RolloutBatch:
-        self._launch_up_to(1)
-        if not self._under_way:
-            raise StopIteration
-        future = self._under_way.popleft()
-        try:
-            batch = future.result()
-        except BaseException:
-            future.cancel()
-            raise
-        self._launch_up_to(self._queue_depth)
-        return batch
+        Raises what a rollout raised, TeacherError say, after the others were cancelled.
+        """
+        self._launch(count - len(self._under_way))
+        futures = [*islice(self._under_way, count)]
+        outcomes = self._results(futures)
+        for _ in futures:
+            self._under_way.popleft()
+        self._num_taken += len(futures)
+        self._launch(self._num_ahead - len(self._under_way))
+        rollouts = [rollout for rollout in outcomes if rollout is not None]
+        return Taken(rollouts=rollouts, num_unscored=len(outcomes) - len(rollouts))
+
+    def settle(self) -> None:
+        """What was taken so far is learnt from: a resumed run begins after it."""
+        self._num_settled = self._num_taken
 
     def wait_until_idle(self) -> None:
         """Returns once nothing is being generated: weights may be replaced."""
-        for future in self._under_way:
-            future.result()
+        self._results(self._under_way)
 
     def close(self) -> None:
         """Ends what is under way; waits a little for a teacher that no longer answers."""
+        for future in self._under_way:
+            future.cancel()
         with suppress(TimeoutError):
-            self._loop.start(self._cancel_batches()).result(CLOSE_TIMEOUT_S)
+            self._loop.start(self._cancel()).result(CLOSE_TIMEOUT_S)
         self._under_way.clear()
 
-    async def _cancel_batches(self) -> None:
+    def state(self) -> dict[str, Any]:
+        """How many steps' rollouts were learnt from; the others are generated again."""
+        return {"steps": self._num_settled // self.rollouts_per_step}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on after so many steps, with weights of as many versions."""
+        self.policy_version = state["steps"]
+        self._num_taken = self._num_settled = state["steps"] * self.rollouts_per_step
+        self._coming = self._from_step(state["steps"])
+
+    def _from_step(self, first_step: int) -> Iterator[tuple[int, int, Prompt]]:
+        """Step, index within the step, and prompt of every rollout that is still to come."""
+        for step in range(first_step, self._num_steps):
+            prompts = self._prompts.step(step)
+            repeated = (prompt for prompt in prompts for _ in range(self._rollouts_per_prompt))
+            for index, prompt in enumerate(repeated):
+                yield step, index, prompt
+
+    def _launch(self, count: int) -> None:
+        options = self._options(self.budget.max_tokens)
+        for step, index, prompt in islice(self._coming, max(0, count)):
+            seeded = replace(options, seed=_seed(self._seed, step, index))
+            work = self._rollout(step, index, prompt, seeded, self.policy_version)
+            self._under_way.append(self._loop.start(work))
+
+    def _results(self, futures: Iterable[Future[Rollout | None]]) -> list[Rollout | None]:
+        futures = list(futures)
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [f for f in futures if f.done() and f.exception() is not None]
+            return [future.result() for future in failed or futures]
+        except Exception:
+            self.close()
+            raise
+
+    async def _rollout(
+        self, step: int, index: int, prompt: Prompt, options: SamplingOptions, version: int
+    ) -> Rollout | None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            with tracing.span("rollout", step=step, index=index):
+                rollout = await run_rollout(
+                    prompt,
+                    request_id=f"step{step}-{index}",
+                    options=options,
+                    sampler=self._sampler,
+                    session=self._open_session(prompt.token_ids),
+                    rules=self._rules,
+                    policy_version=version,
+                )
+        finally:
+            self._tasks.discard(task)
+        self._finished[step] += 1
+        self._progress(self._finished[step], self.rollouts_per_step)
+        return rollout
+
+    async def _cancel(self) -> None:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _launch_up_to(self, num_batches: int) -> None:
-        while len(self._under_way) < num_batches and self._next_step < self._end_step:
-            step, self._next_step = self._next_step, self._next_step + 1
-            self._under_way.append(self._loop.start(self._tracked(step, self.policy_version)))
-
-    async def _tracked(self, step: int, policy_version: int) -> RolloutBatch:
-        with tracing.span("step", step=step):
-            return await self._in_step(step, policy_version)
-
-    async def _in_step(self, step: int, policy_version: int) -> RolloutBatch:
-        task = asyncio.create_task(self._batch(step, policy_version))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await task
-
-    async def _batch(self, step: int, policy_version: int) -> RolloutBatch:
-        prompts = [p for p in self._prompts.step(step) for _ in range(self._rollouts_per_prompt)]
-        base = self._options()
-        done = 0
-
-        async def one(index: int, prompt: Prompt) -> Rollout | None:
-            nonlocal done
-            options = replace(base, seed=_seed(self._seed, step, index))
-            rollout = await run_rollout(
-                prompt,
-                request_id=f"step{step}-{index}",
-                options=options,
-                sampler=self._sampler,
-                session=self._open_session(prompt.token_ids),
-                rules=self._rules,
-                policy_version=policy_version,
-            )
-            done += 1
-            self._progress(done, len(prompts))
-            return rollout
-
-        outcomes = await _all_or_first_error([one(i, p) for i, p in enumerate(prompts)])
-        rollouts = [rollout for rollout in outcomes if rollout is not None]
-        return RolloutBatch(
-            step=step, rollouts=rollouts, num_unscored=len(outcomes) - len(rollouts)
-        )
-
-
-async def _all_or_first_error(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order; the first failure cancels the others and is raised as it is."""
-    tasks = [asyncio.ensure_future(item) for item in work]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 async def _cancel_others() -> None:

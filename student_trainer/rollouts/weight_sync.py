@@ -1,8 +1,7 @@
 """Puts the learner's weights into the sampler, and proves that they arrived.
 
 The weights travel as safetensors in a RAM-backed folder and vLLM reloads them in place: exact, and
-about 40 ms for a small model. The head is written even when it is tied to the embedding: vLLM on
-CPU repacks the head when it loads, and from a file without it silently keeps the old one.
+about 40 ms for a small model. Knows no model: the learner says what its log-probs are.
 """
 
 from __future__ import annotations
@@ -12,27 +11,45 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from student_trainer.errors import WeightSyncError
-from student_trainer.learner.student import student_forward
 from student_trainer.records import Delta, SamplingOptions
-from student_trainer.rollouts.samplers.base import Sampler
+from student_trainer.rollouts.samplers.base import Sampler, WeightFolder
 
 PROBE_TOKENS = 8
+
+
+class WeightOwner(Protocol):
+    """Whose weights travel."""
+
+    def export_weights(self, to: Path) -> None:
+        """Writes them as safetensors into a folder."""
+
+    def logprobs(
+        self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        """[T] of a prompt's continuation at temperature 1."""
 
 
 class WeightSync:
     """Moves one learner's weights into one sampler, step after step."""
 
-    def __init__(self, model: PreTrainedModel, sampler: Sampler, *, max_logprob_gap: float) -> None:
-        self._model = model
+    def __init__(
+        self,
+        learner: WeightOwner,
+        sampler: Sampler,
+        *,
+        probe_prompts: Sequence[NDArray[np.int32]],
+        max_logprob_gap: float,
+    ) -> None:
+        """The gap is in nats; it is measured on a few tokens sampled after each probe prompt."""
+        self._learner = learner
         self._sampler = sampler
+        self._probe_prompts = probe_prompts
         self._max_logprob_gap = max_logprob_gap
         shared_memory = Path("/dev/shm")
         self._folder = Path(
@@ -42,18 +59,17 @@ class WeightSync:
             )
         )
 
-    async def push(self, probe_prompts: Sequence[NDArray[np.int32]], version: int) -> float:
+    async def push(self, version: int) -> float:
         """Loads the learner's weights into the sampler and returns the largest log-prob gap.
 
-        The gap, in nats, is measured on a few sampled tokens of each probe prompt. Raises
-        WeightSyncError when it passes `max_logprob_gap`.
+        Raises WeightSyncError when it passes `max_logprob_gap`.
         """
-        self._write()
-        await self._sampler.load_weights(self._folder)
+        self._learner.export_weights(self._folder)
+        await self._sampler.load_weights(WeightFolder(self._folder))
         gaps = []
-        for index, prompt_ids in enumerate(probe_prompts):
+        for index, prompt_ids in enumerate(self._probe_prompts):
             tokens, logprobs = await self._sampled(f"probe-{version}-{index}", prompt_ids)
-            gaps.append(np.abs(self._learner_logprobs(prompt_ids, tokens) - logprobs).max())
+            gaps.append(np.abs(self._learner.logprobs(prompt_ids, tokens) - logprobs).max())
         # numpy's maximum, unlike max(), lets no NaN get lost.
         gap = float(np.max(gaps))
         if not gap <= self._max_logprob_gap:
@@ -67,13 +83,6 @@ class WeightSync:
         """Removes the folder of weights."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _write(self) -> None:
-        state = {
-            name: tensor.detach().to("cpu").contiguous().clone()
-            for name, tensor in self._model.state_dict().items()
-        }
-        save_file(state, self._folder / "model.safetensors", metadata={"format": "pt"})
-
     async def _sampled(
         self, request_id: str, prompt_ids: NDArray[np.int32]
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -85,22 +94,3 @@ class WeightSync:
             np.concatenate([delta.token_ids for delta in deltas]),
             np.concatenate([delta.logprobs for delta in deltas]),
         )
-
-    def _learner_logprobs(
-        self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32]
-    ) -> NDArray[np.float32]:
-        device = next(self._model.parameters()).device
-        prompt, response = torch.from_numpy(prompt_ids).long(), torch.from_numpy(token_ids).long()
-        sequence = torch.cat([prompt, response]).unsqueeze(0).to(device)
-        with torch.no_grad():
-            gathered = student_forward(
-                self._model,
-                sequence,
-                torch.ones_like(sequence),
-                torch.tensor([len(prompt)], device=device),
-                response.unsqueeze(0).to(device),
-                torch.ones(1, len(response), dtype=torch.bool, device=device),
-                (),
-                temperature=1.0,
-            )
-        return gathered.logprobs_BT[0].cpu().numpy()

@@ -46,10 +46,21 @@ class RunSettings(Section):
     seed: int = 0
     steps: int = Field(gt=0)
     """Optimisation rounds: one batch of rollouts each."""
-    queue_depth: int = Field(0, ge=0, le=8)
-    """Batches generated ahead of the learner; 0 is synchronous, n has weights up to n steps old."""
+    queue_depth: int = Field(0, ge=0)
+    """Steps whose rollouts are generated ahead of the learner: 0 generates when asked, 1 while the
+    learner works, with weights one step old. More is refused."""
     otlp_endpoint: str = ""
     """OTLP/HTTP address that traces are sent to (needs the extra `otel`); empty for none."""
+
+    @field_validator("queue_depth")
+    @classmethod
+    def _not_older_for_nothing(cls, depth: int) -> int:
+        if depth > 1:
+            raise ValueError(
+                "1 is the most: sampler and learner are both busy then, and deeper is no faster "
+                "but learns from older rollouts"
+            )
+        return depth
 
 
 class StudentSettings(Section):

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from student_trainer.learner.checkpoint import load_state
 from student_trainer.records import Rollout
+from student_trainer.train_state import read_state
 from teacher_wire.records import ScoreRows
 from tests.faults.forked_processes import ForkedTeacher
 from tests.faults.training_runs import CHECKPOINTS, FAKE, Run, meanwhile, until, until_scored
@@ -154,8 +154,7 @@ def test_steps_without_a_teacher_are_skipped_and_change_nothing(
         assert_same_weights(run.weights(step), run.weights(step - 1))
         checkpoints = run.folder / "checkpoints"
         before, after = (
-            load_state(checkpoints / f"step-{number:06d}")["optimizer"]
-            for number in (step - 1, step)
+            read_state(checkpoints / f"step-{number:06d}")["learner"] for number in (step - 1, step)
         )
         assert str(before) == str(after)
     warned = {r["step"] for r in run.records("warning") if r["warning"] == "unscored"}

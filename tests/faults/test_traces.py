@@ -1,4 +1,4 @@
-"""One trace from the trainer's step through an append to the engine.
+"""One trace from the trainer's rollout through an append to the engine.
 
 Run: pytest tests/faults/test_traces.py
 """
@@ -10,9 +10,16 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from student_trainer.data import PromptOrder
+from student_trainer.records import SamplingOptions
+from student_trainer.rollouts.budget import FixedBudget
+from student_trainer.rollouts.stream import LoopThread, RolloutStream
 from teacher_client.client import TeacherClient
 from teacher_server import logs
 from teacher_server.engine.fake_engine import FakeEngine, Fault
@@ -20,6 +27,7 @@ from teacher_server.testing import local_teacher
 from teacher_wire import tracing
 from teacher_wire.errors import EngineError
 from tests.faults.streams import OPTIONS, POLICY, PROMPT, span_at
+from tests.trainer.in_memory import InMemorySampler, ScriptedSession, prompt, rules
 
 sdk = pytest.importorskip("opentelemetry.sdk.trace")
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor  # noqa: E402
@@ -86,19 +94,33 @@ async def test_a_failed_append_ends_its_span_with_the_error(spans: InMemorySpanE
     assert failed[0].status.description == "EngineError"
 
 
-async def test_a_step_of_the_trainer_is_a_span(spans: InMemorySpanExporter) -> None:
-    from student_trainer.rollouts.stream import RolloutSource
+def test_a_rollout_of_the_trainer_is_a_span_and_its_session_is_below_it(
+    spans: InMemorySpanExporter,
+) -> None:
+    headers: list[str] = []
 
-    source = object.__new__(RolloutSource)
+    def open_session(prompt_ids: NDArray[np.int32]) -> ScriptedSession:
+        headers.append(tracing.traceparent())
+        return ScriptedSession()
 
-    async def batch(step: int, policy_version: int) -> str:
-        return tracing.traceparent()
-
-    source._batch, source._tasks = batch, set()  # type: ignore[method-assign,assignment]
-    header = await source._tracked(3, 0)
-    (step,) = spans.get_finished_spans()
-    assert (step.name, dict(step.attributes or {})) == ("step", {"step": 3})
-    assert tracing.trace_id_of(str(header)) == f"{step.context.trace_id:032x}"
+    with closing(LoopThread()) as loop:
+        stream = RolloutStream(
+            loop=loop,
+            sampler=InMemorySampler(),
+            open_session=open_session,
+            prompts=PromptOrder([prompt(2, 3)], prompts_per_step=1, seed=0),
+            rules=rules(),
+            budget=FixedBudget(4),
+            options=lambda max_tokens: SamplingOptions(max_tokens=max_tokens, num_topk=2),
+            rollouts_per_prompt=1,
+            queue_depth=0,
+            seed=0,
+            num_steps=1,
+        )
+        stream.take(1)
+    (rollout,) = spans.get_finished_spans()
+    assert (rollout.name, dict(rollout.attributes or {})) == ("rollout", {"step": 0, "index": 0})
+    assert [tracing.trace_id_of(h) for h in headers] == [f"{rollout.context.trace_id:032x}"]
 
 
 async def test_log_lines_name_the_trace(spans: InMemorySpanExporter) -> None:

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from student_trainer import cli
 from student_trainer.assembly import parts
-from student_trainer.recording.run_log import read_lines
+from student_trainer.recording.json_lines import read_lines
 from student_trainer.records import Rollout
-from student_trainer.rollouts.stream import RolloutBatch, RolloutSource
+from student_trainer.rollouts.stream import RolloutStream, Taken
 from tests.faults.forked_processes import ForkedTeacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ class Run:
 
     folder: Path
     exit_code: int = -1
-    batches: list[RolloutBatch] = field(default_factory=list)
+    batches: list[Taken] = field(default_factory=list)
 
     def train(self, address: str, *, resume: bool = False, **settings: Any) -> Run:
         """Runs to the end; `section__key` overrides section.key."""
@@ -82,15 +82,15 @@ class Run:
 
 
 @contextmanager
-def _recorded(batches: list[RolloutBatch]) -> Iterator[None]:
-    take = RolloutSource.__next__
+def _recorded(batches: list[Taken]) -> Iterator[None]:
+    take = RolloutStream.take
 
-    def record(source: RolloutSource) -> RolloutBatch:
-        batches.append(take(source))
+    def record(stream: RolloutStream, count: int) -> Taken:
+        batches.append(take(stream, count))
         return batches[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RolloutSource, "__next__", record)
+        patch.setattr(RolloutStream, "take", record)
         yield
 
 

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from student_trainer.assembly import parts
 from student_trainer.assembly.run import Run, assembled, evaluate_checkpoint
 from student_trainer.errors import CheckpointError, ConfigError, DatasetError
-from student_trainer.recording.run_log import read_lines
-from student_trainer.rollouts.stream import RolloutSource
+from student_trainer.recording.json_lines import read_lines
+from student_trainer.records import Rollout
+from student_trainer.rollouts.stream import RolloutStream, Taken
 from student_trainer.settings.config import TrainerConfig, load_config
-from student_trainer.train import learn, train
+from student_trainer.train import train
 from teacher_wire.errors import EngineError
 from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TeacherInfo, TokenSpan
 from tests.trainer.in_memory import ScriptedSession
@@ -185,7 +186,7 @@ def run_through(config: TrainerConfig, *, resume: bool = False) -> dict[str, tor
     """Trains and returns the weights that were saved."""
     with assembled(config, resume=resume) as run:
         train(run)
-        run.save_student()
+        run.finish()
     return load_file(config.run.out / "student" / "model.safetensors")
 
 
@@ -269,8 +270,8 @@ def test_rollouts_that_the_teacher_missed_are_counted_and_warned_of(
 ) -> None:
     config = configured(folder, "run.steps=1")
     with assembled(config) as run:
-        batch = replace(next(run.source), num_unscored=2)
-        monkeypatch.setattr(RolloutSource, "__next__", lambda _: batch)
+        taken = replace(taken_by(run), num_unscored=2)
+        monkeypatch.setattr(RolloutStream, "take", lambda *_: taken)
         train(run)
     (step,) = records(config, "step")
     assert step["unscored_rollouts"] == 2
@@ -326,9 +327,15 @@ def test_resuming_without_a_checkpoint_is_refused(folder: Path, client: InMemory
         run_through(configured(folder), resume=True)
 
 
-def learnt(run: Run, rollouts: list) -> dict[str, torch.Tensor]:  # type: ignore[type-arg]
-    learn(run, rollouts, 0)
-    return {name: tensor.detach().clone() for name, tensor in run.student.state_dict().items()}
+def taken_by(run: Run) -> Taken:
+    """The rollouts of the next step."""
+    return run.stream.take(run.stream.rollouts_per_step)
+
+
+def learnt(run: Run, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:
+    run.learner.learn(rollouts, 0)
+    run.learner.export_weights(run.config.run.out)
+    return load_file(run.config.run.out / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -359,7 +366,7 @@ def test_learning_is_the_same_whatever_the_micro_batch(
             folder, *overrides, f"optim.micro_batch_tokens={tokens}", f"run.out={folder}/{number}"
         )
         with assembled(config) as run:
-            results.append(learnt(run, next(run.source).rollouts))
+            results.append(learnt(run, taken_by(run).rollouts))
     start = tiny_student().state_dict()
     for name, tensor in results[0].items():
         for other in results[1:]:
@@ -373,11 +380,10 @@ def test_learning_is_the_same_whatever_the_micro_batch(
 def test_gradient_is_a_mean_over_tokens_and_not_a_sum(folder: Path, client: InMemoryClient) -> None:
     config = configured(folder, "optim.updates_per_epoch=1")
     norms = []
-    with assembled(config) as run:
-        rollouts = next(run.source).rollouts
-        for copies in (1, 3):
-            run.student.load_state_dict(tiny_student().state_dict())
-            norms.append(learn(run, rollouts * copies, 0)["grad_norm"])
+    for copies in (1, 3):
+        with assembled(config) as run:
+            rollouts = taken_by(run).rollouts * copies
+            norms.append(run.learner.learn(rollouts, 0).grad_norm)
     # 1e-5: float32 sums in another order.
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from student_trainer.learner.student import load_student
 from student_trainer.records import Delta, Finish, SamplingOptions
+from student_trainer.rollouts.samplers.base import WeightSource
 
 
 class HfSampler:
@@ -77,8 +77,8 @@ class HfSampler:
     async def abort(self, request_ids: Sequence[str]) -> None:
         self._aborted.update(self._running.intersection(request_ids))
 
-    async def load_weights(self, folder: Path) -> None:
-        self._model().load_state_dict(load_file(folder / "model.safetensors"))
+    async def load_weights(self, source: WeightSource) -> None:
+        self._model().load_state_dict(load_file(source.path / "model.safetensors"))
 
     async def close(self) -> None:
         self._loaded = None

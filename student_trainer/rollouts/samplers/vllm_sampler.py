@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.records import Delta, Finish, SamplingOptions
+from student_trainer.rollouts.samplers.base import WeightSource
 from vllm_process.children import children_end_with_us
 from vllm_process.cores import children_on, executor_on
 
@@ -114,9 +114,9 @@ class VllmSampler:
     async def abort(self, request_ids: Sequence[str]) -> None:
         await self._running().abort(list(request_ids))
 
-    async def load_weights(self, folder: Path) -> None:
+    async def load_weights(self, source: WeightSource) -> None:
         engine = self._running()
-        await engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        await engine.collective_rpc("reload_weights", kwargs={"weights_path": str(source.path)})
         if not await engine.reset_prefix_cache():
             raise RuntimeError("prefix cache not reset: weights were loaded while rollouts ran")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,14 +16,16 @@ from student_trainer.diagnostics import (
     effective_lengths,
     mismatched_tokens,
     repetition_rate,
-    rollout_metrics,
+    rollout_report,
     step_profile,
     warnings_of,
 )
 from student_trainer.diagnostics.repetition import MAX_PERIOD, loop_mask, slow_loop_mask
 from student_trainer.records import Finish, Rollout
+from student_trainer.step_report import StepProfile
 from teacher_wire.drift import advance
 from teacher_wire.records import DriftPolicy, DriftState
+from tests.trainer.made_reports import mismatching_profile, step_report
 from tests.trainer.made_rollouts import plain_rollout, random_rollout
 
 
@@ -85,9 +87,9 @@ def test_effective_length_of_the_golden_trajectory_is_seven() -> None:
     drift, _, _ = advance(DriftPolicy(w_drop=0.25), DriftState(), np.array(bad))
     rollout = replace(responded([0] * 9), drift=drift)
     assert effective_lengths([rollout]) == [7]
-    metrics = rollout_metrics([rollout], overlap_k=None)
-    assert metrics["unreliable_share"] == pytest.approx(2 / 9)
-    assert metrics["exhausted_rate"] == 1.0
+    metrics = rollout_report([rollout], overlap_k=None)
+    assert metrics.unreliable_share == pytest.approx(2 / 9)
+    assert metrics.exhausted_rate == 1.0
 
 
 def test_unreliable_share_is_of_counted_tokens() -> None:
@@ -95,27 +97,27 @@ def test_unreliable_share_is_of_counted_tokens() -> None:
         responded([0] * 6, mask=[0, 0, 1, 1, 1, 1]), drift=DriftState(num_tokens=6, exhausted_at=4)
     )
     calm = replace(responded([0] * 4), drift=DriftState(num_tokens=4))
-    metrics = rollout_metrics([rollout, calm], overlap_k=None)
-    assert metrics["unreliable_share"] == pytest.approx(3 / 8)
-    assert metrics["exhausted_rate"] == 0.5
+    metrics = rollout_report([rollout, calm], overlap_k=None)
+    assert metrics.unreliable_share == pytest.approx(3 / 8)
+    assert metrics.exhausted_rate == 0.5
 
 
 def test_effective_length_has_mean_median_and_tail() -> None:
     rollouts = [responded([0] * length) for length in (2, 4, 6, 8, 30)]
-    metrics = rollout_metrics(rollouts, overlap_k=None)
-    assert metrics["effective_length_mean"] == 10.0
-    assert metrics["effective_length_p50"] == 6.0
-    assert metrics["effective_length_p90"] == pytest.approx(8 + 0.6 * 22)
+    metrics = rollout_report(rollouts, overlap_k=None)
+    assert metrics.effective_length_mean == 10.0
+    assert metrics.effective_length_p50 == 6.0
+    assert metrics.effective_length_p90 == pytest.approx(8 + 0.6 * 22)
 
 
 def test_ends_add_up() -> None:
     ends = [Finish.STOP, Finish.LENGTH, Finish.LENGTH, Finish.TRUNCATED, Finish.UNSCORED]
     rollouts = [replace(responded([1, 2]), finish=end) for end in ends]
-    metrics = rollout_metrics(rollouts, overlap_k=None)
-    assert metrics["ended_by_student"] == 0.2
-    assert metrics["ended_by_length"] == 0.4
-    assert metrics["truncation_rate"] == 0.2
-    assert metrics["partly_scored_rollouts"] == 1
+    metrics = rollout_report(rollouts, overlap_k=None)
+    assert metrics.ended_by_student == 0.2
+    assert metrics.ended_by_length == 0.4
+    assert metrics.truncation_rate == 0.2
+    assert metrics.partly_scored_rollouts == 1
 
 
 # Disagreement by relative position
@@ -124,11 +126,11 @@ def test_ends_add_up() -> None:
 def test_reverse_kl_by_third_of_a_worked_example() -> None:
     six = responded([0] * 6, behavior=[0, 0, -1, -1, -2, -2], teacher=[-1, -3, -1, -2, -4, -1])
     one = responded([0], behavior=[0], teacher=[-6])
-    metrics = rollout_metrics([six, one], overlap_k=None)
-    assert metrics["reverse_kl_first_third"] == pytest.approx((1 + 3 + 6) / 3)
-    assert metrics["reverse_kl_middle_third"] == pytest.approx((0 + 1) / 2)
-    assert metrics["reverse_kl_last_third"] == pytest.approx((2 - 1) / 2)
-    assert metrics["abs_advantage_per_response"] == pytest.approx((1 + 3 + 0 + 1 + 2 + 1 + 6) / 2)
+    metrics = rollout_report([six, one], overlap_k=None)
+    assert metrics.reverse_kl_first_third == pytest.approx((1 + 3 + 6) / 3)
+    assert metrics.reverse_kl_middle_third == pytest.approx((0 + 1) / 2)
+    assert metrics.reverse_kl_last_third == pytest.approx((2 - 1) / 2)
+    assert metrics.abs_advantage_per_response == pytest.approx((1 + 3 + 0 + 1 + 2 + 1 + 6) / 2)
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,12 +152,12 @@ def test_thirds_and_sums_are_their_loops(seed: int, lengths: list[int]) -> None:
                 thirds["last" if t >= 2 * len(rollout) / 3 else name].append(gap)
                 advantage_sum += abs(gap)
         sums.append(advantage_sum)
-    metrics = rollout_metrics(rollouts, overlap_k=None)
+    metrics = rollout_report(rollouts, overlap_k=None)
     for name, gaps in thirds.items():
-        assert metrics.get(f"reverse_kl_{name}_third") == (
+        assert getattr(metrics, f"reverse_kl_{name}_third") == (
             pytest.approx(np.mean(gaps), abs=1e-9) if gaps else None
         )
-    assert metrics["abs_advantage_per_response"] == pytest.approx(np.mean(sums))
+    assert metrics.abs_advantage_per_response == pytest.approx(np.mean(sums))
 
 
 # Repetition
@@ -202,9 +204,9 @@ def test_fast_loop_mask_is_the_definition(parts: list[tuple[list[int], int]]) ->
 
 def test_repetition_of_a_step_is_mean_and_tail() -> None:
     rollouts = [responded(list(range(20)))] * 4 + [responded([5] * 20)]
-    metrics = rollout_metrics(rollouts, overlap_k=None)
-    assert metrics["repetition_rate"] == pytest.approx(0.95 / 5)
-    assert metrics["repetition_rate_p90"] == pytest.approx(0.6 * 0.95)
+    metrics = rollout_report(rollouts, overlap_k=None)
+    assert metrics.repetition_rate == pytest.approx(0.95 / 5)
+    assert metrics.repetition_rate_p90 == pytest.approx(0.6 * 0.95)
 
 
 # Mismatched tokens
@@ -230,10 +232,10 @@ def test_mismatch_of_a_worked_example() -> None:
         "teacher_logprob": -39.0,
         "behavior_logprob": -0.375,
     }
-    assert rollout_metrics(mismatching(), overlap_k=None)["mismatched_token_ids"] == 1
+    assert rollout_report(mismatching(), overlap_k=None).mismatched_token_ids == 1
     profile = step_profile(mismatching(), overlap_k=None)
-    assert profile["mismatched_tokens"] == [found]
-    assert json.loads(json.dumps(profile)) == profile
+    assert profile.mismatched_tokens == [found]
+    assert StepProfile(**json.loads(json.dumps(asdict(profile)))) == profile
 
 
 @pytest.mark.parametrize(
@@ -316,40 +318,34 @@ def test_every_metric_of_any_step_is_finite_and_shares_are_shares(
     step: tuple[list[Rollout], int | None],
 ) -> None:
     rollouts, overlap_k = step
-    metrics = rollout_metrics(rollouts, overlap_k=overlap_k)
-    assert all(math.isfinite(value) for value in metrics.values())
-    assert all(0.0 <= metrics[name] <= 1.0 for name in SHARES if name in metrics)
-    assert metrics["effective_length_p50"] <= metrics["effective_length_p90"]
-    assert metrics["effective_length_p90"] <= metrics["length_p90"]
-    json.dumps(step_profile(rollouts, overlap_k=overlap_k), allow_nan=False)
-    warnings_of(metrics, first=metrics)
+    metrics = rollout_report(rollouts, overlap_k=overlap_k)
+    report = replace(
+        step_report(),
+        generation=metrics,
+        profile=step_profile(rollouts, overlap_k=overlap_k),
+    )
+    values = report.values()
+    assert all(math.isfinite(value) for value in values.values())
+    assert all(0.0 <= values[name] <= 1.0 for name in SHARES if name in values)
+    assert metrics.effective_length_p50 <= metrics.effective_length_p90
+    assert metrics.effective_length_p90 <= metrics.length_p90
+    assert report.profile is not None
+    json.dumps(asdict(report.profile), allow_nan=False)
+    warnings_of(report, first=report)
 
 
 def test_what_a_step_says_nothing_about_is_left_out() -> None:
     nothing = replace(random_rollout(np.random.default_rng(0), num_response=0), drift=None)
-    metrics = rollout_metrics([nothing], overlap_k=3)
-    assert metrics["effective_length_mean"] == 0.0
+    metrics = rollout_report([nothing], overlap_k=3)
+    assert metrics.effective_length_mean == 0.0
     absent = {"overlap", "bad_event_rate", "unreliable_share", "exhausted_rate"}
-    assert not absent & metrics.keys()
-    assert not any(name.startswith("reverse_kl") for name in metrics)
+    written = replace(step_report(reverse_kl=None), generation=metrics).values()
+    assert not absent & written.keys()
+    assert not any(name.startswith("reverse_kl") for name in written)
 
 
 # Warnings
 
-HEALTHY = {
-    "student_mass_at_teacher_topk": 0.95,
-    "bad_event_rate": 0.3,
-    "effective_length_p50": 200.0,
-    "exhausted_rate": 0.6,
-    "unreliable_share": 0.4,
-    "repetition_rate": 0.02,
-    "loss_tokens": 1000.0,
-    "weight_min": 0.5,
-    "weight_mean": 1.0,
-    "weight_max": 1.5,
-    "unscored_rollouts": 0,
-    "partly_scored_rollouts": 0,
-}
 UNHEALTHY = [
     ("support_mass", {"student_mass_at_teacher_topk": 0.49}, "0.49 (0.95 in the first step)"),
     ("bad_events", {"bad_event_rate": 0.91}, "91% of the tokens are bad events"),
@@ -380,29 +376,29 @@ FINE = [
 def test_each_threshold_gives_its_warning_and_no_other(
     kind: str, changes: dict[str, float], shown: str
 ) -> None:
-    (alarm,) = warnings_of(HEALTHY | changes, first=HEALTHY)
+    (alarm,) = warnings_of(step_report(**changes), first=step_report())
     assert alarm.kind == kind
     assert shown in alarm.message
 
 
 @pytest.mark.parametrize("changes", FINE, ids=str)
 def test_at_its_threshold_a_metric_is_still_fine(changes: dict[str, float]) -> None:
-    assert warnings_of(HEALTHY | changes, first=HEALTHY) == []
+    assert warnings_of(step_report(**changes), first=step_report()) == []
 
 
 def test_mass_that_halved_since_the_first_step_warns() -> None:
-    now = HEALTHY | {"student_mass_at_teacher_topk": 0.6}
-    assert warnings_of(now, first=HEALTHY) == []
-    (alarm,) = warnings_of(now, first={"student_mass_at_teacher_topk": 1.25})
+    now = step_report(student_mass_at_teacher_topk=0.6)
+    assert warnings_of(now, first=step_report()) == []
+    (alarm,) = warnings_of(now, first=step_report(student_mass_at_teacher_topk=1.25))
     assert alarm.kind == "support_mass"
-    assert warnings_of(now, first={}) == []
+    assert warnings_of(now, first=step_report(student_mass_at_teacher_topk=None)) == []
+    assert warnings_of(now, first=None) == []
 
 
 def test_mismatched_tokens_are_named_by_their_text() -> None:
     (found,) = mismatched_tokens(mismatching())
-    (alarm,) = warnings_of(
-        HEALTHY, first=HEALTHY, mismatched=[found] * 7, decode={7: "<|im_end|>"}.__getitem__
-    )
+    report = replace(step_report(), profile=mismatching_profile(*[found] * 7))
+    (alarm,) = warnings_of(report, first=step_report(), decode={7: "<|im_end|>"}.__getitem__)
     assert alarm.kind == "mismatched_tokens"
     assert "'<|im_end|>' (id 7, 2 rollouts, teacher -39.0, student -0.38 nats)" in alarm.message
     assert alarm.message.count("im_end") == 5
@@ -410,5 +406,10 @@ def test_mismatched_tokens_are_named_by_their_text() -> None:
     assert "special_tokens.tokens" in alarm.message
 
 
-def test_nothing_logged_gives_no_warning() -> None:
-    assert warnings_of({}, first={}) == []
+def test_a_step_that_says_little_gives_no_warning() -> None:
+    little = replace(step_report(), learning=None, generation=None)
+    assert warnings_of(little, first=None) == []
+    absent = dict.fromkeys(
+        ("bad_event_rate", "exhausted_rate", "unreliable_share", "weight_min", "weight_max")
+    )
+    assert warnings_of(step_report(**absent), first=None) == []

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from student_trainer.assembly.run import Run
 from student_trainer.learner.optim import Optimizer
-from student_trainer.losses import BlockGate, LocalSupportMatching, PruneWeight, StepSums
+from student_trainer.losses import BlockGate, PruneWeight, StepSums
 from student_trainer.losses.objective import sum_over_processes
 from student_trainer.records import Rollout
-from student_trainer.train import learn
+from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import tiny_student
 from tests.trainer.made_rollouts import random_rollout
 
@@ -50,30 +49,21 @@ def updated(rollouts: list[Rollout]) -> dict[str, Any]:
         weight_decay=0.1,
         max_grad_norm=1.0,
     )
-    optim = SimpleNamespace(epochs=1, updates_per_epoch=1, micro_batch_tokens=30)
-    config = SimpleNamespace(
-        optim=optim,
-        rollout=SimpleNamespace(temperature=1.0),
-        run=SimpleNamespace(seed=0),
-        needs_learner_behavior=False,
-    )
-    run = SimpleNamespace(
-        config=config,
-        student=student,
-        device=torch.device("cpu"),
-        optimizer=optimizer,
-        divergence=LocalSupportMatching(),
+    learner = learner_of(
+        student,
+        optimizer,
         weights=[PruneWeight(w_drop=0.1), BlockGate(block_size=4)],
+        micro_batch_tokens=30,
     )
-    learn(cast(Run, run), rollouts, 0)
-    moments = optimizer.state_dict()["adamw"]["state"].values()
+    learner.learn(rollouts, 0)
+    moments = optimizer.state()["moments"].values()
     gradient = torch.cat([m["exp_avg"].flatten() for m in moments])
     weights = torch.cat([p.detach().flatten() for p in student.parameters()])
-    metrics = learn(cast(Run, run), rollouts, 1)
+    report = learner.learn(rollouts, 1)
     return {
         "weights": weights,
         "gradient": gradient,
-        "metrics": metrics,
+        "metrics": asdict(report),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,20 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from student_trainer.errors import CheckpointError, NonFiniteLossError
-from student_trainer.learner.checkpoint import STATE_FILE, Checkpoints, load_state
+from student_trainer.learner.learner import Learner
 from student_trainer.learner.optim import Optimizer
 from student_trainer.learner.student import load_student
-from tests.trainer.learner.tiny_student import character_tokenizer, tiny_student
+from student_trainer.train_state import (
+    STATE_FILE,
+    TrainState,
+    latest,
+    read_state,
+    refuse_older,
+    seconds_to_write,
+    step_of,
+)
+from tests.trainer.learner.made_learners import learner_of
+from tests.trainer.learner.tiny_student import tiny_student
 
 
 def optimizer(model: torch.nn.Module, **changes: object) -> Optimizer:
@@ -109,26 +120,59 @@ def weights(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+class Counting:
+    """A part of a run whose state is a number below ten."""
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+
+    def state(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def load(self, state: Mapping[str, int]) -> None:
+        if state["number"] >= 10:
+            raise ValueError(f"number is {state['number']}")
+        self.number = state["number"]
+
+
+def train_state(
+    folder: Path, *, keep: int = 1, learner: Learner | None = None, **settings: str
+) -> TrainState:
+    """Of a learner and a number."""
+    learner = learner or learner_of(tiny_student())
+    return TrainState(
+        folder,
+        keep=keep,
+        save_weights=learner.save,
+        parts={"learner": learner, "counting": Counting(7)},
+        settings=settings,
+    )
+
+
+def save(state: TrainState, step: int) -> Path:
+    state.step = step
+    return state.save()
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_resumed_training_is_bit_identical(tmp_path: Path, tied: bool) -> None:
     settings = {"warmup_updates": 1, "total_updates": 4}
     model = tiny_student(tied=tied)
     optim = optimizer(model, **settings)
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    straight_state = train_state(tmp_path, learner=learner_of(model, optim))
     for number in range(4):
         if number == 2:
-            state = {"optimizer": optim.state_dict(), "budget": {"max_tokens": 7}}
-            checkpoints.save(2, model, character_tokenizer(), state)
+            save(straight_state, 2)
         update(model, optim, number)
     straight = weights(model)
 
-    folder = checkpoints.latest()
+    folder = latest(tmp_path)
     resumed = load_student(str(folder), dtype=torch.float32, device=torch.device("cpu"))
     resumed_optim = optimizer(resumed, **settings)
-    state = load_state(folder)
-    assert state["step"] == 2
-    assert state["budget"] == {"max_tokens": 7}
-    resumed_optim.load_state_dict(state["optimizer"])
+    state = train_state(tmp_path, learner=learner_of(resumed, resumed_optim))
+    assert state.load(folder) is None
+    assert state.step == 2
+    assert read_state(folder)["counting"] == {"number": 7}
     for number in (2, 3):
         update(resumed, resumed_optim, number)
     assert resumed_optim.learning_rate == optim.learning_rate
@@ -138,32 +182,47 @@ def test_resumed_training_is_bit_identical(tmp_path: Path, tied: bool) -> None:
         assert torch.equal(got[name], tensor), name
 
 
-def save(checkpoints: Checkpoints, step: int) -> Path:
-    return checkpoints.save(step, tiny_student(), character_tokenizer(), {"budget": step})
+def test_changed_settings_of_the_optimiser_hold_from_the_resumed_step_on() -> None:
+    model, other = vector(1.0, -2.0), vector(1.0, -2.0)
+    before, after = optimizer(model), optimizer(other, learning_rate=1e-4, weight_decay=0.0)
+    model.weight.grad = torch.tensor([1.0, 1.0])
+    before.step(1.0)
+    after.load(before.state())
+    assert after.learning_rate == pytest.approx(1e-4 * before.learning_rate / 1e-2, rel=0.3)
+    start = other.weight.detach().clone()
+    other.weight.grad = torch.tensor([1.0, 1.0])
+    after.step(1.0)
+    # The moments agree with the gradient, so AdamW moves by the learning rate; without decay alike.
+    assert (start - other.weight).tolist() == pytest.approx([after_rate(1)] * 2, rel=1e-3)
+
+
+def after_rate(update: int) -> float:
+    """Of the changed schedule: from 1e-4 up to its final 1e-3, ten updates."""
+    return 1e-4 * (10 + (1 - 10) * 0.5 * (1 + math.cos(math.pi * update / 10)))
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    state = train_state(tmp_path, keep=2)
     for step in (5, 10, 15):
-        save(checkpoints, step)
+        save(state, step)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000010", "step-000015"]
-    assert checkpoints.latest().name == "step-000015"
-    assert load_state(checkpoints.latest())["budget"] == 15
+    assert latest(tmp_path).name == "step-000015"
+    assert step_of(latest(tmp_path)) == read_state(latest(tmp_path))["step"] == 15
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    save(checkpoints, 5)
+    state = train_state(tmp_path)
+    save(state, 5)
     (tmp_path / "step-000005" / "left-over").touch()
-    save(checkpoints, 5)
+    save(state, 5)
     assert not (tmp_path / "step-000005" / "left-over").exists()
 
 
 def test_checkpoint_that_was_not_finished_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    save(checkpoints, 5)
+    state = train_state(tmp_path)
+    save(state, 5)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -171,32 +230,71 @@ def test_checkpoint_that_was_not_finished_does_not_count(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", killed)
         with pytest.raises(KeyboardInterrupt):
-            save(checkpoints, 10)
-    assert checkpoints.latest().name == "step-000005"
-    save(checkpoints, 10)
+            save(state, 10)
+    assert latest(tmp_path).name == "step-000005"
+    save(state, 10)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000010"]
 
 
 def test_nothing_to_resume_from_is_an_error_naming_the_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"{tmp_path}/none: no checkpoint to resume from"):
-        Checkpoints(tmp_path / "none", keep=1).latest()
+        latest(tmp_path / "none")
 
 
 def test_new_run_does_not_mix_its_checkpoints_with_older_ones(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.refuse_older()
-    save(checkpoints, 40)
+    refuse_older(tmp_path)
+    save(train_state(tmp_path), 40)
     with pytest.raises(CheckpointError, match=r"step-000040.*--resume.*run\.out"):
-        Checkpoints(tmp_path, keep=1).refuse_older()
+        refuse_older(tmp_path)
+
+
+def test_settings_that_changed_are_named_with_both_values(tmp_path: Path) -> None:
+    save(train_state(tmp_path, rate="0.1", seed="3", gone="1"), 5)
+    same = train_state(tmp_path, gone="1", seed="3", rate="0.1")
+    assert same.load(latest(tmp_path)) is None
+    changes = train_state(tmp_path, rate="0.2", seed="3", new="2").load(latest(tmp_path))
+    assert changes is not None
+    assert changes.startswith("gone 1 -> unset, new unset -> 2, rate 0.1 -> 0.2 (settings ")
+
+
+def test_part_that_cannot_go_on_is_named(tmp_path: Path) -> None:
+    state = train_state(tmp_path)
+    state._parts["counting"].number = 12  # type: ignore[index,attr-defined]
+    folder = save(state, 5)
+    with pytest.raises(CheckpointError, match="state of counting does not fit .* number is 12"):
+        train_state(tmp_path).load(folder)
+
+
+@pytest.mark.parametrize(("gigabytes", "said"), [(0.2, False), (10, False), (60, True)])
+def test_a_write_that_takes_too_long_is_known_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gigabytes: float, said: bool
+) -> None:
+    # A disk of 2 GiB/s: the probe of 64 MiB takes 1/32 s.
+    now = iter([0.0, 1 / 32])
+    monkeypatch.setattr("student_trainer.train_state.time.monotonic", lambda: next(now))
+    seconds = seconds_to_write(tmp_path / "run", int(gigabytes * 2**30), limit_s=25.0)
+    assert seconds == (pytest.approx(gigabytes / 2) if said else None)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_checkpoint_bytes_are_those_of_the_files(tmp_path: Path) -> None:
+    model = tiny_student()
+    optim = optimizer(model)
+    update(model, optim, 0)
+    learner = learner_of(model, optim)
+    folder = save(train_state(tmp_path, learner=learner), 1)
+    written = sum((folder / name).stat().st_size for name in ("model.safetensors", STATE_FILE))
+    # Names, shapes and zip entries of a model this small are a fifth of its file.
+    assert learner.checkpoint_bytes < written < 1.5 * learner.checkpoint_bytes
 
 
 def test_folder_without_a_state_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"{tmp_path}: no {STATE_FILE}"):
-        load_state(tmp_path)
+        read_state(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"PK\x03\x04 cut short"])
 def test_state_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / STATE_FILE).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot read {STATE_FILE}"):
-        load_state(tmp_path)
+        read_state(tmp_path)

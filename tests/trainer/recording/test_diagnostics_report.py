@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -19,19 +20,19 @@ from student_trainer.diagnostics import (
     Alarm,
     effective_lengths,
     phase_seconds,
-    rollout_metrics,
+    rollout_report,
     step_profile,
 )
 from student_trainer.errors import ConfigError, DatasetError
-from student_trainer.recording.report import (
-    draw,
-    summarize,
-    summary_table,
-    warning_lines,
-    write_summary,
-)
-from student_trainer.recording.run_log import Bars, PhaseClock, RunLog, read_lines
+from student_trainer.recording.json_lines import read_lines, read_profiles, read_run
+from student_trainer.recording.phase_clock import PhaseClock
+from student_trainer.recording.recorder import Recorder
+from student_trainer.recording.report import draw, summary_table, warning_lines
+from student_trainer.recording.summary import summarize, write_progress, write_summary
+from student_trainer.recording.terminal import Bars
 from student_trainer.records import Finish, RolloutTimes
+from student_trainer.step_report import EvalReport, PhaseSeconds, StepReport
+from tests.trainer.made_reports import step_report
 from tests.trainer.made_rollouts import plain_rollout
 
 STOPPED = plain_rollout(
@@ -60,31 +61,31 @@ UNSCORED = plain_rollout(
 
 
 def test_metrics_of_a_worked_example() -> None:
-    metrics = rollout_metrics([STOPPED, ENDED], overlap_k=4)
-    assert metrics["rollouts"] == 2
-    assert metrics["truncated_rollouts"] == 1
-    assert metrics["generated_tokens"] == 15
-    assert metrics["kept_tokens"] == 8
-    assert metrics["overshoot_tokens"] == 7
-    assert metrics["overshoot_mean"] == 7.0
-    assert metrics["overshoot_bound_mean"] == 8.0
-    assert metrics["length_mean"] == 4.0
-    assert metrics["ended_by_student"] == 0.5
-    assert metrics["staleness_min_version"] == 2
-    assert metrics["overlap"] == pytest.approx((4 + 4 + 0 + 5 * 2) / 8 / 4)
-    assert metrics["bad_event_rate"] == pytest.approx(2 / 8)
+    metrics = rollout_report([STOPPED, ENDED], overlap_k=4)
+    assert metrics.rollouts == 2
+    assert metrics.truncated_rollouts == 1
+    assert metrics.generated_tokens == 15
+    assert metrics.kept_tokens == 8
+    assert metrics.overshoot_tokens == 7
+    assert metrics.overshoot_mean == 7.0
+    assert metrics.overshoot_bound_mean == 8.0
+    assert metrics.length_mean == 4.0
+    assert metrics.ended_by_student == 0.5
+    assert metrics.staleness_min_version == 2
+    assert metrics.overlap == pytest.approx((4 + 4 + 0 + 5 * 2) / 8 / 4)
+    assert metrics.bad_event_rate == pytest.approx(2 / 8)
 
 
 def test_unscored_tokens_are_no_overshoot() -> None:
-    metrics = rollout_metrics([UNSCORED, ENDED], overlap_k=4)
-    assert metrics["overshoot_tokens"] == 0
-    assert "overshoot_mean" not in metrics
-    assert metrics["generated_tokens"] - metrics["kept_tokens"] == 8
+    metrics = rollout_report([UNSCORED, ENDED], overlap_k=4)
+    assert metrics.overshoot_tokens == 0
+    assert metrics.overshoot_mean is None
+    assert metrics.generated_tokens - metrics.kept_tokens == 8
 
 
 def test_overlap_is_left_out_without_candidates() -> None:
-    assert "overlap" not in rollout_metrics([ENDED], overlap_k=None)
-    assert step_profile([ENDED], overlap_k=None)["overlap_by_band"] is None
+    assert rollout_report([ENDED], overlap_k=None).overlap is None
+    assert step_profile([ENDED], overlap_k=None).overlap_by_band is None
 
 
 def test_phase_seconds_are_of_the_whole_batch() -> None:
@@ -106,16 +107,15 @@ def test_overlap_bands_average_the_rollouts_that_reach_them() -> None:
     long = plain_rollout(overlap_counts=[2] * BAND_TOKENS + [1] * 3)
     profile = step_profile([short, long], overlap_k=4)
     first = (8 * 1.0 + BAND_TOKENS * 0.5) / (8 + BAND_TOKENS)
-    assert profile["overlap_by_band"] == pytest.approx([first, 0.25], abs=1e-4)
-    assert profile["rollouts_by_band"] == [2, 1]
-    assert profile["band_tokens"] == BAND_TOKENS
-    assert profile["lengths"] == [8, BAND_TOKENS + 3]
-    assert json.loads(json.dumps(profile)) == profile
+    assert profile.overlap_by_band == pytest.approx([first, 0.25], abs=1e-4)
+    assert profile.rollouts_by_band == [2, 1]
+    assert profile.band_tokens == BAND_TOKENS
+    assert profile.lengths == [8, BAND_TOKENS + 3]
 
 
 def test_band_ends_exactly_where_the_longest_does() -> None:
     profile = step_profile([plain_rollout(overlap_counts=[4] * BAND_TOKENS)], overlap_k=4)
-    assert profile["overlap_by_band"] == [1.0]
+    assert profile.overlap_by_band == [1.0]
 
 
 def test_effective_length_counts_unmasked_tokens_before_reliability_was_gone() -> None:
@@ -127,56 +127,49 @@ def test_effective_length_counts_unmasked_tokens_before_reliability_was_gone() -
 
 def test_clock_adds_up_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 2.0, 10.0, 11.0])
-    monkeypatch.setattr("student_trainer.recording.run_log.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("student_trainer.recording.phase_clock.time.monotonic", lambda: next(now))
     clock = PhaseClock()
     with clock.phase("learn"):
         pass
     with pytest.raises(KeyError), clock.phase("learn"):
         raise KeyError
-    clock.add("sync", 0.5)
-    assert clock.seconds == {"learn": 3.0, "sync": 0.5}
+    assert clock.seconds == {"learn": 3.0}
 
 
 @contextmanager
-def run_log(folder: Path, *, resume_from: int | None = None) -> Iterator[tuple[RunLog, StringIO]]:
-    """A log with a console that is no terminal."""
+def recorder(
+    folder: Path, *, resume_from: int | None = None
+) -> Iterator[tuple[Recorder, StringIO]]:
+    """A recorder with a console that is no terminal."""
     output = StringIO()
-    log = RunLog(folder, Bars(Console(file=output, width=200)), resume_from=resume_from)
+    made = Recorder(folder, Bars(Console(file=output, width=200)), resume_from=resume_from)
     try:
-        yield log, output
+        yield made, output
     finally:
-        log.close()
+        made.close()
 
 
-def step_metrics(truncated: int, *, overshoot: int) -> dict[str, float]:
-    """Scalars of one step of four rollouts."""
-    metrics = {
-        "loss": 0.5,
-        "reverse_kl": 0.25,
-        "length_mean": 20.0,
-        "rollouts": 4,
+def stopped(truncated: int, *, overshoot: int) -> dict[str, float]:
+    """What differs in a step with so many stopped rollouts."""
+    changes: dict[str, float] = {
         "truncated_rollouts": truncated,
-        "generated_tokens": 100,
         "kept_tokens": 100 - overshoot,
         "overshoot_tokens": overshoot,
         "sync_gap_nats": 1e-6 * (1 + truncated),
     }
     if truncated:
-        metrics |= {"overshoot_mean": overshoot / truncated, "overshoot_bound_mean": 12.0}
-    return metrics
-
-
-SECONDS = {"generate": 1.0, "teacher_wait": 0.25, "learn": 0.5, "sync": 0.25}
+        changes |= {"overshoot_mean": overshoot / truncated, "overshoot_bound_mean": 12.0}
+    return changes
 
 
 def write_run(folder: Path) -> None:
     """Two steps between two evaluations."""
-    with run_log(folder) as (log, _):
-        log.evaluation(0, {"accuracy": 0.1, "pass_at_1": 0.05, "pass_at_k": 0.2})
+    with recorder(folder) as (run, _):
+        run.evaluation(EvalReport(step=0, accuracy=0.1, pass_at_1=0.05, pass_at_k=0.2))
         for step, (truncated, overshoot) in enumerate([(3, 30), (1, 6)], start=1):
-            log.step(step, step_metrics(truncated, overshoot=overshoot), SECONDS)
-            log.profile(step, step_profile([STOPPED, ENDED], overlap_k=4))
-        log.evaluation(2, {"accuracy": 0.9, "pass_at_1": None, "pass_at_k": None})
+            changes = stopped(truncated, overshoot=overshoot)
+            run.step(step_report(step, [STOPPED, ENDED], **changes))
+        run.evaluation(EvalReport(step=2, accuracy=0.9))
 
 
 def test_summary_of_a_run_has_every_figure(tmp_path: Path) -> None:
@@ -217,9 +210,9 @@ def test_drawing_makes_a_picture(tmp_path: Path) -> None:
 
 
 def test_run_without_truncation_evaluation_and_overlap_is_drawn_too(tmp_path: Path) -> None:
-    with run_log(tmp_path) as (log, _):
-        log.step(1, step_metrics(0, overshoot=0), SECONDS)
-        log.profile(1, step_profile([ENDED], overlap_k=None))
+    without = replace(ENDED, teacher=replace(ENDED.teacher, overlap_counts=None))
+    with recorder(tmp_path) as (run, _):
+        run.step(step_report(1, [without]))
     summary = summarize(tmp_path)
     assert "overshoot_mean" not in summary
     assert "accuracy_before" not in summary
@@ -232,8 +225,8 @@ def test_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 
 
 def test_run_without_a_step_is_named(tmp_path: Path) -> None:
-    with run_log(tmp_path) as (log, _):
-        log.evaluation(0, {"accuracy": 0.1})
+    with recorder(tmp_path) as (run, _):
+        run.evaluation(EvalReport(step=0, accuracy=0.1))
     with pytest.raises(DatasetError, match="no step was finished"):
         summarize(tmp_path)
 
@@ -243,7 +236,7 @@ BROKEN_LINES = {
     "no object": ("[1, 2]", "must be an object with `step`"),
     "no step": ('{"kind": "eval", "accuracy": 1.0}', "must be an object with `step`"),
     "no kind": ('{"step": 3}', "kind must be one of"),
-    "no figures": ('{"kind": "step", "step": 3}', "kind step lacks generated_tokens"),
+    "no figures": ('{"kind": "step", "step": 3}', "kind step lacks loss, loss_tokens"),
     "eval without figures": ('{"kind": "eval", "step": 3}', "kind eval lacks accuracy"),
 }
 
@@ -281,43 +274,40 @@ def test_broken_line_before_the_last_stops_a_resume(tmp_path: Path) -> None:
     path.write_text("{\n" + path.read_text())
     with (
         pytest.raises(DatasetError, match=rf"{path}:1: not JSON"),
-        run_log(tmp_path, resume_from=1),
+        recorder(tmp_path, resume_from=1),
     ):
         pass
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_metric_that_is_not_finite_raises_and_is_not_written(tmp_path: Path, bad: float) -> None:
-    with run_log(tmp_path) as (log, _):
-        metrics = step_metrics(0, overshoot=0) | {"loss": bad}
+    with recorder(tmp_path) as (run, _):
         with pytest.raises(ValueError, match=f"metric loss of step 1 is {bad}"):
-            log.step(1, metrics, SECONDS)
+            run.step(step_report(loss=bad))
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
-    with run_log(tmp_path) as (log, output):
-        log.step(1, step_metrics(3, overshoot=30), SECONDS)
+    with recorder(tmp_path) as (run, output):
+        run.step(step_report(**stopped(3, overshoot=30)))
         (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
         assert json.loads(line)["seconds_learn"] == 0.5
         assert "stopped 3/4" in output.getvalue()
 
 
 def test_step_of_special_tokens_alone_is_logged(tmp_path: Path) -> None:
-    metrics = step_metrics(0, overshoot=0)
-    del metrics["reverse_kl"]
-    with run_log(tmp_path) as (log, output):
-        log.step(1, metrics, SECONDS)
+    nothing = dict.fromkeys(("reverse_kl", "weight_min", "weight_mean", "weight_max"))
+    with recorder(tmp_path) as (run, output):
+        run.step(step_report(**nothing))
     assert "step   1" in output.getvalue()
 
 
 def test_resumed_run_counts_no_step_twice(tmp_path: Path) -> None:
     write_run(tmp_path)
     # Killed after step 2, resumed from the checkpoint of step 1.
-    with run_log(tmp_path, resume_from=1) as (log, _):
-        log.step(2, step_metrics(0, overshoot=0), SECONDS)
-        log.profile(2, step_profile([ENDED], overlap_k=4))
-        log.evaluation(2, {"accuracy": 0.8})
+    with recorder(tmp_path, resume_from=1) as (run, _):
+        run.step(step_report(2, [ENDED]))
+        run.evaluation(EvalReport(step=2, accuracy=0.8))
     summary = summarize(tmp_path)
     assert (summary["steps"], summary["overshoot_tokens"]) == (2, 30)
     assert (summary["accuracy_before"], summary["accuracy_after"]) == (0.1, 0.8)
@@ -329,33 +319,32 @@ def test_resumed_run_drops_a_line_that_was_cut_short(tmp_path: Path) -> None:
     write_run(tmp_path)
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])
-    with run_log(tmp_path, resume_from=2):
+    with recorder(tmp_path, resume_from=2):
         pass
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
 
 
 def test_new_run_starts_its_record_anew(tmp_path: Path) -> None:
     write_run(tmp_path)
-    with run_log(tmp_path):
+    with recorder(tmp_path):
         pass
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_warning_is_written_always_and_printed_at_times(tmp_path: Path) -> None:
-    loop, lost = (Alarm(kind=kind, message=f"[{kind}] is bad") for kind in ("loop", "lost"))
-    with run_log(tmp_path) as (log, output):
+    with recorder(tmp_path) as (run, output):
         for step in range(1, 24):
-            log.step(step, step_metrics(0, overshoot=0), SECONDS)
-            log.alarms(step, [loop] * (step >= 2) + [lost] * (step == 20))
-    printed = [line for line in output.getvalue().splitlines() if "warning" in line]
+            rate, lost = 0.5 * (step >= 2), int(step == 20)
+            run.step(step_report(step, [ENDED], repetition_rate=rate, unscored_rollouts=lost))
+    printed = [line[:45] for line in output.getvalue().splitlines() if "warning" in line]
     assert printed == [
-        "step   2  warning: [loop] is bad",
-        "step  12  warning: [loop] is bad",
-        "step  20  warning: [lost] is bad",
-        "step  22  warning: [loop] is bad",
+        "step   2  warning: 50% of the tokens continue",
+        "step  12  warning: 50% of the tokens continue",
+        "step  20  warning: the teacher stayed away: 1",
+        "step  22  warning: 50% of the tokens continue",
     ]
     records = [r for r in read_lines(tmp_path / "metrics.jsonl") if r["kind"] == "warning"]
-    assert [r["step"] for r in records if r["warning"] == "loop"] == list(range(2, 24))
+    assert [r["step"] for r in records if r["warning"] == "repetition"] == list(range(2, 24))
     draw(tmp_path, summarize(tmp_path))
 
 
@@ -364,27 +353,94 @@ def test_report_shows_each_kind_of_warning_once(
 ) -> None:
     write_run(tmp_path)
     assert warning_lines(summarize(tmp_path)) == []
-    with run_log(tmp_path, resume_from=2) as (log, _):
-        log.alarms(1, [Alarm(kind="loop", message="30% [loop]")])
-        log.alarms(2, [Alarm(kind="loop", message="40% [loop]")])
+    with recorder(tmp_path, resume_from=2) as (run, _):
+        run.step(step_report(3, unscored_rollouts=1))
+        run.step(step_report(4, unscored_rollouts=2))
     (line,) = warning_lines(summarize(tmp_path))
-    assert line == "warning at 2 of 2 steps (1 to 2): 40% [loop]"
+    assert line.startswith("warning at 2 of 4 steps (3 to 4): the teacher stayed away: 2 rollouts")
     assert cli.main(["report", str(tmp_path)]) == 0
-    assert line in capsys.readouterr().out
+    assert line in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_first_step_is_known_after_a_resume(tmp_path: Path) -> None:
-    with run_log(tmp_path) as (log, _):
-        assert log.first_step == {}
+    with recorder(tmp_path) as (run, _):
+        assert run.first_step is None
     write_run(tmp_path)
-    with run_log(tmp_path, resume_from=2) as (log, _):
-        assert (log.first_step["step"], log.first_step["truncated_rollouts"]) == (1, 3)
-        log.step(3, step_metrics(0, overshoot=0), SECONDS)
-        assert log.first_step["step"] == 1
-    with run_log(tmp_path, resume_from=0) as (log, _):
-        assert log.first_step == {}
-        log.step(1, step_metrics(2, overshoot=9), SECONDS)
-        assert log.first_step["truncated_rollouts"] == 2
+    with recorder(tmp_path, resume_from=2) as (run, _):
+        assert run.first_step is not None
+        assert run.first_step.generation is not None
+        assert (run.first_step.step, run.first_step.generation.truncated_rollouts) == (1, 3)
+        run.step(step_report(3))
+        assert run.first_step.step == 1
+        assert run.last_evaluation == 2
+    with recorder(tmp_path, resume_from=0) as (run, _):
+        assert run.first_step is None
+        assert run.last_evaluation == 0
+        run.step(step_report(1, loss=0.75))
+        assert run.first_step == step_report(1, loss=0.75)
+
+
+def test_what_was_written_is_read_back_as_the_same_report(tmp_path: Path) -> None:
+    report = step_report(1, [STOPPED, ENDED], **stopped(2, overshoot=9))
+    skipped = StepReport(step=2, unscored_rollouts=4, seconds=PhaseSeconds(teacher_wait=1.5))
+    evaluation = EvalReport(step=2, accuracy=0.5, mean_tokens=7.0)
+    with recorder(tmp_path) as (run, _):
+        run.step(report)
+        run.step(skipped)
+        run.evaluation(evaluation)
+    written = read_run(tmp_path)
+    assert written.steps == [replace(report, profile=None)]
+    assert written.skipped == [skipped]
+    assert written.evaluations == [evaluation]
+    assert written.steps_done == 2
+    assert read_profiles(tmp_path) == {1: report.profile}
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert not any(value is None for line in lines for value in line.values())
+
+
+def test_every_sink_is_told_everything(tmp_path: Path) -> None:
+    told: list[object] = []
+
+    class Listener:
+        def step(self, report: StepReport) -> None:
+            told.append(report.step)
+
+        def evaluation(self, report: EvalReport) -> None:
+            told.append(report.accuracy)
+
+        def alarm(self, step: int, alarm: Alarm) -> None:
+            told.append(alarm.kind)
+
+        def close(self) -> None:
+            told.append("closed")
+
+    run = Recorder(tmp_path, Bars(Console(file=StringIO())), more=[Listener()])
+    run.step(step_report(1, unscored_rollouts=1))
+    run.evaluation(EvalReport(step=1, accuracy=0.5))
+    run.close()
+    assert told == [1, "unscored", 0.5, "closed"]
+
+
+def test_only_the_run_itself_says_that_it_is_finished(tmp_path: Path) -> None:
+    def said() -> tuple[object, ...]:
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        return tuple(summary[name] for name in ("finished", "steps_done", "steps_planned"))
+
+    with recorder(tmp_path):
+        write_progress(tmp_path, finished=False, steps_planned=4)
+    assert said() == (False, 0, 4)
+    write_run(tmp_path)
+    # The report keeps the run's word, and counts for itself.
+    write_summary(tmp_path, summarize(tmp_path))
+    assert said() == (False, 2, 4)
+    output = StringIO()
+    Console(file=output, width=100).print(summary_table(summarize(tmp_path)))
+    assert "2 of 4" in output.getvalue()
+    assert "--resume" in output.getvalue()
+    write_progress(tmp_path, finished=True, steps_planned=2)
+    assert said() == (True, 2, 2)
+    (tmp_path / "summary.json").unlink()
+    assert (summarize(tmp_path)["finished"], summarize(tmp_path)["steps_planned"]) == (None, None)
 
 
 def test_bars_are_silent_without_a_terminal_and_start_again() -> None:
@@ -397,8 +453,8 @@ def test_bars_are_silent_without_a_terminal_and_start_again() -> None:
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path: Path) -> None:
     with Bars() as bars:
-        first = RunLog(tmp_path, bars)
+        first = Recorder(tmp_path, bars)
         with pytest.raises(ConfigError, match="another run is writing"):
-            RunLog(tmp_path, bars)
+            Recorder(tmp_path, bars)
         first.close()
-        RunLog(tmp_path, bars).close()
+        Recorder(tmp_path, bars).close()

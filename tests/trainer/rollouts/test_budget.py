@@ -31,23 +31,23 @@ def test_the_hit_boundary_is_inclusive() -> None:
 
 def test_the_third_low_step_in_a_row_shrinks_the_budget() -> None:
     budget = PruneBudget(initial=2048)
-    budget.load_state_dict({"max_tokens": 2048, "num_low": 2})
+    budget.load({"max_tokens": 2048, "num_low": 2})
     budget.update([300] * 10)
-    assert budget.state_dict() == {"max_tokens": 1948, "num_low": 0}
+    assert budget.state() == {"max_tokens": 1948, "num_low": 0}
 
 
 def test_share_of_hits_is_what_there_is_to_log() -> None:
-    assert PruneBudget(initial=2048).update([300, 1948, 2048, 0]) == {"budget_hit_share": 0.5}
-    assert FixedBudget(10).update([10]) == {}
-    assert QuantileBudget(initial=10, minimum=1, maximum=20).update([10]) == {}
-    assert ProgressiveBudget(initial=1, maximum=2, increment=1, every=2).update([10]) == {}
+    assert PruneBudget(initial=2048).update([300, 1948, 2048, 0]) == 0.5
+    assert FixedBudget(10).update([10]) is None
+    assert QuantileBudget(initial=10, minimum=1, maximum=20).update([10]) is None
+    assert ProgressiveBudget(initial=1, maximum=2, increment=1, every=2).update([10]) is None
 
 
 def test_low_steps_survive_a_checkpoint() -> None:
     stopped, resumed = PruneBudget(initial=2048), PruneBudget(initial=1024)
     stopped.update([300])
     stopped.update([300])
-    resumed.load_state_dict(stopped.state_dict())
+    resumed.load(stopped.state())
     resumed.update([300])
     assert resumed.max_tokens == 1948
 
@@ -97,7 +97,7 @@ def test_a_resumed_budget_continues_as_if_never_stopped(steps: list[list[int]], 
             assert 100 <= straight.max_tokens <= 600
         for effective in steps[:stop]:
             first.update(effective)
-        resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        resumed.load(json.loads(json.dumps(first.state())))
         for effective in steps[stop:]:
             resumed.update(effective)
         assert resumed.max_tokens == straight.max_tokens
@@ -136,7 +136,7 @@ def test_quantile_moves_half_way_to_the_quantile_plus_margin() -> None:
 )
 def test_a_foreign_state_is_refused(state: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"state keys|must be in"):
-        PruneBudget(initial=2048).load_state_dict(state)
+        PruneBudget(initial=2048).load(state)
 
 
 def test_a_step_without_rollouts_is_refused() -> None:

@@ -23,8 +23,10 @@ from student_trainer.errors import WeightSyncError
 from student_trainer.learner.student import load_student
 from student_trainer.records import Delta, Finish, SamplingOptions
 from student_trainer.rollouts.samplers import vllm_sampler as vllm_sampler_module
+from student_trainer.rollouts.samplers.base import WeightFolder, WeightSource
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from student_trainer.rollouts.weight_sync import WeightSync
+from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import EOS_ID, tiny_student, write_tiny_student
 
 pytestmark = [
@@ -221,24 +223,25 @@ async def test_changed_weights_arrive_exactly_and_other_ones_are_noticed(
     sampler: VllmSampler, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = load_student(str(checkpoint), dtype=torch.float32, device=torch.device("cpu"))
-    sync = WeightSync(changed, sampler, max_logprob_gap=1e-3)
+    learner, probes = learner_of(changed), [PROMPT, PROMPT[:1]]
+    sync = WeightSync(learner, sampler, probe_prompts=probes, max_logprob_gap=1e-3)
     try:
         for version in range(3):
             with torch.no_grad():
                 for parameter in changed.parameters():
                     parameter += 0.2 * torch.randn_like(parameter)
-            assert await sync.push([PROMPT, PROMPT[:1]], version) < CLOSE
+            assert await sync.push(version) < CLOSE
         options = SamplingOptions(max_tokens=20, num_topk=NUM_TOPK, seed=1)
         check_rows(changed, await deltas(sampler, "after", options), 1.0)
 
         # From here on the engine is made to load the weights it began with.
-        async def load_others(folder: Path) -> None:
-            assert (folder / "model.safetensors").is_file()
-            await load_weights(checkpoint)
+        async def load_others(source: WeightSource) -> None:
+            assert (source.path / "model.safetensors").is_file()
+            await load_weights(WeightFolder(checkpoint))
 
         load_weights = sampler.load_weights
         monkeypatch.setattr(sampler, "load_weights", load_others)
         with pytest.raises(WeightSyncError, match="nats, more than"):
-            await sync.push([PROMPT], 7)
+            await sync.push(7)
     finally:
         sync.close()

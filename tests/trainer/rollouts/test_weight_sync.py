@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 
 from student_trainer.errors import WeightSyncError
 from student_trainer.records import Delta, SamplingOptions
+from student_trainer.rollouts.samplers.base import WeightSource
 from student_trainer.rollouts.samplers.hf_sampler import HfSampler
 from student_trainer.rollouts.weight_sync import WeightSync
+from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import tiny_student, write_tiny_student
 
 PROBES = [np.array([5, 6, 7], np.int32), np.array([9], np.int32)]
@@ -31,6 +33,11 @@ async def started(folder: Path, sampler: type[HfSampler] = HfSampler) -> HfSampl
     made = sampler(model=str(folder), dtype="float32", device="cpu")
     await made.start()
     return made
+
+
+def sync_of(model: PreTrainedModel, sampler: HfSampler) -> WeightSync:
+    """A sync of a learner of this model."""
+    return WeightSync(learner_of(model), sampler, probe_prompts=PROBES, max_logprob_gap=1e-3)
 
 
 def change(model: PreTrainedModel, seed: int) -> None:
@@ -45,12 +52,12 @@ def change(model: PreTrainedModel, seed: int) -> None:
 async def test_changed_weights_arrive_exactly(tmp_path: Path, tied: bool) -> None:
     sampler = await started(write_tiny_student(tmp_path, tied=tied))
     learner = tiny_student(tied=tied)
-    sync = WeightSync(learner, sampler, max_logprob_gap=1e-3)
+    sync = sync_of(learner, sampler)
     try:
         for version in range(2):
             change(learner, version)
             # 1e-4 nats: one token at a time with a cache against all at once, in float32.
-            assert await sync.push(PROBES, version) < 1e-4
+            assert await sync.push(version) < 1e-4
     finally:
         sync.close()
 
@@ -58,18 +65,18 @@ async def test_changed_weights_arrive_exactly(tmp_path: Path, tied: bool) -> Non
 class Deaf(HfSampler):
     """Keeps the weights that it has."""
 
-    async def load_weights(self, folder: Path) -> None:
+    async def load_weights(self, source: WeightSource) -> None:
         """Does nothing."""
 
 
 async def test_sampler_with_other_weights_is_an_error(tmp_path: Path) -> None:
     sampler = await started(write_tiny_student(tmp_path), Deaf)
     learner = tiny_student()
-    sync = WeightSync(learner, sampler, max_logprob_gap=1e-3)
-    assert await sync.push(PROBES, 0) < 1e-4
+    sync = sync_of(learner, sampler)
+    assert await sync.push(0) < 1e-4
     change(learner, 0)
     with pytest.raises(WeightSyncError, match=r"sync of step 3 .* nats, more than 0\.001"):
-        await sync.push(PROBES, 3)
+        await sync.push(3)
     sync.close()
 
 
@@ -86,9 +93,9 @@ class Broken(HfSampler):
 
 async def test_log_probs_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
     sampler = await started(write_tiny_student(tmp_path), Broken)
-    sync = WeightSync(tiny_student(), sampler, max_logprob_gap=1e-3)
+    sync = sync_of(tiny_student(), sampler)
     with pytest.raises(WeightSyncError, match="nan"):
-        await sync.push(PROBES, 0)
+        await sync.push(0)
     sync.close()
 
 
@@ -96,13 +103,13 @@ async def test_closed_sync_leaves_no_folder(tmp_path: Path) -> None:
     seen: list[Path] = []
 
     class Watching(HfSampler):
-        async def load_weights(self, folder: Path) -> None:
-            seen.append(folder)
-            assert (folder / "model.safetensors").is_file()
+        async def load_weights(self, source: WeightSource) -> None:
+            seen.append(source.path)
+            assert (source.path / "model.safetensors").is_file()
 
     sampler = await started(write_tiny_student(tmp_path), Watching)
-    sync = WeightSync(tiny_student(), sampler, max_logprob_gap=1e-3)
-    await sync.push(PROBES, 0)
+    sync = sync_of(tiny_student(), sampler)
+    await sync.push(0)
     sync.close()
     assert len(seen) == 1
     assert not seen[0].exists()

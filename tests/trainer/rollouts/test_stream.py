@@ -1,4 +1,4 @@
-"""Batches of rollouts. Run: python -m pytest tests/trainer/rollouts/test_rollout_source.py"""
+"""The stream of rollouts. Run: python -m pytest tests/trainer/rollouts/test_stream.py"""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from student_trainer.data import PromptOrder
 from student_trainer.records import SamplingOptions
-from student_trainer.rollouts import stream as rollout_source
-from student_trainer.rollouts.stream import LoopThread, RolloutBatch, RolloutSource
+from student_trainer.rollouts import stream as stream_module
+from student_trainer.rollouts.budget import FixedBudget
+from student_trainer.rollouts.stream import LoopThread, RolloutStream, Taken
 from teacher_wire.errors import EngineError, NotReadyError
 from tests.trainer.in_memory import InMemorySampler, ScriptedSession, prompt, rules
 
@@ -29,55 +30,55 @@ def loop() -> Iterator[LoopThread]:
     thread.close()
 
 
-def source(
+def stream(
     loop: LoopThread,
     sampler: InMemorySampler,
     *,
     queue_depth: int = 0,
-    end_step: int = 10,
+    num_steps: int = 10,
     open_session: Callable[[NDArray[np.int32]], ScriptedSession] = lambda _: ScriptedSession(),
     finish_when_absent: bool = False,
-) -> RolloutSource:
+) -> RolloutStream:
     """Two rollouts of each of two prompts a step."""
-    return RolloutSource(
+    return RolloutStream(
         loop=loop,
         sampler=sampler,
         open_session=open_session,
         prompts=PromptOrder(PROMPTS, prompts_per_step=2, seed=0),
         rules=rules(finish_when_absent=finish_when_absent),
-        options=lambda: SamplingOptions(max_tokens=12, num_topk=2),
+        budget=FixedBudget(12),
+        options=lambda max_tokens: SamplingOptions(max_tokens=max_tokens, num_topk=2),
         rollouts_per_prompt=2,
         queue_depth=queue_depth,
         seed=5,
-        first_step=0,
-        end_step=end_step,
+        num_steps=num_steps,
     )
 
 
-def contents(batch: RolloutBatch) -> list[tuple[str, list[int], list[float]]]:
-    """What a batch holds, without the times."""
+def contents(taken: Taken) -> list[tuple[str, list[int], list[float]]]:
+    """What was taken, without the times."""
     return [
         (r.prompt.prompt_id, r.response_ids.tolist(), r.teacher.token_logprobs.tolist())
-        for r in batch.rollouts
+        for r in taken.rollouts
     ]
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_depth_does_not_change_the_batches_of_the_same_weights(
-    loop: LoopThread, depth: int
+@pytest.mark.parametrize("count", [1, 4, 6])
+def test_neither_depth_nor_portion_changes_the_given_the_same_weights(
+    loop: LoopThread, count: int
 ) -> None:
-    ahead = source(loop, InMemorySampler(), queue_depth=depth)
-    at_once = source(loop, InMemorySampler())
-    pairs = [(next(ahead), next(at_once)) for _ in range(4)]
-    for left, right in pairs:
-        assert left.step == right.step
-        assert contents(left) == contents(right)
+    ahead = stream(loop, InMemorySampler(), queue_depth=1)
+    at_once = stream(loop, InMemorySampler())
+    left = [item for _ in range(12 // count) for item in contents(ahead.take(count))]
+    right = [item for _ in range(3) for item in contents(at_once.take(4))]
+    assert len(left) == 12
+    assert left == right
 
 
-def test_rollouts_of_one_prompt_and_of_two_steps_differ(loop: LoopThread) -> None:
+def test_given_one_prompt_and_of_two_steps_differ(loop: LoopThread) -> None:
     sampler = InMemorySampler()
-    batches = source(loop, sampler)
-    responses = [tuple(r.response_ids) for _ in range(3) for r in next(batches).rollouts]
+    given = stream(loop, sampler)
+    responses = [tuple(r.response_ids) for _ in range(3) for r in given.take(4).rollouts]
     assert len(set(responses)) == len(responses) == 12
     assert len(set(sampler.seeds.values())) == 12
 
@@ -87,10 +88,10 @@ def test_rollout_records_the_version_of_the_weights_that_sampled_it(
     loop: LoopThread, depth: int, versions: list[int]
 ) -> None:
     sampler = InMemorySampler()
-    batches = source(loop, sampler, queue_depth=depth)
+    given = stream(loop, sampler, queue_depth=depth)
     seen = []
     for step in range(4):
-        rollouts = next(batches).rollouts
+        rollouts = given.take(4).rollouts
         seen.append({r.policy_version for r in rollouts})
         for rollout in rollouts:
             fresh = InMemorySampler(weights=rollout.policy_version)
@@ -100,17 +101,17 @@ def test_rollout_records_the_version_of_the_weights_that_sampled_it(
                 if name.startswith(f"step{step}-")
             ]
             assert any(np.array_equal(rollout.response_ids, ids) for ids in possible)
-        batches.wait_until_idle()
-        sampler.weights = batches.policy_version = step + 1
+        given.wait_until_idle()
+        sampler.weights = given.policy_version = step + 1
     assert seen == [{version} for version in versions]
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("depth", [0, 1])
 def test_nothing_is_generated_for_steps_that_do_not_come(loop: LoopThread, depth: int) -> None:
     sampler = InMemorySampler()
-    batches = source(loop, sampler, queue_depth=depth, end_step=2)
-    assert [batch.step for batch in batches] == [0, 1]
-    batches.wait_until_idle()
+    given = stream(loop, sampler, queue_depth=depth, num_steps=2)
+    assert [len(given.take(4).rollouts) for _ in range(3)] == [4, 4, 0]
+    given.wait_until_idle()
     assert {name.split("-")[0] for name in sampler.seeds} == {"step0", "step1"}
 
 
@@ -126,7 +127,7 @@ def test_failed_rollout_cancels_the_others_and_is_raised(loop: LoopThread, depth
         return sessions[-1]
 
     with pytest.raises(EngineError, match="boom"):
-        next(source(loop, sampler, queue_depth=depth, open_session=open_session))
+        stream(loop, sampler, queue_depth=depth, open_session=open_session).take(4)
     assert sampler.running == {}
     assert [session.num_closed for session in sessions] == [1] * 4
 
@@ -139,21 +140,21 @@ def test_unscored_rollouts_are_left_out_and_counted(loop: LoopThread) -> None:
         sessions.append(ScriptedSession(failures=failures))
         return sessions[-1]
 
-    batches = source(loop, InMemorySampler(), open_session=open_session, finish_when_absent=True)
-    batch = next(batches)
+    given = stream(loop, InMemorySampler(), open_session=open_session, finish_when_absent=True)
+    batch = given.take(4)
     assert (len(batch.rollouts), batch.num_unscored) == (3, 1)
 
 
-def test_step_of_which_nothing_was_scored_is_an_empty_batch(loop: LoopThread) -> None:
-    batches = source(
+def test_step_of_which_nothing_was_scored_is_seen_and_counted(loop: LoopThread) -> None:
+    given = stream(
         loop,
         InMemorySampler(),
         open_session=lambda _: ScriptedSession(failures={0: NotReadyError("away")}),
         finish_when_absent=True,
     )
-    batch = next(batches)
+    batch = given.take(4)
     assert (batch.rollouts, batch.num_unscored) == ([], 4)
-    assert next(batches).step == 1
+    assert given.take(4).num_unscored == 4
 
 
 def test_closed_source_leaves_nothing_running(loop: LoopThread) -> None:
@@ -164,13 +165,13 @@ def test_closed_source_leaves_nothing_running(loop: LoopThread) -> None:
         sessions.append(ScriptedSession(turns_per_append=0 if len(sessions) < 4 else 1_000_000))
         return sessions[-1]
 
-    batches = source(loop, sampler, queue_depth=2, open_session=open_session)
-    next(batches)
+    given = stream(loop, sampler, queue_depth=1, open_session=open_session)
+    given.take(4)
     deadline = time.monotonic() + 10
-    while len(sessions) < 12 and time.monotonic() < deadline:
+    while len(sessions) < 8 and time.monotonic() < deadline:
         time.sleep(0.01)
-    batches.close()
-    assert len(sessions) == 12
+    given.close()
+    assert len(sessions) == 8
     assert sampler.running == {}
     assert all(session.num_closed == 1 for session in sessions)
 
@@ -185,7 +186,7 @@ class StuckSession(ScriptedSession):
 def test_teacher_that_does_not_answer_does_not_keep_a_source_from_closing(
     loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rollout_source, "CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(stream_module, "CLOSE_TIMEOUT_S", 0.2)
     sessions: list[ScriptedSession] = []
 
     def open_session(prompt_ids: NDArray[np.int32]) -> ScriptedSession:
@@ -193,15 +194,43 @@ def test_teacher_that_does_not_answer_does_not_keep_a_source_from_closing(
         sessions.append(kind(turns_per_append=pause))
         return sessions[-1]
 
-    batches = source(loop, InMemorySampler(), queue_depth=1, open_session=open_session)
-    next(batches)
+    given = stream(loop, InMemorySampler(), queue_depth=1, open_session=open_session)
+    given.take(4)
     deadline = time.monotonic() + 10
     while sum(s.num_under_way for s in sessions) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     started = time.monotonic()
-    batches.close()
+    given.close()
     # Twice the bound and then some for a loaded machine; without a bound it never ends.
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(0, [1]), (1, [1, 2])])
+def test_what_a_step_needs_is_generated_while_the_one_before_is_learnt_from(
+    loop: LoopThread, depth: int, expected: list[int]
+) -> None:
+    """The learner is this thread: while it waits for the sampler, the sampler is not waiting."""
+    sampler = InMemorySampler()
+    given = stream(loop, sampler, queue_depth=depth)
+    given.take(4)
+    # A learner that goes on only when the next step's rollouts have ended can do so at depth 1.
+    given.wait_until_idle()
+    assert sorted({1 + int(name[4 : name.index("-")]) for name in sampler.ended}) == expected
+    assert sampler.running == {}
+
+
+def test_stream_goes_on_after_what_was_learnt_from(loop: LoopThread) -> None:
+    straight, cut = (stream(loop, InMemorySampler(), queue_depth=1) for _ in range(2))
+    expected = [contents(straight.take(4)) for _ in range(3)]
+    cut.take(4)
+    cut.settle()
+    # Taken and not learnt from: a step that was given up.
+    cut.take(4)
+    assert cut.state() == {"steps": 1}
+    resumed = stream(loop, InMemorySampler(), queue_depth=1)
+    resumed.load(cut.state())
+    assert resumed.policy_version == 1
+    assert [contents(resumed.take(4)) for _ in range(2)] == expected[1:]
 
 
 def test_loop_thread_returns_results_and_raises_errors(loop: LoopThread) -> None:

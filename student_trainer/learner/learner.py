@@ -1,0 +1,181 @@
+"""The learner: the only one that touches the model and its optimiser.
+
+It learns from rollouts, however they came; hands out its weights; and says what a token's log-prob
+is under them, for whoever checks that they arrived. Knows no sampler, no teacher and no run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from student_trainer.learner.batch import collate, recompute_behavior, split_micro, split_updates
+from student_trainer.learner.optim import Optimizer
+from student_trainer.learner.student import student_forward
+from student_trainer.losses import (
+    Divergence,
+    PositionWeight,
+    StepSums,
+    merge,
+    needs_normalization,
+    objective,
+    step_scale,
+    sum_over_processes,
+)
+from student_trainer.records import Rollout
+from student_trainer.step_report import LearnReport
+from student_trainer.stopping import StopRequest
+
+MOMENTS = 2
+"""Of AdamW, each as large as the parameters."""
+
+
+class Learner:
+    """The student under training."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        optimizer: Optimizer,
+        *,
+        divergence: Divergence,
+        weights: Sequence[PositionWeight],
+        epochs: int,
+        updates_per_epoch: int,
+        micro_batch_tokens: int,
+        temperature: float,
+        seed: int,
+        recomputes_behavior: bool = False,
+        stop: StopRequest | None = None,
+    ) -> None:
+        """`recomputes_behavior`: behavior log-probs are the learner's own, not the sampler's."""
+        self._model = model
+        self._tokenizer = tokenizer
+        self._optimizer = optimizer
+        self._divergence = divergence
+        self._weights = weights
+        self._epochs = epochs
+        self._updates_per_epoch = updates_per_epoch
+        self._micro_batch_tokens = micro_batch_tokens
+        self._temperature = temperature
+        self._seed = seed
+        self._recomputes_behavior = recomputes_behavior
+        self._stop = stop or StopRequest()
+        self._device = next(model.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._model.config.vocab_size)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of the weights and the optimiser's state, nearly all that a checkpoint holds."""
+        sizes = [(p, p.numel() * p.element_size()) for p in self._model.parameters()]
+        return sum(size * (1 + MOMENTS * p.requires_grad) for p, size in sizes)
+
+    def learn(self, rollouts: Sequence[Rollout], step: int) -> LearnReport:
+        """All optimiser updates of one step.
+
+        A request to stop gives the step up as long as no update has changed the weights; from the
+        first update on the others follow, because half of a step cannot be taken back. Raises
+        NonFiniteLossError.
+        """
+        normalize = needs_normalization(self._weights)
+        with self._stop.may_give_up():
+            rollouts = self._with_behavior(rollouts)
+        all_sums: list[StepSums] = []
+        grad_norms: list[float] = []
+        for update in self._updates(rollouts, step):
+            with nullcontext() if grad_norms else self._stop.may_give_up():
+                totals = self._accumulate(update)
+            scale = step_scale(totals.weight_sum.item(), totals.num_tokens.item(), normalize)
+            grad_norms.append(self._optimizer.step(scale))
+            all_sums.append(totals)
+        return LearnReport(
+            **merge(all_sums).metrics(normalize=normalize),
+            grad_norm=sum(grad_norms) / len(grad_norms),
+            learning_rate=self._optimizer.learning_rate,
+            updates=len(grad_norms),
+        )
+
+    def _with_behavior(self, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
+        if not self._recomputes_behavior:
+            return rollouts
+        return recompute_behavior(
+            self._model,
+            rollouts,
+            micro_batch_tokens=self._micro_batch_tokens,
+            temperature=self._temperature,
+            device=self._device,
+        )
+
+    def _updates(self, rollouts: Sequence[Rollout], step: int) -> Iterator[list[Rollout]]:
+        for epoch in range(self._epochs):
+            seed = (self._seed, step, epoch)
+            yield from split_updates(rollouts, self._updates_per_epoch, seed=seed)
+
+    def _accumulate(self, rollouts: Sequence[Rollout]) -> StepSums:
+        """The gradient of one update, added up over micro-batches, and its sums."""
+        parts: list[StepSums] = []
+        for micro in split_micro(rollouts, self._micro_batch_tokens):
+            batch = collate(micro, self._device)
+            gathered = batch.forward(self._model, temperature=self._temperature)
+            inputs = batch.loss_inputs(gathered)
+            sums = objective(inputs, divergence=self._divergence, weights=self._weights)
+            sums.loss_sum.backward()
+            parts.append(sums.detached())
+        return sum_over_processes(merge(parts))
+
+    def logprobs(
+        self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        """[T] log-probs of a prompt's continuation at temperature 1, under the present weights."""
+        prompt, response = torch.from_numpy(prompt_ids).long(), torch.from_numpy(token_ids).long()
+        sequence = torch.cat([prompt, response]).unsqueeze(0).to(self._device)
+        with torch.no_grad():
+            gathered = student_forward(
+                self._model,
+                sequence,
+                torch.ones_like(sequence),
+                torch.tensor([len(prompt)], device=self._device),
+                response.unsqueeze(0).to(self._device),
+                torch.ones(1, len(response), dtype=torch.bool, device=self._device),
+                (),
+                temperature=1.0,
+            )
+        logprobs: NDArray[np.float32] = gathered.logprobs_BT[0].cpu().numpy()
+        return logprobs
+
+    def export_weights(self, to: Path) -> None:
+        """Writes the weights as safetensors into a folder, for a sampler to load.
+
+        The head is written even when it is tied to the embedding: vLLM on CPU repacks the head when
+        it loads, and from a file without it silently keeps the old one.
+        """
+        state = {
+            name: tensor.detach().to("cpu").contiguous().clone()
+            for name, tensor in self._model.state_dict().items()
+        }
+        save_file(state, to / "model.safetensors", metadata={"format": "pt"})
+
+    def save(self, folder: Path) -> None:
+        """The student in Hugging Face format, with its tokenizer."""
+        self._model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed learner needs beside the weights."""
+        return {"optimizer": self._optimizer.state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there, given a model with the weights of the same checkpoint."""
+        self._optimizer.load(state["optimizer"])

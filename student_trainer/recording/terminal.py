@@ -1,0 +1,93 @@
+"""What a person in front of the terminal sees of a run: a line a step, warnings, and bars."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from student_trainer.diagnostics import Alarm
+from student_trainer.step_report import EvalReport, StepReport
+
+WARN_EVERY_STEPS = 10
+"""A warning that lasts is printed again after so many steps."""
+
+
+class Bars:
+    """Progress bars in the terminal, one a name; silent when the output is not a terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, name: str, done: int, total: int, note: str = "") -> None:
+        """Sets a bar; one that was full starts again at nought."""
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, note=note)
+        task = self._tasks[name]
+        if self._progress.tasks[self._progress.task_ids.index(task)].finished and done < total:
+            self._progress.reset(task, total=total)
+        self._progress.update(task, completed=done, total=total, note=note)
+
+
+class Terminal:
+    """A sink above the bars."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._console = bars.console
+        self._warned: dict[str, int] = {}
+        """Kind of a warning -> the step at which it was last printed."""
+
+    def step(self, report: StepReport) -> None:
+        learning, rollouts = report.learning, report.generation
+        if learning is None or rollouts is None:
+            self._print(
+                f"step {report.step:>3}  skipped: the teacher stayed away, "
+                f"{report.unscored_rollouts} rollouts are lost",
+                style="yellow",
+            )
+            return
+        # Absent when no token of the step counted.
+        reverse_kl = learning.reverse_kl or 0.0
+        self._print(
+            f"step {report.step:>3}  loss {learning.loss:.4f}  reverse KL {reverse_kl:.3f}  "
+            f"length {rollouts.length_mean:.0f}  stopped {rollouts.truncated_rollouts}"
+            f"/{rollouts.rollouts}  {report.seconds.total:.1f} s"
+        )
+
+    def evaluation(self, report: EvalReport) -> None:
+        self._print(f"step {report.step:>3}  accuracy {report.accuracy:.1%}", style="bold")
+
+    def alarm(self, step: int, alarm: Alarm) -> None:
+        """Printed when new, and now and then while it lasts."""
+        if step - self._warned.get(alarm.kind, -WARN_EVERY_STEPS) >= WARN_EVERY_STEPS:
+            self._warned[alarm.kind] = step
+            self._print(f"step {step:>3}  warning: {alarm.message}", style="yellow")
+
+    def close(self) -> None:
+        """The bars belong to whoever made them."""
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, style=style, highlight=False, markup=False)

@@ -1,0 +1,178 @@
+"""What a checkpoint is: the student's weights, and beside them what each part of a run needs.
+
+A checkpoint appears under its final name only when it is complete, so a killed run never leaves one
+that half loads. Old ones go after the new one is there. Knows no part: each has state() and load().
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Protocol
+
+from student_trainer.errors import CheckpointError
+
+STATE_FILE = "trainer_state.pt"
+PROBE_BYTES = 64 << 20
+SLOWEST_DISK = 10 << 20
+"""Bytes a second that any disk manages: below what this writes in time nothing is measured."""
+
+
+class Part(Protocol):
+    """What of a run has a state; it is made of tensors, numbers, strings, lists and dicts."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there. Raises ValueError for a state that this part could not have had."""
+
+
+class TrainState:
+    """The state of a run after its last finished step, and its numbered checkpoints."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        save_weights: Callable[[Path], None],
+        parts: Mapping[str, Part],
+        settings: Mapping[str, str],
+    ) -> None:
+        """`settings` are those that determine a run, by their dotted names."""
+        self._folder = folder
+        self._keep = keep
+        self._save_weights = save_weights
+        self._parts = parts
+        self._settings = dict(settings)
+        self.step = 0
+        """Finished steps."""
+
+    def save(self) -> Path:
+        """Writes a checkpoint and drops the oldest ones beyond `keep`."""
+        final = self._folder / f"step-{self.step:06d}"
+        with replaced(final) as partial:
+            self._save_weights(partial)
+            _write(partial / STATE_FILE, self._as_written())
+        for old in checkpoints(self._folder)[: -self._keep]:
+            shutil.rmtree(old)
+        return final
+
+    def load(self, folder: Path) -> str | None:
+        """Goes on from a checkpoint; in words, which settings differ from those it was made with.
+
+        Raises CheckpointError when it cannot be read, or a part cannot go on from it.
+        """
+        written = read_state(folder)
+        for name, part in self._parts.items():
+            try:
+                part.load(written[name])
+            except (KeyError, ValueError) as error:
+                raise CheckpointError(
+                    f"{folder}: the state of {name} does not fit the settings of this run: {error}"
+                ) from error
+        self.step = written["step"]
+        return _differences(written["settings"], self._settings)
+
+    def _as_written(self) -> dict[str, Any]:
+        states = {name: part.state() for name, part in self._parts.items()}
+        return {"step": self.step, "settings": self._settings, **states}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete ones, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def latest(folder: Path) -> Path:
+    """The newest complete checkpoint. Raises CheckpointError when there is none."""
+    if complete := checkpoints(folder):
+        return complete[-1]
+    raise CheckpointError(f"{folder}: no checkpoint to resume from")
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that were finished when it was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def refuse_older(folder: Path) -> None:
+    """Raises CheckpointError when an earlier run left checkpoints: a new one, which starts from
+    step 0 again, would drop its own as the oldest."""
+    if complete := checkpoints(folder):
+        raise CheckpointError(
+            f"{complete[-1]} is of an earlier run: continue it with --resume, or choose another "
+            "run.out"
+        )
+
+
+@contextmanager
+def replaced(final: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name `final` when the block ends without an error."""
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+
+
+def _write(path: Path, state: Mapping[str, Any]) -> None:
+    import torch
+
+    torch.save(state, path)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What stands beside the weights: `step`, `settings`, and a state for each part.
+
+    Raises CheckpointError.
+    """
+    import torch
+
+    try:
+        return dict(torch.load(folder / STATE_FILE, weights_only=True))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {STATE_FILE}, not a checkpoint of a run") from None
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        raise CheckpointError(f"{folder}: cannot read {STATE_FILE}: {error}") from error
+
+
+def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    if fingerprint(before) == fingerprint(now):
+        return None
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    changes = (f"{name} {before.get(name, 'unset')} -> {now.get(name, 'unset')}" for name in names)
+    return f"{', '.join(changes)} (settings {fingerprint(before)} -> {fingerprint(now)})"
+
+
+def fingerprint(settings: Mapping[str, str]) -> str:
+    """Eight hexadecimal digits that tell one set of settings from another."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def seconds_to_write(folder: Path, num_bytes: int, *, limit_s: float) -> float | None:
+    """How long the disk of a folder takes for so much, by a probe; None if surely within a limit.
+
+    The probe is written and flushed: what fits into memory at first is not what a large model does.
+    """
+    if num_bytes < SLOWEST_DISK * limit_s:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".write-probe"
+    started = time.monotonic()
+    with path.open("wb") as probe:
+        probe.write(os.urandom(1 << 20) * (PROBE_BYTES >> 20))
+        os.fsync(probe.fileno())
+    took_s = time.monotonic() - started
+    path.unlink()
+    seconds = num_bytes / PROBE_BYTES * took_s
+    return seconds if seconds > limit_s else None
