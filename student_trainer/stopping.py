@@ -82,14 +82,18 @@ class StopRequest:
                 sys.stderr.flush()
                 self._last_words = None
 
-    def _received(self, *_: object) -> None:
+    def request(self) -> None:
+        """Asks the main thread, which calls this, to stop. Raises Stopped where that may be."""
         self.requested = True
+        if self._may_give_up:
+            raise Stopped
+
+    def _received(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         timer = threading.Timer(LIMIT_S - MARGIN_S, self._out_of_time)
         timer.daemon = True
         timer.start()
-        if self._may_give_up:
-            raise Stopped
+        self.request()
 
     def _out_of_time(self) -> None:
         with self._whole:

@@ -142,8 +142,6 @@ class RolloutStream:
 
     def close(self) -> None:
         """Ends what is under way; waits a little for a teacher that no longer answers."""
-        for future in self._under_way:
-            future.cancel()
         with suppress(TimeoutError):
             self._loop.start(self._cancel()).result(CLOSE_TIMEOUT_S)
         self._under_way.clear()

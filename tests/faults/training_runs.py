@@ -56,15 +56,17 @@ class Run:
 
     def train(self, address: str, *, resume: bool = False, **settings: Any) -> Run:
         """Runs to the end; `section__key` overrides section.key."""
-        changes = {name.replace("__", "."): value for name, value in settings.items()}
-        values = {**SHORT, "run.out": self.folder, "teacher.endpoints": f'["{address}"]', **changes}
-        arguments = ["train", "--config", str(ROOT / "configs" / "trainer-demo.toml")]
-        arguments += [
-            part for name, value in values.items() for part in ("--set", f"{name}={value}")
-        ]
-        with _recorded(self.batches), _without_a_fingerprint():
+        arguments = self.arguments(address, **settings)
+        with _recorded(self.batches), without_a_fingerprint():
             self.exit_code = cli.main([*arguments, *(["--resume"] if resume else [])])
         return self
+
+    def arguments(self, address: str, **settings: Any) -> list[str]:
+        """Of `student-trainer`, for such a run."""
+        changes = {name.replace("__", "."): value for name, value in settings.items()}
+        values = {**SHORT, "run.out": self.folder, "teacher.endpoints": f'["{address}"]', **changes}
+        sets = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+        return ["train", "--config", str(ROOT / "configs" / "trainer-demo.toml"), *sets]
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -95,7 +97,7 @@ def _recorded(batches: list[Taken]) -> Iterator[None]:
 
 
 @contextmanager
-def _without_a_fingerprint() -> Iterator[None]:
+def without_a_fingerprint() -> Iterator[None]:
     """A teacher with a tokenizer takes five seconds to start, which is the import of transformers;
     one without knows no fingerprint of the student's."""
     with pytest.MonkeyPatch.context() as patch:

@@ -156,11 +156,16 @@ every_steps = 2
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A student, problems and settings."""
-    write_tiny_student(tmp_path / "student")
+    return prepared(tmp_path)
+
+
+def prepared(folder: Path) -> Path:
+    """The folder with a student, problems and settings."""
+    write_tiny_student(folder / "student")
     lines = [json.dumps({"prompt": f"{i}+{i}=", "answer": "7"}) for i in range(6)]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    (tmp_path / "trainer.toml").write_text(SETTINGS.format(out=tmp_path))
-    return tmp_path
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    (folder / "trainer.toml").write_text(SETTINGS.format(out=folder))
+    return folder
 
 
 @pytest.fixture

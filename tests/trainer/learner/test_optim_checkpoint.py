@@ -261,7 +261,7 @@ def test_part_that_cannot_go_on_is_named(tmp_path: Path) -> None:
     state = train_state(tmp_path)
     state._parts["counting"].number = 12  # type: ignore[index,attr-defined]
     folder = save(state, 5)
-    with pytest.raises(CheckpointError, match="state of counting does not fit .* number is 12"):
+    with pytest.raises(CheckpointError, match=r"state of counting does not fit .* number is 12"):
         train_state(tmp_path).load(folder)
 
 

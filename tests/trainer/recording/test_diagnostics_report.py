@@ -359,7 +359,7 @@ def test_report_shows_each_kind_of_warning_once(
     (line,) = warning_lines(summarize(tmp_path))
     assert line.startswith("warning at 2 of 4 steps (3 to 4): the teacher stayed away: 2 rollouts")
     assert cli.main(["report", str(tmp_path)]) == 0
-    assert line in capsys.readouterr().out.replace("\n", " ")
+    assert line in " ".join(capsys.readouterr().out.split())
 
 
 def test_first_step_is_known_after_a_resume(tmp_path: Path) -> None:
