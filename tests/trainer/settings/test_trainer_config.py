@@ -191,6 +191,10 @@ def test_missing_setting_is_named(smallest: Path) -> None:
         (["weights.block_gate.newline_tokens=[]"], r"newline_tokens: .*at least 1"),
         (["weights.importance_ratio.min_ratio=0.5"], r"truncate does not read min_ratio"),
         (["weights.entropy_top.ratio=0"], r"entropy_top\.ratio: .*greater than 0"),
+        (
+            ["run.queue_depth=2"],
+            r"run\.queue_depth: .*1 is the most: .* deeper is no faster but learns from older",
+        ),
         (["run.steps=0"], r"run\.steps: .*greater than 0 \(got 0\)"),
         (["rollout.temperature=0"], r"rollout\.temperature: .*\(got 0\)"),
         (["rollout.temperature=Infinity"], r"rollout\.temperature: .*finite.*\(got inf\)"),
