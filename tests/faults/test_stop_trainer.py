@@ -137,7 +137,8 @@ def test_a_run_stopped_before_its_first_step_says_that_nothing_is_saved(tmp_path
         arguments += ["--set", "teacher.connect_timeout_s=1000"]
         with trainer(arguments, log) as process:
             # It has connected, and waits for an answer that does not come.
-            silent.accept()
+            connection, _ = silent.accept()
+            connection.close()
             process.send_signal(signal.SIGTERM)
             assert process.wait(WAIT_S) == EXIT_TERMINATED
     assert "SIGTERM: no finished step is saved; the run begins again with" in log.read_text()

@@ -51,7 +51,13 @@ def client(monkeypatch: pytest.MonkeyPatch) -> InMemoryClient:
 
 def settings(folder: Path, name: str, *overrides: str) -> TrainerConfig:
     """Two updates a step, no checkpoints of its own."""
-    return configured(folder, f"run.out={folder}/{name}", "checkpoint.every_steps=null", *overrides)
+    return configured(
+        folder,
+        f"run.out={folder}/{name}",
+        "checkpoint.every_steps=null",
+        "eval.pass_k=0",
+        *overrides,
+    )
 
 
 def stopped_at(
@@ -86,7 +92,6 @@ MOMENTS: dict[str, tuple[type[Any], str, int, int]] = {
     "in the second update": (Optimizer, "step", 6, 3),
     "as a step is written down": (Recorder, "step", 2, 2),
     "in a sync": (WeightSync, "push", 2, 2),
-    "as a step is settled": (RolloutStream, "settle", 2, 2),
     "in an evaluation": (Run, "evaluate", 2, 2),
 }
 """The call at whose beginning the request comes, and how many steps are finished then."""
