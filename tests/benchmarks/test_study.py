@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks.study import document
 from benchmarks.study.__main__ import _turned
@@ -18,6 +20,10 @@ from benchmarks.study.arms import ARMS, QUICK, Arm, by_name
 from benchmarks.study.claims import CLAIMS, findings
 from benchmarks.study.results import REFERENCE, Results, cost_to_reach, ratios, spread
 from benchmarks.study.workbench import measured, settings
+from student_trainer.recording.recorder import Recorder
+from student_trainer.recording.terminal import Bars
+from student_trainer.step_report import PHASES, EvalReport
+from tests.trainer.made_reports import profile_of_one_token, step_report
 
 BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -184,19 +190,18 @@ def test_the_document_is_filled_between_its_markers(
 
 
 def test_what_a_run_wrote_becomes_totals(tmp_path: Path) -> None:
-    step = {"generated_tokens": 10, "kept_tokens": 8, "max_tokens": 9, "truncated_rollouts": 1}
-    step |= {"length_mean": 4.0, "reverse_kl": 0.5}
-    step |= {f"seconds_{phase}": 0.25 for phase in ("generate", "teacher_wait", "learn", "sync")}
-    lines = [
-        {"kind": "eval", "step": 0, "accuracy": 0.1},
-        {"kind": "step", "step": 1, **step},
-        {"kind": "warning", "step": 1, "warning": "mass", "message": "low"},
-        {"kind": "step", "step": 2, **step},
-        {"kind": "eval", "step": 2, "accuracy": 0.3},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    profile = {"step": 1, "overlap_by_band": [0.5]}
-    (tmp_path / "profiles.jsonl").write_text(json.dumps(profile) + "\n")
+    report = step_report(
+        generated_tokens=10,
+        kept_tokens=8,
+        max_tokens=9,
+        **{f"seconds_{phase}": 0.25 for phase in PHASES},
+    )
+    run = Recorder(tmp_path, Bars(Console(file=StringIO())))
+    run.evaluation(EvalReport(step=0, accuracy=0.1))
+    run.step(replace(report, unscored_rollouts=1, profile=profile_of_one_token()))
+    run.step(replace(report, step=2))
+    run.evaluation(EvalReport(step=2, accuracy=0.3))
+    run.close()
     found = measured(tmp_path)
     assert found["curve"] == [
         {"step": 0, "wall_s": 0.0, "generated_tokens": 0, "kept_tokens": 0, "accuracy": 0.1},

@@ -63,12 +63,14 @@ def step_report(
     return replace(report, profile=profile)
 
 
-def mismatching_profile(*mismatched: MismatchedToken) -> StepProfile:
-    """Of a step of one token, with these mismatched ones."""
+def profile_of_one_token(*mismatched: MismatchedToken) -> StepProfile:
+    """Of a step with one response of one token, half of whose overlap is there."""
     return StepProfile(
         lengths=[1],
         generated=[1],
         finish=["stop"],
         mismatched_tokens=[*mismatched],
         band_tokens=16,
+        overlap_by_band=[0.5],
+        rollouts_by_band=[1],
     )

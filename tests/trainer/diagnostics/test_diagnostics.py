@@ -25,7 +25,7 @@ from student_trainer.records import Finish, Rollout
 from student_trainer.step_report import StepProfile
 from teacher_wire.drift import advance
 from teacher_wire.records import DriftPolicy, DriftState
-from tests.trainer.made_reports import mismatching_profile, step_report
+from tests.trainer.made_reports import profile_of_one_token, step_report
 from tests.trainer.made_rollouts import plain_rollout, random_rollout
 
 
@@ -397,7 +397,7 @@ def test_mass_that_halved_since_the_first_step_warns() -> None:
 
 def test_mismatched_tokens_are_named_by_their_text() -> None:
     (found,) = mismatched_tokens(mismatching())
-    report = replace(step_report(), profile=mismatching_profile(*[found] * 7))
+    report = replace(step_report(), profile=profile_of_one_token(*[found] * 7))
     (alarm,) = warnings_of(report, first=step_report(), decode={7: "<|im_end|>"}.__getitem__)
     assert alarm.kind == "mismatched_tokens"
     assert "'<|im_end|>' (id 7, 2 rollouts, teacher -39.0, student -0.38 nats)" in alarm.message
