@@ -33,6 +33,7 @@ def rows(vocab_size: int, num_tokens: int) -> dict[str, int]:
     """Peak of the head and the rows of a whole prefill, in the row chunks of the vLLM plugin."""
     import torch
 
+    from teacher_server.engine.base import EXTRAS
     from teacher_server.engine.cpu_head import logits_in_blocks
     from teacher_server.engine.row_scores import rows_at_once, score_rows
 
@@ -55,8 +56,7 @@ def rows(vocab_size: int, num_tokens: int) -> dict[str, int]:
                     ids_TK[chunk],
                     torch.ones(num_rows),
                     k=K,
-                    want_entropy=True,
-                    want_rank=True,
+                    extras=EXTRAS,
                 )
             )
         torch.cat(packed)
@@ -76,7 +76,7 @@ def hf(vocab_size: int, num_tokens: int) -> dict[str, int]:
     import numpy as np
     from transformers.utils import logging
 
-    from teacher_server.engine.base import ScoreQuery
+    from teacher_server.engine.base import EXTRAS, ScoreQuery
     from teacher_server.engine.hf_engine import HfEngine
 
     logging.disable_progress_bar()
@@ -93,8 +93,7 @@ def hf(vocab_size: int, num_tokens: int) -> dict[str, int]:
             candidate_ids=candidate_ids,
             k=K,
             temperature=0.9,
-            want_entropy=True,
-            want_rank=True,
+            extras=EXTRAS,
         )
         last_row = replace(every_row, first_row=num_tokens - 1, candidate_ids=candidate_ids[-1:])
         peaks = []

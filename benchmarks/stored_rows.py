@@ -7,12 +7,13 @@ teacher's agree is not (see `overlap`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teacher_server.engine.base import EngineInfo, EngineRows, ScoreQuery
-from teacher_wire.records import TokenSpan
+from teacher_wire.records import MODEL_COLUMNS, TokenSpan
 
 VOCAB_SIZE = 151_936
 PROMPT_TOKENS = 64
@@ -54,8 +55,6 @@ def made_table(
             topk_logprobs=logprobs,
             token_logprobs=logprobs[:, 0].copy(),
             candidate_logprobs=rng.permuted(logprobs, axis=1),
-            entropies=None,
-            token_ranks=None,
             computed_tokens=num_tokens,
         ),
     )
@@ -63,17 +62,12 @@ def made_table(
 
 def sliced(rows: EngineRows, start: int, stop: int, *, candidates: bool) -> EngineRows:
     """Rows start..stop as views, with or without log-probs at candidates."""
-    at_candidates = rows.candidate_logprobs
-    assert at_candidates is not None
-    return EngineRows(
-        topk_ids=rows.topk_ids[start:stop],
-        topk_logprobs=rows.topk_logprobs[start:stop],
-        token_logprobs=rows.token_logprobs[start:stop],
-        candidate_logprobs=at_candidates[start:stop] if candidates else None,
-        entropies=None,
-        token_ranks=None,
-        computed_tokens=stop - start,
-    )
+    # Not MODEL_COLUMNS.cut, which would count as the service's own work.
+    given = zip(MODEL_COLUMNS.names, MODEL_COLUMNS.arrays(rows), strict=True)
+    columns: dict[str, Any] = {n: a[start:stop] for n, a in given if a is not None}
+    if not candidates:
+        columns.pop("candidate_logprobs", None)
+    return EngineRows(computed_tokens=stop - start, **columns)
 
 
 def rows_of(table: Table, span: TokenSpan) -> EngineRows:

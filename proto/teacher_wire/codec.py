@@ -8,15 +8,19 @@ read-only views of the message's bytes where the element type allows it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_wire.columns import Column, Width
 from teacher_wire.errors import InvalidRequestError
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import (
+    ROW_COLUMNS,
+    ROW_FLAGS,
     DriftMetric,
     DriftPolicy,
     DriftState,
@@ -41,8 +45,6 @@ CHANNEL_LIMITS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 )
-_ROW_EXTRA_BYTES = 10
-"""Overlap, event, entropy and rank of a row."""
 ENVELOPE_BYTES = 1024
 """Room for everything in a reply that does not grow with its rows, the session's name aside."""
 
@@ -50,6 +52,17 @@ _I32, _U8 = np.dtype("<i4"), np.dtype("u1")
 _F16, _F32 = np.dtype("<f2"), np.dtype("<f4")
 _FLOATS: dict[LogprobDtype, np.dtype[Any]] = {LogprobDtype.F16: _F16, LogprobDtype.F32: _F32}
 _F16_MIN = np.float32(np.finfo(np.float16).min)
+_ON_WIRE: dict[LogprobDtype, tuple[tuple[Column, np.dtype[Any]], ...]] = {
+    dtype: tuple((column, column.on_wire(floats)) for column in ROW_COLUMNS)
+    for dtype, floats in _FLOATS.items()
+}
+"""The columns of rows, and the element of each in a message."""
+_raw_columns: Callable[[pb.ScoreRows], tuple[bytes, ...]] = attrgetter(*ROW_COLUMNS.names)
+_ROW_BYTES = {
+    dtype: [sum(e.itemsize for c, e in columns if c.width is width) for width in Width]
+    for dtype, columns in _ON_WIRE.items()
+}
+"""Of the columns of each width, by element of the log-probs."""
 
 _DTYPE_TO_PB = {
     LogprobDtype.F16: pb.LOGPROB_DTYPE_F16,
@@ -77,10 +90,16 @@ def _decode_array(
     try:  # both refuse a length that does not fit
         return np.frombuffer(raw, dtype).reshape(shape)
     except ValueError:
-        expected = math.prod(shape) * dtype.itemsize
-        raise InvalidRequestError(
-            f"{field} has {len(raw)} bytes, must have {expected} for {list(shape)} {dtype.name}"
-        ) from None
+        raise _wrong_length(raw, dtype, shape, field) from None
+
+
+def _wrong_length(
+    raw: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], field: str
+) -> InvalidRequestError:
+    expected = math.prod(shape) * dtype.itemsize
+    return InvalidRequestError(
+        f"{field} has {len(raw)} bytes, must have {expected} for {list(shape)} {dtype.name}"
+    )
 
 
 def _encode_array(array: NDArray[Any], dtype: np.dtype[Any]) -> bytes:
@@ -99,18 +118,6 @@ def decode_ids(raw: bytes, field: str) -> NDArray[np.int32]:
     return np.frombuffer(raw, _I32)
 
 
-def _encode_logprobs(logprobs: NDArray[np.float32], dtype: np.dtype[Any]) -> bytes:
-    if dtype is _F16:  # beyond half precision a log-prob would become -inf
-        logprobs = np.maximum(logprobs, _F16_MIN)
-    return _encode_array(logprobs, dtype)
-
-
-def _decode_logprobs(
-    raw: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], field: str
-) -> NDArray[np.float32]:
-    return _decode_array(raw, dtype, shape, field).astype(np.float32, copy=False)
-
-
 # Options, policy, state
 
 
@@ -119,8 +126,7 @@ def encode_options(options: ScoreOptions) -> pb.ScoreOptions:
         k=options.k,
         temperature=options.temperature,
         logprob_dtype=_DTYPE_TO_PB[options.logprob_dtype],
-        want_entropy=options.want_entropy,
-        want_rank=options.want_rank,
+        **{flag: getattr(options, flag) for flag in ROW_FLAGS},
     )
 
 
@@ -129,8 +135,7 @@ def decode_options(message: pb.ScoreOptions) -> ScoreOptions:
         k=message.k,
         temperature=message.temperature,
         logprob_dtype=_decode_logprob_dtype(message.logprob_dtype),
-        want_entropy=message.want_entropy,
-        want_rank=message.want_rank,
+        **{flag: getattr(message, flag) for flag in ROW_FLAGS},
     )
 
 
@@ -243,49 +248,33 @@ def _write_rows(message: pb.ScoreRows, rows: ScoreRows, dtype: LogprobDtype) -> 
     message.offset = rows.offset
     message.count, message.k = rows.topk_ids.shape
     message.logprob_dtype = _DTYPE_TO_PB[dtype]
-    floats = _FLOATS[dtype]
-    message.topk_ids = encode_ids(rows.topk_ids)
-    message.topk_logprobs = _encode_logprobs(rows.topk_logprobs, floats)
-    message.token_logprobs = _encode_logprobs(rows.token_logprobs, floats)
     if rows.candidate_logprobs is not None:
         message.num_candidates = rows.candidate_logprobs.shape[1]
-        message.candidate_logprobs = _encode_logprobs(rows.candidate_logprobs, floats)
-    if rows.overlap_counts is not None:
-        message.overlap_counts = _encode_array(rows.overlap_counts, _U8)
-    if rows.bad_events is not None:
-        message.bad_events = _encode_array(rows.bad_events, _U8)
-    if rows.entropies is not None:
-        message.entropies = _encode_array(rows.entropies, _F32)
-    if rows.token_ranks is not None:
-        message.token_ranks = _encode_array(rows.token_ranks, _I32)
+    arrays = ROW_COLUMNS.arrays(rows)
+    for (column, element), array in zip(_ON_WIRE[dtype], arrays, strict=True):
+        if array is not None:
+            if element is _F16:  # beyond half precision a log-prob would become -inf
+                array = np.maximum(array, _F16_MIN)
+            setattr(message, column.name, array.astype(element, copy=False).tobytes())
 
 
 def decode_rows(message: pb.ScoreRows) -> ScoreRows:
-    n, k = message.count, message.k
-    floats = _FLOATS[_decode_logprob_dtype(message.logprob_dtype)]
-
-    def optional(field: str, element: np.dtype[Any]) -> NDArray[Any] | None:
-        if not message.HasField(field):
-            return None
-        return _decode_array(getattr(message, field), element, (n,), field)
-
-    candidates = None
-    if message.HasField("candidate_logprobs"):
-        shape = (n, message.num_candidates)
-        raw = message.candidate_logprobs
-        candidates = _decode_logprobs(raw, floats, shape, "candidate_logprobs")
-    bad_events = optional("bad_events", _U8)
-    return ScoreRows(
-        offset=message.offset,
-        topk_ids=_decode_array(message.topk_ids, _I32, (n, k), "topk_ids"),
-        topk_logprobs=_decode_logprobs(message.topk_logprobs, floats, (n, k), "topk_logprobs"),
-        token_logprobs=_decode_logprobs(message.token_logprobs, floats, (n,), "token_logprobs"),
-        candidate_logprobs=candidates,
-        overlap_counts=optional("overlap_counts", _U8),
-        bad_events=None if bad_events is None else bad_events != 0,
-        entropies=optional("entropies", _F32),
-        token_ranks=optional("token_ranks", _I32),
-    )
+    n, elements = message.count, _ON_WIRE[_decode_logprob_dtype(message.logprob_dtype)]
+    shapes = {
+        Width.ONE: (n,),
+        Width.TOP_K: (n, message.k),
+        Width.CANDIDATES: (n, message.num_candidates),
+    }
+    columns: dict[str, NDArray[Any]] = {}
+    try:  # not in a function for each: this runs with every append
+        for (column, element), raw in zip(elements, _raw_columns(message), strict=True):
+            if raw or not column.asked_by or message.HasField(column.name):
+                columns[column.name] = np.frombuffer(raw, element).reshape(shapes[column.width])
+                if element is not column.in_memory:
+                    columns[column.name] = columns[column.name].astype(column.in_memory)
+    except ValueError:
+        raise _wrong_length(raw, element, shapes[column.width], column.name) from None
+    return ScoreRows(offset=message.offset, **columns)
 
 
 # Answers
@@ -293,7 +282,8 @@ def decode_rows(message: pb.ScoreRows) -> ScoreRows:
 
 def row_bytes(k: int, num_candidates: int, dtype: LogprobDtype) -> int:
     """Bytes that one row takes on the wire at most."""
-    return 4 * k + _FLOATS[dtype].itemsize * (k + 1 + num_candidates) + _ROW_EXTRA_BYTES
+    one, top_k, candidates = _ROW_BYTES[dtype]
+    return one + top_k * k + candidates * num_candidates
 
 
 def encode_scores(

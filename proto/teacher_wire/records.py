@@ -13,14 +13,15 @@ log-prob of 2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_wire.columns import CANDIDATE_IDS, LOGPROB, POLICY, Column, Width, columns_of
 from teacher_wire.errors import InvalidRequestError
 
 PROTOCOL_VERSION = 1
@@ -63,8 +64,12 @@ class ScoreOptions:
     logprob_dtype: LogprobDtype = LogprobDtype.F32
     want_entropy: bool = False
     want_rank: bool = False
+    extras: frozenset[str] = field(init=False, repr=False, compare=False)
+    """Names of the columns that the flags ask for."""
 
     def __post_init__(self) -> None:
+        extras = frozenset(c.name for c in MODEL_COLUMNS.extras if getattr(self, c.asked_by))
+        object.__setattr__(self, "extras", extras)
         if self.k < 1:
             raise InvalidRequestError(f"k is {self.k}, must be at least 1")
         if not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
@@ -144,31 +149,51 @@ class TokenSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreRows:
-    """The teacher's scores of n consecutive response tokens."""
+class ModelRows:
+    """What a model says of n consecutive tokens."""
 
-    offset: int
-    """Response position of row 0."""
-    topk_ids: NDArray[np.int32]
+    topk_ids: Annotated[NDArray[np.int32], Column("<i4", Width.TOP_K)]
     """[n, K] most likely first."""
-    topk_logprobs: NDArray[np.float32]
+    topk_logprobs: Annotated[NDArray[np.float32], Column(LOGPROB, Width.TOP_K)]
     """[n, K]"""
-    token_logprobs: NDArray[np.float32]
+    token_logprobs: Annotated[NDArray[np.float32], Column(LOGPROB)]
     """[n] of the actual token."""
-    candidate_logprobs: NDArray[np.float32] | None = None
+    candidate_logprobs: Annotated[
+        NDArray[np.float32] | None, Column(LOGPROB, Width.CANDIDATES, CANDIDATE_IDS)
+    ] = None
     """[n, C] at the candidate ids of the span."""
-    overlap_counts: NDArray[np.uint8] | None = None
-    """[n] common entries of the first d candidates and the teacher's top d, where d is
-    DriftPolicy.k, or min(K, C, 255) without a policy. None without candidates."""
-    bad_events: NDArray[np.bool_] | None = None
-    """[n] True where the drift policy saw a bad event."""
-    entropies: NDArray[np.float32] | None = None
+    entropies: Annotated[
+        NDArray[np.float32] | None, Column("<f4", asked_by="want_entropy", singular="entropy")
+    ] = None
     """[n] nats, of the full distribution."""
-    token_ranks: NDArray[np.int32] | None = None
+    token_ranks: Annotated[
+        NDArray[np.int32] | None, Column("<i4", asked_by="want_rank", singular="rank")
+    ] = None
     """[n] rank of the actual token, 1 = most likely."""
 
     def __len__(self) -> int:
         return len(self.token_logprobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRows(ModelRows):
+    """The teacher's scores of n consecutive response tokens, and how they were judged."""
+
+    offset: int
+    """Response position of row 0."""
+    overlap_counts: Annotated[NDArray[np.uint8] | None, Column("|u1", asked_by=CANDIDATE_IDS)] = (
+        None
+    )
+    """[n] common entries of the first d candidates and the teacher's top d, where d is the policy's
+    k, or min(K, C, 255) without a policy. None without candidates."""
+    bad_events: Annotated[NDArray[np.bool_] | None, Column("|b1", asked_by=POLICY)] = None
+    """[n] True where the drift policy saw a bad event."""
+
+
+MODEL_COLUMNS = columns_of(ModelRows)
+ROW_COLUMNS = columns_of(ScoreRows)
+ROW_FLAGS = tuple(column.asked_by for column in ROW_COLUMNS.extras)
+"""The flags of ScoreOptions that ask for a column each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,21 +249,8 @@ class TeacherInfo:
 
 def slice_rows(rows: ScoreRows, start: int, stop: int) -> ScoreRows:
     """Rows start..stop, as views."""
-
-    def cut(array: NDArray[Any] | None) -> NDArray[Any] | None:
-        return None if array is None else array[start:stop]
-
-    return ScoreRows(
-        offset=rows.offset + start,
-        topk_ids=rows.topk_ids[start:stop],
-        topk_logprobs=rows.topk_logprobs[start:stop],
-        token_logprobs=rows.token_logprobs[start:stop],
-        candidate_logprobs=cut(rows.candidate_logprobs),
-        overlap_counts=cut(rows.overlap_counts),
-        bad_events=cut(rows.bad_events),
-        entropies=cut(rows.entropies),
-        token_ranks=cut(rows.token_ranks),
-    )
+    columns = ROW_COLUMNS.cut(rows, slice(start, stop))
+    return ScoreRows(offset=rows.offset + start, **columns)
 
 
 def concat_rows(parts: list[ScoreRows]) -> ScoreRows:
@@ -250,12 +262,4 @@ def concat_rows(parts: list[ScoreRows]) -> ScoreRows:
             raise InvalidRequestError(
                 f"rows go on at {right.offset}, must go on at {left.offset + len(left)}"
             )
-
-    def join(name: str) -> NDArray[Any] | None:
-        arrays = [getattr(part, name) for part in parts]
-        return None if arrays[0] is None else np.concatenate(arrays)
-
-    fields: dict[str, Any] = {
-        name: join(name) for name in ScoreRows.__dataclass_fields__ if name != "offset"
-    }
-    return replace(parts[0], **fields)
+    return ScoreRows(offset=parts[0].offset, **ROW_COLUMNS.joined(parts))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_wire.errors import InvalidRequestError, NonFiniteError
+from teacher_wire.records import MODEL_COLUMNS, ModelRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +31,8 @@ class ScoreQuery:
     """[n, C]"""
     k: int
     temperature: float
-    want_entropy: bool = False
-    want_rank: bool = False
+    extras: frozenset[str] = frozenset()
+    """Names of the columns to answer besides those that every query gets, of EXTRAS."""
     session: str | None = None
     """Hint: queries with the same name grow the same prefix."""
     cache_salt: str = ""
@@ -39,22 +40,14 @@ class ScoreQuery:
     tenant what another has asked."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineRows:
-    """What a model says of n tokens. Finite by contract: engines raise NonFiniteError."""
+EXTRAS = frozenset(column.name for column in MODEL_COLUMNS.extras)
+"""Every column that a query may ask for."""
 
-    topk_ids: NDArray[np.int32]
-    """[n, K] most likely first."""
-    topk_logprobs: NDArray[np.float32]
-    """[n, K]"""
-    token_logprobs: NDArray[np.float32]
-    """[n]"""
-    candidate_logprobs: NDArray[np.float32] | None
-    """[n, C]"""
-    entropies: NDArray[np.float32] | None
-    """[n] nats"""
-    token_ranks: NDArray[np.int32] | None
-    """[n] 1 = most likely"""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRows(ModelRows):
+    """The rows of one query. Finite by contract: engines raise NonFiniteError."""
+
     computed_tokens: int
     """Tokens the model was run on: the new ones, and those before them whose work was not kept."""
 
@@ -104,11 +97,10 @@ def _check_ids(name: str, ids: NDArray[np.int32], vocab_size: int) -> None:
 
 def check_finite(rows: EngineRows, first_row: int) -> None:
     """Raises NonFiniteError naming the first token whose row holds a NaN or an infinity."""
-    finite_n = np.isfinite(rows.topk_logprobs).all(axis=1) & np.isfinite(rows.token_logprobs)
-    if rows.candidate_logprobs is not None:
-        finite_n &= np.isfinite(rows.candidate_logprobs).all(axis=1)
-    if rows.entropies is not None:
-        finite_n &= np.isfinite(rows.entropies)
+    finite_n = np.ones(len(rows), np.bool_)
+    for array in MODEL_COLUMNS.arrays(rows):
+        if array is not None and array.dtype.kind == "f":
+            finite_n &= np.isfinite(array.reshape(len(rows), -1)).all(axis=1)
     if not finite_n.all():
         index = first_row + int(np.argmin(finite_n))
         raise NonFiniteError(f"the model's scores of token {index} are not finite")

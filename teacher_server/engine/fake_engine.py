@@ -11,13 +11,14 @@ import hashlib
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teacher_server.engine.base import EngineInfo, EngineRows, ScoreQuery
+from teacher_server.engine.extras import DEFINITIONS, Distribution
 from teacher_wire.errors import EngineError, NonFiniteError
+from teacher_wire.records import MODEL_COLUMNS, ModelRows
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -210,42 +211,29 @@ def score_rows(query: ScoreQuery, vocab_size: int) -> EngineRows:
         rows = slice(start, start + _ROW_BLOCK)
         logprobs = full_logprobs(seeds[rows], vocab_size, query.temperature)
         candidates = None if query.candidate_ids is None else query.candidate_ids[rows]
-        blocks.append(_block(logprobs, targets[rows], candidates, query.k))
-
-    def join(index: int) -> NDArray[Any]:
-        return np.concatenate([block[index] for block in blocks])
-
-    return EngineRows(
-        topk_ids=join(0).astype(np.int32),
-        topk_logprobs=join(1),
-        token_logprobs=join(2),
-        candidate_logprobs=None if query.candidate_ids is None else join(3),
-        entropies=join(4) if query.want_entropy else None,
-        token_ranks=join(5).astype(np.int32) if query.want_rank else None,
-        computed_tokens=len(seeds),
-    )
+        blocks.append(_block(logprobs, targets[rows], candidates, query))
+    return EngineRows(computed_tokens=len(seeds), **MODEL_COLUMNS.joined(blocks))
 
 
 def _block(
     logprobs: NDArray[np.float64],
     targets: NDArray[np.int32],
     candidates: NDArray[np.int32] | None,
-    k: int,
-) -> tuple[NDArray[Any], ...]:
-    order = np.argsort(-logprobs, axis=1, kind="stable")[:, :k]
+    query: ScoreQuery,
+) -> ModelRows:
+    order = np.argsort(-logprobs, axis=1, kind="stable")[:, : query.k]
     target = np.take_along_axis(logprobs, targets[:, None], axis=1)
-    empty = np.zeros((len(targets), 0))
-    at_candidates = (
-        empty if candidates is None else np.take_along_axis(logprobs, candidates, axis=1)
-    )
-    return (
-        order,
-        np.take_along_axis(logprobs, order, axis=1).astype(np.float32),
-        target[:, 0].astype(np.float32),
-        at_candidates.astype(np.float32),
-        (-np.exp(logprobs) * logprobs).sum(axis=1).astype(np.float32),
-        1 + (logprobs > target).sum(axis=1),
-    )
+    columns = {
+        "topk_ids": order,
+        "topk_logprobs": np.take_along_axis(logprobs, order, axis=1),
+        "token_logprobs": target[:, 0],
+    }
+    if candidates is not None:
+        columns["candidate_logprobs"] = np.take_along_axis(logprobs, candidates, axis=1)
+    if query.extras:
+        whole = Distribution(logprobs, logprobs, np.exp(logprobs), target)
+        columns |= {name: DEFINITIONS[name](whole) for name in query.extras}
+    return ModelRows(**MODEL_COLUMNS.typed(columns))
 
 
 def fake_fingerprint(vocab_size: int) -> str:

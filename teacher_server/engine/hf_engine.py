@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,9 @@ from teacher_server.engine.base import (
     check_query,
 )
 from teacher_server.engine.checkpoint import read_config, resolve_dtype, warn_if_emulated
+from teacher_server.engine.extras import DEFINITIONS, Distribution
 from teacher_wire.errors import EngineError
+from teacher_wire.records import MODEL_COLUMNS, ModelRows
 
 MAX_FORWARD_TOKENS = 512
 """Tokens per forward pass."""
@@ -122,7 +123,7 @@ class HfEngine:
         """The row of token i comes from the model's output at token i - 1."""
         session = self._take_session(query)
         num_kept, last = len(session.token_ids), len(query.token_ids) - 1
-        pieces: list[EngineRows] = []
+        pieces: list[ModelRows] = []
         for start, end in self._passes(num_kept, query.first_row - 1, last):
             num_rows = min(end - start, max(0, end + 1 - query.first_row))
             input_ids = torch.from_numpy(query.token_ids[start:end].astype(np.int64))[None]
@@ -136,7 +137,7 @@ class HfEngine:
                 pieces.append(_rows(output.logits[0], query, end + 1 - num_rows))
         session.token_ids = query.token_ids[:last].copy()
         self._put_session(query.session, session)
-        return _concatenated(pieces, computed_tokens=last - num_kept)
+        return EngineRows(computed_tokens=last - num_kept, **MODEL_COLUMNS.joined(pieces))
 
     def _passes(self, start: int, first_output: int, last: int) -> Iterator[tuple[int, int]]:
         """Pieces of [start, last) for one forward pass each, smaller from first_output on."""
@@ -189,7 +190,7 @@ class HfEngine:
         self._sessions.clear()
 
 
-def _rows(logits_nV: torch.Tensor, query: ScoreQuery, first_token: int) -> EngineRows:
+def _rows(logits_nV: torch.Tensor, query: ScoreQuery, first_token: int) -> ModelRows:
     """Rows of the tokens from first_token on."""
     num_rows = len(logits_nV)
     logits_nV = logits_nV.float()
@@ -197,39 +198,20 @@ def _rows(logits_nV: torch.Tensor, query: ScoreQuery, first_token: int) -> Engin
     target_ids = query.token_ids[first_token : first_token + num_rows].astype(np.int64)
     targets_n1 = torch.from_numpy(target_ids)[:, None].to(logits_nV.device)
     topk_logprobs_nK, topk_ids_nK = logprobs_nV.topk(query.k, dim=-1)
-    candidate_logprobs = entropies = token_ranks = None
+    columns = {
+        "topk_ids": topk_ids_nK,
+        "topk_logprobs": topk_logprobs_nK,
+        "token_logprobs": logprobs_nV.gather(1, targets_n1)[:, 0],
+    }
     if query.candidate_ids is not None:
         start = first_token - query.first_row
         candidate_ids = query.candidate_ids[start : start + num_rows].astype(np.int64)
         candidates_nC = torch.from_numpy(candidate_ids).to(logits_nV.device)
-        candidate_logprobs = logprobs_nV.gather(1, candidates_nC).cpu().numpy()
-    if query.want_entropy:
-        entropies = torch.special.entr(logprobs_nV.exp()).sum(-1).cpu().numpy()
-    if query.want_rank:
-        above_nV = logits_nV > logits_nV.gather(1, targets_n1)
-        token_ranks = (above_nV.sum(-1, dtype=torch.int32) + 1).cpu().numpy()
-    return EngineRows(
-        topk_ids=topk_ids_nK.int().cpu().numpy(),
-        topk_logprobs=topk_logprobs_nK.cpu().numpy(),
-        token_logprobs=logprobs_nV.gather(1, targets_n1)[:, 0].cpu().numpy(),
-        candidate_logprobs=candidate_logprobs,
-        entropies=entropies,
-        token_ranks=token_ranks,
-        computed_tokens=num_rows,
-    )
-
-
-def _concatenated(pieces: list[EngineRows], *, computed_tokens: int) -> EngineRows:
-    def optional(arrays: list[NDArray[Any] | None]) -> NDArray[Any] | None:
-        present = [array for array in arrays if array is not None]
-        return np.concatenate(present) if present else None
-
-    return EngineRows(
-        topk_ids=np.concatenate([piece.topk_ids for piece in pieces]),
-        topk_logprobs=np.concatenate([piece.topk_logprobs for piece in pieces]),
-        token_logprobs=np.concatenate([piece.token_logprobs for piece in pieces]),
-        candidate_logprobs=optional([piece.candidate_logprobs for piece in pieces]),
-        entropies=optional([piece.entropies for piece in pieces]),
-        token_ranks=optional([piece.token_ranks for piece in pieces]),
-        computed_tokens=computed_tokens,
-    )
+        columns["candidate_logprobs"] = logprobs_nV.gather(1, candidates_nC)
+    if query.extras:
+        whole = Distribution(
+            logits_nV, logprobs_nV, logprobs_nV.exp(), logits_nV.gather(1, targets_n1)
+        )
+        columns |= {name: DEFINITIONS[name](whole) for name in query.extras}
+    arrays = {name: tensor.cpu().numpy() for name, tensor in columns.items()}
+    return ModelRows(**MODEL_COLUMNS.typed(arrays))

@@ -9,9 +9,10 @@ S = L - 1): the block is then cached, and the next append computes none of it ag
 append needs of it, the hidden state of its last token, the worker keeps under the digest of the
 text; where it has been dropped the block is computed once more.
 
-A packed answer is int32 [rows, W], W = HEADER + 2K + C: position, token log-prob, entropy, rank,
-top-K ids, top-K log-probs, candidate log-probs; floats are bit patterns of float32. Its rows start
-where the prefix cache ended, so there may be fewer than were asked for.
+A packed answer is int32 [rows, W], W = HEADER + 2K + C: position, token log-prob, the extras in
+their order (0 where nobody asks), top-K ids, top-K log-probs, candidate log-probs; floats are bit
+patterns of float32. Its rows start where the prefix cache ended, so there may be fewer than were
+asked for.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_server.engine.base import EngineRows, ScoreQuery
+from teacher_wire.records import MODEL_COLUMNS
 
 ZERO_BLOCKS_VARIABLE = "DRIFTLINE_ZERO_KV_BLOCKS"
 """Tells the plugin that its process serves scores; it is loaded beside every vLLM engine."""
 
-POSITION, TOKEN_LOGPROB, ENTROPY, RANK = range(4)
-HEADER = 4
+POSITION, TOKEN_LOGPROB = range(2)
+EXTRA_AT = {column.name: i for i, column in enumerate(MODEL_COLUMNS.extras, start=2)}
+"""Where each of the columns stands that a query may ask for."""
+HEADER = 2 + len(EXTRA_AT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +43,7 @@ class RowRequest:
     first_row: int
     k: int
     temperature: float
-    want_entropy: bool
-    want_rank: bool
+    extras: frozenset[str]
     target_ids: NDArray[np.int32]
     """[n] the tokens to score, from first_row on."""
     candidate_ids: NDArray[np.int32]
@@ -60,8 +63,7 @@ class RowRequest:
             first_row=query.first_row,
             k=query.k,
             temperature=query.temperature,
-            want_entropy=query.want_entropy,
-            want_rank=query.want_rank,
+            extras=query.extras,
             target_ids=target_ids,
             candidate_ids=np.ascontiguousarray(candidate_ids, dtype=np.int32),
             before=_digest(query.token_ids[: query.first_row], block_size),
@@ -76,8 +78,7 @@ class RowRequest:
             first_row=kwargs["first_row"],
             k=kwargs["k"],
             temperature=kwargs["temperature"],
-            want_entropy=kwargs["want_entropy"],
-            want_rank=kwargs["want_rank"],
+            extras=frozenset(kwargs["extras"]),
             target_ids=target_ids,
             candidate_ids=candidate_ids.reshape(len(target_ids), -1),
             before=kwargs["before"],
@@ -90,8 +91,7 @@ class RowRequest:
             "first_row": self.first_row,
             "k": self.k,
             "temperature": self.temperature,
-            "want_entropy": self.want_entropy,
-            "want_rank": self.want_rank,
+            "extras": sorted(self.extras),
             "target_ids": self.target_ids.tobytes(),
             "candidate_ids": self.candidate_ids.tobytes(),
             "before": self.before,
@@ -155,18 +155,22 @@ class RowCollector:
 
     def rows(self) -> EngineRows:
         request, packed_nW = self._request, self._packed_nW
-        floats_nW = packed_nW.view(np.float32)
-        k = request.k
-        ids_end, logprobs_end = HEADER + k, HEADER + 2 * k
-        has_candidates = request.candidate_ids.shape[1] > 0
+        ids_end, logprobs_end = HEADER + request.k, HEADER + 2 * request.k
+        places: dict[str, int | slice] = {
+            "topk_ids": slice(HEADER, ids_end),
+            "topk_logprobs": slice(ids_end, logprobs_end),
+            "token_logprobs": TOKEN_LOGPROB,
+            **{name: EXTRA_AT[name] for name in request.extras},
+        }
+        if request.candidate_ids.shape[1]:
+            places["candidate_logprobs"] = slice(logprobs_end, None)
         return EngineRows(
-            topk_ids=np.ascontiguousarray(packed_nW[:, HEADER:ids_end]),
-            topk_logprobs=np.ascontiguousarray(floats_nW[:, ids_end:logprobs_end]),
-            token_logprobs=np.ascontiguousarray(floats_nW[:, TOKEN_LOGPROB]),
-            candidate_logprobs=np.ascontiguousarray(floats_nW[:, logprobs_end:])
-            if has_candidates
-            else None,
-            entropies=np.ascontiguousarray(floats_nW[:, ENTROPY]) if request.want_entropy else None,
-            token_ranks=np.ascontiguousarray(packed_nW[:, RANK]) if request.want_rank else None,
             computed_tokens=self._computed_tokens,
+            **{
+                column.name: np.ascontiguousarray(
+                    packed_nW.view(column.in_memory)[:, places[column.name]]
+                )
+                for column in MODEL_COLUMNS
+                if column.name in places
+            },
         )

@@ -11,9 +11,12 @@ X = 1 + K + C.
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
+
+from teacher_server.engine.row_format import EXTRA_AT
 
 LOGITS_AT_ONCE_CPU = 2**24
 LOGITS_AT_ONCE_GPU = 2**26
@@ -33,9 +36,8 @@ class _RowFacts:
     top_ids_RK: torch.Tensor
     sums_R1: torch.Tensor
     """sum_u exp((z_u - z_top) / temperature)"""
-    entropies_R1: torch.Tensor | None
-    """nats"""
-    ranks_R1: torch.Tensor | None
+    extras_R1: dict[str, torch.Tensor]
+    """int32 or float32"""
 
 
 def rows_at_once(vocab_size: int, device: str) -> int:
@@ -52,8 +54,7 @@ def score_rows(
     inverse_temperatures_R: torch.Tensor,
     *,
     k: int,
-    want_entropy: bool,
-    want_rank: bool,
+    extras: Set[str],
     at_once: bool | None = None,
 ) -> torch.Tensor:
     """[R, HEADER + 2k + C] packed rows. On a GPU float32 logits are overwritten.
@@ -69,10 +70,10 @@ def score_rows(
     candidate_logits_RC = logits_RV.gather(1, candidates_RC).float()
     facts = (_facts_at_once if at_once else _facts_in_chunks)(
         logits_RV,
-        target_logits_R1 if want_rank else None,
+        target_logits_R1,
         inverse_temperatures_R[:, None],
         k,
-        want_entropy,
+        extras,
     )
     logits_RX = torch.cat([target_logits_R1, facts.top_logits_RK, candidate_logits_RC], dim=1)
     return _packed(positions_R, inverse_temperatures_R[:, None], logits_RX, facts)
@@ -88,13 +89,11 @@ def _packed(
     top_R1 = facts.top_logits_RK[:, :1]
     logprobs_RX = (logits_RX - top_R1) * inverse_R1 - facts.sums_R1.log()
     logprob_bits_RX = logprobs_RX.view(torch.int32)
-    entropies_R1, ranks_R1 = facts.entropies_R1, facts.ranks_R1
     return torch.cat(
         [
             positions_R[:, None],
             logprob_bits_RX[:, :1],
-            zeros_R1 if entropies_R1 is None else entropies_R1.view(torch.int32),
-            zeros_R1 if ranks_R1 is None else ranks_R1,
+            *(facts.extras_R1.get(name, zeros_R1).view(torch.int32) for name in EXTRA_AT),
             facts.top_ids_RK.int(),
             logprob_bits_RX[:, 1:],
         ],
@@ -104,26 +103,26 @@ def _packed(
 
 def _facts_at_once(
     logits_RV: torch.Tensor,
-    target_logits_R1: torch.Tensor | None,
+    target_logits_R1: torch.Tensor,
     inverse_R1: torch.Tensor,
     k: int,
-    want_entropy: bool,
+    extras: Set[str],
 ) -> _RowFacts:
     top_logits_RK, top_ids_RK = logits_RV.topk(k, dim=-1)
     top_logits_RK = top_logits_RK.float()
-    ranks_R1 = None if target_logits_R1 is None else _ranks(logits_RV, target_logits_R1)
+    extras_R1 = _of_logits(extras, logits_RV, target_logits_R1)
     weights_RV = logits_RV.float().sub_(top_logits_RK[:, :1]).mul_(inverse_R1).exp_()
     sums_R1 = weights_RV.sum(-1, keepdim=True)
-    entropies_R1 = _entropies(weights_RV, sums_R1) if want_entropy else None
-    return _RowFacts(top_logits_RK, top_ids_RK, sums_R1, entropies_R1, ranks_R1)
+    extras_R1 |= _of_weights(extras, weights_RV, sums_R1)
+    return _RowFacts(top_logits_RK, top_ids_RK, sums_R1, extras_R1)
 
 
 def _facts_in_chunks(
     logits_RV: torch.Tensor,
-    target_logits_R1: torch.Tensor | None,
+    target_logits_R1: torch.Tensor,
     inverse_R1: torch.Tensor,
     k: int,
-    want_entropy: bool,
+    extras: Set[str],
 ) -> _RowFacts:
     num_rows, vocab_size = logits_RV.shape
     scratch_rV = torch.empty(min(ROWS_PER_CHUNK, num_rows), vocab_size)
@@ -136,35 +135,56 @@ def _facts_in_chunks(
         # A copy even of float32: what is read again and again is then in cache from the start.
         work_rV = scratch_rV[: len(logits_rV)].copy_(logits_rV)
         top_logits_rK, top_ids_rK = topk_in_blocks(work_rV, k)
-        ranks = None if target_logits_R1 is None else _ranks(work_rV, target_logits_R1[chunk])
+        extras_r1 = _of_logits(extras, work_rV, target_logits_R1[chunk])
         weights_rV = work_rV.sub_(top_logits_rK[:, :1]).mul_(scale_R1[chunk]).exp2_()
         sums_r1 = weights_rV.sum(-1, keepdim=True)
-        entropies = _entropies(weights_rV, sums_r1) if want_entropy else None
-        parts.append(_RowFacts(top_logits_rK, top_ids_rK, sums_r1, entropies, ranks))
+        extras_r1 |= _of_weights(extras, weights_rV, sums_r1)
+        parts.append(_RowFacts(top_logits_rK, top_ids_rK, sums_r1, extras_r1))
     return parts[0] if len(parts) == 1 else _joined(parts)
 
 
 def _joined(parts: list[_RowFacts]) -> _RowFacts:
-    def join(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
-        present = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(present) if present else None
-
     return _RowFacts(
         torch.cat([part.top_logits_RK for part in parts]),
         torch.cat([part.top_ids_RK for part in parts]),
         torch.cat([part.sums_R1 for part in parts]),
-        join([part.entropies_R1 for part in parts]),
-        join([part.ranks_R1 for part in parts]),
+        {name: torch.cat([p.extras_R1[name] for p in parts]) for name in parts[0].extras_R1},
     )
 
 
-def _ranks(logits_RV: torch.Tensor, target_logits_R1: torch.Tensor) -> torch.Tensor:
+def _of_logits(
+    extras: Set[str], logits_RV: torch.Tensor, target_logits_R1: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    return {
+        name: function(logits_RV, target_logits_R1)
+        for name, function in _OF_LOGITS.items()
+        if name in extras
+    }
+
+
+def _of_weights(
+    extras: Set[str], weights_RV: torch.Tensor, sums_R1: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Overwrites the weights with probabilities."""
+    if extras.isdisjoint(_OF_PROBS):
+        return {}
+    probs_RV = weights_RV.div_(sums_R1)
+    return {name: function(probs_RV) for name, function in _OF_PROBS.items() if name in extras}
+
+
+def _token_ranks(logits_RV: torch.Tensor, target_logits_R1: torch.Tensor) -> torch.Tensor:
     return (logits_RV > target_logits_R1).sum(-1, keepdim=True, dtype=torch.int32) + 1
 
 
-def _entropies(weights_RV: torch.Tensor, sums_R1: torch.Tensor) -> torch.Tensor:
-    each_RV: torch.Tensor = torch.special.entr(weights_RV.div_(sums_R1))
+def _entropies(probs_RV: torch.Tensor) -> torch.Tensor:
+    each_RV: torch.Tensor = torch.special.entr(probs_RV)
     return each_RV.sum(-1, keepdim=True)
+
+
+_OF_LOGITS = {"token_ranks": _token_ranks}
+"""Extras that take the logits, and those of the actual tokens; [R, 1]."""
+_OF_PROBS = {"entropies": _entropies}
+"""Extras that take the probabilities alone; [R, 1]."""
 
 
 def topk_in_blocks(logits_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,7 @@ from vllm.tasks import PoolingTask
 from vllm.v1.outputs import PoolerOutput
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from teacher_server.engine.base import EXTRAS
 from teacher_server.engine.cpu_head import logits_in_blocks
 from teacher_server.engine.row_format import HEADER, ZERO_BLOCKS_VARIABLE, RowRequest
 from teacher_server.engine.row_scores import rows_at_once, score_rows
@@ -249,8 +250,7 @@ class TokenScorer(Pooler):
                     candidates[chunk],
                     inverse_temperatures_R[chunk],
                     k=max(span.request.k for span in spans),
-                    want_entropy=any(span.request.want_entropy for span in spans),
-                    want_rank=any(span.request.want_rank for span in spans),
+                    extras=frozenset().union(*(span.request.extras for span in spans)),
                 )
             )
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
@@ -298,8 +298,7 @@ def _profiling_request(num_rows: int) -> RowRequest:
         first_row=1,
         k=1,
         temperature=1.0,
-        want_entropy=True,
-        want_rank=True,
+        extras=EXTRAS,
         target_ids=np.zeros(num_rows, dtype=np.int32),
         candidate_ids=np.zeros((num_rows, 1), dtype=np.int32),
     )

@@ -6,15 +6,14 @@ Knows no session and no transport.
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from numpy.typing import NDArray
-
-from teacher_server.engine.base import EngineRows, ScoreQuery
+from teacher_server.engine.base import EXTRAS, EngineRows, ScoreQuery
 from teacher_wire import drift
+from teacher_wire.columns import Width
 from teacher_wire.errors import EngineError, NonFiniteError
 from teacher_wire.records import (
     MAX_DRIFT_K,
+    MODEL_COLUMNS,
     DriftPolicy,
     ScoreRows,
     Scores,
@@ -27,23 +26,36 @@ from teacher_wire.records import (
 def check_rows(rows: EngineRows, query: ScoreQuery) -> None:
     """An engine's promise, checked: the shapes asked for, and no number that is not finite."""
     n = len(query.token_ids) - query.first_row
-    num_candidates = 0 if query.candidate_ids is None else query.candidate_ids.shape[1]
-    expected = {
-        "topk_ids": (n, query.k),
-        "topk_logprobs": (n, query.k),
-        "token_logprobs": (n,),
-        "candidate_logprobs": (n, num_candidates) if num_candidates else None,
-        "entropies": (n,) if query.want_entropy else None,
-        "token_ranks": (n,) if query.want_rank else None,
+    candidates = query.candidate_ids
+    shapes = {
+        Width.ONE: (n,),
+        Width.TOP_K: (n, query.k),
+        Width.CANDIDATES: None if candidates is None else (n, candidates.shape[1]),
     }
-    for name, shape in expected.items():
-        array: NDArray[Any] | None = getattr(rows, name)
-        got = None if array is None else array.shape
-        if got != shape:
-            raise EngineError(f"the engine's {name} has shape {got}, must be {shape}")
-        # An integer is finite, and a sum of log-probs or entropies is if all of them are.
-        if array is not None and array.dtype.kind == "f" and not math.isfinite(array.sum()):
-            raise NonFiniteError(f"the engine's {name} holds a NaN or an infinity")
+    unasked = EXTRAS - query.extras
+    total = 0.0
+    for column, array in zip(MODEL_COLUMNS.columns, MODEL_COLUMNS.arrays(rows), strict=True):
+        shape = None if column.name in unasked else shapes[column.width]
+        if array is None:
+            if shape is not None:
+                raise EngineError(f"the engine's {column.name} is missing, must be {shape}")
+        elif array.shape != shape:
+            raise EngineError(
+                f"the engine's {column.name} has shape {array.shape}, must be {shape}"
+            )
+        elif column.is_float:
+            total += array.sum()
+    # A sum of log-probs or entropies is finite if all of them are.
+    if not math.isfinite(total):
+        raise NonFiniteError(f"the engine's {_not_finite(rows)} holds a NaN or an infinity")
+
+
+def _not_finite(rows: EngineRows) -> str:
+    """Name of the first column that is not finite, or of none of them if only their sum is not."""
+    for column, array in zip(MODEL_COLUMNS, MODEL_COLUMNS.arrays(rows), strict=True):
+        if array is not None and column.is_float and not math.isfinite(array.sum()):
+            return column.name
+    return "rows"
 
 
 def judged_rows(rows: EngineRows, span: TokenSpan, policy: DriftPolicy | None) -> ScoreRows:
@@ -64,14 +76,9 @@ def judged_rows(rows: EngineRows, span: TokenSpan, policy: DriftPolicy | None) -
         )
     return ScoreRows(
         offset=span.offset,
-        topk_ids=rows.topk_ids,
-        topk_logprobs=rows.topk_logprobs,
-        token_logprobs=rows.token_logprobs,
-        candidate_logprobs=rows.candidate_logprobs,
         overlap_counts=overlaps,
         bad_events=bad,
-        entropies=rows.entropies,
-        token_ranks=rows.token_ranks,
+        **MODEL_COLUMNS.by_name(rows),
     )
 
 

@@ -383,8 +383,7 @@ class SessionTable:
             candidate_ids=span.candidate_ids,
             k=options.k,
             temperature=options.temperature,
-            want_entropy=options.want_entropy,
-            want_rank=options.want_rank,
+            extras=options.extras,
             session=session.engine_name,
             cache_salt=session.tenant,
         )

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_server.engine.base import EngineRows, ScoreQuery, ScoringEngine
+from teacher_server.engine.base import EXTRAS, EngineRows, ScoreQuery, ScoringEngine
+from teacher_wire.records import MODEL_COLUMNS
 from tests.teacher.engine.engine_models import VOCAB_SIZE
 
 TOLERANCE = 1e-4
@@ -32,8 +33,7 @@ def a_query(token_ids: NDArray[np.int32], first_row: int, **options: object) -> 
         candidate_ids=(token_ids[first_row:, None] + offsets_C) % VOCAB_SIZE,
         k=K,
         temperature=1.0,
-        want_entropy=True,
-        want_rank=True,
+        extras=EXTRAS,
     )
     return replace(query, **options)
 
@@ -47,12 +47,8 @@ async def grow(
         for first_row, end in itertools.pairwise(bounds)
     ]
     return EngineRows(
-        **{
-            name: np.concatenate([getattr(answer, name) for answer in answers])
-            for name in EngineRows.__slots__
-            if name != "computed_tokens"
-        },
         computed_tokens=sum(answer.computed_tokens for answer in answers),
+        **MODEL_COLUMNS.joined(answers),
     )
 
 

@@ -204,8 +204,7 @@ class TestVllm:
             ids_RC,
             1 / temperatures_R,
             k=4,
-            want_entropy=False,
-            want_rank=True,
+            extras={"token_ranks"},
         ).numpy()
         expected = torch.log_softmax(logits_RV.double() / temperatures_R[:, None], dim=-1)
         candidates = expected.gather(1, ids_RC).numpy()

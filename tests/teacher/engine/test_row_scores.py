@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_server.engine import row_scores
-from teacher_server.engine.row_format import ENTROPY, HEADER, POSITION, RANK, TOKEN_LOGPROB
+from teacher_server.engine.base import EXTRAS
+from teacher_server.engine.row_format import EXTRA_AT, HEADER, POSITION, TOKEN_LOGPROB
 
 PROPERTY = settings(max_examples=60, deadline=None)
 NATS = 5e-6
@@ -62,9 +63,9 @@ def assert_packed(packed: np.ndarray, expected: dict[str, np.ndarray], k: int) -
     floats = packed.view(np.float32)
     ids = packed[:, HEADER : HEADER + k]
     assert packed[:, POSITION].tolist() == expected["positions"].tolist()
-    assert packed[:, RANK].tolist() == expected["ranks"].tolist()
+    assert packed[:, EXTRA_AT["token_ranks"]].tolist() == expected["ranks"].tolist()
     np.testing.assert_allclose(floats[:, TOKEN_LOGPROB], expected["token"], atol=NATS)
-    np.testing.assert_allclose(floats[:, ENTROPY], expected["entropies"], atol=1e-4)
+    np.testing.assert_allclose(floats[:, EXTRA_AT["entropies"]], expected["entropies"], atol=1e-4)
     top = floats[:, HEADER + k : HEADER + 2 * k]
     np.testing.assert_allclose(top, expected["top"], atol=NATS)
     np.testing.assert_allclose(floats[:, HEADER + 2 * k :], expected["candidates"], atol=NATS)
@@ -90,7 +91,7 @@ def test_rows_equal_their_definition(
     expected = slow_score_rows(*given_rows, k=k)
     for at_once in (False, True):
         packed = row_scores.score_rows(
-            *given_rows, k=k, want_entropy=True, want_rank=True, at_once=at_once
+            *given_rows, k=k, extras=EXTRAS, at_once=at_once
         )
         assert_packed(packed.numpy(), expected, k)
 
@@ -125,7 +126,7 @@ def test_the_top_k_of_the_last_few_logits_is_found() -> None:
 def test_a_broken_row_has_no_good_log_prob(value: float, place: int, dtype: torch.dtype) -> None:
     given_rows = arguments(0, 3, 3000, dtype)
     given_rows[0][1, place] = value
-    packed = row_scores.score_rows(*given_rows, k=8, want_entropy=True, want_rank=False).numpy()
+    packed = row_scores.score_rows(*given_rows, k=8, extras={"entropies"}).numpy()
     floats = packed.view(np.float32)
     logprobs = np.concatenate([floats[:, [TOKEN_LOGPROB]], floats[:, HEADER + 8 :]], axis=1)
     assert np.isnan(logprobs[1]).all()
@@ -135,11 +136,11 @@ def test_a_broken_row_has_no_good_log_prob(value: float, place: int, dtype: torc
 def test_an_impossible_token_leaves_its_row_good() -> None:
     given_rows = arguments(0, 2, 3000, torch.float32)
     given_rows[0][:, 100:200] = float("-inf")
-    packed = row_scores.score_rows(*given_rows, k=8, want_entropy=True, want_rank=True).numpy()
+    packed = row_scores.score_rows(*given_rows, k=8, extras=EXTRAS).numpy()
     expected = slow_score_rows(*given_rows, k=8)
     floats = packed.view(np.float32)
     np.testing.assert_allclose(floats[:, HEADER + 8 : HEADER + 16], expected["top"], atol=NATS)
-    np.testing.assert_allclose(floats[:, ENTROPY], expected["entropies"], atol=1e-4)
+    np.testing.assert_allclose(floats[:, EXTRA_AT["entropies"]], expected["entropies"], atol=1e-4)
 
 
 def test_rows_without_candidates_and_no_rows_at_all() -> None:
@@ -153,8 +154,7 @@ def test_rows_without_candidates_and_no_rows_at_all() -> None:
             candidates_RC[rows, :0],
             inverse_R[rows],
             k=2,
-            want_entropy=False,
-            want_rank=False,
+            extras=frozenset(),
         )
         assert packed.shape == (len(positions_R[rows]), HEADER + 4)
 
@@ -162,5 +162,5 @@ def test_rows_without_candidates_and_no_rows_at_all() -> None:
 def test_logits_are_left_as_they_were() -> None:
     given_rows = arguments(0, 20, 3000, torch.float32)
     before = given_rows[0].clone()
-    row_scores.score_rows(*given_rows, k=8, want_entropy=True, want_rank=True)
+    row_scores.score_rows(*given_rows, k=8, extras=EXTRAS)
     assert torch.equal(given_rows[0], before)
