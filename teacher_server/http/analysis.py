@@ -8,15 +8,22 @@ the prompt and the response tokens before t. Reliability R_t already counts a ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_server.http.rows import number_of, refuse_non_finite
 from teacher_wire.drift import reliability
-from teacher_wire.errors import InvalidRequestError, NonFiniteError
-from teacher_wire.records import MAX_DRIFT_K, DriftPolicy, ScoreRows, Scores
+from teacher_wire.errors import InvalidRequestError
+from teacher_wire.records import (
+    MAX_DRIFT_K,
+    MODEL_COLUMNS,
+    DriftPolicy,
+    ScoreRows,
+    Scores,
+)
 
 
 class Tokenizer(Protocol):
@@ -94,9 +101,22 @@ class Alternative:
     logprob: float
 
 
+_Extras: Any = make_dataclass(
+    "_Extras",
+    [(column.singular, number_of(column) | None) for column in MODEL_COLUMNS.extras],
+    frozen=True,
+    slots=True,
+    kw_only=True,
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenReport:
-    """One response token as the teacher sees it; None where nothing was asked for."""
+class TokenReport(_Extras):  # type: ignore[misc]
+    """One response token as the teacher sees it; None where nothing was asked for.
+
+    Besides what stands here: one value of each column that an option asks for, under its singular
+    (`entropy`, in nats, and `rank`, 1 = the teacher's most likely token).
+    """
 
     position: int
     """Index among the response tokens, from 0."""
@@ -104,10 +124,6 @@ class TokenReport:
     token: str | None
     logprob: float
     """nats"""
-    rank: int | None
-    """1 = the teacher's most likely token."""
-    entropy: float | None
-    """nats, of the teacher's full distribution."""
     topk: tuple[Alternative, ...]
     """Most likely first."""
     overlap: float | None
@@ -131,23 +147,6 @@ class Report:
     verdict: str
     keep_tokens: int | None
     """With verdict "truncate": response tokens to keep."""
-
-
-def refuse_non_finite(rows: ScoreRows) -> None:
-    """Raises NonFiniteError naming the array and position of the first NaN or infinity."""
-    arrays = {
-        "topk_logprobs": rows.topk_logprobs,
-        "token_logprobs": rows.token_logprobs,
-        "candidate_logprobs": rows.candidate_logprobs,
-        "entropies": rows.entropies,
-    }
-    for name, array in arrays.items():
-        if array is None:
-            continue
-        bad = np.argwhere(~np.isfinite(array))
-        if len(bad):
-            position = rows.offset + int(bad[0][0])
-            raise NonFiniteError(f"{name} is not finite at response token {position}")
 
 
 def build_report(
@@ -188,7 +187,8 @@ def _token_reports(
     policy: DriftPolicy | None,
     texts: TokenTexts,
 ) -> tuple[TokenReport, ...]:
-    n = len(rows)
+    n, extras = len(rows), MODEL_COLUMNS.extras
+    names = [column.singular for column in extras]
     overlaps: NDArray[np.float64] | None = None
     reliabilities: NDArray[np.float64] | None = None
     if rows.overlap_counts is not None:
@@ -198,8 +198,7 @@ def _token_reports(
     columns = zip(
         response_ids.tolist(),
         rows.token_logprobs.tolist(),
-        _column(rows.token_ranks, n),
-        _column(rows.entropies, n),
+        zip(*(_column(getattr(rows, column.name), n) for column in extras), strict=True),
         rows.topk_ids.tolist(),
         rows.topk_logprobs.tolist(),
         _column(overlaps, n),
@@ -213,8 +212,7 @@ def _token_reports(
             token_id=token_id,
             token=texts[token_id],
             logprob=logprob,
-            rank=rank,
-            entropy=entropy,
+            **dict(zip(names, values, strict=True)),
             topk=tuple(
                 Alternative(token_id=i, token=texts[i], logprob=value)
                 for i, value in zip(topk_ids, topk_logprobs, strict=True)
@@ -226,8 +224,7 @@ def _token_reports(
         for position, (
             token_id,
             logprob,
-            rank,
-            entropy,
+            values,
             topk_ids,
             topk_logprobs,
             overlap,
@@ -266,4 +263,4 @@ def report_to_json(report: Report) -> dict[str, Any]:
 
 
 def _shallow(record: Report | TokenReport | Alternative | TokenText) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in record.__slots__}
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}

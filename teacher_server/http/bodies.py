@@ -7,19 +7,20 @@ what leaves and are not filled; tests hold one against the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from teacher_server.http.analysis import Report
+from teacher_server.http.rows import ArrayEncoding, RowsReply
 from teacher_wire.errors import ERROR_CODES, InvalidRequestError
 from teacher_wire.records import (
     MAX_DRIFT_K,
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
+    ROW_FLAGS,
     DriftMetric,
     DriftPolicy,
     DriftState,
@@ -30,16 +31,6 @@ from teacher_wire.records import (
     TokenSpan,
     Verdict,
 )
-
-
-class ArrayEncoding(Enum):
-    """How /v1/score writes arrays."""
-
-    JSON = "json"
-    """Nested lists of numbers."""
-    BASE64 = "base64"
-    """{dtype, shape, data}: little-endian, row-major, base64."""
-
 
 Int32 = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Count = Annotated[int, Field(strict=True, ge=1, le=4096)]
@@ -84,7 +75,15 @@ class _SpanBody(_Body):
         return np.array(self.candidate_ids, np.int32)
 
 
-class ScoreBody(_SpanBody):
+if TYPE_CHECKING:
+    _FlagsBody = _SpanBody
+else:
+    _FlagsBody = create_model(
+        "_FlagsBody", __base__=_SpanBody, **dict.fromkeys(ROW_FLAGS, (Flag, False))
+    )
+
+
+class ScoreBody(_FlagsBody):
     """One whole response to score, as token ids."""
 
     prompt_ids: TokenIds
@@ -94,8 +93,6 @@ class ScoreBody(_SpanBody):
     k: Count = 16
     logprob_dtype: LogprobDtype = LogprobDtype.F32
     """Element type of packed log-probs; JSON numbers are always those of the engine."""
-    want_entropy: Flag = False
-    want_rank: Flag = False
     encoding: ArrayEncoding = ArrayEncoding.JSON
 
     def options_record(self) -> ScoreOptions:
@@ -103,8 +100,7 @@ class ScoreBody(_SpanBody):
             k=self.k,
             temperature=self.temperature,
             logprob_dtype=self.logprob_dtype,
-            want_entropy=self.want_entropy,
-            want_rank=self.want_rank,
+            **{flag: getattr(self, flag) for flag in ROW_FLAGS},
         )
 
     def span_record(self) -> TokenSpan:
@@ -127,6 +123,12 @@ class AnalyzeBody(_SpanBody):
     """Let the tokenizer add its special tokens to a prompt given as text."""
     k: Count = 8
 
+    def options_record(self) -> ScoreOptions:
+        """A report shows every column."""
+        return ScoreOptions(
+            k=self.k, temperature=self.temperature, **dict.fromkeys(ROW_FLAGS, True)
+        )
+
     @model_validator(mode="after")
     def _one_of_each(self) -> AnalyzeBody:
         for name in ("prompt", "response"):
@@ -136,35 +138,10 @@ class AnalyzeBody(_SpanBody):
         return self
 
 
-class PackedArray(_Body):
-    """An array as base64 of its little-endian, row-major bytes."""
-
-    dtype: str
-    """numpy's name: <i4, <f2, <f4, |u1 or |b1."""
-    shape: list[int]
-    data: str
-
-
-class RowsReply(_Body):
-    """teacher_wire.records.ScoreRows as JSON: row t belongs to response token t."""
-
-    offset: int
-    count: int
-    k: int
-    topk_ids: list[list[int]] | PackedArray
-    topk_logprobs: list[list[float]] | PackedArray
-    token_logprobs: list[float] | PackedArray
-    candidate_logprobs: list[list[float]] | PackedArray | None
-    overlap_counts: list[int] | PackedArray | None
-    bad_events: list[bool] | PackedArray | None
-    entropies: list[float] | PackedArray | None
-    token_ranks: list[int] | PackedArray | None
-
-
 class ScoreReply(_Body):
     """teacher_wire.records.Scores as JSON."""
 
-    rows: RowsReply
+    rows: RowsReply  # type: ignore[valid-type]
     drift: DriftState | None
     verdict: Verdict
     keep_tokens: int | None

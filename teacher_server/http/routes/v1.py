@@ -4,7 +4,6 @@ loop also carries the gRPC streams."""
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 from dataclasses import asdict
 from typing import Any
@@ -17,20 +16,19 @@ from teacher_server.http.analysis import (
     Tokenizer,
     TokenTexts,
     build_report,
-    refuse_non_finite,
     report_to_json,
 )
 from teacher_server.http.bodies import (
     AnalyzeBody,
     AnalyzeReply,
-    ArrayEncoding,
     InfoReply,
     ScoreBody,
     ScoreReply,
 )
 from teacher_server.http.deps import HttpDeps
+from teacher_server.http.rows import ArrayEncoding, refuse_non_finite, rows_to_json
 from teacher_wire.errors import InvalidRequestError
-from teacher_wire.records import LogprobDtype, ScoreOptions, ScoreRows, Scores, TokenSpan
+from teacher_wire.records import Scores, TokenSpan
 
 MAX_JSON_ENTRIES = 262_144
 """Largest n * K that leaves as JSON numbers; packed arrays have no such limit."""
@@ -80,12 +78,9 @@ def routes(deps: HttpDeps) -> APIRouter:
             candidate_ids=body.candidate_array(),
             event_mask=~np.isin(response_ids, deps.info.special_token_ids),
         )
-        options = ScoreOptions(
-            k=body.k, temperature=body.temperature, want_entropy=True, want_rank=True
-        )
         policy = body.policy_record()
         scores = await deps.sessions.score_once(
-            prompt_ids, span, options, policy, tenant=request.state.tenant
+            prompt_ids, span, body.options_record(), policy, tenant=request.state.tenant
         )
 
         def render() -> Response:
@@ -129,40 +124,13 @@ def _scores_response(scores: Scores, body: ScoreBody) -> Response:
     refuse_non_finite(scores.rows)
     return _json(
         {
-            "rows": _rows_to_json(scores.rows, body.encoding, body.logprob_dtype),
+            "rows": rows_to_json(scores.rows, body.encoding, body.logprob_dtype),
             "drift": None if scores.drift is None else asdict(scores.drift),
             "verdict": scores.verdict.value,
             "keep_tokens": scores.keep_tokens,
             "timing": asdict(scores.timing),
         }
     )
-
-
-def _rows_to_json(rows: ScoreRows, encoding: ArrayEncoding, dtype: LogprobDtype) -> dict[str, Any]:
-    logprob_dtype = "<f2" if dtype is LogprobDtype.F16 else "<f4"
-
-    def write(array: NDArray[Any] | None, packed_dtype: str) -> Any:
-        if array is None:
-            return None
-        if encoding is ArrayEncoding.JSON:
-            return array.tolist()
-        packed = np.ascontiguousarray(array, packed_dtype)
-        text = base64.b64encode(packed.tobytes()).decode("ascii")
-        return {"dtype": packed_dtype, "shape": list(packed.shape), "data": text}
-
-    return {
-        "offset": rows.offset,
-        "count": len(rows),
-        "k": rows.topk_ids.shape[1],
-        "topk_ids": write(rows.topk_ids, "<i4"),
-        "topk_logprobs": write(rows.topk_logprobs, logprob_dtype),
-        "token_logprobs": write(rows.token_logprobs, logprob_dtype),
-        "candidate_logprobs": write(rows.candidate_logprobs, logprob_dtype),
-        "overlap_counts": write(rows.overlap_counts, "|u1"),
-        "bad_events": write(rows.bad_events, "|b1"),
-        "entropies": write(rows.entropies, "<f4"),
-        "token_ranks": write(rows.token_ranks, "<i4"),
-    }
 
 
 def _json(content: dict[str, Any]) -> Response:
