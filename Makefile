@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 INSTALLER ?= auto
 SOAK_MINUTES ?= 20
 
-.PHONY: demo test check fuzz soak lint format proto playground dist test-dist setup clean
+.PHONY: demo test check fuzz soak lint format proto breaking published playground dist test-dist setup clean
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
@@ -32,7 +32,8 @@ soak: setup  ## mixed clients for SOAK_MINUTES, with a table in docs/soak.md
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf format -d --exit-code
+	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf format -d --exit-code \
+	    && ../$(BIN)/buf breaking --against published.binpb
 	$(BIN)/mypy
 
 format: setup
@@ -43,6 +44,12 @@ format: setup
 proto: setup  ## regenerate the code of the contract
 	$(BIN)/python -m grpc_tools.protoc -I teacher_wire/pb=proto/opd/teacher/v1 \
 	    --python_out=proto --pyi_out=proto --grpc_python_out=proto teacher_wire/pb/teacher.proto
+
+breaking: setup  ## the contract keeps what clients of the published one rely on
+	cd proto && ../$(BIN)/buf breaking --against published.binpb
+
+published: setup  ## the contract as it is becomes the one to keep; with a release, or a reason
+	cd proto && ../$(BIN)/buf build --exclude-source-info -o published.binpb
 
 playground: setup  ## train the playground's teacher and student anew
 	$(BIN)/python -m examples.playground.build --out examples/playground/checkpoints

@@ -9,10 +9,11 @@ import numpy as np
 
 from benchmarks.stored_rows import PROMPT_TOKENS, Table
 from teacher_client.client import TeacherClient
+from teacher_wire.drift_metrics import OverlapRatio
 from teacher_wire.records import DriftPolicy, LogprobDtype, ScoreOptions, Scores, TokenSpan
 
 PROMPT = np.arange(1, PROMPT_TOKENS + 1, dtype=np.int32)
-POLICY = DriftPolicy(k=16, threshold=0.5, stop_in_flight=False)
+POLICY = DriftPolicy(metric=OverlapRatio(k=16, threshold=0.5), stop_in_flight=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

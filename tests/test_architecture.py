@@ -52,8 +52,13 @@ RULES = [
     ),
     Rule(
         modules="teacher_wire.drift",
-        only="numpy teacher_wire.records",
+        only="numpy teacher_wire.drift_metrics teacher_wire.records",
         why="pure: server, losses and reports all ask it",
+    ),
+    Rule(
+        modules="teacher_wire.drift_metrics",
+        only="numpy teacher_wire.errors",
+        why="pure: a metric is a rule and its constants",
     ),
     Rule(
         modules="teacher_client.*",
@@ -90,8 +95,8 @@ RULES = [
     Rule(modules="student_trainer.*", never="teacher_server examples tests", why="one way only"),
     Rule(
         modules="student_trainer.losses.*",
-        only="torch student_trainer.losses",
-        why="formulas: no settings, no records, no grpc",
+        only="torch student_trainer.losses teacher_wire.drift",
+        why="formulas: no settings, no records, no grpc; reliability is the server's",
     ),
     Rule(
         modules="student_trainer.settings.*",

@@ -68,7 +68,7 @@ MESSAGES = {
     "Close": "session_id=1",
     "Closed": "session_id=1",
     "Credit": "bytes=1",
-    "DriftPolicy": "metric=1 k=2 threshold=3 top_p=4 w_drop=5 stop_in_flight=6",
+    "DriftPolicy": ("w_drop=1 stop_in_flight=2 overlap_ratio=3 teacher_top_p_accept=4"),
     "DriftState": "num_tokens=1 num_bad_events=2 exhausted_at=3",
     "Error": (
         "session_id=1 type=2 message=3 retryable=4 retry_after_ms=5 expected_offset=6 offset=7"
@@ -82,6 +82,7 @@ MESSAGES = {
     ),
     "Open": "session_id=1 prompt_ids=2 scored_ids=3 drift=4 options=5 policy=6",
     "Opened": "session_id=1 next_offset=2",
+    "OverlapRatio": "k=1 threshold=2",
     "RequestBatch": "requests=1",
     "ResponseBatch": "responses=1",
     "ScoreOptions": "k=1 temperature=2 logprob_dtype=3 want_entropy=4 want_rank=5",
@@ -101,15 +102,12 @@ MESSAGES = {
         "engine_version=11 instance_id=12 max_sessions=13 max_append_tokens=14 "
         "protocol_version=15 server_version=16 block_tokens=17"
     ),
+    "TeacherTopPAccept": "k=1 top_p=2",
     "Timing": "queue_us=1 engine_us=2 computed_tokens=3",
     "TokenSpan": "offset=1 token_ids=2 num_candidates=3 candidate_ids=4 event_mask=5",
     "Welcome": "info=1 accepts_batches=2",
 }
 ENUMS = {
-    "DriftMetric": (
-        "DRIFT_METRIC_UNSPECIFIED=0 DRIFT_METRIC_OVERLAP_RATIO=1 "
-        "DRIFT_METRIC_TEACHER_TOP_P_ACCEPT=2"
-    ),
     "LogprobDtype": "LOGPROB_DTYPE_UNSPECIFIED=0 LOGPROB_DTYPE_F16=1 LOGPROB_DTYPE_F32=2",
     "Verdict": "VERDICT_UNSPECIFIED=0 VERDICT_CONTINUE=1 VERDICT_TRUNCATE=2",
 }

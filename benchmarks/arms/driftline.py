@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from benchmarks.arms.base import Arm, Setup, Text
 from benchmarks.processes import child, ready_file
 from teacher_client.client import TeacherClient
+from teacher_wire.drift_metrics import OverlapRatio
 from teacher_wire.records import DriftPolicy, LogprobDtype, ScoreOptions, TokenSpan
 
-POLICY = DriftPolicy(k=16, threshold=0.5, stop_in_flight=False)
+POLICY = DriftPolicy(metric=OverlapRatio(k=16, threshold=0.5), stop_in_flight=False)
 """Observes only: random candidates would stop every response at once."""
 
 

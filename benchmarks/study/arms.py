@@ -24,7 +24,13 @@ TOP_P = {
     "rollout.top_p": 0.9,
     # Under top-p the student's own top-k beyond its nucleus is arbitrary and is not sent.
     "rollout.student_topk": 0,
-    "drift.metric": "teacher_top_p_accept",
+    # The whole section: what the base sets for overlaps, this metric does not read.
+    "drift": {
+        "metric": "teacher_top_p_accept",
+        "k": 3,
+        "w_drop": 0.25,
+        "stop_in_flight": False,
+    },
 }
 STOP = {"drift.stop_in_flight": True}
 PRUNE_WEIGHT = {"weights.prune.w_base": 0.5}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
@@ -16,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_wire.columns import Column, Width
+from teacher_wire.drift_metrics import METRICS
 from teacher_wire.errors import InvalidRequestError
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import (
     ROW_COLUMNS,
     ROW_FLAGS,
-    DriftMetric,
     DriftPolicy,
     DriftState,
     LogprobDtype,
@@ -68,16 +69,11 @@ _DTYPE_TO_PB = {
     LogprobDtype.F16: pb.LOGPROB_DTYPE_F16,
     LogprobDtype.F32: pb.LOGPROB_DTYPE_F32,
 }
-_METRIC_TO_PB = {
-    DriftMetric.OVERLAP_RATIO: pb.DRIFT_METRIC_OVERLAP_RATIO,
-    DriftMetric.TEACHER_TOP_P_ACCEPT: pb.DRIFT_METRIC_TEACHER_TOP_P_ACCEPT,
-}
 _VERDICT_TO_PB = {
     Verdict.CONTINUE: pb.VERDICT_CONTINUE,
     Verdict.TRUNCATE: pb.VERDICT_TRUNCATE,
 }
 _DTYPE_FROM_PB: dict[int, LogprobDtype] = {value: key for key, value in _DTYPE_TO_PB.items()}
-_METRIC_FROM_PB: dict[int, DriftMetric] = {value: key for key, value in _METRIC_TO_PB.items()}
 _VERDICT_FROM_PB: dict[int, Verdict] = {value: key for key, value in _VERDICT_TO_PB.items()}
 
 
@@ -150,31 +146,29 @@ def _decode_logprob_dtype(value: int) -> LogprobDtype:
 def encode_policy(policy: DriftPolicy | None) -> pb.DriftPolicy | None:
     if policy is None:
         return None
-    return pb.DriftPolicy(
-        metric=_METRIC_TO_PB[policy.metric],
-        k=policy.k,
-        threshold=policy.threshold,
-        top_p=policy.top_p,
+    message = pb.DriftPolicy(w_drop=policy.w_drop, stop_in_flight=policy.stop_in_flight)
+    metric = getattr(message, policy.metric.name)
+    metric.SetInParent()
+    for field in fields(policy.metric):
+        setattr(metric, field.name, getattr(policy.metric, field.name))
+    return message
+
+
+def decode_policy(message: pb.Open | pb.ScoreRequest) -> DriftPolicy | None:
+    """The policy of a request; None for none, and InvalidRequestError for an unknown metric."""
+    if not message.HasField("policy"):
+        return None
+    policy = message.policy
+    name = policy.WhichOneof("metric")
+    if name is None:
+        raise InvalidRequestError(
+            f"the drift policy has no metric that is known here, must have one of {sorted(METRICS)}"
+        )
+    metric, kind = getattr(policy, name), METRICS[name]
+    return DriftPolicy(
+        metric=kind(**{field.name: getattr(metric, field.name) for field in fields(kind)}),
         w_drop=policy.w_drop,
         stop_in_flight=policy.stop_in_flight,
-    )
-
-
-def decode_policy(message: pb.DriftPolicy) -> DriftPolicy | None:
-    """None when the metric is unspecified, which is also what an absent policy reads as."""
-    if message.metric == pb.DRIFT_METRIC_UNSPECIFIED:
-        return None
-    if message.metric not in _METRIC_FROM_PB:
-        raise InvalidRequestError(
-            f"drift metric is {message.metric}, must be one of {sorted(_METRIC_FROM_PB)}"
-        )
-    return DriftPolicy(
-        metric=_METRIC_FROM_PB[message.metric],
-        k=message.k,
-        threshold=message.threshold,
-        top_p=message.top_p,
-        w_drop=message.w_drop,
-        stop_in_flight=message.stop_in_flight,
     )
 
 

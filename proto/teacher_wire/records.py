@@ -22,12 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_wire.columns import CANDIDATE_IDS, LOGPROB, POLICY, Column, Width, columns_of
+from teacher_wire.drift_metrics import DriftMetric, OverlapRatio, check_share
 from teacher_wire.errors import InvalidRequestError
 
 PROTOCOL_VERSION = 1
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
-MAX_DRIFT_K = 255
-"""Overlap counts travel as one byte."""
 
 
 class LogprobDtype(Enum):
@@ -35,15 +34,6 @@ class LogprobDtype(Enum):
 
     F16 = "f16"
     F32 = "f32"
-
-
-class DriftMetric(Enum):
-    """What counts as a bad event at one position."""
-
-    OVERLAP_RATIO = "overlap_ratio"
-    """|student top-k and teacher top-k in common| / k < threshold (Prune-OPD eq. 5-7)."""
-    TEACHER_TOP_P_ACCEPT = "teacher_top_p_accept"
-    """The sampled token lies outside the teacher's top-p nucleus (Prune-OPD appendix A.10)."""
 
 
 class Verdict(Enum):
@@ -83,25 +73,15 @@ class ScoreOptions:
 class DriftPolicy:
     """The trainer's rule for drift (Prune-OPD); the server has no thresholds of its own."""
 
-    metric: DriftMetric = DriftMetric.OVERLAP_RATIO
-    k: int = 16
-    """Leading student and teacher entries compared, at most MAX_DRIFT_K."""
-    threshold: float = 0.7
-    """Overlap ratio below which a position is bad (gamma in the paper)."""
-    top_p: float = 0.95
-    """Mass of the nucleus, for TEACHER_TOP_P_ACCEPT."""
+    metric: DriftMetric = field(default_factory=OverlapRatio)
+    """What a bad event is."""
     w_drop: float = 0.01
     """Loss of reliability a bad event: R_t = clip(1 - w_drop * bad events up to t, 0, 1)."""
     stop_in_flight: bool = True
     """Send TRUNCATE at the first position where R reaches 0; False observes only."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.k <= MAX_DRIFT_K:
-            raise InvalidRequestError(f"drift k is {self.k}, must be in 1..{MAX_DRIFT_K}")
-        for name in ("threshold", "top_p", "w_drop"):
-            value = getattr(self, name)
-            if not 1e-9 <= value <= 1.0:
-                raise InvalidRequestError(f"drift {name} is {value}, must be in [1e-9, 1]")
+        check_share("w_drop", self.w_drop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

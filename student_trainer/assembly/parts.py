@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -21,9 +22,9 @@ from student_trainer.settings.config import TrainerConfig
 from student_trainer.special_tokens import SpecialTokens
 from teacher_client.access import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, TeacherAccess
 from teacher_client.client import TeacherClient
+from teacher_wire.drift_metrics import METRICS
 from teacher_wire.fingerprint import tokenizer_fingerprint
 from teacher_wire.records import (
-    DriftMetric,
     DriftPolicy,
     LogprobDtype,
     ScoreOptions,
@@ -153,12 +154,9 @@ def score_options(config: TrainerConfig) -> ScoreOptions:
 
 def drift_policy(config: TrainerConfig) -> DriftPolicy:
     """The rule that travels to the teacher with every session."""
-    drift = config.drift
+    drift, kind = config.drift, METRICS[config.drift.metric]
     return DriftPolicy(
-        metric=DriftMetric(drift.metric),
-        k=drift.k,
-        threshold=drift.threshold,
-        top_p=drift.top_p,
+        metric=kind(**{field.name: getattr(drift, field.name) for field in fields(kind)}),
         w_drop=drift.w_drop,
         stop_in_flight=drift.stop_in_flight,
     )

@@ -15,8 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RELIABILITY_EPSILON = 1e-8
-"""Reliability up to this is zero (the Prune-OPD code's value; the paper gives none)."""
+from teacher_wire.drift import reliability_by_count
 
 
 def check_mask(mask_BT: Tensor, **others_BT: Tensor) -> None:
@@ -61,18 +60,19 @@ def check_window(start_share: float, end_share: float) -> None:
 def reliability(bad_events_BT: Tensor, mask_BT: Tensor, *, w_drop: float) -> Tensor:
     """R_t = clip(1 - w_drop * (bad events up to and including t), 0, 1), in [0, 1], float32.
 
-    arXiv 2605.07804 (Prune-OPD), eq. 5-11. What a bad event is (there: fewer than 0.7 of the top-16
-    shared with the teacher) is decided by whoever fills bad_events_BT. R is exactly 0.0 from event
-    number ceil(1 / w_drop) on: computed in float64, and residues up to 1e-8 are snapped to 0.
+    arXiv 2605.07804 (Prune-OPD), eq. 5-11; the numbers are those of `teacher_wire.drift`, by which
+    the server stops a rollout, rounded to float32. What a bad event is (there: fewer than 0.7 of
+    the top-16 shared with the teacher) is decided by whoever fills bad_events_BT. R is exactly 0.0
+    from event number ceil(1 / w_drop) on.
     """
     check_fraction("w_drop", w_drop)
     check_mask(mask_BT, bad_events_BT=bad_events_BT)
     if bad_events_BT.dtype != torch.bool:
         raise ValueError(f"bad_events_BT must be bool, got {bad_events_BT.dtype}")
-    num_bad_BT = (bad_events_BT & mask_BT).cumsum(dim=-1).double()
-    reliability_BT = 1.0 - w_drop * num_bad_BT
-    keep_BT = mask_BT & (reliability_BT > RELIABILITY_EPSILON)
-    return torch.where(keep_BT, reliability_BT, 0.0).float()
+    by_count = torch.from_numpy(reliability_by_count(w_drop, bad_events_BT.shape[-1]))
+    num_bad_BT = (bad_events_BT & mask_BT).cumsum(dim=-1).clamp(max=len(by_count) - 1)
+    reliability_BT = by_count.to(mask_BT.device, torch.float32)[num_bad_BT]
+    return torch.where(mask_BT, reliability_BT, 0.0)
 
 
 def prune_weights(

@@ -28,11 +28,12 @@ from student_trainer.settings.budget import (
     PruneBudgetSettings,
     QuantileBudgetSettings,
 )
-from student_trainer.settings.drift import DriftSettings
+from student_trainer.settings.drift import DriftSettings, OverlapRatioSettings
 from student_trainer.settings.loss import LossSettings
 from student_trainer.settings.problems import explain
 from student_trainer.settings.section import Section
 from student_trainer.settings.weights import WeightSettings
+from teacher_wire.drift_metrics import METRICS
 from vllm_process.cores import CORES_PATTERN
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -201,7 +202,7 @@ class TrainerConfig(Section):
     data: DataSettings
     rollout: RolloutSettings
     teacher: TeacherSettings
-    drift: DriftSettings = DriftSettings()
+    drift: DriftSettings = OverlapRatioSettings()
     budget: Annotated[
         FixedBudgetSettings
         | PruneBudgetSettings
@@ -223,13 +224,14 @@ class TrainerConfig(Section):
             raise ValueError(
                 f"drift.k is {k}, more than the teacher.k {self.teacher.k} it compares"
             )
-        if self.drift.metric == "overlap_ratio" and k > topk:
+        compares = METRICS[self.drift.metric].compares_candidates
+        if compares and k > topk:
             raise ValueError(
                 f"drift.k is {k}, more than the rollout.student_topk {topk} it compares"
             )
-        if self.drift.metric == "overlap_ratio" and self.rollout.top_p < 1.0:
+        if compares and self.rollout.top_p < 1.0:
             raise ValueError(
-                f"drift.metric overlap_ratio with rollout.top_p {self.rollout.top_p}: the "
+                f"drift.metric {self.drift.metric} with rollout.top_p {self.rollout.top_p}: the "
                 "student's top-k outside its nucleus is arbitrary; use teacher_top_p_accept"
             )
         if self.longest_response >= self.rollout.max_context:

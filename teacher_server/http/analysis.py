@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from teacher_server.http.rows import number_of, refuse_non_finite
 from teacher_wire.drift import reliability
+from teacher_wire.drift_metrics import MAX_DRIFT_K
 from teacher_wire.errors import InvalidRequestError
 from teacher_wire.records import (
-    MAX_DRIFT_K,
     MODEL_COLUMNS,
     DriftPolicy,
     ScoreRows,
@@ -236,7 +236,7 @@ def _token_reports(
 
 def _num_compared(rows: ScoreRows, policy: DriftPolicy | None) -> int:
     """How many leading entries an overlap count compares; see ScoreRows.overlap_counts."""
-    limit = MAX_DRIFT_K if policy is None else policy.k
+    limit = MAX_DRIFT_K if policy is None else policy.metric.k
     num_candidates: int = 0
     if rows.candidate_logprobs is not None:
         num_candidates = rows.candidate_logprobs.shape[1]

@@ -6,22 +6,29 @@ what leaves and are not filled; tests hold one against the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    create_model,
+    model_validator,
+)
 
 from teacher_server.http.analysis import Report
 from teacher_server.http.rows import ArrayEncoding, RowsReply
+from teacher_wire.drift_metrics import METRICS, DriftMetric, OverlapRatio
 from teacher_wire.errors import ERROR_CODES, InvalidRequestError
 from teacher_wire.records import (
-    MAX_DRIFT_K,
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
     ROW_FLAGS,
-    DriftMetric,
     DriftPolicy,
     DriftState,
     LogprobDtype,
@@ -44,25 +51,53 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class PolicyBody(_Body):
-    """teacher_wire.records.DriftPolicy as JSON."""
+class _PolicyBody(_Body):
+    """teacher_wire.records.DriftPolicy as JSON, the constants of its metric beside its own."""
 
-    metric: DriftMetric = DriftMetric.OVERLAP_RATIO
-    k: Annotated[int, Field(strict=True, ge=1, le=MAX_DRIFT_K)] = 16
-    threshold: Real = 0.7
-    top_p: Real = 0.95
-    w_drop: Real = 0.01
-    stop_in_flight: Flag = True
+    w_drop: Real = DriftPolicy().w_drop
+    stop_in_flight: Flag = DriftPolicy().stop_in_flight
+
+
+def _policy_body(kind: type[DriftMetric]) -> Any:
+    hints = get_type_hints(kind)
+    strict = {int: Annotated[int, Field(strict=True)], float: Real}
+    constants: dict[str, Any] = {
+        "metric": (Literal[kind.name], kind.name),
+        **{field.name: (strict[hints[field.name]], field.default) for field in fields(kind)},
+    }
+    body = create_model(
+        f"{kind.__name__}Policy",
+        __base__=_PolicyBody,
+        __doc__=kind.__doc__,
+        **constants,
+    )
+    return Annotated[body, Tag(kind.name)]
+
+
+def metric(policy: Any) -> str | None:
+    """The tag of a policy; the usual one where a body does not say, None where it is no policy."""
+    named = policy.get("metric", OverlapRatio.name) if isinstance(policy, dict) else None
+    return named if isinstance(named, str) else None
+
+
+PolicyBody: Any = Annotated[
+    Union[tuple(map(_policy_body, METRICS.values()))],  # noqa: UP007
+    Discriminator(metric),
+]
 
 
 class _SpanBody(_Body):
     candidate_ids: Annotated[list[list[Int32]], Field(max_length=2**20)] | None = None
     """One row a response token, each of the same length: the student's top-k, most likely first."""
     temperature: Annotated[float, Field(strict=True, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] = 1.0
-    policy: PolicyBody | None = None
+    policy: Optional[PolicyBody] = None  # noqa: UP045
 
     def policy_record(self) -> DriftPolicy | None:
-        return None if self.policy is None else DriftPolicy(**dict(self.policy))
+        if self.policy is None:
+            return None
+        kind, policy = METRICS[self.policy.metric], dict(self.policy)
+        constants = {field.name: policy.pop(field.name) for field in fields(kind)}
+        return DriftPolicy(**policy | {"metric": kind(**constants)})
 
     def candidate_array(self) -> NDArray[np.int32] | None:
         if self.candidate_ids is None:
@@ -125,9 +160,8 @@ class AnalyzeBody(_SpanBody):
 
     def options_record(self) -> ScoreOptions:
         """A report shows every column."""
-        return ScoreOptions(
-            k=self.k, temperature=self.temperature, **dict.fromkeys(ROW_FLAGS, True)
-        )
+        flags: dict[str, Any] = dict.fromkeys(ROW_FLAGS, True)
+        return ScoreOptions(k=self.k, temperature=self.temperature, **flags)
 
     @model_validator(mode="after")
     def _one_of_each(self) -> AnalyzeBody:
@@ -141,7 +175,7 @@ class AnalyzeBody(_SpanBody):
 class ScoreReply(_Body):
     """teacher_wire.records.Scores as JSON."""
 
-    rows: RowsReply  # type: ignore[valid-type]
+    rows: RowsReply
     drift: DriftState | None
     verdict: Verdict
     keep_tokens: int | None

@@ -58,6 +58,7 @@ def _array_of(column: Column) -> Any:
     return present | None if column.asked_by else present
 
 
+_ARRAYS: dict[str, Any] = {column.name: (_array_of(column), ...) for column in ROW_COLUMNS}
 RowsReply = create_model(
     "RowsReply",
     __base__=Reply,
@@ -65,7 +66,7 @@ RowsReply = create_model(
     offset=(int, ...),
     count=(int, ...),
     k=(int, ...),
-    **{column.name: (_array_of(column), ...) for column in ROW_COLUMNS},
+    **_ARRAYS,
 )
 
 

@@ -187,7 +187,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                 codec.decode_ids(request.prompt_ids, "prompt_ids"),
                 codec.decode_span(request.span),
                 options,
-                codec.decode_policy(request.policy),
+                codec.decode_policy(request),
                 tenant=tenant,
                 deadline_s=context.time_remaining(),
             )

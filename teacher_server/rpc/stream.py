@@ -299,7 +299,7 @@ class SessionStream:
             request.session_id,
             codec.decode_ids(request.prompt_ids, "prompt_ids"),
             codec.decode_options(request.options),
-            codec.decode_policy(request.policy),
+            codec.decode_policy(request),
             tenant=self._tenant,
             owner=self,
             scored_ids=codec.decode_ids(request.scored_ids, "scored_ids"),

@@ -10,9 +10,9 @@ import math
 from teacher_server.engine.base import EXTRAS, EngineRows, ScoreQuery
 from teacher_wire import drift
 from teacher_wire.columns import Width
+from teacher_wire.drift_metrics import MAX_DRIFT_K, overlap_counts
 from teacher_wire.errors import EngineError, NonFiniteError
 from teacher_wire.records import (
-    MAX_DRIFT_K,
     MODEL_COLUMNS,
     DriftPolicy,
     ScoreRows,
@@ -63,14 +63,13 @@ def judged_rows(rows: EngineRows, span: TokenSpan, policy: DriftPolicy | None) -
     overlaps = bad = None
     if span.candidate_ids is not None:
         widths = (span.candidate_ids.shape[1], rows.topk_ids.shape[1], MAX_DRIFT_K)
-        depth = min(widths) if policy is None else min(policy.k, *widths)
-        overlaps = drift.overlap_counts(span.candidate_ids[:, :depth], rows.topk_ids[:, :depth])
+        depth = min(widths) if policy is None else min(policy.metric.k, *widths)
+        overlaps = overlap_counts(span.candidate_ids[:, :depth], rows.topk_ids[:, :depth])
     if policy is not None:
         bad = drift.bad_events(
             policy,
             token_ids=span.token_ids,
-            topk_ids=rows.topk_ids,
-            topk_logprobs=rows.topk_logprobs,
+            rows=rows,
             overlaps=overlaps,
             event_mask=span.event_mask,
         )

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from teacher_wire import drift
 from teacher_wire.errors import InvalidRequestError
 from teacher_wire.records import (
-    DriftMetric,
     DriftPolicy,
     DriftState,
     ScoreOptions,
@@ -65,8 +64,10 @@ def check_open(
         raise InvalidRequestError(
             f"k is {options.k}, the limit is {min(info.max_k, info.vocab_size)}"
         )
-    if policy is not None and policy.k > options.k:
-        raise InvalidRequestError(f"drift k is {policy.k}, the limit is k, which is {options.k}")
+    if policy is not None and policy.metric.k > options.k:
+        raise InvalidRequestError(
+            f"drift k is {policy.metric.k}, the limit is k, which is {options.k}"
+        )
 
 
 def check_drift(
@@ -117,8 +118,8 @@ def check_span(
                 f"candidate_ids has {width} ids a row, must have 1..{info.max_k}"
             )
         check_ids(span.candidate_ids, "candidate_ids", info.vocab_size)
-    overlap = policy is not None and policy.metric is DriftMetric.OVERLAP_RATIO
-    if overlap and policy is not None and width < policy.k:
+    metric = None if policy is None else policy.metric
+    if metric is not None and metric.compares_candidates and width < metric.k:
         raise InvalidRequestError(
-            f"candidate_ids has {width} ids a row, the drift policy compares {policy.k}"
+            f"candidate_ids has {width} ids a row, the drift policy compares {metric.k}"
         )

@@ -12,6 +12,7 @@ from teacher_client.client import TeacherClient, TeacherSession
 from teacher_client.retry import RetryLimits
 from teacher_server.engine.fake_engine import FakeEngine
 from teacher_server.testing import LocalTeacher, local_teacher
+from teacher_wire.drift_metrics import OverlapRatio
 from teacher_wire.records import (
     DriftPolicy,
     ScoreOptions,
@@ -22,7 +23,7 @@ from tests.teacher.scoring.fake_rows import cut
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=16)
-POLICY = DriftPolicy(k=8, w_drop=0.05)
+POLICY = DriftPolicy(metric=OverlapRatio(k=8), w_drop=0.05)
 FAST = RetryLimits(first_backoff_s=0.01, max_backoff_s=0.1)
 
 

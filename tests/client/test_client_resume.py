@@ -14,6 +14,7 @@ import pytest
 
 from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.testing import local_teacher, teacher_info
+from teacher_wire.drift_metrics import OverlapRatio
 from teacher_wire.errors import (
     CapacityError,
     EngineError,
@@ -101,7 +102,7 @@ async def test_an_evicted_session_is_opened_again_in_silence() -> None:
 
 @pytest.mark.parametrize("break_between", [False, True])
 async def test_rewinding_equals_fresh_even_after_a_restart(break_between: bool) -> None:
-    policy = replace(POLICY, threshold=1.0)
+    policy = replace(POLICY, metric=OverlapRatio(k=8, threshold=1.0))
     old, new = make_span(60, seed=1), make_span(60, seed=2)
     assert old.candidate_ids is not None
     assert new.candidate_ids is not None

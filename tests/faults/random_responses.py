@@ -16,6 +16,7 @@ from teacher_server.engine.fake_engine import FakeEngine
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.sessions import SessionTable
 from teacher_server.testing import teacher_info
+from teacher_wire.drift_metrics import OverlapRatio
 from teacher_wire.records import (
     DriftPolicy,
     ScoreOptions,
@@ -29,7 +30,7 @@ from tests.teacher.scoring.fake_rows import cut
 VOCAB_SIZE = 64
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=8, want_entropy=True, want_rank=True)
-POLICY = DriftPolicy(k=8, threshold=0.1, w_drop=0.002)
+POLICY = DriftPolicy(metric=OverlapRatio(k=8, threshold=0.1), w_drop=0.002)
 
 
 def random_span(rng: np.random.Generator, num_tokens: int) -> TokenSpan:

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from teacher_wire import codec
 from teacher_wire.batches import decode_responses
+from teacher_wire.drift_metrics import OverlapRatio
 from teacher_wire.errors import TeacherError
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
@@ -23,7 +24,7 @@ from teacher_wire.status import decode_status
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=16)
-POLICY = DriftPolicy(k=8, w_drop=1e-6)
+POLICY = DriftPolicy(metric=OverlapRatio(k=8), w_drop=1e-6)
 SERVICE = "opd.teacher.v1.TeacherService"
 
 

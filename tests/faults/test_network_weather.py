@@ -17,6 +17,7 @@ from teacher_client.retry import RetryLimits
 from teacher_server.rpc.server_options import SERVER_OPTIONS
 from teacher_server.testing import local_teacher
 from teacher_wire import codec
+from teacher_wire.drift_metrics import OverlapRatio
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TokenSpan
 from tests.faults.proxy import Proxy, Weather, reset, weather
@@ -27,7 +28,7 @@ from tests.teacher.scoring.fake_rows import assert_same_response, cut, make_span
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=32)
-POLICY = DriftPolicy(k=8, w_drop=0.1)
+POLICY = DriftPolicy(metric=OverlapRatio(k=8), w_drop=0.1)
 NUM_SESSIONS, TOKENS, PIECE = 6, 96, 16
 LIMIT_S = 30.0
 

@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_wire import codec
+from teacher_wire.columns import Column, Width
+from teacher_wire.drift_metrics import METRICS, DriftMetric, OverlapRatio
 from teacher_wire.errors import InvalidRequestError
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import (
-    DriftMetric,
+    ROW_COLUMNS,
+    ROW_FLAGS,
     DriftPolicy,
     DriftState,
     LogprobDtype,
@@ -33,21 +36,22 @@ PROPERTY = settings(max_examples=60, deadline=None)
 def make_rows(n: int, k: int, num_candidates: int | None, optional: bool, seed: int) -> ScoreRows:
     rng = np.random.default_rng(seed)
 
-    def logprobs(*shape: int) -> Any:
-        # exact in half precision, so that both element types must give them back to the bit
-        return rng.uniform(-30, 0, shape).astype(np.float16).astype(np.float32)
+    def values(column: Column) -> Any:
+        widths = {Width.ONE: (), Width.TOP_K: (k,), Width.CANDIDATES: (num_candidates,)}
+        shape = (n, *widths[column.width])
+        if column.is_float:
+            # Exact in half precision, so that both elements must give them back to the bit.
+            return rng.uniform(-30, 0, shape).astype(np.float16).astype(np.float32)
+        limit = {"|u1": 256, "|b1": 2}.get(column.element, 2**31)
+        return rng.integers(0, limit, shape).astype(column.in_memory)
 
-    return ScoreRows(
-        offset=int(rng.integers(0, 1000)),
-        topk_ids=rng.integers(0, 2**31, (n, k)).astype(np.int32),
-        topk_logprobs=logprobs(n, k),
-        token_logprobs=logprobs(n),
-        candidate_logprobs=None if num_candidates is None else logprobs(n, num_candidates),
-        overlap_counts=rng.integers(0, 256, n).astype(np.uint8) if optional else None,
-        bad_events=rng.integers(0, 2, n).astype(bool) if optional else None,
-        entropies=rng.uniform(0, 9, n).astype(np.float32) if optional else None,
-        token_ranks=rng.integers(1, 99, n).astype(np.int32) if optional else None,
-    )
+    columns = {
+        column.name: values(column)
+        for column in ROW_COLUMNS
+        if (num_candidates is not None if column.width is Width.CANDIDATES else optional)
+        or not column.asked_by
+    }
+    return ScoreRows(offset=int(rng.integers(0, 1000)), **columns)
 
 
 def assert_equal(left: Any, right: Any) -> None:
@@ -106,14 +110,16 @@ def test_spans_round_trip(
     assert_equal(codec.decode_span(message), span)
 
 
+def any_metric(kind: type[DriftMetric]) -> st.SearchStrategy[DriftMetric]:
+    shares = {field.name: st.floats(1e-9, 1.0) for field in fields(kind) if field.name != "k"}
+    return st.builds(kind, k=st.integers(1, 255), **shares)
+
+
 @PROPERTY
 @given(
     policy=st.builds(
         DriftPolicy,
-        metric=st.sampled_from(DriftMetric),
-        k=st.integers(1, 255),
-        threshold=st.floats(1e-9, 1.0),
-        top_p=st.floats(1e-9, 1.0),
+        metric=st.one_of(map(any_metric, METRICS.values())),
         w_drop=st.floats(1e-9, 1.0),
         stop_in_flight=st.booleans(),
     ),
@@ -137,7 +143,8 @@ def test_policy_options_and_state_round_trip_exactly(
 ) -> None:
     encoded = codec.encode_policy(policy)
     assert encoded is not None
-    assert codec.decode_policy(pb.DriftPolicy.FromString(encoded.SerializeToString())) == policy
+    message = pb.Open.FromString(pb.Open(policy=encoded).SerializeToString())
+    assert codec.decode_policy(message) == policy
     assert codec.decode_options(codec.encode_options(options)) == options
     drift = codec.encode_drift(state)
     assert drift is not None
@@ -145,16 +152,39 @@ def test_policy_options_and_state_round_trip_exactly(
 
 
 def test_thresholds_keep_double_precision() -> None:
-    encoded = codec.encode_policy(DriftPolicy(threshold=0.6))
-    assert encoded is not None
-    decoded = codec.decode_policy(encoded)
+    policy = DriftPolicy(metric=OverlapRatio(threshold=0.6))
+    decoded = codec.decode_policy(pb.Open(policy=codec.encode_policy(policy)))
     assert decoded is not None
-    assert not decoded.threshold > 3 / 5
+    assert isinstance(decoded.metric, OverlapRatio)
+    assert not decoded.metric.threshold > 3 / 5
     assert float(np.float32(0.6)) > 3 / 5  # what a float field would have done
 
 
 def test_absent_policy_reads_as_none() -> None:
-    assert codec.decode_policy(pb.Open().policy) is None
+    assert codec.decode_policy(pb.Open()) is None
+    assert codec.decode_policy(pb.ScoreRequest()) is None
+
+
+def test_a_policy_without_a_metric_that_is_known_here_is_refused() -> None:
+    """A newer client's metric is a field that this side does not know."""
+    for policy in (pb.DriftPolicy(w_drop=0.5), pb.DriftPolicy.FromString(b"\x7a\x00")):
+        with pytest.raises(InvalidRequestError, match="no metric that is known here, must have"):
+            codec.decode_policy(pb.Open(policy=policy))
+
+
+def test_every_metric_is_in_the_contract_with_the_same_constants() -> None:
+    oneof = pb.DriftPolicy.DESCRIPTOR.oneofs_by_name["metric"]
+    contract = {field.name: set(field.message_type.fields_by_name) for field in oneof.fields}
+    assert contract == {
+        name: {field.name for field in fields(kind)} for name, kind in METRICS.items()
+    }
+
+
+def test_every_column_is_in_the_contract_and_so_is_the_flag_that_asks_for_it() -> None:
+    arrays = {f.name for f in pb.ScoreRows.DESCRIPTOR.fields if f.type == f.TYPE_BYTES}
+    flags = {f.name for f in pb.ScoreOptions.DESCRIPTOR.fields if f.type == f.TYPE_BOOL}
+    assert arrays == set(ROW_COLUMNS.names)
+    assert flags == set(ROW_FLAGS)
 
 
 def test_info_round_trips() -> None:
@@ -216,19 +246,7 @@ def test_hostile_span_lengths_are_named(field: str, value: bytes, parts: tuple[s
         assert part in caught.value.message
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        "topk_ids",
-        "topk_logprobs",
-        "token_logprobs",
-        "candidate_logprobs",
-        "overlap_counts",
-        "bad_events",
-        "entropies",
-        "token_ranks",
-    ],
-)
+@pytest.mark.parametrize("field", ROW_COLUMNS.names)
 def test_hostile_row_lengths_are_named(field: str) -> None:
     message = codec.encode_rows(make_rows(3, 2, 2, True, 0), LogprobDtype.F32)
     setattr(message, field, getattr(message, field) + b"\0")
@@ -248,8 +266,6 @@ def test_a_huge_count_is_refused_before_it_allocates() -> None:
 def test_unknown_enums_are_refused(value: int) -> None:
     with pytest.raises(InvalidRequestError, match=f"logprob_dtype is {value}"):
         codec.decode_options(pb.ScoreOptions(k=1, temperature=1.0, logprob_dtype=value))  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequestError, match="drift metric is 99"):
-        codec.decode_policy(pb.DriftPolicy(metric=99))  # type: ignore[arg-type]
 
 
 @given(

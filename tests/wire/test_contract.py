@@ -24,13 +24,46 @@ needs_protoc = pytest.mark.skipif(
 
 
 @needs_buf
-@pytest.mark.parametrize("arguments", [["lint"], ["format", "--diff", "--exit-code"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["lint"],
+        ["format", "--diff", "--exit-code"],
+        ["breaking", "--against", "published.binpb"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
 def test_buf_is_content(arguments: list[str]) -> None:
     assert BUF is not None
     result = subprocess.run(
         [BUF, *arguments], cwd=ROOT / "proto", capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_buf
+@pytest.mark.parametrize(
+    ("was", "becomes", "complaint"),
+    [
+        ("bytes entropies = 12;", "bytes entropies = 14;", "entropies"),
+        ("double threshold = 2;", "float threshold = 2;", "threshold"),
+        ("  uint32 k = 1;\n", "", "k"),
+    ],
+)
+def test_a_change_that_breaks_clients_is_noticed(
+    tmp_path: Path, was: str, becomes: str, complaint: str
+) -> None:
+    assert BUF is not None
+    contract = Path("opd/teacher/v1/teacher.proto")
+    text = (ROOT / "proto" / contract).read_text(encoding="utf-8")
+    assert was in text
+    (tmp_path / contract).parent.mkdir(parents=True)
+    (tmp_path / contract).write_text(text.replace(was, becomes), encoding="utf-8")
+    shutil.copy(ROOT / "proto/buf.yaml", tmp_path)
+    command = [BUF, "breaking", "--against", str(ROOT / "proto/published.binpb")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode != 0
+    assert complaint in result.stdout
 
 
 @needs_protoc

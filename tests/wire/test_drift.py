@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from teacher_wire import drift
-from teacher_wire.records import DriftMetric, DriftPolicy, DriftState, Verdict
+from teacher_wire.drift_metrics import (
+    DriftMetric,
+    OverlapRatio,
+    TeacherTopPAccept,
+    outside_nucleus,
+    overlap_counts,
+    slow_outside_nucleus,
+    slow_overlap_counts,
+)
+from teacher_wire.records import DriftPolicy, DriftState, ModelRows, Verdict
 
 PROPERTY = settings(max_examples=80, deadline=None)
 
@@ -20,13 +29,16 @@ def distinct_ids(rng: np.random.Generator, n: int, k: int, vocab: int) -> NDArra
 
 def test_golden_reliability_of_the_paper() -> None:
     overlaps = np.array([1, 0.75, 0.5, 0.75, 0.5, 0.25, 1, 0.5, 0.75])
-    policy = DriftPolicy(k=4, threshold=0.7, w_drop=0.25)
+    policy = DriftPolicy(metric=OverlapRatio(k=4, threshold=0.7), w_drop=0.25)
     counts = (overlaps * 4).astype(np.uint8)
     bad = drift.bad_events(
         policy,
         token_ids=np.zeros(9, np.int32),
-        topk_ids=np.zeros((9, 4), np.int32),
-        topk_logprobs=np.zeros((9, 4), np.float32),
+        rows=ModelRows(
+            topk_ids=np.zeros((9, 4), np.int32),
+            topk_logprobs=np.zeros((9, 4), np.float32),
+            token_logprobs=np.zeros(9, np.float32),
+        ),
         overlaps=counts,
         event_mask=None,
     )
@@ -62,7 +74,7 @@ def test_every_inverse_integer_exhausts_at_that_integer() -> None:
     ("threshold", "k", "count"), [(0.7, 16, 12), (0.6, 5, 3), (0.7, 10, 7), (1.0, 8, 8)]
 )
 def test_threshold_is_exclusive_at_exact_fractions(threshold: float, k: int, count: int) -> None:
-    assert drift.min_overlap_count(DriftPolicy(threshold=threshold, k=k)) == count
+    assert OverlapRatio(threshold=threshold, k=k).min_count == count
 
 
 @PROPERTY
@@ -72,26 +84,26 @@ def test_threshold_is_exclusive_at_exact_fractions(threshold: float, k: int, cou
 def test_overlap_laws(n: int, k: int, extra: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     left, right = distinct_ids(rng, n, k, k + extra), distinct_ids(rng, n, k, k + extra)
-    counts = drift.overlap_counts(left, right)
-    np.testing.assert_array_equal(counts, drift.slow_overlap_counts(left, right))
-    np.testing.assert_array_equal(counts, drift.overlap_counts(right, left))
+    counts = overlap_counts(left, right)
+    np.testing.assert_array_equal(counts, slow_overlap_counts(left, right))
+    np.testing.assert_array_equal(counts, overlap_counts(right, left))
     shuffled = rng.permuted(left, axis=1)
-    np.testing.assert_array_equal(counts, drift.overlap_counts(shuffled, right))
-    assert (drift.overlap_counts(left, shuffled) == k).all()
+    np.testing.assert_array_equal(counts, overlap_counts(shuffled, right))
+    assert (overlap_counts(left, shuffled) == k).all()
     assert (counts <= k).all()
 
 
 def test_long_lists_of_rows_are_compared_in_blocks() -> None:
     rng = np.random.default_rng(0)
     left, right = distinct_ids(rng, 1100, 4, 8), distinct_ids(rng, 1100, 4, 8)
-    fast, slow = drift.overlap_counts(left, right), drift.slow_overlap_counts(left, right)
+    fast, slow = overlap_counts(left, right), slow_overlap_counts(left, right)
     np.testing.assert_array_equal(fast, slow)
 
 
 def test_repeated_candidates_count_once() -> None:
     student = np.array([[7, 7, 7]], np.int32)
     teacher = np.array([[7, 8, 9]], np.int32)
-    assert drift.overlap_counts(student, teacher).tolist() == [1]
+    assert overlap_counts(student, teacher).tolist() == [1]
 
 
 @PROPERTY
@@ -107,10 +119,8 @@ def test_nucleus_equals_its_definition(n: int, k: int, top_p: float, seed: int) 
     mass = -np.sort(-rng.dirichlet(np.full(k + 1, 0.5), n)[:, :k], axis=1)
     logprobs = np.log(mass + 1e-12).astype(np.float32)
     tokens = rng.integers(0, 12, n).astype(np.int32)
-    fast = drift.outside_nucleus(tokens, topk_ids, logprobs, top_p)
-    np.testing.assert_array_equal(
-        fast, drift.slow_outside_nucleus(tokens, topk_ids, logprobs, top_p)
-    )
+    fast = outside_nucleus(tokens, topk_ids, logprobs, top_p)
+    np.testing.assert_array_equal(fast, slow_outside_nucleus(tokens, topk_ids, logprobs, top_p))
 
 
 def test_nucleus_is_the_smallest_prefix_and_the_whole_top_k_when_never_reached() -> None:
@@ -119,21 +129,24 @@ def test_nucleus_is_the_smallest_prefix_and_the_whole_top_k_when_never_reached()
 
     def outside(token: int, top_p: float) -> bool:
         tokens = np.array([token], np.int32)
-        return bool(drift.outside_nucleus(tokens, ids, logprobs, top_p)[0])
+        return bool(outside_nucleus(tokens, ids, logprobs, top_p)[0])
 
     assert [outside(token, 0.4999) for token in (1, 2, 3, 4)] == [False, True, True, True]
     assert [outside(token, 0.51) for token in (1, 2, 3, 4)] == [False, False, True, True]
     assert [outside(token, 0.99) for token in (1, 2, 3, 4)] == [False, False, False, True]
 
 
-@pytest.mark.parametrize("metric", DriftMetric)
+@pytest.mark.parametrize("metric", [OverlapRatio(k=2, threshold=1.0), TeacherTopPAccept(k=2)])
 def test_a_masked_position_raises_no_event(metric: DriftMetric) -> None:
     mask = np.array([True, False, True])
     bad = drift.bad_events(
-        DriftPolicy(metric=metric, k=2, threshold=1.0),
+        DriftPolicy(metric=metric),
         token_ids=np.full(3, 9, np.int32),
-        topk_ids=np.tile(np.array([1, 2], np.int32), (3, 1)),
-        topk_logprobs=np.log(np.full((3, 2), 0.4, np.float32)),
+        rows=ModelRows(
+            topk_ids=np.tile(np.array([1, 2], np.int32), (3, 1)),
+            topk_logprobs=np.log(np.full((3, 2), 0.4, np.float32)),
+            token_logprobs=np.zeros(3, np.float32),
+        ),
         overlaps=np.zeros(3, np.uint8),
         event_mask=mask,
     )

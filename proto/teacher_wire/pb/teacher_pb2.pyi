@@ -13,12 +13,6 @@ class LogprobDtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LOGPROB_DTYPE_F16: _ClassVar[LogprobDtype]
     LOGPROB_DTYPE_F32: _ClassVar[LogprobDtype]
 
-class DriftMetric(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    DRIFT_METRIC_UNSPECIFIED: _ClassVar[DriftMetric]
-    DRIFT_METRIC_OVERLAP_RATIO: _ClassVar[DriftMetric]
-    DRIFT_METRIC_TEACHER_TOP_P_ACCEPT: _ClassVar[DriftMetric]
-
 class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     VERDICT_UNSPECIFIED: _ClassVar[Verdict]
@@ -27,9 +21,6 @@ class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 LOGPROB_DTYPE_UNSPECIFIED: LogprobDtype
 LOGPROB_DTYPE_F16: LogprobDtype
 LOGPROB_DTYPE_F32: LogprobDtype
-DRIFT_METRIC_UNSPECIFIED: DriftMetric
-DRIFT_METRIC_OVERLAP_RATIO: DriftMetric
-DRIFT_METRIC_TEACHER_TOP_P_ACCEPT: DriftMetric
 VERDICT_UNSPECIFIED: Verdict
 VERDICT_CONTINUE: Verdict
 VERDICT_TRUNCATE: Verdict
@@ -96,21 +87,33 @@ class ScoreOptions(_message.Message):
     want_rank: bool
     def __init__(self, k: _Optional[int] = ..., temperature: _Optional[float] = ..., logprob_dtype: _Optional[_Union[LogprobDtype, str]] = ..., want_entropy: _Optional[bool] = ..., want_rank: _Optional[bool] = ...) -> None: ...
 
-class DriftPolicy(_message.Message):
-    __slots__ = ("metric", "k", "threshold", "top_p", "w_drop", "stop_in_flight")
-    METRIC_FIELD_NUMBER: _ClassVar[int]
+class OverlapRatio(_message.Message):
+    __slots__ = ("k", "threshold")
     K_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
-    TOP_P_FIELD_NUMBER: _ClassVar[int]
-    W_DROP_FIELD_NUMBER: _ClassVar[int]
-    STOP_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
-    metric: DriftMetric
     k: int
     threshold: float
+    def __init__(self, k: _Optional[int] = ..., threshold: _Optional[float] = ...) -> None: ...
+
+class TeacherTopPAccept(_message.Message):
+    __slots__ = ("k", "top_p")
+    K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    k: int
     top_p: float
+    def __init__(self, k: _Optional[int] = ..., top_p: _Optional[float] = ...) -> None: ...
+
+class DriftPolicy(_message.Message):
+    __slots__ = ("w_drop", "stop_in_flight", "overlap_ratio", "teacher_top_p_accept")
+    W_DROP_FIELD_NUMBER: _ClassVar[int]
+    STOP_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    OVERLAP_RATIO_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_TOP_P_ACCEPT_FIELD_NUMBER: _ClassVar[int]
     w_drop: float
     stop_in_flight: bool
-    def __init__(self, metric: _Optional[_Union[DriftMetric, str]] = ..., k: _Optional[int] = ..., threshold: _Optional[float] = ..., top_p: _Optional[float] = ..., w_drop: _Optional[float] = ..., stop_in_flight: _Optional[bool] = ...) -> None: ...
+    overlap_ratio: OverlapRatio
+    teacher_top_p_accept: TeacherTopPAccept
+    def __init__(self, w_drop: _Optional[float] = ..., stop_in_flight: _Optional[bool] = ..., overlap_ratio: _Optional[_Union[OverlapRatio, _Mapping]] = ..., teacher_top_p_accept: _Optional[_Union[TeacherTopPAccept, _Mapping]] = ...) -> None: ...
 
 class DriftState(_message.Message):
     __slots__ = ("num_tokens", "num_bad_events", "exhausted_at")

@@ -90,9 +90,7 @@ def test_rows_equal_their_definition(
     given_rows = arguments(seed, num_rows, vocab_size, dtype, grain=grain)
     expected = slow_score_rows(*given_rows, k=k)
     for at_once in (False, True):
-        packed = row_scores.score_rows(
-            *given_rows, k=k, extras=EXTRAS, at_once=at_once
-        )
+        packed = row_scores.score_rows(*given_rows, k=k, extras=EXTRAS, at_once=at_once)
         assert_packed(packed.numpy(), expected, k)
 
 

@@ -10,13 +10,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from teacher_server.http.analysis import Report, TokenTexts, build_report, report_to_json
+from teacher_wire.drift_metrics import OverlapRatio
 from teacher_wire.errors import InvalidRequestError, NonFiniteError
 from teacher_wire.records import DriftPolicy, DriftState, ScoreRows, Scores, Timing, Verdict
 from tests.teacher.http.http_teacher import symbol_tokenizer
 
 PROMPT_IDS = np.array([0, 10], np.int32)
 RESPONSE_IDS = np.array([1, 2, 3], np.int32)
-POLICY = DriftPolicy(k=2, threshold=0.7, w_drop=0.5)
+POLICY = DriftPolicy(metric=OverlapRatio(k=2, threshold=0.7), w_drop=0.5)
 TEXTS = TokenTexts(symbol_tokenizer())
 
 

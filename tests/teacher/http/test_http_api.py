@@ -143,6 +143,12 @@ REFUSED_SCORES = {
     "temperature that overflows": ({"temperature": 1e-91}, "got 1e-91"),
     "unknown metric": ({"policy": {"metric": "vibes"}}, "overlap_ratio"),
     "threshold above one": ({"policy": {"threshold": 1.5}}, "threshold is 1.5"),
+    "a constant of another metric": (
+        {"policy": {"metric": "teacher_top_p_accept", "threshold": 0.7}},
+        "policy.teacher_top_p_accept.threshold",
+    ),
+    "policy k of another type": ({"policy": {"k": 4.5}}, "valid integer"),
+    "policy k too large": ({"policy": {"k": 256}}, "drift k is 256"),
     "unknown policy field": ({"policy": {"gamma": 0.7}}, "gamma"),
     "overlap without candidates": ({"policy": {"k": 4}}, "0 ids a row"),
 }

@@ -26,6 +26,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from teacher_client.client import TeacherClient
 from teacher_client.retry import RetryLimits
 from teacher_server.testing import local_teacher
+from teacher_wire.drift_metrics import OverlapRatio
 from teacher_wire.records import DriftPolicy, ScoreOptions
 from tests.faults.live_server import LiveServer
 from tests.teacher.scoring.fake_rows import assert_same_response, cut, make_span
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.e2e
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=16)
-POLICY = DriftPolicy(k=8, w_drop=0.1)
+POLICY = DriftPolicy(metric=OverlapRatio(k=8), w_drop=0.1)
 
 
 def cli(*arguments: str) -> list[str]:

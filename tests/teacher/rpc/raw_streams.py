@@ -14,6 +14,7 @@ import numpy as np
 from teacher_server.engine.fake_engine import FakeEngine
 from teacher_server.testing import LocalTeacher, local_teacher
 from teacher_wire import codec
+from teacher_wire.drift_metrics import OverlapRatio
 from teacher_wire.errors import TeacherError
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
@@ -22,7 +23,7 @@ from teacher_wire.status import decode_status
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=16)
-POLICY = DriftPolicy(k=8, w_drop=0.1)
+POLICY = DriftPolicy(metric=OverlapRatio(k=8), w_drop=0.1)
 HELLO = pb.Hello(protocol_version=1, run_id="test")
 
 

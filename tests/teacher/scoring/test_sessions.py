@@ -21,6 +21,7 @@ from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.sessions import SessionTable
 from teacher_server.testing import teacher_info
+from teacher_wire.drift_metrics import METRICS, DriftMetric, OverlapRatio
 from teacher_wire.errors import (
     CapacityError,
     EngineError,
@@ -31,7 +32,6 @@ from teacher_wire.errors import (
     SessionOffsetError,
 )
 from teacher_wire.records import (
-    DriftMetric,
     DriftPolicy,
     DriftState,
     ScoreOptions,
@@ -49,7 +49,8 @@ from tests.teacher.scoring.fake_rows import (
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=16, want_entropy=True, want_rank=True)
-POLICY = DriftPolicy(k=8, w_drop=0.1)
+POLICY = DriftPolicy(metric=OverlapRatio(k=8), w_drop=0.1)
+STRICT = OverlapRatio(k=8, threshold=1.0)
 
 
 class Clock:
@@ -105,7 +106,7 @@ class Table:
 @settings(max_examples=25, deadline=None)
 @given(
     cuts=st.lists(st.integers(1, 59), max_size=4, unique=True).map(sorted),
-    metric=st.sampled_from(DriftMetric),
+    metric=st.sampled_from([metric(k=8) for metric in METRICS.values()]),
     w_drop=st.sampled_from([0.01, 0.1, 0.5]),
 )
 def test_appended_pieces_equal_the_whole(
@@ -182,7 +183,7 @@ async def test_rewinding_below_a_resume_needs_a_new_open() -> None:
 
 async def test_appends_after_truncate_are_answered_with_the_same_verdict() -> None:
     table, span = Table(), make_span(60)
-    table.open(policy=replace(POLICY, threshold=1.0, w_drop=0.5))
+    table.open(policy=DriftPolicy(metric=STRICT, w_drop=0.5))
     first = await table.append(cut(span, 0, 30))
     assert first.verdict is Verdict.TRUNCATE
     later = await table.append(cut(span, 30, 60))
@@ -192,7 +193,7 @@ async def test_appends_after_truncate_are_answered_with_the_same_verdict() -> No
 
 async def test_keep_tokens_ends_at_the_last_bad_event_of_the_budget() -> None:
     table, span = Table(), make_span(60)
-    table.open(policy=replace(POLICY, threshold=1.0, w_drop=0.1))
+    table.open(policy=DriftPolicy(metric=STRICT, w_drop=0.1))
     scores = await table.append(span)
     bad = scores.rows.bad_events
     assert bad is not None
@@ -513,7 +514,10 @@ async def test_a_response_beyond_the_context_is_refused() -> None:
         ({"prompt_ids": PROMPT + VOCAB}, "prompt_ids.0. is 515"),
         ({"prompt_ids": np.zeros(601, np.int32)}, "601 tokens, the limit is 600"),
         ({"options": ScoreOptions(k=129)}, "k is 129, the limit is 128"),
-        ({"policy": DriftPolicy(k=17)}, "drift k is 17, the limit is k, which is 16"),
+        (
+            {"policy": DriftPolicy(metric=OverlapRatio(k=17))},
+            "drift k is 17, the limit is k, which is 16",
+        ),
         ({"name": ""}, "session_id has 0 bytes"),
         ({"name": "x" * 257}, "session_id has 257 bytes"),
         ({"scored_ids": PROMPT}, "drift is missing"),

@@ -1,5 +1,6 @@
 """Values of the position weights at chosen points: pytest tests/trainer/losses/test_weights.py"""
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from student_trainer.losses.weights import (
     prune_weights,
     reliability,
 )
+from teacher_wire import drift
 
 torch.set_num_threads(1)
 
@@ -52,6 +54,28 @@ def test_the_published_drop_hits_zero_at_the_hundredth_event() -> None:
     assert found[99:] == [0.0, 0.0]
     clean = prune_weights(~bad_events, bad_events, w_drop=0.01, w_base=0.5)
     assert clean.tolist() == [[1.5] * 101]
+
+
+@pytest.mark.parametrize(
+    "w_drop", [0.01, 0.05, 0.07, 0.1, 0.25, 0.3, 1 / 3, 1 / 7, 1 / 49, 0.999, 1.0, 1e-9, 1e-3]
+)
+def test_reliability_has_the_bits_of_the_servers(w_drop: float) -> None:
+    """One table for both: the server's float64, rounded once to the float32 of a weight."""
+    bad = np.random.default_rng(0).random(400) < 0.6
+    events = torch.from_numpy(bad)[None]
+    of_server = drift.reliability(w_drop, bad).astype(np.float32)
+    of_losses = reliability(events, torch.ones_like(events), w_drop=w_drop)[0].numpy()
+    np.testing.assert_array_equal(of_losses.view(np.int32), of_server.view(np.int32))
+
+
+def test_reliability_is_nought_at_the_event_at_which_the_server_stops() -> None:
+    """1 - 3 / 3 in doubles is 0, 1 - 10 * 0.1 is not: both ends ask the same table."""
+    for w_drop in (0.01, 0.05, 0.1, 0.3, 1 / 3, 1 / 49, 1e-3):
+        budget = drift.bad_event_budget(w_drop)
+        events = torch.ones(1, budget, dtype=torch.bool)
+        found = reliability(events, events, w_drop=w_drop)[0]
+        assert found[-1] == 0.0
+        assert (found[:-1] > 0.0).all()
 
 
 def test_masked_events_do_not_count_and_masked_weights_are_zero() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from student_trainer.assembly.methods import divergence
-from student_trainer.assembly.parts import score_options
+from student_trainer.assembly.parts import drift_policy, score_options
 from student_trainer.errors import ConfigError
 from student_trainer.losses import (
     Divergence,
@@ -20,6 +21,8 @@ from student_trainer.losses import (
     TruncatedReverseKL,
 )
 from student_trainer.settings.config import TrainerConfig, load_config
+from teacher_wire.drift_metrics import METRICS, OverlapRatio, TeacherTopPAccept
+from teacher_wire.records import DriftPolicy
 from tests.trainer.settings.smallest_config import SMALLEST
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -42,6 +45,52 @@ def test_published_configuration_loads(path: Path) -> None:
 
 def test_there_is_a_published_configuration() -> None:
     assert list(CONFIGS.glob("trainer-*.toml"))
+
+
+def test_a_policy_without_a_metric_compares_overlaps_as_published(smallest: Path) -> None:
+    assert drift_policy(load_config(smallest)) == DriftPolicy(
+        metric=OverlapRatio(k=16, threshold=0.7), w_drop=0.01, stop_in_flight=True
+    )
+
+
+def test_the_constants_of_a_metric_reach_its_record(smallest: Path) -> None:
+    overrides = ["drift.metric=teacher_top_p_accept", "drift.k=4", "drift.top_p=0.5"]
+    policy = drift_policy(load_config(smallest, [*overrides, "drift.w_drop=0.25"]))
+    assert policy == DriftPolicy(metric=TeacherTopPAccept(k=4, top_p=0.5), w_drop=0.25)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_has_settings_of_its_constants(smallest: Path, name: str) -> None:
+    section = load_config(smallest, [f"drift.metric={name}"]).drift
+    shared = {"metric", "w_drop", "stop_in_flight"}
+    constants = {field.name for field in fields(METRICS[name])}
+    assert set(type(section).model_fields) == constants | shared
+    metric = METRICS[name]()
+    assert {c: getattr(section, c) for c in constants} == {c: getattr(metric, c) for c in constants}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (
+            ["drift.metric=teacher_top_p_accept", "drift.threshold=0.7"],
+            r"drift\.threshold: is read by metric overlap_ratio only; metric is teacher_top_p_acc",
+        ),
+        (
+            ["drift.top_p=0.9"],
+            r"drift\.top_p: is read by metric teacher_top_p_accept only; metric is overlap_ratio",
+        ),
+        (["drift.metric=vibes"], r"'vibes'.*'overlap_ratio', 'teacher_top_p_accept'"),
+        (["drift.metric=[1]"], r"drift"),
+        (["drift=3"], r"drift"),
+        (["drift.treshold=0.5"], r"drift\.treshold: unknown setting; did you mean 'threshold'"),
+    ],
+)
+def test_a_setting_that_the_metric_does_not_read_is_refused(
+    smallest: Path, overrides: list[str], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(smallest, overrides)
 
 
 def test_settings_cannot_be_changed_after_loading(smallest: Path) -> None:
