@@ -53,7 +53,7 @@ async def grow(
 
 
 def assert_same_rows(rows: EngineRows, expected: EngineRows) -> None:
-    for name in ("topk_logprobs", "token_logprobs", "candidate_logprobs", "entropies"):
+    for name in (column.name for column in MODEL_COLUMNS if column.is_float):
         got, want = getattr(rows, name), getattr(expected, name)
         assert got.shape == want.shape
         assert np.abs(got - want).max() <= TOLERANCE, name

@@ -9,8 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_server.engine import row_scores
-from teacher_server.engine.base import EXTRAS
-from teacher_server.engine.row_format import EXTRA_AT, HEADER, POSITION, TOKEN_LOGPROB
+from teacher_server.engine.base import EXTRAS, ScoreQuery
+from teacher_server.engine.extras import DEFINITIONS, Distribution
+from teacher_server.engine.row_format import (
+    EXTRA_AT,
+    HEADER,
+    POSITION,
+    TOKEN_LOGPROB,
+    RowCollector,
+    RowRequest,
+)
+from teacher_server.scoring.judging import check_rows
+from teacher_wire.records import MODEL_COLUMNS
 
 PROPERTY = settings(max_examples=60, deadline=None)
 NATS = 5e-6
@@ -30,15 +40,16 @@ def slow_score_rows(
     scaled_RV = logits_RV.double() * inverse_temperatures_R.double()[:, None]
     logprobs_RV = torch.log_softmax(scaled_RV, dim=-1)
     at_targets_R1 = logprobs_RV.gather(1, targets_R[:, None])
-    ranks = (logits_RV > logits_RV.gather(1, targets_R[:, None])).sum(-1) + 1
+    whole = Distribution(
+        logits_RV, logprobs_RV, logprobs_RV.exp(), logits_RV.gather(1, targets_R[:, None])
+    )
     return {
         "positions": positions_R.numpy(),
         "logprobs": logprobs_RV.numpy(),
         "token": at_targets_R1[:, 0].numpy(),
         "top": logprobs_RV.topk(k).values.numpy(),
         "candidates": logprobs_RV.gather(1, candidates_RC).numpy(),
-        "entropies": torch.special.entr(logprobs_RV.exp()).sum(-1).numpy(),
-        "ranks": ranks.numpy(),
+        **{name: define(whole).numpy() for name, define in DEFINITIONS.items()},
     }
 
 
@@ -63,9 +74,11 @@ def assert_packed(packed: np.ndarray, expected: dict[str, np.ndarray], k: int) -
     floats = packed.view(np.float32)
     ids = packed[:, HEADER : HEADER + k]
     assert packed[:, POSITION].tolist() == expected["positions"].tolist()
-    assert packed[:, EXTRA_AT["token_ranks"]].tolist() == expected["ranks"].tolist()
     np.testing.assert_allclose(floats[:, TOKEN_LOGPROB], expected["token"], atol=NATS)
-    np.testing.assert_allclose(floats[:, EXTRA_AT["entropies"]], expected["entropies"], atol=1e-4)
+    for column in MODEL_COLUMNS.extras:
+        values = (floats if column.is_float else packed)[:, EXTRA_AT[column.name]]
+        limits = {"atol": 1e-4, "rtol": 1e-5} if column.is_float else {"rtol": 0}
+        np.testing.assert_allclose(values, expected[column.name], err_msg=column.name, **limits)
     top = floats[:, HEADER + k : HEADER + 2 * k]
     np.testing.assert_allclose(top, expected["top"], atol=NATS)
     np.testing.assert_allclose(floats[:, HEADER + 2 * k :], expected["candidates"], atol=NATS)
@@ -162,3 +175,44 @@ def test_logits_are_left_as_they_were() -> None:
     before = given_rows[0].clone()
     row_scores.score_rows(*given_rows, k=8, extras=EXTRAS)
     assert torch.equal(given_rows[0], before)
+
+
+@pytest.mark.parametrize("extras", [frozenset(), *(frozenset({n}) for n in sorted(EXTRAS)), EXTRAS])
+@pytest.mark.parametrize("num_candidates", [0, 5])
+def test_a_packed_answer_becomes_the_columns_asked_for(
+    extras: frozenset[str], num_candidates: int
+) -> None:
+    """The way of a query to an engine's worker and back, without the engine."""
+    logits_RV, _, targets_R, candidates_RC, _ = arguments(0, 6, 300, torch.float32)
+    candidates_RC = candidates_RC[:, :num_candidates]
+    query = ScoreQuery(
+        token_ids=np.concatenate([[1, 2], targets_R.numpy()]).astype(np.int32),
+        first_row=2,
+        candidate_ids=candidates_RC.numpy().astype(np.int32) if num_candidates else None,
+        k=4,
+        temperature=0.5,
+        extras=extras,
+    )
+    request = RowRequest.of_kwargs(RowRequest.of_query(query, 16).to_kwargs())
+    positions_R = torch.arange(2, 8, dtype=torch.int32)
+    inverse_R = torch.full((6,), 2.0)
+    packed = row_scores.score_rows(
+        logits_RV, positions_R, targets_R, candidates_RC, inverse_R, k=4, extras=request.extras
+    )
+    collector = RowCollector(request)
+    collector.add(packed[3:].numpy(), 4)
+    assert collector.missing_end() == 5
+    collector.add(packed[:4].numpy(), 3)
+    rows = collector.rows()
+    check_rows(rows, query)
+    assert rows.computed_tokens == 7
+    expected = slow_score_rows(logits_RV, positions_R, targets_R, candidates_RC, inverse_R, k=4)
+    for column in MODEL_COLUMNS:
+        if getattr(rows, column.name) is not None:
+            assert getattr(rows, column.name).dtype == column.in_memory
+    np.testing.assert_allclose(rows.topk_logprobs, expected["top"], atol=NATS)
+    np.testing.assert_allclose(rows.token_logprobs, expected["token"], atol=NATS)
+    if rows.candidate_logprobs is not None:
+        np.testing.assert_allclose(rows.candidate_logprobs, expected["candidates"], atol=NATS)
+    for name in extras:
+        np.testing.assert_allclose(getattr(rows, name), expected[name], atol=1e-4, rtol=1e-5)
