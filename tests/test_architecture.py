@@ -55,6 +55,7 @@ RULES = [
         only="numpy teacher_wire.drift_metrics teacher_wire.records",
         why="pure: server, losses and reports all ask it",
     ),
+    Rule(modules="teacher_wire.columns", only="numpy", why="pure: what a column is"),
     Rule(
         modules="teacher_wire.drift_metrics",
         only="numpy teacher_wire.errors",

@@ -13,10 +13,11 @@ log-prob of 2.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -225,6 +226,11 @@ class TeacherInfo:
     block_tokens: int = 1
     """An append that ends where prompt plus response is a multiple of this lets the next one begin
     without computing a token again."""
+
+
+def flags_for(columns: Collection[str]) -> dict[str, Any]:
+    """What ScoreOptions must be made with to get these columns and no other extra one."""
+    return {column.asked_by: column.name in columns for column in ROW_COLUMNS.extras}
 
 
 def slice_rows(rows: ScoreRows, start: int, stop: int) -> ScoreRows:

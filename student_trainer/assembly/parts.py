@@ -29,6 +29,7 @@ from teacher_wire.records import (
     LogprobDtype,
     ScoreOptions,
     TeacherInfo,
+    flags_for,
 )
 
 
@@ -148,7 +149,7 @@ def score_options(config: TrainerConfig) -> ScoreOptions:
         k=config.teacher.k,
         temperature=config.rollout.temperature,
         logprob_dtype=LogprobDtype(config.teacher.logprob_dtype),
-        want_entropy=config.loss.needs_teacher_entropy,
+        **flags_for(config.loss.teacher_columns),
     )
 
 

@@ -24,9 +24,9 @@ class LossSection(Section):
         return False
 
     @property
-    def needs_teacher_entropy(self) -> bool:
-        """Whether the teacher must return the entropy of every row."""
-        return False
+    def teacher_columns(self) -> tuple[str, ...]:
+        """Columns that the teacher must return besides those that every row has."""
+        return ()
 
     @property
     def needs_behavior_at_teacher_topk(self) -> bool:
@@ -121,8 +121,8 @@ class EntropyAwareKLSettings(LossSection):
     """Both over one more class for everything outside the teacher's top-k."""
 
     @property
-    def needs_teacher_entropy(self) -> bool:
-        return True
+    def teacher_columns(self) -> tuple[str, ...]:
+        return ("entropies",)
 
     @property
     def renormalizes_on_teacher_topk(self) -> bool:
