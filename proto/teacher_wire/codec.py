@@ -247,18 +247,16 @@ def _write_rows(message: pb.ScoreRows, rows: ScoreRows, dtype: LogprobDtype) -> 
     arrays = ROW_COLUMNS.arrays(rows)
     for (column, element), array in zip(_ON_WIRE[dtype], arrays, strict=True):
         if array is not None:
-            if element is _F16:  # beyond half precision a log-prob would become -inf
-                array = np.maximum(array, _F16_MIN)
-            setattr(message, column.name, array.astype(element, copy=False).tobytes())
+            if array.dtype is not element:
+                if element is _F16:  # beyond half precision a log-prob would become -inf
+                    array = np.maximum(array, _F16_MIN)
+                array = array.astype(element)
+            setattr(message, column.name, array.tobytes())
 
 
 def decode_rows(message: pb.ScoreRows) -> ScoreRows:
     n, elements = message.count, _ON_WIRE[_decode_logprob_dtype(message.logprob_dtype)]
-    shapes = {
-        Width.ONE: (n,),
-        Width.TOP_K: (n, message.k),
-        Width.CANDIDATES: (n, message.num_candidates),
-    }
+    shapes: tuple[tuple[int, ...], ...] = (n,), (n, message.k), (n, message.num_candidates)
     columns: dict[str, NDArray[Any]] = {}
     try:  # not in a function for each: this runs with every append
         for (column, element), raw in zip(elements, _raw_columns(message), strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from enum import Enum
+from enum import IntEnum
 from functools import cached_property
 from operator import attrgetter
 from typing import Any, get_args, get_type_hints
@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Width(Enum):
-    """How many values a row has."""
+class Width(IntEnum):
+    """How many values a row has; the index into what somebody keeps by width."""
 
-    ONE = "one"
-    TOP_K = "top_k"
-    CANDIDATES = "candidates"
+    ONE = 0
+    TOP_K = 1
+    CANDIDATES = 2
 
 
 LOGPROB = "logprob"

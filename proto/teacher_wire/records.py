@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -30,8 +30,8 @@ PROTOCOL_VERSION = 1
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 
 
-class LogprobDtype(Enum):
-    """Element type of log-probs on the wire."""
+class LogprobDtype(StrEnum):
+    """Element type of log-probs on the wire. A string, whose hash takes no call."""
 
     F16 = "f16"
     F32 = "f32"

@@ -9,7 +9,6 @@ import math
 
 from teacher_server.engine.base import EXTRAS, EngineRows, ScoreQuery
 from teacher_wire import drift
-from teacher_wire.columns import Width
 from teacher_wire.drift_metrics import MAX_DRIFT_K, overlap_counts
 from teacher_wire.errors import EngineError, NonFiniteError
 from teacher_wire.records import (
@@ -27,11 +26,11 @@ def check_rows(rows: EngineRows, query: ScoreQuery) -> None:
     """An engine's promise, checked: the shapes asked for, and no number that is not finite."""
     n = len(query.token_ids) - query.first_row
     candidates = query.candidate_ids
-    shapes = {
-        Width.ONE: (n,),
-        Width.TOP_K: (n, query.k),
-        Width.CANDIDATES: None if candidates is None else (n, candidates.shape[1]),
-    }
+    shapes: tuple[tuple[int, ...] | None, ...] = (
+        (n,),
+        (n, query.k),
+        None if candidates is None else (n, candidates.shape[1]),
+    )
     unasked = EXTRAS - query.extras
     total = 0.0
     for column, array in zip(MODEL_COLUMNS.columns, MODEL_COLUMNS.arrays(rows), strict=True):
