@@ -77,9 +77,9 @@ class TeacherHttp:
             "response_ids": span.token_ids,
             "candidate_ids": span.candidate_ids,
             "event_mask": span.event_mask,
-            "policy": policy,
+            "policy": _policy(policy),
             "encoding": "base64",
-            **asdict(options),
+            **{field.name: getattr(options, field.name) for field in fields(options) if field.init},
         }
         answer = self._ask("POST", "/v1/score", body)
         rows = {name: _array(value) for name, value in answer["rows"].items()}
@@ -104,7 +104,7 @@ class TeacherHttp:
     ) -> dict[str, Any]:
         """The report of one response as /openapi.json describes it (AnalyzeReply): `tokens` has
         one dict a response token. Texts need a teacher with a tokenizer."""
-        body: dict[str, Any] = {"k": k, "temperature": temperature, "policy": policy}
+        body: dict[str, Any] = {"k": k, "temperature": temperature, "policy": _policy(policy)}
         body["candidate_ids"] = candidate_ids
         for name, value in (("prompt", prompt), ("response", response)):
             body[name if isinstance(value, str) else f"{name}_ids"] = value
@@ -136,6 +136,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     return value.value if isinstance(value, Enum) else asdict(value)
+
+
+def _policy(policy: DriftPolicy | None) -> dict[str, Any] | None:
+    """The constants of the metric beside those of all metrics."""
+    if policy is None:
+        return None
+    return {**asdict(policy), "metric": policy.metric.name, **asdict(policy.metric)}
 
 
 def _fields(record: type[Any], content: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.stored_rows import PROMPT_TOKENS, StoredEngine, made_table
 from benchmarks.wire_shapes import SHAPES, Shape
 from teacher_server.engine.base import ScoreQuery, check_finite
-from teacher_wire.drift import overlap_counts
+from teacher_wire.drift_metrics import overlap_counts
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)

@@ -21,7 +21,8 @@ from teacher_client.client import TeacherClient
 from teacher_server.engine.base import EXTRAS, ScoreQuery
 from teacher_server.engine.extras import DEFINITIONS
 from teacher_server.engine.fake_engine import FakeEngine, score_rows
-from teacher_server.http.api import HttpDeps, create_app
+from teacher_server.http.app import create_app
+from teacher_server.http.deps import HttpDeps
 from teacher_server.scoring.judging import judged_rows
 from teacher_server.testing import local_teacher, teacher_info
 from teacher_wire import codec
