@@ -190,7 +190,7 @@ class TestVllm:
     async def test_rows_of_bfloat16_logits_are_normalised_in_float32(self) -> None:
         import torch
 
-        from teacher_server.engine.row_format import HEADER, RANK, TOKEN_LOGPROB
+        from teacher_server.engine.row_format import EXTRA_AT, HEADER, TOKEN_LOGPROB
         from teacher_server.engine.token_scorer import score_rows
 
         generator = torch.Generator().manual_seed(0)
@@ -214,7 +214,7 @@ class TestVllm:
         top = expected.topk(4).values.numpy()
         np.testing.assert_allclose(logprobs[:, HEADER + 4 : HEADER + 8], top, atol=TOLERANCE)
         ranks = (expected > expected.gather(1, ids_RC[:, :1])).sum(-1).numpy() + 1
-        assert packed[:, RANK].tolist() == ranks.tolist()
+        assert packed[:, EXTRA_AT["token_ranks"]].tolist() == ranks.tolist()
 
     async def test_row_chunks_do_not_change_rows(self) -> None:
         import torch
