@@ -1,4 +1,4 @@
-"""`student-trainer train | eval | report | show-config`."""
+"""`student-trainer train | eval | report | show-config | check-loss`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from student_trainer.errors import TrainerError
+from student_trainer.errors import ConfigError, TrainerError
 from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.settings.warnings import warnings
 from student_trainer.stopping import EXIT_TERMINATED, Stopped, StopRequest
@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show-config", help="the resolved configuration as JSON")
     _config_arguments(show)
     show.set_defaults(run=_show_config)
+
+    check = commands.add_parser("check-loss", help="whether a loss of your own obeys the laws")
+    check.add_argument("path", help="package.module:function")
+    check.add_argument("--options", type=json.loads, default={}, help="[loss.options] as JSON")
+    check.set_defaults(run=_check_loss)
     return parser
 
 
@@ -175,6 +180,15 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _show_config(arguments: argparse.Namespace) -> int:
     print(_config(arguments).model_dump_json(indent=2))
+    return 0
+
+
+def _check_loss(arguments: argparse.Namespace) -> int:
+    if not isinstance(arguments.options, dict):
+        raise ConfigError(f"--options must be a JSON object, got {arguments.options!r}")
+    from student_trainer.assembly.own_loss import describe
+
+    print(describe(arguments.path, arguments.options))
     return 0
 
 

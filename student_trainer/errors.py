@@ -2,6 +2,7 @@
 
 TrainerError
 ├── ConfigError       a setting is unknown, out of range, or does not fit another one
+├── LossError         a loss of your own cannot be imported, or breaks a law
 ├── CheckpointError   a checkpoint does not exist or cannot be loaded
 ├── DatasetError      a dataset does not exist, or a line of it is malformed
 ├── WeightSyncError   the sampler's log-probs differ from the learner's after a sync
@@ -17,6 +18,10 @@ class TrainerError(Exception):
 
 class ConfigError(TrainerError, ValueError):
     """A setting is unknown, out of range, or does not fit another one."""
+
+
+class LossError(TrainerError, ValueError):
+    """A loss of your own cannot be imported, does not take its options, or breaks a law."""
 
 
 class CheckpointError(TrainerError, OSError):

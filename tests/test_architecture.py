@@ -96,13 +96,22 @@ RULES = [
     Rule(modules="student_trainer.*", never="teacher_server examples tests", why="one way only"),
     Rule(
         modules="student_trainer.losses.*",
-        only="torch student_trainer.losses teacher_wire.drift",
-        why="formulas: no settings, no records, no grpc; reliability is the server's",
+        only="torch pydantic student_trainer.losses student_trainer.settings.loss "
+        "student_trainer.settings.weights teacher_wire.drift",
+        why="formulas: their constants, no run, no records, no grpc; reliability is the server's",
     ),
     Rule(
         modules="student_trainer.settings.*",
         never=f"{TORCH} grpc teacher_client student_trainer",
         why="show-config starts at once",
+    ),
+    *(
+        Rule(
+            modules=f"student_trainer.settings.{name}",
+            only="pydantic student_trainer.settings.section",
+            why="a method's constants and their ranges, below formulas and configuration alike",
+        )
+        for name in ("loss", "weights")
     ),
     Rule(modules="student_trainer.records", never=f"{TORCH} grpc", why="numpy until the learner"),
     *(
@@ -149,7 +158,8 @@ RULES = [
     Rule(
         modules="student_trainer.*",
         never="student_trainer.settings",
-        but="student_trainer.cli student_trainer.assembly student_trainer.settings",
+        but="student_trainer.cli student_trainer.assembly student_trainer.settings "
+        "student_trainer.losses",
         why="values are passed, not settings",
     ),
     Rule(

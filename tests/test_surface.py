@@ -27,7 +27,8 @@ TRAINER_SETTINGS = {
         "answer_pattern every_steps max_tokens num_prompts pass_k temperature unicode_normalize"
     ),
     "loss": (
-        "beta clip_epsilon clip_log_ratio dual_clip entropy_threshold kind support tail weight_mode"
+        "beta clip_epsilon clip_log_ratio dual_clip entropy_threshold kind options path support "
+        "tail weight_mode"
     ),
     "optim": (
         "betas epochs final_learning_rate learning_rate max_grad_norm max_sync_gap_nats "

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from student_trainer.assembly.own_loss import imported_loss
 from student_trainer.losses import (
+    LOSSES,
     BlockGate,
     Divergence,
-    EntropyAwareKL,
     EntropyTop,
-    ForwardKL,
-    GeneralizedJSD,
     ImportanceRatio,
-    LocalSupportMatching,
     PositionWeight,
     PositionWindow,
     PrefixImportanceWeight,
     PruneWeight,
-    SampledReverseKL,
-    StudentTopKReverseKL,
-    TruncatedReverseKL,
 )
 from student_trainer.rollouts.budget import (
     FixedBudget,
@@ -34,6 +27,7 @@ from student_trainer.settings.budget import (
     QuantileBudgetSettings,
 )
 from student_trainer.settings.config import TrainerConfig
+from student_trainer.settings.loss import ImportedLossSettings
 
 
 def budget(config: TrainerConfig) -> LengthBudget:
@@ -69,21 +63,11 @@ def budget(config: TrainerConfig) -> LengthBudget:
     return FixedBudget(settings.max_tokens)
 
 
-_DIVERGENCES: dict[str, Callable[..., Divergence]] = {
-    "entropy_aware_kl": EntropyAwareKL,
-    "forward_kl": ForwardKL,
-    "generalized_jsd": GeneralizedJSD,
-    "local_support_matching": LocalSupportMatching,
-    "sampled_reverse_kl": SampledReverseKL,
-    "student_topk_reverse_kl": StudentTopKReverseKL,
-    "truncated_reverse_kl": TruncatedReverseKL,
-}
-"""By kind of [loss]; constants and settings have the same names."""
-
-
 def divergence(config: TrainerConfig) -> Divergence:
-    """The loss of one position."""
-    return _DIVERGENCES[config.loss.kind](**config.loss.model_dump(exclude={"kind"}))
+    """The loss of one position. Raises LossError for one of your own that cannot be taken."""
+    if isinstance(config.loss, ImportedLossSettings):
+        return imported_loss(config.loss.path, config.loss.options)
+    return LOSSES[config.loss.kind](**config.loss.model_dump(exclude_unset=True))
 
 
 def weights(config: TrainerConfig, *, newline_ids: tuple[int, ...] = ()) -> list[PositionWeight]:
@@ -91,16 +75,17 @@ def weights(config: TrainerConfig, *, newline_ids: tuple[int, ...] = ()) -> list
     chosen: list[PositionWeight] = []
     settings = config.weights
     if (prune := settings.prune) is not None:
-        chosen.append(PruneWeight(w_drop=config.drift.w_drop, **prune.model_dump()))
+        given = prune.model_dump(exclude_unset=True)
+        chosen.append(PruneWeight(w_drop=config.drift.w_drop, **given))
     if (prefix := settings.prefix_importance) is not None:
-        chosen.append(PrefixImportanceWeight(**prefix.model_dump()))
+        chosen.append(PrefixImportanceWeight(**prefix.model_dump(exclude_unset=True)))
     if (window := settings.position_window) is not None:
-        chosen.append(PositionWindow(**window.model_dump()))
+        chosen.append(PositionWindow(**window.model_dump(exclude_unset=True)))
     if (top := settings.entropy_top) is not None:
-        chosen.append(EntropyTop(**top.model_dump()))
+        chosen.append(EntropyTop(**top.model_dump(exclude_unset=True)))
     if (gate := settings.block_gate) is not None:
-        constants = gate.model_dump(exclude={"newline_tokens"})
-        chosen.append(BlockGate(newline_ids=newline_ids, **constants))
+        given = gate.model_dump(exclude_unset=True)
+        chosen.append(BlockGate(newline_ids=newline_ids, **given))
     if (ratio := settings.importance_ratio) is not None:
-        chosen.append(ImportanceRatio(**ratio.model_dump()))
+        chosen.append(ImportanceRatio(**ratio.model_dump(exclude_unset=True)))
     return chosen

@@ -149,7 +149,7 @@ def score_options(config: TrainerConfig) -> ScoreOptions:
         k=config.teacher.k,
         temperature=config.rollout.temperature,
         logprob_dtype=LogprobDtype(config.teacher.logprob_dtype),
-        **flags_for(config.loss.teacher_columns),
+        **flags_for(config.loss.needs.teacher_columns),
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from student_trainer.assembly import methods, parts, resuming
+from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.data import PromptOrder, load_tokenizer
 from student_trainer.eval import EvalResult, evaluate
 from student_trainer.learner.learner import Learner
@@ -184,6 +185,7 @@ def assembled(
 
     A sampler that is `running` already is given the run's weights and left running.
     """
+    config = with_declared_needs(config)
     stop = stop or StopRequest()
     with ExitStack() as stack:
         with stop.may_give_up():

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from student_trainer.errors import NonFiniteLossError
 from student_trainer.learner.student import Gathered, student_forward
-from student_trainer.losses.inputs import LossInputs
+from student_trainer.losses.inputs import Candidates, LossInputs
 from student_trainer.records import Rollout
 
 
@@ -65,32 +65,38 @@ class Batch:
         if not gathered.logprobs_BT.isfinite().all():
             raise NonFiniteLossError("the student's log-probs are not finite: it has diverged")
         at_teacher_topk, at_student_topk = gathered.logprobs_at_BTN
-        teacher_ids, student_ids = self.teacher_topk_ids_BTK, self.student_topk_ids_BTJ
-        sampled_ids = self.response_ids_BT.unsqueeze(-1)
-        of_student_topk: dict[str, Tensor] = {}
+        sampled_ids, teacher_ids = self.response_ids_BT.unsqueeze(-1), self.teacher_topk_ids_BTK
+        student_topk = in_student_topk = sampled_in_student_topk = None
         if self.teacher_logprobs_at_student_topk_BTJ is not None:
-            of_student_topk = {
-                "behavior_topk_logprobs_BTJ": self.behavior_topk_logprobs_BTJ,
-                "teacher_logprobs_at_student_topk_BTJ": self.teacher_logprobs_at_student_topk_BTJ,
-                "student_logprobs_at_student_topk_BTJ": at_student_topk,
-                "student_topk_in_teacher_topk_BTJ": contained(student_ids, teacher_ids),
-                "teacher_topk_in_student_topk_BTK": contained(teacher_ids, student_ids),
-                "sampled_in_student_topk_BT": contained(sampled_ids, student_ids).squeeze(-1),
-            }
+            student_ids = self.student_topk_ids_BTJ
+            student_topk = Candidates(
+                student_logprobs_BTN=at_student_topk,
+                teacher_logprobs_BTN=self.teacher_logprobs_at_student_topk_BTJ,
+                behavior_logprobs_BTN=self.behavior_topk_logprobs_BTJ,
+                in_teacher_topk_BTN=contained(student_ids, teacher_ids),
+            )
+            in_student_topk = contained(teacher_ids, student_ids)
+            sampled_in_student_topk = contained(sampled_ids, student_ids)
         return LossInputs(
             mask_BT=self.mask_BT,
-            behavior_logprobs_BT=self.behavior_logprobs_BT,
-            student_logprobs_BT=gathered.logprobs_BT,
-            teacher_logprobs_BT=self.teacher_logprobs_BT,
-            teacher_topk_logprobs_BTK=self.teacher_topk_logprobs_BTK,
-            student_logprobs_at_teacher_topk_BTK=at_teacher_topk,
-            behavior_logprobs_at_teacher_topk_BTK=self.behavior_logprobs_at_teacher_topk_BTK,
-            sampled_in_teacher_topk_BT=contained(sampled_ids, teacher_ids).squeeze(-1),
+            sampled=Candidates(
+                student_logprobs_BTN=gathered.logprobs_BT.unsqueeze(-1),
+                teacher_logprobs_BTN=self.teacher_logprobs_BT.unsqueeze(-1),
+                behavior_logprobs_BTN=self.behavior_logprobs_BT.unsqueeze(-1),
+                in_teacher_topk_BTN=contained(sampled_ids, teacher_ids),
+                in_student_topk_BTN=sampled_in_student_topk,
+            ),
+            teacher_topk=Candidates(
+                student_logprobs_BTN=at_teacher_topk,
+                teacher_logprobs_BTN=self.teacher_topk_logprobs_BTK,
+                behavior_logprobs_BTN=self.behavior_logprobs_at_teacher_topk_BTK,
+                in_student_topk_BTN=in_student_topk,
+            ),
+            student_topk=student_topk,
             bad_events_BT=self.bad_events_BT,
             teacher_entropies_BT=self.teacher_entropies_BT,
             student_entropies_BT=gathered.entropy_BT,
             response_ids_BT=self.response_ids_BT,
-            **of_student_topk,
         )
 
 

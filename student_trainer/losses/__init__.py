@@ -1,23 +1,24 @@
 """Losses of on-policy distillation.
 
 `divergences` and `policy_gradients` say what a token costs, `weights` how much it counts, as
-functions of tensors; `supports` says over which candidates; the `*_choice` modules hold one
-callable a method, with its constants; `objective` joins them. No
-settings, no records, no models. The trainer needs the names below.
+functions of tensors; `supports` says over which candidates. A class beside a formula adds its
+constants, which are stated in `settings.loss` and `settings.weights`; `objective` joins them,
+`laws` says what every loss must obey, `declared` what one of your own says about itself. No
+configuration of a run, no records, no models. The trainer needs the names below.
 """
 
-from .divergence_choice import (
-    Divergence,
+from . import divergences, policy_gradients
+from .declared import DeclaredLoss, Needs, loss
+from .divergences import (
     EntropyAwareKL,
     ForwardKL,
     GeneralizedJSD,
     LocalSupportMatching,
-    SampledReverseKL,
-    StudentTopKReverseKL,
     TruncatedReverseKL,
 )
-from .inputs import LossInputs
+from .inputs import Candidates, LossInputs
 from .objective import (
+    Divergence,
     StepSums,
     merge,
     needs_normalization,
@@ -25,6 +26,7 @@ from .objective import (
     step_scale,
     sum_over_processes,
 )
+from .policy_gradients import SampledReverseKL, StudentTopKReverseKL
 from .weight_choice import (
     BlockGate,
     EntropyTop,
@@ -35,8 +37,17 @@ from .weight_choice import (
     PruneWeight,
 )
 
+LOSSES = {
+    constants.model_fields["kind"].default: constants
+    for constants in (*divergences.KINDS, *policy_gradients.KINDS)
+}
+"""By kind of [loss]; each is made from its constants."""
+
 __all__ = [
+    "LOSSES",
     "BlockGate",
+    "Candidates",
+    "DeclaredLoss",
     "Divergence",
     "EntropyAwareKL",
     "EntropyTop",
@@ -45,6 +56,7 @@ __all__ = [
     "ImportanceRatio",
     "LocalSupportMatching",
     "LossInputs",
+    "Needs",
     "PositionWeight",
     "PositionWindow",
     "PrefixImportanceWeight",
@@ -53,6 +65,7 @@ __all__ = [
     "StepSums",
     "StudentTopKReverseKL",
     "TruncatedReverseKL",
+    "loss",
     "merge",
     "needs_normalization",
     "objective",

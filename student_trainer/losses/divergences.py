@@ -9,77 +9,23 @@ t), in nats. Masked positions hold 0.0 and never reach a sum.
 `included_BTN` is True for the candidates that belong to the support S; the others enter no sum, no
 normalisation and no gradient, and a position with none costs 0. None includes all.
 
-Nothing here knows which tokens count, what a token is worth or how many there are: `weights` says
-the second, `objective` the rest.
+A class is a formula with its constants, whose ranges are checked where they are stated,
+`settings.loss`. Nothing here knows which tokens count, what a token is worth or how many there are:
+`weights` says the second, `objective` the rest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from student_trainer.settings import loss as constants
 
-def check_log_probs(
-    ndim: int, *, student: Mapping[str, Tensor], fixed: Mapping[str, Tensor]
-) -> None:
-    """Raise ValueError unless all share one shape of `ndim` axes and `fixed` carries no gradient.
-
-    Half precision is refused: rounding a log-prob of -10 to bfloat16 moves it by up to 0.03 nats.
-    """
-    reference, *_ = {**student, **fixed}.items()
-    for name, tensor in {**student, **fixed}.items():
-        if tensor.ndim != ndim:
-            raise ValueError(f"{name} must have {ndim} axes, got shape {tuple(tensor.shape)}")
-        if tensor.shape != reference[1].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, "
-                f"{reference[0]} has shape {tuple(reference[1].shape)}"
-            )
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name} must be float32 or float64, got {tensor.dtype}")
-        if ndim == 3 and tensor.shape[-1] == 0:
-            raise ValueError(f"{name} has an empty support, shape {tuple(tensor.shape)}")
-    for name, tensor in fixed.items():
-        if tensor.requires_grad:
-            raise ValueError(f"{name} must not carry gradient; detach it")
-
-
-def check_clip_log_ratio(clip_log_ratio: float | None) -> None:
-    """Raise ValueError unless clip_log_ratio is positive, where given."""
-    if clip_log_ratio is not None and not clip_log_ratio > 0.0:
-        raise ValueError(f"clip_log_ratio must be positive, got {clip_log_ratio}")
-
-
-def check_fraction_open(name: str, value: float) -> None:
-    """Raise ValueError unless 0 < value < 1."""
-    if not 0.0 < value < 1.0:
-        raise ValueError(f"{name} must be in (0, 1), got {value}")
-
-
-def check_entropy_threshold(entropy_threshold: float) -> None:
-    """Raise ValueError unless entropy_threshold is a number >= 0."""
-    if not entropy_threshold >= 0.0:
-        raise ValueError(f"entropy_threshold must be >= 0, got {entropy_threshold}")
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise ValueError unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_included(included_BTN: Tensor | None, candidates_BTN: Tensor) -> None:
-    """Raise ValueError unless the mask, where given, is bool and of the candidates' shape."""
-    if included_BTN is None:
-        return
-    if included_BTN.dtype != torch.bool or included_BTN.shape != candidates_BTN.shape:
-        raise ValueError(
-            f"included_BTN must be bool of shape {tuple(candidates_BTN.shape)}, "
-            f"got {included_BTN.dtype} {tuple(included_BTN.shape)}"
-        )
+from .checks import check_included, check_log_probs
+from .inputs import LossInputs, need
+from .supports import matching_support, teacher_topk
 
 
 def reverse_kl_monitor(behavior_logprobs_BT: Tensor, teacher_logprobs_BT: Tensor) -> Tensor:
@@ -155,10 +101,8 @@ def local_support_matching(
         clip_log_ratio: nats, or None.
 
     Raises:
-        ValueError: shapes differ, the teacher carries gradient, N is 0, half precision, clip not
-        positive.
+        ValueError: shapes differ, the teacher carries gradient, N is 0, half precision.
     """
-    check_clip_log_ratio(clip_log_ratio)
     _check_pair(student_logprobs_BTN, teacher_logprobs_BTN, included_BTN)
     student_BTN = masked_log_softmax(student_logprobs_BTN, included_BTN)
     teacher_BTN = masked_log_softmax(teacher_logprobs_BTN, included_BTN)
@@ -166,6 +110,12 @@ def local_support_matching(
     if clip_log_ratio is not None:
         log_ratio_BTN = log_ratio_BTN.clamp(-clip_log_ratio, clip_log_ratio)
     return (student_BTN.exp() * log_ratio_BTN).sum(dim=-1)
+
+
+def _at_teacher_topk(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """Log-probs of student and teacher at the teacher's K ids, [B, T, K] each."""
+    top = teacher_topk(inputs)
+    return top.student_logprobs_BTN, top.teacher_logprobs_BTN
 
 
 def _with_tail(logprobs_BTN: Tensor, included_BTN: Tensor | None = None) -> Tensor:
@@ -203,6 +153,27 @@ def truncated_reverse_kl(
     return (student.exp() * _log_ratio(student, teacher, included_BTN)).sum(dim=-1)
 
 
+class LocalSupportMatching(constants.LocalSupportMatchingSettings):
+    """`local_support_matching` on a support, or `truncated_reverse_kl` with a tail."""
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        support = matching_support(inputs, self.support)
+        pair = support.student_logprobs_BTN, support.teacher_logprobs_BTN
+        included_BTN = support.included_BTN
+        if self.tail:
+            return truncated_reverse_kl(*pair, tail=True, included_BTN=included_BTN)
+        return local_support_matching(
+            *pair, included_BTN=included_BTN, clip_log_ratio=self.clip_log_ratio
+        )
+
+
+class TruncatedReverseKL(constants.TruncatedReverseKLSettings):
+    """`truncated_reverse_kl` on the teacher's top-K."""
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return truncated_reverse_kl(*_at_teacher_topk(inputs), tail=self.tail)
+
+
 def forward_kl(
     student_logprobs_BTK: Tensor, teacher_logprobs_BTK: Tensor, *, tail: bool = True
 ) -> Tensor:
@@ -232,6 +203,13 @@ def forward_kl(
     return (teacher.exp() * (teacher - student)).sum(dim=-1)
 
 
+class ForwardKL(constants.ForwardKLSettings):
+    """`forward_kl` over the teacher's top-K."""
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return forward_kl(*_at_teacher_topk(inputs), tail=self.tail)
+
+
 def generalized_jsd(
     student_logprobs_BTK: Tensor, teacher_logprobs_BTK: Tensor, *, beta: float
 ) -> Tensor:
@@ -249,15 +227,21 @@ def generalized_jsd(
     the whole vocabulary; beta of exactly 0 or 1 is refused, `forward_kl` and
     `truncated_reverse_kl(tail=True)` are those.
 
-    Args and errors as in `forward_kl`; ValueError unless 0 < beta < 1.
+    Args and errors as in `forward_kl`.
     """
-    check_fraction_open("beta", beta)
     _check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
     student, teacher = _with_tail(student_logprobs_BTK), _with_tail(teacher_logprobs_BTK)
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     from_teacher_BT = (teacher.exp() * (teacher - mixture)).sum(dim=-1)
     from_student_BT = (student.exp() * (student - mixture)).sum(dim=-1)
     return beta * from_teacher_BT + (1.0 - beta) * from_student_BT
+
+
+class GeneralizedJSD(constants.GeneralizedJSDSettings):
+    """`generalized_jsd` over the teacher's top-K and a tail."""
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return generalized_jsd(*_at_teacher_topk(inputs), beta=self.beta)
 
 
 def entropy_aware_kl(
@@ -281,7 +265,6 @@ def entropy_aware_kl(
 
     Args and errors as in `forward_kl`; teacher_entropies_BT carries no gradient.
     """
-    check_entropy_threshold(entropy_threshold)
     _check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
     check_log_probs(2, student={}, fixed={"teacher_entropies_BT": teacher_entropies_BT})
     if teacher_entropies_BT.shape != student_logprobs_BTK.shape[:2]:
@@ -296,3 +279,18 @@ def entropy_aware_kl(
     forward_BT = forward_kl(student_logprobs_BTK, teacher_logprobs_BTK, tail=tail)
     unsure_BT = teacher_entropies_BT >= entropy_threshold
     return reverse_BT + forward_BT.masked_fill(~unsure_BT, 0.0)
+
+
+class EntropyAwareKL(constants.EntropyAwareKLSettings):
+    """`entropy_aware_kl` over the teacher's top-K."""
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return entropy_aware_kl(
+            *_at_teacher_topk(inputs),
+            need(inputs.teacher_entropies_BT, "teacher_entropies_BT"),
+            entropy_threshold=self.entropy_threshold,
+            tail=self.tail,
+        )
+
+
+KINDS = (LocalSupportMatching, TruncatedReverseKL, ForwardKL, GeneralizedJSD, EntropyAwareKL)

@@ -22,18 +22,20 @@ epsilon = 0), without a second forward. Nothing here knows settings, records or 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .divergence_choice import Divergence
 from .divergences import reverse_kl_monitor
 from .inputs import LossInputs
 from .weight_choice import PositionWeight
 from .weights import combine
+
+Divergence = Callable[[LossInputs], Tensor]
+"""[B, T], with gradient: a class of `divergences` or `policy_gradients`, or any such function."""
 
 
 def needs_normalization(weights: Sequence[PositionWeight]) -> bool:
@@ -160,16 +162,18 @@ def monitors(inputs: LossInputs) -> dict[str, Tensor]:
     found = {
         "reverse_kl": reverse_kl_monitor(inputs.behavior_logprobs_BT, inputs.teacher_logprobs_BT)
     }
-    masses = {
-        "student_mass_at_teacher_topk": inputs.student_logprobs_at_teacher_topk_BTK,
-        "teacher_mass_at_teacher_topk": inputs.teacher_topk_logprobs_BTK,
-        "behavior_mass_at_student_topk": inputs.behavior_topk_logprobs_BTJ,
-        "teacher_mass_at_student_topk": inputs.teacher_logprobs_at_student_topk_BTJ,
+    masses: dict[str, Tensor | None] = {}
+    if (teachers := inputs.teacher_topk) is not None:
+        masses["student_mass_at_teacher_topk"] = teachers.student_logprobs_BTN
+        masses["teacher_mass_at_teacher_topk"] = teachers.teacher_logprobs_BTN
+    if (students := inputs.student_topk) is not None:
+        masses["behavior_mass_at_student_topk"] = students.behavior_logprobs_BTN
+        masses["teacher_mass_at_student_topk"] = students.teacher_logprobs_BTN
+    return found | {
+        name: logprobs_BTN.detach().exp().sum(dim=-1)
+        for name, logprobs_BTN in masses.items()
+        if logprobs_BTN is not None
     }
-    for name, logprobs in masses.items():
-        if logprobs is not None:
-            found[name] = logprobs.detach().exp().sum(dim=-1)
-    return found
 
 
 def objective(

@@ -7,25 +7,18 @@ log `divergences.reverse_kl_monitor` instead.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-from .divergences import check_choice, check_included, check_log_probs, masked_log_softmax
+from student_trainer.settings import loss as constants
 
-WeightMode = Literal["student_p", "teacher_p", "uniform"]
+from .checks import check_included, check_log_probs
+from .divergences import masked_log_softmax
+from .inputs import LossInputs
+from .supports import reward_support
 
 MAX_LOG_RATIO = 20.0
 """Policy ratios are taken of log-ratios clamped to +-20 nats, so that exp cannot overflow."""
-
-
-def check_clip(clip_epsilon: float | None, dual_clip: float | None) -> None:
-    """Raise ValueError unless 0 < clip_epsilon < 1 and dual_clip > 1, each where given."""
-    if clip_epsilon is not None and not 0.0 < clip_epsilon < 1.0:
-        raise ValueError(f"clip_epsilon must be in (0, 1), got {clip_epsilon}")
-    if dual_clip is not None and not dual_clip > 1.0:
-        raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
 
 
 def _clipped_surrogate(
@@ -79,10 +72,8 @@ def sampled_reverse_kl(
         dual_clip: bound of the ratio where A < 0, above 1; None leaves it unbounded.
 
     Raises:
-        ValueError: shapes differ, a fixed input carries gradient, half precision, or a clip out of
-        range.
+        ValueError: shapes differ, a fixed input carries gradient, or half precision.
     """
-    check_clip(clip_epsilon, dual_clip)
     check_log_probs(
         2,
         student={"student_logprobs_BT": student_logprobs_BT},
@@ -97,12 +88,25 @@ def sampled_reverse_kl(
     )
 
 
+class SampledReverseKL(constants.SampledReverseKLSettings):
+    """`sampled_reverse_kl` of the sampled token."""
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        return sampled_reverse_kl(
+            inputs.student_logprobs_BT,
+            inputs.behavior_logprobs_BT,
+            inputs.teacher_logprobs_BT,
+            clip_epsilon=self.clip_epsilon,
+            dual_clip=self.dual_clip,
+        )
+
+
 def candidate_rewards(
     behavior_logprobs_BTN: Tensor,
     teacher_logprobs_BTN: Tensor,
     *,
     included_BTN: Tensor | None,
-    weight_mode: WeightMode,
+    weight_mode: constants.WeightMode,
     normalize_weights: bool,
 ) -> Tensor:
     """-w_v (log p_behavior(v) - log p_teacher(v)), [B, T, N], constant; of no meaning outside S.
@@ -110,7 +114,6 @@ def candidate_rewards(
     w is p_behavior ("student_p"), p_teacher ("teacher_p") or 1 ("uniform"), divided by its sum over
     S unless normalize_weights is off.
     """
-    check_choice("weight_mode", weight_mode, get_args(WeightMode))
     if weight_mode == "uniform":
         log_weight_BTN = torch.zeros_like(behavior_logprobs_BTN)
     else:
@@ -127,7 +130,7 @@ def support_reverse_kl(
     teacher_logprobs_BTN: Tensor,
     *,
     included_BTN: Tensor | None = None,
-    weight_mode: WeightMode = "student_p",
+    weight_mode: constants.WeightMode = "student_p",
     normalize_weights: bool = True,
     clip_epsilon: float | None,
     dual_clip: float | None,
@@ -155,9 +158,8 @@ def support_reverse_kl(
         clip_epsilon, dual_clip: as in `sampled_reverse_kl`.
 
     Raises:
-        ValueError: as in `sampled_reverse_kl`, or N is 0, or an unknown weight mode.
+        ValueError: as in `sampled_reverse_kl`, or N is 0.
     """
-    check_clip(clip_epsilon, dual_clip)
     student, behavior, teacher = student_logprobs_BTN, behavior_logprobs_BTN, teacher_logprobs_BTN
     fixed = {"behavior_logprobs_BTN": behavior, "teacher_logprobs_BTN": teacher}
     check_log_probs(3, student={"student_logprobs_BTN": student}, fixed=fixed)
@@ -173,3 +175,24 @@ def support_reverse_kl(
     if included_BTN is not None:
         surrogate_BTN = surrogate_BTN.masked_fill(~included_BTN, 0.0)
     return surrogate_BTN.sum(dim=-1)
+
+
+class StudentTopKReverseKL(constants.StudentTopKReverseKLSettings):
+    """`support_reverse_kl`; on "symmetric_difference" not renormalised, as in the released code."""
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        support = reward_support(inputs, self.support)
+        assert support.behavior_logprobs_BTN is not None  # reward_support asked for it
+        return support_reverse_kl(
+            support.student_logprobs_BTN,
+            support.behavior_logprobs_BTN,
+            support.teacher_logprobs_BTN,
+            included_BTN=support.included_BTN,
+            weight_mode=self.weight_mode,
+            normalize_weights=self.support != "symmetric_difference",
+            clip_epsilon=self.clip_epsilon,
+            dual_clip=self.dual_clip,
+        )
+
+
+KINDS = (SampledReverseKL, StudentTopKReverseKL)

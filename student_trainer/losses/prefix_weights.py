@@ -12,16 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .divergences import check_log_probs
+from .checks import check_log_probs, check_mask
 from .policy_gradients import MAX_LOG_RATIO
-from .weights import (
-    check_mask,
-    check_non_negative,
-    check_positive,
-    elapsed_shares,
-    position_window,
-    sample_mean_normalize,
-)
+from .weights import elapsed_shares, position_window, sample_mean_normalize
 
 SHARE_EPSILON = 1e-8
 """Added to the total advantage (the released code's value); a signed total this small is none."""
@@ -39,8 +32,6 @@ def sampled_advantages(
     The clip is ours and off by default: it keeps one token of -58 nats from taking the whole
     response's share. It is for the sums of this file, never for the loss.
     """
-    if max_gap_nats is not None:
-        check_positive("max_gap_nats", max_gap_nats)
     check_log_probs(
         2,
         student={},
@@ -101,7 +92,6 @@ def prefix_importance_weights(
     the prefix sum is taken by shifting in float64 instead of cumsum(d) - d, whose rounding breaks
     monotonicity.
     """
-    check_non_negative("gamma", gamma)
     advantage_BT = sampled_advantages(
         teacher_logprobs_BT, behavior_logprobs_BT, mask_BT, max_gap_nats=max_gap_nats
     )
@@ -118,7 +108,6 @@ def signed_importance_weights(
     max_gap_nats: float | None = None,
 ) -> Tensor:
     """1 + gamma * signed_remaining_shares(A), in [1, 1 + gamma]: Table 4's signed sums."""
-    check_non_negative("gamma", gamma)
     advantage_BT = sampled_advantages(
         teacher_logprobs_BT, behavior_logprobs_BT, mask_BT, max_gap_nats=max_gap_nats
     )
@@ -142,13 +131,11 @@ def surrogate_only_weights(
 
 def linear_weights(mask_BT: Tensor, *, gamma: float) -> Tensor:
     """1 + gamma (1 - t / n), t of n valid tokens from 0; float32. What eq. 17 is for equal |A|."""
-    check_non_negative("gamma", gamma)
     return _masked(1.0 + gamma * (1.0 - elapsed_shares(mask_BT)), mask_BT, torch.float32)
 
 
 def fixed_prefix_weights(mask_BT: Tensor, *, gamma: float, prefix_share: float) -> Tensor:
     """1 + gamma on the first `prefix_share` of the valid tokens, 1 on the others; float32."""
-    check_non_negative("gamma", gamma)
     inside_BT = position_window(mask_BT, start_share=0.0, end_share=prefix_share)
     return _masked(1.0 + gamma * inside_BT, mask_BT, torch.float32)
 
@@ -167,7 +154,6 @@ def ideal_ratio_weights(
     responses at position t. Departure: divided at the step by one mean over all its valid tokens
     (`objective.step_scale`), since few responses reach the same t.
     """
-    check_positive("alpha", alpha)
     advantage_BT = sampled_advantages(
         teacher_logprobs_BT, behavior_logprobs_BT, mask_BT, max_gap_nats=max_gap_nats
     )
@@ -190,7 +176,6 @@ def ideal_blend_weights(
     response because a sum with 1 cannot be divided by the step's mean afterwards. In [1, 1 + gamma
     n] for n valid tokens, of mean 1 + gamma.
     """
-    check_non_negative("gamma", gamma)
     ratio_BT = ideal_ratio_weights(
         teacher_logprobs_BT.double(),
         behavior_logprobs_BT.double(),
@@ -217,8 +202,6 @@ def causal_weights(
     earlier weight. tau_nats takes the place of the response's total: the median of sum |A| over
     earlier responses makes it comparable to eq. 17.
     """
-    check_non_negative("gamma", gamma)
-    check_positive("tau_nats", tau_nats)
     advantage_BT = sampled_advantages(
         teacher_logprobs_BT, behavior_logprobs_BT, mask_BT, max_gap_nats=max_gap_nats
     )

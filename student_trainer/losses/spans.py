@@ -12,23 +12,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .weights import check_mask
-
-
-def check_span_lengths(min_span: int, max_span: int) -> None:
-    """Raise ValueError unless a span that is split cannot fall below min_span."""
-    if min_span < 1 or 2 * min_span > max_span:
-        raise ValueError(
-            f"newline spans need 1 <= min_span and 2 * min_span <= max_span, got {min_span} and "
-            f"{max_span}"
-        )
+from .checks import check_mask
 
 
 def block_spans(mask_BT: Tensor, *, block_size: int) -> Tensor:
     """Blocks of block_size consecutive valid tokens; the last of a response may be shorter."""
     check_mask(mask_BT)
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
     return (mask_BT.cumsum(dim=-1) - 1).clamp(min=0) // block_size
 
 
@@ -55,7 +44,6 @@ def newline_spans(
         response_ids_BT: int64; masked positions may hold anything.
         newline_ids: every token whose text holds a newline.
     """
-    check_span_lengths(min_span, max_span)
     check_mask(mask_BT, response_ids_BT=response_ids_BT)
     spans_BT = block_spans(mask_BT, block_size=block_size)
     is_newline_BT = torch.isin(response_ids_BT, response_ids_BT.new_tensor(list(newline_ids)))

@@ -10,106 +10,73 @@ counts it once. Nothing here knows ids: who fills `LossInputs` compares them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .inputs import LossInputs, need
+from student_trainer.settings.loss import MatchingSupport, RewardSupport
 
-MatchingSupport = Literal["teacher_topk", "student_topk_and_sampled", "teacher_topk_and_sampled"]
-"""V1, V2 and V3 of arXiv 2603.25562, appendix G.3."""
-
-RewardSupport = Literal["only_stu", "only_tch", "intersection", "union", "symmetric_difference"]
-"""The names of thunlp/OPD and Prune-OPD; its union-intersection is `symmetric_difference`."""
+from .inputs import Candidates, LossInputs, need
 
 
-@dataclass(frozen=True, kw_only=True)
-class CandidateList:
-    """Names of the fields of `LossInputs` that say what three policies think of one list."""
-
-    student: str
-    behavior: str
-    teacher: str
-    membership: str | None = None
-    """A flag for each candidate; None where every candidate is included."""
-    member: bool = True
-    """The value of the flag where a candidate is included."""
+def teacher_topk(inputs: LossInputs) -> Candidates:
+    """The teacher's K best tokens."""
+    return need(inputs.teacher_topk, "teacher_topk")
 
 
-@dataclass(frozen=True)
-class Support:
-    """Lists of candidates side by side; every method returns [B, T, N] in the same order."""
-
-    lists: tuple[CandidateList, ...]
-
-    def student(self, inputs: LossInputs) -> Tensor:
-        """Log-probs of the student being trained, with gradient."""
-        return _side_by_side(inputs, [part.student for part in self.lists])
-
-    def behavior(self, inputs: LossInputs) -> Tensor:
-        """Log-probs of the policy that sampled, or of the learner before its first update."""
-        return _side_by_side(inputs, [part.behavior for part in self.lists])
-
-    def teacher(self, inputs: LossInputs) -> Tensor:
-        """Log-probs of the teacher."""
-        return _side_by_side(inputs, [part.teacher for part in self.lists])
-
-    def included(self, inputs: LossInputs) -> Tensor | None:
-        """bool, True for candidates in the support; None where all are."""
-        if all(part.membership is None for part in self.lists):
-            return None
-        flags = []
-        for part in self.lists:
-            if part.membership is None:
-                flags.append(torch.ones_like(_wide(inputs, part.teacher), dtype=torch.bool))
-            else:
-                flag = _wide(inputs, part.membership)
-                flags.append(flag if part.member else ~flag)
-        return torch.cat(flags, dim=-1)
+def matching_support(inputs: LossInputs, support: MatchingSupport) -> Candidates:
+    """Candidates of local support matching, [B, T, N]; behavior log-probs need not be there."""
+    if support == "teacher_topk":
+        return teacher_topk(inputs)
+    if support == "teacher_topk_and_sampled":
+        listed, name = teacher_topk(inputs), "sampled.in_teacher_topk_BTN"
+        found_BT1 = need(inputs.sampled.in_teacher_topk_BTN, name)
+    else:
+        listed, name = need(inputs.student_topk, "student_topk"), "sampled.in_student_topk_BTN"
+        found_BT1 = need(inputs.sampled.in_student_topk_BTN, name)
+    return _side_by_side(listed, replace(inputs.sampled, included_BTN=~found_BT1))
 
 
-def _wide(inputs: LossInputs, name: str) -> Tensor:
-    """[B, T, N], a field of the sampled token as a list of one. Raises ValueError if absent."""
-    tensor = need(getattr(inputs, name), name)
-    return tensor.unsqueeze(-1) if tensor.ndim == 2 else tensor
+def reward_support(inputs: LossInputs, support: RewardSupport) -> Candidates:
+    """Candidates of a policy gradient, [B, T, N], with behavior log-probs."""
+    if support == "only_tch":
+        return _with_behavior(teacher_topk(inputs), "teacher_topk")
+    students = _with_behavior(need(inputs.student_topk, "student_topk"), "student_topk")
+    if support == "only_stu":
+        return students
+    if support == "intersection":
+        return replace(students, included_BTN=_in_teacher_topk(students))
+    teachers = _with_behavior(teacher_topk(inputs), "teacher_topk")
+    found_BTK = need(teachers.in_student_topk_BTN, "teacher_topk.in_student_topk_BTN")
+    teachers = replace(teachers, included_BTN=~found_BTK)
+    if support == "symmetric_difference":
+        students = replace(students, included_BTN=~_in_teacher_topk(students))
+    return _side_by_side(students, teachers)
 
 
-def _side_by_side(inputs: LossInputs, names: list[str]) -> Tensor:
-    return torch.cat([_wide(inputs, name) for name in names], dim=-1)
+def _with_behavior(candidates: Candidates, name: str) -> Candidates:
+    need(candidates.behavior_logprobs_BTN, f"{name}.behavior_logprobs_BTN")
+    return candidates
 
 
-TEACHER_TOPK = CandidateList(
-    student="student_logprobs_at_teacher_topk_BTK",
-    behavior="behavior_logprobs_at_teacher_topk_BTK",
-    teacher="teacher_topk_logprobs_BTK",
-)
-STUDENT_TOPK = CandidateList(
-    student="student_logprobs_at_student_topk_BTJ",
-    behavior="behavior_topk_logprobs_BTJ",
-    teacher="teacher_logprobs_at_student_topk_BTJ",
-)
-SAMPLED = CandidateList(
-    student="student_logprobs_BT", behavior="behavior_logprobs_BT", teacher="teacher_logprobs_BT"
-)
-_STUDENT_IN_TEACHER = replace(STUDENT_TOPK, membership="student_topk_in_teacher_topk_BTJ")
-_STUDENT_ONLY = replace(_STUDENT_IN_TEACHER, member=False)
-_TEACHER_ONLY = replace(TEACHER_TOPK, membership="teacher_topk_in_student_topk_BTK", member=False)
+def _in_teacher_topk(students: Candidates) -> Tensor:
+    return need(students.in_teacher_topk_BTN, "student_topk.in_teacher_topk_BTN")
 
-MATCHING_SUPPORTS: dict[MatchingSupport, Support] = {
-    "teacher_topk": Support((TEACHER_TOPK,)),
-    "student_topk_and_sampled": Support(
-        (STUDENT_TOPK, replace(SAMPLED, membership="sampled_in_student_topk_BT", member=False))
-    ),
-    "teacher_topk_and_sampled": Support(
-        (TEACHER_TOPK, replace(SAMPLED, membership="sampled_in_teacher_topk_BT", member=False))
-    ),
-}
-REWARD_SUPPORTS: dict[RewardSupport, Support] = {
-    "only_stu": Support((STUDENT_TOPK,)),
-    "only_tch": Support((TEACHER_TOPK,)),
-    "intersection": Support((_STUDENT_IN_TEACHER,)),
-    "union": Support((STUDENT_TOPK, _TEACHER_ONLY)),
-    "symmetric_difference": Support((_STUDENT_ONLY, _TEACHER_ONLY)),
-}
+
+def _side_by_side(*lists: Candidates) -> Candidates:
+    """One list, in order; behavior log-probs where every list has them."""
+    behaviors = [part.behavior_logprobs_BTN for part in lists]
+    present = [behavior_BTN for behavior_BTN in behaviors if behavior_BTN is not None]
+    included = [
+        torch.ones_like(part.teacher_logprobs_BTN, dtype=torch.bool)
+        if part.included_BTN is None
+        else part.included_BTN
+        for part in lists
+    ]
+    return Candidates(
+        student_logprobs_BTN=torch.cat([part.student_logprobs_BTN for part in lists], dim=-1),
+        teacher_logprobs_BTN=torch.cat([part.teacher_logprobs_BTN for part in lists], dim=-1),
+        behavior_logprobs_BTN=torch.cat(present, -1) if len(present) == len(lists) else None,
+        included_BTN=torch.cat(included, dim=-1),
+    )

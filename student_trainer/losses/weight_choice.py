@@ -1,25 +1,20 @@
 """Which position weights a run uses: formula and its constants, as callables of the loss inputs.
 
+Constants, defaults and ranges are stated in `settings.weights`, from which each class derives.
+
 Shape legend: B = sequences, T = response positions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, get_args
+from typing import ClassVar, Protocol, Self
 
+from pydantic import model_validator
 from torch import Tensor
 
-from .divergences import check_choice
-from .gates import (
-    Aggregate,
-    RatioGranularity,
-    RatioMode,
-    check_gate,
-    check_importance_ratio,
-    importance_ratios,
-    span_gates,
-)
+from student_trainer.settings import weights as constants
+
+from .gates import importance_ratios, span_gates
 from .inputs import LossInputs, need
 from .prefix_weights import (
     causal_weights,
@@ -31,30 +26,8 @@ from .prefix_weights import (
     signed_importance_weights,
     surrogate_only_weights,
 )
-from .spans import block_spans, check_span_lengths, newline_spans
-from .weights import (
-    check_fraction,
-    check_non_negative,
-    check_positive,
-    check_window,
-    entropy_top_weights,
-    position_window,
-    prune_weights,
-    sample_mean_normalize,
-)
-
-PrefixKind = Literal[
-    "cumulative",
-    "signed",
-    "linear",
-    "fixed_prefix",
-    "surrogate_only",
-    "ideal_ratio",
-    "ideal_blend",
-    "causal",
-]
-Normalize = Literal["none", "sample_mean", "batch_mean"]
-Granularity = Literal["block", "token", "sequence", "newline"]
+from .spans import block_spans, newline_spans
+from .weights import entropy_top_weights, position_window, prune_weights, sample_mean_normalize
 
 
 class PositionWeight(Protocol):
@@ -67,17 +40,11 @@ class PositionWeight(Protocol):
     def __call__(self, inputs: LossInputs) -> Tensor: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruneWeight:
+class PruneWeight(constants.PruneWeightSettings):
     """Prune-OPD's reliability plus a floor: `weights.prune_weights`; `normalize` is ours."""
 
-    w_drop: float = 0.01
-    w_base: float = 0.5
-    normalize: bool = False
-
-    def __post_init__(self) -> None:
-        check_fraction("w_drop", self.w_drop)
-        check_non_negative("w_base", self.w_base)
+    w_drop: float
+    """Reliability lost a bad event: the drift policy's."""
 
     @property
     def mean_normalized(self) -> bool:
@@ -88,34 +55,12 @@ class PruneWeight:
         return prune_weights(bad_events_BT, inputs.mask_BT, w_drop=self.w_drop, w_base=self.w_base)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrefixImportanceWeight:
+class PrefixImportanceWeight(constants.PrefixImportanceSettings):
     """IW-OPD's share of the advantage still to come, or a row of its ablation: `prefix_weights`.
 
     The literal ratio is a weight only after division by its mean, so for it "none" is the mean of
     the step.
     """
-
-    kind: PrefixKind = "cumulative"
-    gamma: float = 0.5
-    prefix_share: float = 0.3
-    alpha: float = 0.01
-    tau_nats: float | None = None
-    max_gap_nats: float | None = None
-    normalize: Normalize = "none"
-
-    def __post_init__(self) -> None:
-        check_choice("kind", self.kind, get_args(PrefixKind))
-        check_choice("normalize", self.normalize, get_args(Normalize))
-        check_non_negative("gamma", self.gamma)
-        check_fraction("prefix_share", self.prefix_share)
-        check_positive("alpha", self.alpha)
-        if self.max_gap_nats is not None:
-            check_positive("max_gap_nats", self.max_gap_nats)
-        if self.kind == "causal":
-            if self.tau_nats is None:
-                raise ValueError("kind causal needs tau_nats: the median of sum |A| of a response")
-            check_positive("tau_nats", self.tau_nats)
 
     @property
     def mean_normalized(self) -> bool:
@@ -145,22 +90,16 @@ class PrefixImportanceWeight:
         if self.kind == "ideal_blend":
             return ideal_blend_weights(*logprobs, alpha=self.alpha, gamma=gamma, max_gap_nats=gap)
         if self.kind == "causal":
-            assert self.tau_nats is not None  # checked above
+            assert self.tau_nats is not None  # the settings refuse causal without it
             tau = self.tau_nats
             return causal_weights(*logprobs, gamma=gamma, tau_nats=tau, max_gap_nats=gap)
         return prefix_importance_weights(*logprobs, gamma=gamma, max_gap_nats=gap)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PositionWindow:
+class PositionWindow(constants.PositionWindowSettings):
     """Only the tokens between two shares of the response: `weights.position_window`."""
 
     mean_normalized: ClassVar[bool] = True
-    start_share: float
-    end_share: float
-
-    def __post_init__(self) -> None:
-        check_window(self.start_share, self.end_share)
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         return position_window(
@@ -168,23 +107,17 @@ class PositionWindow:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class EntropyTop:
+class EntropyTop(constants.EntropyTopSettings):
     """Only the tokens where the student is least sure: `weights.entropy_top_weights`."""
 
     mean_normalized: ClassVar[bool] = True
-    ratio: float = 0.2
-
-    def __post_init__(self) -> None:
-        check_fraction("ratio", self.ratio)
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         entropies_BT = need(inputs.student_entropies_BT, "student_entropies_BT")
         return entropy_top_weights(entropies_BT, inputs.mask_BT, ratio=self.ratio)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockGate:
+class BlockGate(constants.BlockGateSettings):
     """BPDG's gate on the student's own drift since the rollout: `gates.span_gates`.
 
     What is gated at once: a block (as published), a token, the whole sequence, or a span between
@@ -192,23 +125,14 @@ class BlockGate:
     """
 
     mean_normalized: ClassVar[bool] = True
-    granularity: Granularity = "block"
-    block_size: int = 64
-    tau: float = 1.0
-    aggregate: Aggregate = "signed_mean"
     newline_ids: tuple[int, ...] = ()
-    min_span: int = 16
-    max_span: int = 128
+    """The newline_tokens as ids."""
 
-    def __post_init__(self) -> None:
-        check_choice("granularity", self.granularity, get_args(Granularity))
-        check_gate(self.tau, self.aggregate)
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {self.block_size}")
-        if self.granularity == "newline":
-            check_span_lengths(self.min_span, self.max_span)
-            if not self.newline_ids:
-                raise ValueError("granularity newline needs newline_ids, got none")
+    @model_validator(mode="after")
+    def _newlines_are_known(self) -> Self:
+        if self.granularity == "newline" and not self.newline_ids:
+            raise ValueError("granularity newline needs newline_ids, got none")
+        return self
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         logprobs = (inputs.student_logprobs_BT, inputs.behavior_logprobs_BT, inputs.mask_BT)
@@ -229,18 +153,10 @@ class BlockGate:
         return block_spans(mask_BT, block_size=sizes[self.granularity])
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportanceRatio:
+class ImportanceRatio(constants.ImportanceRatioSettings):
     """The bounded policy ratio, for losses that have none: `gates.importance_ratios`."""
 
     mean_normalized: ClassVar[bool] = False
-    mode: RatioMode = "truncate"
-    granularity: RatioGranularity = "token"
-    min_ratio: float = 0.2
-    max_ratio: float = 5.0
-
-    def __post_init__(self) -> None:
-        check_importance_ratio(self.mode, self.granularity, self.min_ratio, self.max_ratio)
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         return importance_ratios(

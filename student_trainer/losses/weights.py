@@ -17,44 +17,13 @@ from torch import Tensor
 
 from teacher_wire.drift import reliability_by_count
 
-
-def check_mask(mask_BT: Tensor, **others_BT: Tensor) -> None:
-    """Raise ValueError unless the mask is bool [B, T] and the others have its shape."""
-    if mask_BT.dtype != torch.bool or mask_BT.ndim != 2:
-        raise ValueError(
-            f"mask_BT must be bool with 2 axes, got {mask_BT.dtype} {tuple(mask_BT.shape)}"
-        )
-    for name, tensor in others_BT.items():
-        if tensor.shape != mask_BT.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, mask_BT has shape {tuple(mask_BT.shape)}"
-            )
+from .checks import check_mask
 
 
 def check_fraction(name: str, value: float) -> None:
     """Raise ValueError unless 0 < value <= 1."""
     if not 0.0 < value <= 1.0:
         raise ValueError(f"{name} must be in (0, 1], got {value}")
-
-
-def check_non_negative(name: str, value: float) -> None:
-    """Raise ValueError unless value >= 0."""
-    if not value >= 0.0:
-        raise ValueError(f"{name} must be >= 0, got {value}")
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless value > 0."""
-    if not value > 0.0:
-        raise ValueError(f"{name} must be above 0, got {value}")
-
-
-def check_window(start_share: float, end_share: float) -> None:
-    """Raise ValueError unless 0 <= start_share < end_share <= 1."""
-    if not 0.0 <= start_share < end_share <= 1.0:
-        raise ValueError(
-            f"a window needs 0 <= start_share < end_share <= 1, got {start_share} and {end_share}"
-        )
 
 
 def reliability(bad_events_BT: Tensor, mask_BT: Tensor, *, w_drop: float) -> Tensor:
@@ -83,7 +52,6 @@ def prune_weights(
     In [w_base, 1 + w_base], non-increasing. As published (w_drop 0.01, w_base 0.5) a clean token
     counts 1.5 and no token ever counts 0.
     """
-    check_non_negative("w_base", w_base)
     reliability_BT = reliability(bad_events_BT, mask_BT, w_drop=w_drop)
     return torch.where(mask_BT, reliability_BT + w_base, 0.0)
 
@@ -109,7 +77,6 @@ def position_window(mask_BT: Tensor, *, start_share: float, end_share: float) ->
     Source: the first- and last-30 % baselines of arXiv 2606.22600 (IW-OPD), which do not say how
     the share is rounded.
     """
-    check_window(start_share, end_share)
     share_BT = elapsed_shares(mask_BT)
     return ((share_BT >= start_share) & (share_BT < end_share) & mask_BT).float()
 
@@ -128,7 +95,6 @@ def entropy_top_weights(entropies_BT: Tensor, mask_BT: Tensor, *, ratio: float) 
         mask_BT: bool.
         ratio: in (0, 1]; 1 keeps every token.
     """
-    check_fraction("ratio", ratio)
     check_mask(mask_BT, entropies_BT=entropies_BT)
     ranked_BT = torch.where(mask_BT, entropies_BT.detach().double(), -torch.inf)
     order_BT = ranked_BT.sort(dim=-1, descending=True, stable=True).indices

@@ -29,7 +29,7 @@ from student_trainer.settings.budget import (
     QuantileBudgetSettings,
 )
 from student_trainer.settings.drift import DriftSettings, OverlapRatioSettings
-from student_trainer.settings.loss import LossSettings
+from student_trainer.settings.loss import ImportedLossSettings, LossSettings, Needs
 from student_trainer.settings.problems import explain
 from student_trainer.settings.section import Section
 from student_trainer.settings.weights import WeightSettings
@@ -257,24 +257,38 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _loss_has_what_it_needs(self) -> Self:
-        loss, rollout = self.loss, self.rollout
-        if loss.needs_student_topk and rollout.student_topk == 0:
+        name, needs, rollout = self.loss.name, self.loss.needs, self.rollout
+        if needs.student_topk and rollout.student_topk == 0:
             raise ValueError(
-                f"loss {loss.kind} sums over the student's top-k and needs rollout.student_topk > "
-                "0, it is 0"
+                f"loss {name} sums over the student's top-k and needs rollout.student_topk > 0, it "
+                "is 0"
             )
-        if loss.needs_student_topk and rollout.top_p < 1.0:
+        if needs.student_topk and rollout.top_p < 1.0:
             raise ValueError(
-                f"loss {loss.kind} sums over the student's top-k and needs the behavior policy's "
-                f"full distribution, but rollout.top_p is {rollout.top_p}: ids outside the nucleus "
-                "are arbitrary and have no log-prob"
+                f"loss {name} sums over the student's top-k and needs the behavior policy's full "
+                f"distribution, but rollout.top_p is {rollout.top_p}: ids outside the nucleus are "
+                "arbitrary and have no log-prob"
             )
-        if loss.renormalizes_on_teacher_topk and self.teacher.k == 1:
+        if needs.teacher_k == 2 > self.teacher.k and self.loss.kind != "import":
             raise ValueError(
-                f"loss {loss.kind} renormalises on the teacher's top-k and is 0 on a single token: "
+                f"loss {name} renormalises on the teacher's top-k and is 0 on a single token: "
                 "teacher.k must be at least 2, or loss.tail true"
             )
+        if needs.teacher_k > self.teacher.k:
+            raise ValueError(
+                f"loss {name} needs a teacher.k of at least {needs.teacher_k}, it is "
+                f"{self.teacher.k}"
+            )
         return self
+
+    def with_needs(self, needs: Needs) -> TrainerConfig:
+        """The same with an imported loss of which it is known what it needs. Raises ConfigError."""
+        assert isinstance(self.loss, ImportedLossSettings)
+        config = self.model_copy(update={"loss": self.loss.declaring(needs)})
+        try:
+            return config._loss_has_what_it_needs()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     @property
     def longest_response(self) -> int:
@@ -287,12 +301,13 @@ class TrainerConfig(Section):
         nobody else has them; under top-p the sampler's are renormalised on its nucleus and cannot
         be compared with the learner's."""
         compares = (
-            self.loss.compares_with_behavior
+            self.loss.needs.behavior_logprobs
             or self.weights.prefix_importance is not None
             or self.weights.block_gate is not None
             or self.weights.importance_ratio is not None
         )
-        return self.loss.needs_behavior_at_teacher_topk or (compares and self.rollout.top_p < 1.0)
+        nucleus = self.rollout.top_p < 1.0
+        return self.loss.needs.behavior_at_teacher_topk or (compares and nucleus)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainerConfig:

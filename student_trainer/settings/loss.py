@@ -1,13 +1,16 @@
-"""Settings of the loss: what one position costs. What a setting means is in docs/methods.md.
+"""Losses without their formulas: the constants of each, with defaults and ranges, stated here only.
 
-Each section says what it needs of the rest of the run; `TrainerConfig` checks that it is there.
+The formula of a section is the class that derives from it in losses/. Each section says what it
+needs of the rest of the run; `TrainerConfig` checks that it is there. No torch. What a loss means
+is in docs/methods.md.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, PrivateAttr, model_validator
 
 from student_trainer.settings.section import Section
 
@@ -15,54 +18,61 @@ ClipEpsilon = Annotated[float, Field(gt=0, lt=1)]
 DualClip = Annotated[float, Field(gt=1)]
 
 
+MatchingSupport = Literal["teacher_topk", "student_topk_and_sampled", "teacher_topk_and_sampled"]
+"""V1, V2 and V3 of arXiv 2603.25562, appendix G.3."""
+RewardSupport = Literal["only_stu", "only_tch", "intersection", "union", "symmetric_difference"]
+"""The names of thunlp/OPD and Prune-OPD; its union-intersection is `symmetric_difference`."""
+WeightMode = Literal["student_p", "teacher_p", "uniform"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a loss needs of the run, besides what three policies think of the sampled token."""
+
+    teacher_k: int = 0
+    """Least size of the teacher's top-k (K); 0: it does not look at it."""
+    student_topk: bool = False
+    """The student's top-k as candidates."""
+    teacher_columns: tuple[str, ...] = ()
+    """Columns of the teacher's rows besides those that every row has, such as "entropies"."""
+    behavior_at_teacher_topk: bool = False
+    """The behavior policy's log-probs at ids that only the teacher named."""
+    behavior_logprobs: bool = False
+    """Behavior log-probs of the sampled token that may be compared with the student's."""
+
+
 class LossSection(Section):
-    """What a loss needs; the answers of one that only looks at the teacher's top-k."""
+    """A loss: its constants, with their ranges, are the fields; the formula is in losses/."""
+
+    kind: str
 
     @property
-    def needs_student_topk(self) -> bool:
-        """Whether it sums over the student's top-k."""
-        return False
+    def needs(self) -> Needs:
+        return Needs(teacher_k=1)
 
     @property
-    def teacher_columns(self) -> tuple[str, ...]:
-        """Columns that the teacher must return besides those that every row has."""
-        return ()
-
-    @property
-    def needs_behavior_at_teacher_topk(self) -> bool:
-        """Whether it compares with the behavior policy at ids that only the teacher named."""
-        return False
-
-    @property
-    def compares_with_behavior(self) -> bool:
-        """Whether it compares the sampled token's log-probs with the behavior policy's."""
-        return False
-
-    @property
-    def renormalizes_on_teacher_topk(self) -> bool:
-        """Whether student and teacher are renormalised on the teacher's top-k alone."""
-        return False
+    def name(self) -> str:
+        """What an error calls it."""
+        return self.kind
 
 
 class SampledReverseKLSettings(LossSection):
-    kind: Literal["sampled_reverse_kl"]
+    kind: Literal["sampled_reverse_kl"] = "sampled_reverse_kl"
     clip_epsilon: ClipEpsilon | None = 0.2
     """PPO clip of the ratio; none leaves it alone."""
     dual_clip: DualClip | None = 3.0
     """Bound of the ratio where the advantage is negative."""
 
     @property
-    def compares_with_behavior(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return Needs(behavior_logprobs=True)
 
 
 class LocalSupportMatchingSettings(LossSection):
     """Reverse KL on a support, renormalised there (Revisiting OPD)."""
 
-    kind: Literal["local_support_matching"]
-    support: Literal["teacher_topk", "student_topk_and_sampled", "teacher_topk_and_sampled"] = (
-        "teacher_topk"
-    )
+    kind: Literal["local_support_matching"] = "local_support_matching"
+    support: MatchingSupport = "teacher_topk"
     """Variants V1, V2 and V3 of the paper's G.3; a sampled token in the top-k counts once."""
     tail: bool = False
     """Everything outside the support as one more class, instead of renormalising."""
@@ -79,18 +89,16 @@ class LocalSupportMatchingSettings(LossSection):
         return self
 
     @property
-    def needs_student_topk(self) -> bool:
-        return self.support == "student_topk_and_sampled"
-
-    @property
-    def renormalizes_on_teacher_topk(self) -> bool:
-        return self.support == "teacher_topk" and not self.tail
+    def needs(self) -> Needs:
+        if self.support == "student_topk_and_sampled":
+            return Needs(student_topk=True)
+        return Needs(teacher_k=2 if self.support == "teacher_topk" and not self.tail else 1)
 
 
 class TruncatedReverseKLSettings(LossSection):
     """Local support matching without renormalising: an ablation; with a tail, a divergence."""
 
-    kind: Literal["truncated_reverse_kl"]
+    kind: Literal["truncated_reverse_kl"] = "truncated_reverse_kl"
     tail: bool
     """Everything outside the support as one more class."""
 
@@ -98,7 +106,7 @@ class TruncatedReverseKLSettings(LossSection):
 class ForwardKLSettings(LossSection):
     """KL from the teacher over its top-k (GKD)."""
 
-    kind: Literal["forward_kl"]
+    kind: Literal["forward_kl"] = "forward_kl"
     tail: bool = True
     """Everything outside the support as one more class; without, the teacher is renormalised."""
 
@@ -106,7 +114,7 @@ class ForwardKLSettings(LossSection):
 class GeneralizedJSDSettings(LossSection):
     """GKD's divergence between student and teacher through their mixture."""
 
-    kind: Literal["generalized_jsd"]
+    kind: Literal["generalized_jsd"] = "generalized_jsd"
     beta: float = Field(0.5, gt=0, lt=1)
     """The teacher's share of the mixture: small is near forward, large near reverse KL."""
 
@@ -114,30 +122,24 @@ class GeneralizedJSDSettings(LossSection):
 class EntropyAwareKLSettings(LossSection):
     """Reverse KL everywhere and forward KL where the teacher is unsure (2603.07079)."""
 
-    kind: Literal["entropy_aware_kl"]
+    kind: Literal["entropy_aware_kl"] = "entropy_aware_kl"
     entropy_threshold: float = Field(0.8, ge=0)
     """Nats of teacher entropy from which the forward KL counts; a third party's value."""
     tail: bool = False
     """Both over one more class for everything outside the teacher's top-k."""
 
     @property
-    def teacher_columns(self) -> tuple[str, ...]:
-        return ("entropies",)
-
-    @property
-    def renormalizes_on_teacher_topk(self) -> bool:
-        return not self.tail
+    def needs(self) -> Needs:
+        return Needs(teacher_k=1 if self.tail else 2, teacher_columns=("entropies",))
 
 
 class StudentTopKReverseKLSettings(LossSection):
     """Policy gradient over the candidates of a position (Prune-OPD's code)."""
 
-    kind: Literal["student_topk_reverse_kl"]
-    support: Literal["only_stu", "only_tch", "intersection", "union", "symmetric_difference"] = (
-        "only_stu"
-    )
+    kind: Literal["student_topk_reverse_kl"] = "student_topk_reverse_kl"
+    support: RewardSupport = "only_stu"
     """Which of the student's and the teacher's top-k are candidates."""
-    weight_mode: Literal["student_p", "teacher_p", "uniform"] = "student_p"
+    weight_mode: WeightMode = "student_p"
     """What a candidate's reward is weighted with; student_p is the published one."""
     clip_epsilon: ClipEpsilon | None = 0.2
     """PPO clip of each candidate's ratio; none leaves it alone."""
@@ -145,13 +147,39 @@ class StudentTopKReverseKLSettings(LossSection):
     """Bound of a ratio where the reward is negative."""
 
     @property
-    def needs_student_topk(self) -> bool:
-        return self.support != "only_tch"
+    def needs(self) -> Needs:
+        return Needs(
+            teacher_k=0 if self.support == "only_stu" else 1,
+            student_topk=self.support != "only_tch",
+            # Every candidate of an intersection is one of the student's own.
+            behavior_at_teacher_topk=self.support not in ("only_stu", "intersection"),
+        )
+
+
+class ImportedLossSettings(LossSection):
+    """A loss of your own (docs/own-loss.md). What it needs it declares itself: known once imported,
+    which is before anything starts."""
+
+    kind: Literal["import"] = "import"
+    path: str = Field(pattern=r"^\w+(\.\w+)*:\w+$")
+    """package.module:function, importable from the current directory or where Python looks."""
+    options: dict[str, JsonValue] = Field({})
+    """Passed to the function by name; which there are is its own affair."""
+    _needs: Needs = PrivateAttr(Needs())
 
     @property
-    def needs_behavior_at_teacher_topk(self) -> bool:
-        # Every candidate of an intersection is one of the student's own.
-        return self.support in ("only_tch", "union", "symmetric_difference")
+    def needs(self) -> Needs:
+        return self._needs
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    def declaring(self, needs: Needs) -> Self:
+        """The same, once it is known what the function needs."""
+        declared = self.model_copy()
+        declared._needs = needs
+        return declared
 
 
 LossSettings = Annotated[
@@ -161,6 +189,7 @@ LossSettings = Annotated[
     | ForwardKLSettings
     | GeneralizedJSDSettings
     | EntropyAwareKLSettings
-    | StudentTopKReverseKLSettings,
+    | StudentTopKReverseKLSettings
+    | ImportedLossSettings,
     Field(discriminator="kind"),
 ]

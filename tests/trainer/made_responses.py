@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from student_trainer.losses import LossInputs
+from student_trainer.losses import Candidates, LossInputs
 
 NEWLINE_ID = 0
 
@@ -75,9 +75,11 @@ def collate(responses: Sequence[Response], *, left: bool = False, spare: int = 2
 
     return LossInputs(
         mask_BT=pad("mask_T", False),
-        student_logprobs_BT=pad("student_T", torch.nan),
-        behavior_logprobs_BT=pad("behavior_T", torch.nan),
-        teacher_logprobs_BT=pad("teacher_T", torch.nan),
+        sampled=Candidates(
+            student_logprobs_BTN=pad("student_T", torch.nan).unsqueeze(-1),
+            behavior_logprobs_BTN=pad("behavior_T", torch.nan).unsqueeze(-1),
+            teacher_logprobs_BTN=pad("teacher_T", torch.nan).unsqueeze(-1),
+        ),
         student_entropies_BT=pad("entropies_T", torch.nan),
         response_ids_BT=pad("ids_T", NEWLINE_ID),
         bad_events_BT=pad("bad_events_T", True),

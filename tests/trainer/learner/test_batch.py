@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -121,10 +122,10 @@ def test_what_the_teacher_did_not_send_is_none() -> None:
     assert batch.teacher_entropies_BT is None
     assert batch.bad_events_BT is None
     inputs = batch.loss_inputs(batch.forward(tiny_student(), temperature=1.0))
-    assert inputs.behavior_topk_logprobs_BTJ is None
-    assert inputs.student_logprobs_at_student_topk_BTJ is None
-    assert inputs.teacher_topk_in_student_topk_BTK is None
-    assert inputs.sampled_in_student_topk_BT is None
+    assert inputs.student_topk is None
+    assert inputs.teacher_topk is not None
+    assert inputs.teacher_topk.in_student_topk_BTN is None
+    assert inputs.sampled.in_student_topk_BTN is None
 
 
 def test_losses_see_who_named_which_token() -> None:
@@ -139,13 +140,13 @@ def test_losses_see_who_named_which_token() -> None:
     gathered = batch.forward(tiny_student(), temperature=1.0)
     inputs = batch.loss_inputs(gathered)
     flags = {
-        "sampled_in_student_topk_BT": [True, False, False],
-        "sampled_in_teacher_topk_BT": [True, True, False],
-        "student_topk_in_teacher_topk_BTJ": [[True, True], [False, False], [False, False]],
-        "teacher_topk_in_student_topk_BTK": [[True, True], [False, False], [False, False]],
+        "sampled.in_student_topk_BTN": [[True], [False], [False]],
+        "sampled.in_teacher_topk_BTN": [[True], [True], [False]],
+        "student_topk.in_teacher_topk_BTN": [[True, True], [False, False], [False, False]],
+        "teacher_topk.in_student_topk_BTN": [[True, True], [False, False], [False, False]],
     }
     for name, expected in flags.items():
-        assert getattr(inputs, name)[0].tolist() == expected, name
+        assert attrgetter(name)(inputs)[0].tolist() == expected, name
     assert inputs.response_ids_BT is not None
     assert inputs.response_ids_BT.tolist() == [[8, 9, 0]]
     assert same(inputs.student_entropies_BT, (gathered.entropy_BT * batch.mask_BT).numpy())

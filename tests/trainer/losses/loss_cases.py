@@ -1,10 +1,13 @@
-"""Every divergence that a run can choose, and loss inputs made from full distributions."""
+"""Every divergence that a run can choose, and random policies to try it on."""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from student_trainer.learner.batch import contained
 from student_trainer.losses import (
     Divergence,
     EntropyAwareKL,
@@ -16,6 +19,9 @@ from student_trainer.losses import (
     StudentTopKReverseKL,
     TruncatedReverseKL,
 )
+from student_trainer.losses.laws import inputs_of
+
+SHAPE, VOCABULARY, K, J = (2, 4), 9, 3, 4
 
 DIVERGENCES: dict[str, Divergence] = {
     "sampled": SampledReverseKL(),
@@ -51,44 +57,58 @@ POLICY_GRADIENTS = {
 """Their value is a surrogate: only the gradient means anything."""
 
 
-def inputs_from(
-    student_BTV: Tensor,
-    behavior_BTV: Tensor,
-    teacher_BTV: Tensor,
-    sampled_BT: Tensor,
+@dataclasses.dataclass
+class Case:
+    """Three policies over all of V and who named which candidates; student logits are the leaf."""
+
+    logits_BTV: Tensor
+    behavior_BTV: Tensor
+    teacher_BTV: Tensor
+    sampled_BT: Tensor
+    teacher_ids_BTK: Tensor
+    student_ids_BTJ: Tensor
+
+    def inputs(self, **changes: Any) -> LossInputs:
+        """As a batch hands them over, without padding."""
+        return inputs_of(
+            self.logits_BTV.log_softmax(-1),
+            self.behavior_BTV,
+            self.teacher_BTV,
+            self.sampled_BT,
+            teacher_ids_BTK=self.teacher_ids_BTK,
+            student_ids_BTJ=self.student_ids_BTJ,
+            **{"mask_BT": torch.ones_like(self.sampled_BT, dtype=torch.bool)} | changes,
+        )
+
+
+def case(
+    seed: int,
     *,
-    teacher_ids_BTK: Tensor,
-    student_ids_BTJ: Tensor,
-    mask_BT: Tensor,
-    bad_events_BT: Tensor | None = None,
-) -> LossInputs:
-    """Gathers what the losses need from the log-probs of three policies over all of V."""
-    sampled_BT1 = sampled_BT.unsqueeze(-1)
-
-    def of_sampled(logprobs_BTV: Tensor) -> Tensor:
-        return logprobs_BTV.gather(-1, sampled_BT1).squeeze(-1)
-
-    def entropy(logprobs_BTV: Tensor) -> Tensor:
-        logprobs_BTV = logprobs_BTV.detach()
-        return -(logprobs_BTV.exp() * logprobs_BTV).sum(-1)
-
-    return LossInputs(
-        mask_BT=mask_BT,
-        behavior_logprobs_BT=of_sampled(behavior_BTV),
-        student_logprobs_BT=of_sampled(student_BTV),
-        teacher_logprobs_BT=of_sampled(teacher_BTV),
-        teacher_topk_logprobs_BTK=teacher_BTV.gather(-1, teacher_ids_BTK),
-        student_logprobs_at_teacher_topk_BTK=student_BTV.gather(-1, teacher_ids_BTK),
-        behavior_logprobs_at_teacher_topk_BTK=behavior_BTV.gather(-1, teacher_ids_BTK),
-        behavior_topk_logprobs_BTJ=behavior_BTV.gather(-1, student_ids_BTJ),
-        teacher_logprobs_at_student_topk_BTJ=teacher_BTV.gather(-1, student_ids_BTJ),
-        student_logprobs_at_student_topk_BTJ=student_BTV.gather(-1, student_ids_BTJ),
-        student_topk_in_teacher_topk_BTJ=contained(student_ids_BTJ, teacher_ids_BTK),
-        teacher_topk_in_student_topk_BTK=contained(teacher_ids_BTK, student_ids_BTJ),
-        sampled_in_teacher_topk_BT=contained(sampled_BT1, teacher_ids_BTK).squeeze(-1),
-        sampled_in_student_topk_BT=contained(sampled_BT1, student_ids_BTJ).squeeze(-1),
-        teacher_entropies_BT=entropy(teacher_BTV),
-        student_entropies_BT=entropy(student_BTV),
-        response_ids_BT=sampled_BT,
-        bad_events_BT=bad_events_BT,
+    k: int = K,
+    j: int = J,
+    off_policy: float = 0.3,
+    shape: tuple[int, int] = SHAPE,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    behavior, teacher, step = (
+        torch.randn(*shape, VOCABULARY, generator=generator, dtype=torch.float64)
+        * torch.tensor(scale, dtype=torch.float64)
+        for scale in (1.5, 1.5, off_policy)
     )
+    logits = (behavior + step).requires_grad_()
+    behavior, teacher = behavior.log_softmax(-1), teacher.log_softmax(-1)
+    return Case(
+        logits_BTV=logits,
+        behavior_BTV=behavior,
+        teacher_BTV=teacher,
+        sampled_BT=torch.randint(VOCABULARY, shape, generator=generator),
+        teacher_ids_BTK=teacher.topk(k).indices,
+        student_ids_BTJ=behavior.topk(j).indices,
+    )
+
+
+def gradient(loss_BT: Tensor, leaf: Tensor) -> Tensor:
+    """Of a differently weighted sum over positions, so that no two positions may be swapped."""
+    coefficients = torch.arange(1, loss_BT.numel() + 1, dtype=loss_BT.dtype).view_as(loss_BT)
+    (found,) = torch.autograd.grad((coefficients * loss_BT).sum(), leaf, retain_graph=True)
+    return found

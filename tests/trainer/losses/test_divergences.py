@@ -237,54 +237,15 @@ def test_shapes_and_types_are_refused_by_name() -> None:
         truncated_reverse_kl(torch.zeros(1, 1, 0), torch.zeros(1, 1, 0), tail=False)
 
 
-@pytest.mark.parametrize(
-    ("clip_epsilon", "dual_clip"), [(0.0, None), (1.0, None), (None, 1.0), (math.nan, None)]
-)
-def test_clips_out_of_range_are_refused(
-    clip_epsilon: float | None, dual_clip: float | None
-) -> None:
-    with pytest.raises(ValueError, match="clip"):
-        sampled_reverse_kl(
-            row(-1.0), row(-1.0), row(-1.0), clip_epsilon=clip_epsilon, dual_clip=dual_clip
-        )
-
-
-def test_log_ratio_clip_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="clip_log_ratio must be positive, got 0"):
-        local_support_matching(support(-1.0), support(-1.0), clip_log_ratio=0.0)
-
-
-@pytest.mark.parametrize("beta", [0.0, 1.0, -0.5, math.nan])
-def test_beta_at_a_limit_is_refused(beta: float) -> None:
-    with pytest.raises(ValueError, match=r"beta must be in \(0, 1\)"):
-        generalized_jsd(support(-1.0), support(-1.0), beta=beta)
-
-
-def test_entropies_must_be_one_number_a_position_and_the_threshold_a_number() -> None:
+def test_entropies_must_be_one_number_a_position() -> None:
     chosen = {"tail": False, "entropy_threshold": 0.8}
     with pytest.raises(ValueError, match=r"teacher_entropies_BT has shape \(1, 2\)"):
         entropy_aware_kl(support(-1.0), support(-1.0), row(1.0, 1.0), **chosen)
     with pytest.raises(ValueError, match="teacher_entropies_BT must not carry gradient"):
         entropy_aware_kl(support(-1.0), support(-1.0), row(1.0, grad=True), **chosen)
-    with pytest.raises(ValueError, match="entropy_threshold must be >= 0"):
-        entropy_aware_kl(
-            support(-1.0), support(-1.0), row(1.0), tail=False, entropy_threshold=math.nan
-        )
 
 
 def test_a_mask_that_is_not_a_mask_is_refused() -> None:
     for mask in (torch.ones(1, 1, 2), torch.ones(1, 1, 1, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"included_BTN must be bool of shape \(1, 1, 2\)"):
             local_support_matching(support(-1.0, -2.0), support(-1.0, -2.0), included_BTN=mask)
-
-
-def test_an_unknown_weight_mode_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="weight_mode must be one of student_p, teacher_p, uniform"
-    ):
-        support_reverse_kl(
-            *(support(-1.0) for _ in range(3)),
-            weight_mode="none",  # type: ignore[arg-type]
-            clip_epsilon=None,
-            dual_clip=None,
-        )

@@ -2,13 +2,19 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from student_trainer.losses import (
     BlockGate,
+    Candidates,
     Divergence,
+    EntropyAwareKL,
+    GeneralizedJSD,
     LocalSupportMatching,
     LossInputs,
     PositionWeight,
@@ -16,18 +22,18 @@ from student_trainer.losses import (
     PruneWeight,
     SampledReverseKL,
     StudentTopKReverseKL,
-    TruncatedReverseKL,
     merge,
     needs_normalization,
     objective,
     step_scale,
 )
+from student_trainer.losses.laws import inputs_of
 from student_trainer.losses.weights import mean_normalize
-from tests.trainer.losses.loss_cases import DIVERGENCES, inputs_from
+from tests.trainer.losses.loss_cases import DIVERGENCES
 
 torch.set_num_threads(1)
 
-ALL_WEIGHTS = [PruneWeight(), PrefixImportanceWeight(), BlockGate(block_size=2)]
+ALL_WEIGHTS = [PruneWeight(w_drop=0.01), PrefixImportanceWeight(), BlockGate(block_size=2)]
 
 
 def random_inputs(num_sequences: int, num_tokens: int, seed: int = 0) -> LossInputs:
@@ -39,7 +45,7 @@ def random_inputs(num_sequences: int, num_tokens: int, seed: int = 0) -> LossInp
     )
     student = (behavior + 0.3 * step).requires_grad_().log_softmax(-1)
     behavior, teacher = behavior.log_softmax(-1), teacher.log_softmax(-1)
-    return inputs_from(
+    return inputs_of(
         student,
         behavior,
         teacher,
@@ -61,7 +67,11 @@ def two_tokens(**changes: torch.Tensor) -> LossInputs:
         "teacher_logprobs_BT": torch.tensor([[-2.0, -1.0]]),
         **changes,
     }
-    return LossInputs(**tensors)
+    listed = {
+        f"{whose}_logprobs_BTN": tensors.pop(f"{whose}_logprobs_BT").unsqueeze(-1)
+        for whose in ("student", "teacher", "behavior")
+    }
+    return LossInputs(sampled=Candidates(**listed), **tensors)
 
 
 def test_sums_and_metrics_of_a_worked_example() -> None:
@@ -106,11 +116,14 @@ def test_gradient_of_the_worked_example_is_minus_weight_times_advantage() -> Non
 def test_masses_on_both_supports_are_reported() -> None:
     inputs = random_inputs(2, 3)
     found = objective(inputs, divergence=LocalSupportMatching()).metrics(normalize=False)
+    teachers, students = inputs.teacher_topk, inputs.student_topk
+    assert teachers is not None
+    assert students is not None
     for name, logprobs in (
-        ("student_mass_at_teacher_topk", inputs.student_logprobs_at_teacher_topk_BTK),
-        ("teacher_mass_at_teacher_topk", inputs.teacher_topk_logprobs_BTK),
-        ("behavior_mass_at_student_topk", inputs.behavior_topk_logprobs_BTJ),
-        ("teacher_mass_at_student_topk", inputs.teacher_logprobs_at_student_topk_BTJ),
+        ("student_mass_at_teacher_topk", teachers.student_logprobs_BTN),
+        ("teacher_mass_at_teacher_topk", teachers.teacher_logprobs_BTN),
+        ("behavior_mass_at_student_topk", students.behavior_logprobs_BTN),
+        ("teacher_mass_at_student_topk", students.teacher_logprobs_BTN),
     ):
         assert logprobs is not None
         assert found[name] == pytest.approx(logprobs.exp().sum(-1).mean().item())
@@ -135,16 +148,15 @@ def test_on_policy_step_at_full_support_is_the_gradient_of_the_mean_exact_diverg
     generator = torch.Generator().manual_seed(5)
     logits, teacher = torch.randn(2, 1, 3, 6, generator=generator, dtype=torch.float64).unbind()
     student, teacher = logits.requires_grad_().log_softmax(-1), teacher.log_softmax(-1)
-    inputs = LossInputs(
+    everything = torch.arange(6).expand(1, 3, 6)
+    inputs = inputs_of(
+        student,
+        student.detach(),
+        teacher,
+        torch.zeros(1, 3, dtype=torch.long),
+        teacher_ids_BTK=everything,
+        student_ids_BTJ=everything,
         mask_BT=torch.ones(1, 3, dtype=torch.bool),
-        behavior_logprobs_BT=student.detach()[..., 0],
-        student_logprobs_BT=student[..., 0],
-        teacher_logprobs_BT=teacher[..., 0],
-        teacher_topk_logprobs_BTK=teacher,
-        student_logprobs_at_teacher_topk_BTK=student,
-        behavior_topk_logprobs_BTJ=student.detach(),
-        teacher_logprobs_at_student_topk_BTJ=teacher,
-        student_logprobs_at_student_topk_BTJ=student,
     )
     exact = (student.exp() * (student - teacher)).sum(-1).mean()
     (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
@@ -152,16 +164,6 @@ def test_on_policy_step_at_full_support_is_the_gradient_of_the_mean_exact_diverg
     scale = step_scale(sums.weight_sum.item(), sums.num_tokens.item(), needs_normalization(weights))
     (found,) = torch.autograd.grad(sums.loss_sum, logits)
     assert torch.allclose(found * scale, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_only_the_gate_and_products_are_normalized() -> None:
-    prune, importance, gate = ALL_WEIGHTS
-    assert not needs_normalization([])
-    assert not needs_normalization([prune])
-    assert not needs_normalization([importance])
-    assert needs_normalization([gate])
-    assert needs_normalization([prune, importance])
-    assert needs_normalization([prune, gate])
 
 
 def test_step_scale_divides_by_weights_or_by_tokens() -> None:
@@ -199,15 +201,14 @@ def test_nothing_valid_gives_a_zero_loss_and_zero_gradient(
     divergence: Divergence, num_sequences: int, num_tokens: int
 ) -> None:
     full = random_inputs(num_sequences, num_tokens)
-    student = torch.zeros(num_sequences, num_tokens, requires_grad=True)
+    student = torch.zeros(num_sequences, num_tokens, 1, requires_grad=True)
     wide = torch.zeros(num_sequences, num_tokens, 3, requires_grad=True)
-    inputs = dataclasses.replace(
-        full,
-        mask_BT=torch.zeros_like(full.mask_BT),
-        student_logprobs_BT=student,
-        student_logprobs_at_teacher_topk_BTK=wide,
-        student_logprobs_at_student_topk_BTJ=wide,
-    )
+    leaves = {"sampled": student, "teacher_topk": wide, "student_topk": wide}
+    lists = {
+        name: dataclasses.replace(getattr(full, name), student_logprobs_BTN=leaf.double())
+        for name, leaf in leaves.items()
+    }
+    inputs = dataclasses.replace(full, mask_BT=torch.zeros_like(full.mask_BT), **lists)
     sums = objective(inputs, divergence=divergence, weights=ALL_WEIGHTS)
     sums.loss_sum.backward()
     for leaf in (student, wide):
@@ -230,21 +231,29 @@ def test_all_zero_weights_give_zero_not_nan() -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 def test_a_rollout_of_one_token_has_the_weights_of_a_first_token(divergence: Divergence) -> None:
     inputs = dataclasses.replace(random_inputs(1, 1), bad_events_BT=torch.tensor([[False]]))
-    weights = [PruneWeight(w_base=0.5), PrefixImportanceWeight(gamma=0.5)]
+    weights = [PruneWeight(w_drop=0.01, w_base=0.5), PrefixImportanceWeight(gamma=0.5)]
     sums = objective(inputs, divergence=divergence, weights=weights)
     assert sums.weight_sum.item() == pytest.approx(1.5 * 1.5)
     assert sums.loss_sum.item() == pytest.approx(2.25 * divergence(inputs).item())
+
+
+def rows_of(inputs: Any, rows: slice) -> Any:
+    """Some sequences of the inputs, or of one of their lists."""
+    values = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    return type(inputs)(
+        **{
+            name: value[rows] if isinstance(value, torch.Tensor) else value and rows_of(value, rows)
+            for name, value in values.items()
+        }
+    )
 
 
 def test_merged_parts_equal_the_whole() -> None:
     whole = random_inputs(4, 3)
     parts = []
     for rows in (slice(0, 1), slice(1, 4)):
-        tensors = {
-            field.name: getattr(whole, field.name)[rows] for field in dataclasses.fields(whole)
-        }
         part = objective(
-            LossInputs(**tensors), divergence=LocalSupportMatching(), weights=ALL_WEIGHTS
+            rows_of(whole, rows), divergence=LocalSupportMatching(), weights=ALL_WEIGHTS
         )
         parts.append(part.detached())
     merged = merge(parts)
@@ -255,34 +264,17 @@ def test_merged_parts_equal_the_whole() -> None:
         merge([parts[0], objective(two_tokens(), divergence=SampledReverseKL())])
 
 
-@pytest.mark.parametrize(
-    ("divergence", "missing"),
-    [
-        (LocalSupportMatching(), "teacher_topk_logprobs_BTK"),
-        (LocalSupportMatching(), "student_logprobs_at_teacher_topk_BTK"),
-        (TruncatedReverseKL(tail=False), "teacher_topk_logprobs_BTK"),
-        (StudentTopKReverseKL(), "behavior_topk_logprobs_BTJ"),
-        (StudentTopKReverseKL(), "teacher_logprobs_at_student_topk_BTJ"),
-        (StudentTopKReverseKL(), "student_logprobs_at_student_topk_BTJ"),
-    ],
-)
-def test_an_absent_input_is_named_with_its_remedy(divergence: Divergence, missing: str) -> None:
-    inputs = dataclasses.replace(random_inputs(1, 2), **{missing: None})
-    with pytest.raises(
-        ValueError, match=f"{missing} is needed and absent: (score|gather|roll|send)"
-    ):
-        objective(inputs, divergence=divergence)
-
-
 def test_prune_without_events_names_the_drift_policy() -> None:
     with pytest.raises(ValueError, match=r"bad_events_BT is needed and absent: .*drift policy"):
-        objective(two_tokens(), divergence=SampledReverseKL(), weights=[PruneWeight()])
+        objective(two_tokens(), divergence=SampledReverseKL(), weights=[PruneWeight(w_drop=0.01)])
 
 
 @pytest.mark.parametrize("hole", [math.nan, -math.inf])
 def test_a_missing_teacher_value_is_refused_only_where_it_counts(hole: float) -> None:
     teacher = torch.tensor([[-2.0, hole]])
-    with pytest.raises(ValueError, match=r"teacher_logprobs_BT is missing .* at 1 valid positions"):
+    with pytest.raises(
+        ValueError, match=r"sampled.teacher_logprobs_BTN is missing .* at 1 valid positions"
+    ):
         two_tokens(teacher_logprobs_BT=teacher)
     student = torch.tensor([[-1.0, hole]], requires_grad=True)
     inputs = two_tokens(
@@ -297,29 +289,64 @@ def test_a_missing_teacher_value_is_refused_only_where_it_counts(hole: float) ->
     assert sums.num_tokens.item() == 1.0
 
 
+def behaving(candidates: Candidates) -> Candidates:
+    return dataclasses.replace(
+        candidates, behavior_logprobs_BTN=candidates.teacher_logprobs_BTN.clone()
+    )
+
+
 def test_misaligned_inputs_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"teacher_logprobs_BT has shape \(1, 1\)"):
+    with pytest.raises(ValueError, match=r"sampled.teacher_logprobs_BTN has shape \(1, 1, 1\)"):
         two_tokens(teacher_logprobs_BT=torch.tensor([[-1.0]]))
     with pytest.raises(ValueError, match="mask_BT must be bool"):
         two_tokens(mask_BT=torch.ones(1, 2))
     with pytest.raises(ValueError, match="bad_events_BT must be bool"):
         two_tokens(bad_events_BT=torch.zeros(1, 2))
-    with pytest.raises(ValueError, match=r"teacher_topk_logprobs_BTK has shape \(2, 2, 3\)"):
-        two_tokens(teacher_topk_logprobs_BTK=torch.zeros(2, 2, 3))
-    with pytest.raises(ValueError, match="teacher_logprobs_BT must not carry gradient"):
+    wide = Candidates(
+        student_logprobs_BTN=torch.zeros(2, 2, 3), teacher_logprobs_BTN=torch.zeros(2, 2, 3)
+    )
+    with pytest.raises(ValueError, match=r"teacher_topk\.\w+ has shape \(2, 2, 3\)"):
+        dataclasses.replace(two_tokens(), teacher_topk=wide)
+    with pytest.raises(ValueError, match="sampled is one token a position"):
+        LossInputs(mask_BT=torch.ones(2, 2, dtype=torch.bool), sampled=behaving(wide))
+    with pytest.raises(ValueError, match=r"sampled\.behavior_logprobs_BTN is needed"):
+        LossInputs(mask_BT=torch.ones(2, 2, dtype=torch.bool), sampled=wide)
+    with pytest.raises(ValueError, match=r"sampled\.teacher_logprobs_BTN must not"):
         two_tokens(teacher_logprobs_BT=torch.tensor([[-1.0, -1.0]], requires_grad=True))
 
 
-def test_impossible_settings_are_refused_when_written_down() -> None:
-    with pytest.raises(ValueError, match="clip_epsilon"):
-        SampledReverseKL(clip_epsilon=2.0)
-    with pytest.raises(ValueError, match="dual_clip"):
-        StudentTopKReverseKL(dual_clip=0.5)
-    with pytest.raises(ValueError, match="clip_log_ratio"):
-        LocalSupportMatching(clip_log_ratio=-5.0)
-    with pytest.raises(ValueError, match="w_drop"):
-        PruneWeight(w_drop=1.5)
-    with pytest.raises(ValueError, match="gamma"):
-        PrefixImportanceWeight(gamma=-0.5)
-    with pytest.raises(ValueError, match="tau"):
-        BlockGate(tau=-1.0)
+@pytest.mark.parametrize(
+    ("make", "setting", "value"),
+    [
+        (lambda: SampledReverseKL(clip_epsilon=2.0), "clip_epsilon", r"less than 1 .*2\.0"),
+        (lambda: SampledReverseKL(clip_epsilon=0.0), "clip_epsilon", r"greater than 0 .*0\.0"),
+        (lambda: SampledReverseKL(clip_epsilon=1.0), "clip_epsilon", r"less than 1 .*1\.0"),
+        (lambda: SampledReverseKL(clip_epsilon=math.nan), "clip_epsilon", "finite number .*nan"),
+        (lambda: SampledReverseKL(dual_clip=1.0), "dual_clip", r"greater than 1 .*1\.0"),
+        (lambda: StudentTopKReverseKL(dual_clip=0.5), "dual_clip", r"greater than 1 .*0\.5"),
+        (lambda: LocalSupportMatching(clip_log_ratio=-5.0), "clip_log_ratio", r"than 0 .*-5\.0"),
+        (lambda: LocalSupportMatching(clip_log_ratio=0.0), "clip_log_ratio", r"than 0 .*0\.0"),
+        (lambda: LocalSupportMatching(support="union"), "support", "'teacher_topk', .*'union'"),
+        (lambda: StudentTopKReverseKL(support="teacher_topk"), "support", "'only_stu', .*topk"),
+        (lambda: StudentTopKReverseKL(weight_mode="none"), "weight_mode", "'student_p', .*none"),
+        (lambda: GeneralizedJSD(beta=1.0), "beta", r"less than 1 .*1\.0"),
+        (lambda: GeneralizedJSD(beta=0.0), "beta", r"greater than 0 .*0\.0"),
+        (lambda: GeneralizedJSD(beta=-0.5), "beta", r"greater than 0 .*-0\.5"),
+        (lambda: GeneralizedJSD(beta=math.nan), "beta", "finite number .*nan"),
+        (lambda: EntropyAwareKL(entropy_threshold=-1.0), "entropy_threshold", r"to 0 .*-1\.0"),
+        (lambda: EntropyAwareKL(entropy_threshold=math.nan), "entropy_threshold", "finite.*nan"),
+        (lambda: PrefixImportanceWeight(gamma=-0.5), "gamma", r"equal to 0 .*-0\.5"),
+        (lambda: PruneWeight(w_drop=0.1, w_base=-0.1), "w_base", r"equal to 0 .*-0\.1"),
+        (lambda: BlockGate(tau=-1.0), "tau", r"greater than 0 .*-1\.0"),
+    ],
+)
+def test_a_constant_out_of_range_is_refused_with_its_name_value_and_range(
+    make: Callable[[], object], setting: str, value: str
+) -> None:
+    with pytest.raises(ValidationError, match=rf"\n{setting}\n  .*{value}"):
+        make()
+
+
+def test_a_reliability_that_cannot_fall_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"w_drop must be in \(0, 1\], got 1\.5"):
+        PruneWeight(w_drop=1.5)(two_tokens(bad_events_BT=torch.tensor([[False, True]])))

@@ -239,7 +239,9 @@ def test_which_weights_are_divided_by_their_mean() -> None:
     assert not needs_normalization(
         [PrefixImportanceWeight(kind="ideal_ratio", normalize="sample_mean")]
     )
-    assert needs_normalization([PruneWeight(), PrefixImportanceWeight()])
+    assert not needs_normalization([])
+    assert needs_normalization([PruneWeight(w_drop=0.01), PrefixImportanceWeight()])
+    assert needs_normalization([PruneWeight(w_drop=0.01), BlockGate()])
 
 
 @law
