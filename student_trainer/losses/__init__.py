@@ -7,8 +7,10 @@ constants, which are stated in `settings.loss` and `settings.weights`; `objectiv
 configuration of a run, no records, no models. The trainer needs the names below.
 """
 
+from student_trainer.settings.loss import Needs
+
 from . import divergences, policy_gradients
-from .declared import DeclaredLoss, Needs, loss
+from .declared import DeclaredLoss, loss
 from .divergences import (
     EntropyAwareKL,
     ForwardKL,

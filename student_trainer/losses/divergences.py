@@ -207,7 +207,9 @@ class ForwardKL(constants.ForwardKLSettings):
     """`forward_kl` over the teacher's top-K."""
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        return forward_kl(*_at_teacher_topk(inputs), tail=self.tail)
+        loss_BT = forward_kl(*_at_teacher_topk(inputs), tail=self.tail)
+        # Renormalised, a teacher of zeros is uniform and a student of zeros is not.
+        return torch.where(inputs.mask_BT, loss_BT, 0.0)
 
 
 def generalized_jsd(
@@ -285,12 +287,13 @@ class EntropyAwareKL(constants.EntropyAwareKLSettings):
     """`entropy_aware_kl` over the teacher's top-K."""
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        return entropy_aware_kl(
+        loss_BT = entropy_aware_kl(
             *_at_teacher_topk(inputs),
             need(inputs.teacher_entropies_BT, "teacher_entropies_BT"),
             entropy_threshold=self.entropy_threshold,
             tail=self.tail,
         )
+        return torch.where(inputs.mask_BT, loss_BT, 0.0)
 
 
 KINDS = (LocalSupportMatching, TruncatedReverseKL, ForwardKL, GeneralizedJSD, EntropyAwareKL)

@@ -257,6 +257,10 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _loss_has_what_it_needs(self) -> Self:
+        self._check_needs_of_loss()
+        return self
+
+    def _check_needs_of_loss(self) -> None:
         name, needs, rollout = self.loss.name, self.loss.needs, self.rollout
         if needs.student_topk and rollout.student_topk == 0:
             raise ValueError(
@@ -279,16 +283,16 @@ class TrainerConfig(Section):
                 f"loss {name} needs a teacher.k of at least {needs.teacher_k}, it is "
                 f"{self.teacher.k}"
             )
-        return self
 
     def with_needs(self, needs: Needs) -> TrainerConfig:
         """The same with an imported loss of which it is known what it needs. Raises ConfigError."""
         assert isinstance(self.loss, ImportedLossSettings)
         config = self.model_copy(update={"loss": self.loss.declaring(needs)})
         try:
-            return config._loss_has_what_it_needs()
+            config._check_needs_of_loss()
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        return config
 
     @property
     def longest_response(self) -> int:
