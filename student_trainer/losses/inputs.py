@@ -8,7 +8,7 @@ masked positions hold 0.0.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -140,7 +140,9 @@ class LossInputs:
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             if isinstance(value, Candidates):
-                changed = {f.name: self._masked(getattr(value, f.name)) for f in fields(value)}
+                changed: dict[str, Any] = {
+                    f.name: self._masked(getattr(value, f.name)) for f in fields(value)
+                }
                 value = replace(value, **changed)
             else:
                 value = self._masked(value)

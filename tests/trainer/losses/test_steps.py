@@ -13,7 +13,6 @@ from torch import Tensor
 
 from student_trainer.losses import (
     BlockGate,
-    Divergence,
     LossInputs,
     PositionWeight,
     PrefixImportanceWeight,
@@ -41,24 +40,20 @@ class Batch:
     bad_events: list[Tensor]
 
     def gradients(
-        self,
-        micro_batches: list[list[int]],
-        loss: Divergence,
-        weights: list[PositionWeight],
-        *,
-        left: bool,
-    ) -> Tensor:
-        """The scaled gradient of a step over these micro-batches, response by response, flat."""
-        for row in self.rows:
-            row.logits_BTV.grad = None
-        parts = []
-        for micro in micro_batches:
-            sums = objective(self.inputs(micro, left=left), divergence=loss, weights=weights)
-            sums.loss_sum.backward()
-            parts.append(sums.detached())
-        totals, normalize = merge(parts), needs_normalization(weights)
-        scale = step_scale(totals.weight_sum.item(), totals.num_tokens.item(), normalize)
-        return scale * torch.cat([row.logits_BTV.grad.flatten() for row in self.rows])
+        self, micro_batches: list[list[int]], weights: list[PositionWeight], *, left: bool
+    ) -> dict[str, Tensor]:
+        """By divergence: the scaled gradient of a step over these micro-batches, by response."""
+        made = [self.inputs(micro, left=left) for micro in micro_batches]
+        leaves = [row.logits_BTV for row in self.rows]
+        normalize = needs_normalization(weights)
+        found = {}
+        for name, loss in DIVERGENCES.items():
+            parts = [objective(inputs, divergence=loss, weights=weights) for inputs in made]
+            totals = merge(parts)
+            scale = step_scale(totals.weight_sum.item(), totals.num_tokens.item(), normalize)
+            gradients = torch.autograd.grad(totals.loss_sum, leaves, retain_graph=True)
+            found[name] = scale * torch.cat([gradient.flatten() for gradient in gradients])
+        return found
 
     def inputs(self, micro: list[int], *, left: bool) -> LossInputs:
         """Padded on one side, two columns more than needed; what is fixed is NaN where padded."""
@@ -91,24 +86,19 @@ TOGETHER: list[PositionWeight] = [
 ]
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("weights", [[], TOGETHER], ids=["plain", "weighted"])
 @settings(max_examples=12, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    left=st.booleans(),
-    order=st.permutations(range(6)),
-    cut=st.integers(1, 5),
-)
+@given(seed=seeds, left=st.booleans(), order=st.permutations(range(6)), cut=st.integers(1, 5))
 def test_padding_order_and_micro_batches_leave_the_step_unchanged(
-    name: str, weights: list[PositionWeight], seed: int, left: bool, order: list[int], cut: int
+    weights: list[PositionWeight], seed: int, left: bool, order: list[int], cut: int
 ) -> None:
     rows = [case(seed + n, shape=(1, n)) for n in LENGTHS]
     generator = torch.Generator().manual_seed(seed)
     bad_events = [torch.rand(1, n, generator=generator) < 0.4 for n in LENGTHS]
-    batch, loss = Batch(rows, bad_events), DIVERGENCES[name]
-    whole = batch.gradients([list(range(6))], loss, weights, left=False)
-    found = batch.gradients([order[:cut], order[cut:]], loss, weights, left=left)
-    assert whole.norm() > 0
-    # Sums in another order differ by a few roundings.
-    assert (found - whole).norm() <= 1e-13 * whole.norm()
+    batch = Batch(rows, bad_events)
+    whole = batch.gradients([list(range(6))], weights, left=False)
+    found = batch.gradients([order[:cut], order[cut:]], weights, left=left)
+    for name, expected in whole.items():
+        assert expected.norm() > 0, name
+        # Sums in another order differ by a few roundings.
+        assert (found[name] - expected).norm() <= 1e-13 * expected.norm(), name
