@@ -57,7 +57,10 @@ class LossSection(Section):
 
 
 class SampledReverseKLSettings(LossSection):
+    """Policy gradient of the sampled token."""
+
     kind: Literal["sampled_reverse_kl"] = "sampled_reverse_kl"
+    """What one position costs."""
     clip_epsilon: ClipEpsilon | None = 0.2
     """PPO clip of the ratio; none leaves it alone."""
     dual_clip: DualClip | None = 3.0
