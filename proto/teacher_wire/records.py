@@ -229,7 +229,15 @@ class TeacherInfo:
 
 
 def flags_for(columns: Collection[str]) -> dict[str, Any]:
-    """What ScoreOptions must be made with to get these columns and no other extra one."""
+    """What ScoreOptions must be made with to get these columns and no other extra one.
+
+    Raises InvalidRequestError for a name that no option asks for.
+    """
+    names = {column.name for column in ROW_COLUMNS.extras}
+    if unknown := sorted(set(columns) - names):
+        raise InvalidRequestError(
+            f"columns {', '.join(unknown)}: must be of those to ask for, {', '.join(sorted(names))}"
+        )
     return {column.asked_by: column.name in columns for column in ROW_COLUMNS.extras}
 
 

@@ -20,6 +20,8 @@ from student_trainer.losses import DeclaredLoss, LossInputs
 from student_trainer.losses.laws import LawBrokenError, check_laws
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.settings.loss import ImportedLossSettings
+from teacher_wire.errors import InvalidRequestError
+from teacher_wire.records import flags_for
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,12 @@ def with_declared_needs(config: TrainerConfig) -> TrainerConfig:
     """
     if not isinstance(config.loss, ImportedLossSettings):
         return config
-    return config.with_needs(declared_loss(config.loss.path).needs)
+    needs = declared_loss(config.loss.path).needs
+    try:
+        flags_for(needs.teacher_columns)
+    except InvalidRequestError as error:
+        raise LossError(f"{config.loss.path}: its needs: {error}") from None
+    return config.with_needs(needs)
 
 
 def imported_loss(path: str, options: Mapping[str, object]) -> ImportedLoss:

@@ -117,7 +117,9 @@ def inputs_of(
         teacher_topk=teacher_topk,
         student_topk=student_topk,
         teacher_entropies_BT=(
-            _entropies(teacher_BTV) if needs is None or needs.teacher_entropies else None
+            _entropies(teacher_BTV)
+            if needs is None or "entropies" in needs.teacher_columns
+            else None
         ),
         student_entropies_BT=_entropies(student_BTV),
         response_ids_BT=sampled_BT,

@@ -213,8 +213,15 @@ def test_needs_that_the_run_does_not_have_are_refused(
         with_declared_needs(config)
 
 
+def test_a_column_that_no_teacher_has_is_refused(here: Path) -> None:
+    written(here, NEEDS.format("teacher_columns=('entropy',)"))
+    (here / "trainer.toml").write_text(SMALLEST)
+    with pytest.raises(LossError, match=r"mine:f: its needs: columns entropy .* entropies"):
+        with_declared_needs(load_config(here / "trainer.toml", [OWN]))
+
+
 def test_what_a_loss_declares_is_asked_for(here: Path) -> None:
-    written(here, NEEDS.format("teacher_entropies=True, behavior_at_teacher_topk=True"))
+    written(here, NEEDS.format("teacher_columns=('entropies',), behavior_at_teacher_topk=True"))
     (here / "trainer.toml").write_text(SMALLEST)
     config = with_declared_needs(load_config(here / "trainer.toml", [OWN]))
     assert parts.score_options(config).want_entropy
