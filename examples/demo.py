@@ -1,6 +1,7 @@
-"""`make demo`: a teacher server in its own process, a trainer against it, and what came of it.
+"""`make demo`: a teacher server and a trainer, each in its own process, and what came of it.
 
-Every process started here is ended here, on success, failure and Ctrl-C alike.
+Here they are started, side by side, watched, and ended: on success, failure and Ctrl-C alike. What
+the trainer does is examples/demo_trainer.py.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-PLAYGROUND = ROOT / "examples" / "playground" / "checkpoints"
 TRAINER_CONFIG = ROOT / "configs" / "trainer-demo.toml"
 TEACHER_CONFIG = ROOT / "configs" / "teacher-demo.toml"
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 20.0
+POLL_S = 0.2
 LOG_TAIL_LINES = 20
+WHAT_COMES = """\
+A student learns from a teacher on this machine's CPU: about 4 minutes on two idle cores.
+Both engines start (40 s); then an evaluation, 16 steps with three more, and a last one."""
 
 
 def main() -> int:
-    """Runs the demo; returns the exit code of the first part that failed."""
+    """Runs the demo; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo")
     parser.add_argument("--set", action="append", default=[], help="trainer setting, key=value")
@@ -41,25 +45,21 @@ def main() -> int:
     started = time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored in a shell's background
         signal.signal(number, _interrupt)
-    trainer = [str(BIN / "student-trainer")]
-    config = ["--config", str(TRAINER_CONFIG), "--set", f"run.out={out}"]
-    config += [part for override in arguments.set for part in ("--set", override)]
+    console.print(WHAT_COMES, highlight=False)
+    console.print(f"logs: {out / 'teacher.log'}, {out / 'trainer.log'}", highlight=False)
+    overrides = [f"run.out={out}", *arguments.set]
     try:
-        with teacher_server(out, console) as address:
-            endpoint = ["--set", f'teacher.endpoints=["{address}"]']
-            run([*trainer, "train", *config, *endpoint], out / "trainer.log", "the trainer")
-        teacher_eval = out / "teacher_eval.json"
-        evaluate = [*trainer, "eval", *config, "--model", str(PLAYGROUND / "teacher")]
-        evaluate += ["--json", str(teacher_eval)]
-        run(evaluate, out / "teacher_eval.log", "the teacher's evaluation")
-        report = [*trainer, "report", str(out), "--teacher-eval", str(teacher_eval)]
-        run(report, out / "report.log", "the report")
+        with starting_teacher(out) as teacher:
+            _train(teacher, overrides, out / "trainer.log")
+            console.print("ending the teacher server", highlight=False)
     except KeyboardInterrupt:
         console.print("interrupted; everything that was started has been ended")
         return 130
     except DemoError as error:
         console.print(f"[bold red]demo:[/] {error}", highlight=False)
         return 1
+    finally:
+        console.show_cursor()  # a trainer that was ended while it drew bars has left it hidden
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     console.print(f"trained student: {out / 'student'}", highlight=False)
     console.print(f"whole demo: {minutes} min {seconds} s", highlight=False)
@@ -70,9 +70,31 @@ class DemoError(Exception):
     """A part of the demo failed; the message says which and where its log is."""
 
 
+class Teacher:
+    """A teacher server that has been started."""
+
+    def __init__(
+        self, server: subprocess.Popen[bytes], *, ready_file: Path, log_file: Path
+    ) -> None:
+        self._server = server
+        self.ready_file = ready_file
+        """Written by the server, once it serves."""
+        self._log_file = log_file
+        self._give_up = time.monotonic() + START_TIMEOUT_S
+
+    def ready(self) -> bool:
+        """Whether it serves. Raises DemoError when it has ended or takes too long to start."""
+        ready = self.ready_file.exists()
+        if self._server.poll() is not None:
+            raise DemoError(f"the teacher server has ended:\n{_tail(self._log_file)}")
+        if not ready and time.monotonic() > self._give_up:
+            raise DemoError(f"the teacher server did not start:\n{_tail(self._log_file)}")
+        return ready
+
+
 @contextmanager
-def teacher_server(out: Path, console: Console, flags: Sequence[str] = ()) -> Iterator[str]:
-    """The playground's teacher on free loopback ports, with further flags; yields its address."""
+def starting_teacher(out: Path, flags: Sequence[str] = ()) -> Iterator[Teacher]:
+    """The playground's teacher on free loopback ports, with further flags; not ready yet."""
     ready_file, log_file = out / "teacher.ready.json", out / "teacher.log"
     ready_file.unlink(missing_ok=True)
     command = [str(BIN / "teacher-server"), "serve", "--config", str(TEACHER_CONFIG)]
@@ -83,27 +105,47 @@ def teacher_server(out: Path, console: Console, flags: Sequence[str] = ()) -> It
         log_file.open("w") as log,
         process(command, stdout=log, stderr=log) as server,
     ):
-        _wait_until_ready(server, ready_file, log_file, console)
-        yield json.loads(ready_file.read_text())["grpc_address"]
+        yield Teacher(server, ready_file=ready_file, log_file=log_file)
 
 
-def _wait_until_ready(
-    server: subprocess.Popen[bytes], ready_file: Path, log_file: Path, console: Console
-) -> None:
+@contextmanager
+def teacher_server(out: Path, console: Console, flags: Sequence[str] = ()) -> Iterator[str]:
+    """The same, waited for; yields its address."""
     columns = TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        progress.add_task("teacher server: loading and self-test", total=None)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not ready_file.exists():
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise DemoError(f"the teacher server did not start:\n{_tail(log_file)}")
-            time.sleep(0.2)
+    with starting_teacher(out, flags) as teacher:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            progress.add_task("teacher server: loading and self-test", total=None)
+            while not teacher.ready():
+                time.sleep(POLL_S)
+        yield address_in(teacher.ready_file)
+
+
+def address_in(ready_file: Path) -> str:
+    """Where a server that has written its ready file is reached by gRPC."""
+    address: str = json.loads(ready_file.read_text())["grpc_address"]
+    return address
+
+
+def _train(teacher: Teacher, overrides: Sequence[str], log_file: Path) -> None:
+    """The trainer, from its start to its end, for as long as the teacher is there."""
+    command = [sys.executable, "-m", "examples.demo_trainer"]
+    command += ["--teacher-ready-file", str(teacher.ready_file)]
+    command += [part for override in overrides for part in ("--set", override)]
+    # What libraries say on stderr goes to the log.
+    with log_file.open("w") as log, process(command, cwd=ROOT, stderr=log) as trainer:
+        while trainer.poll() is None:
+            teacher.ready()
+            time.sleep(POLL_S)
+    if trainer.returncode != 0:
+        raise DemoError(
+            f"the trainer failed with exit code {trainer.returncode}:\n{_tail(log_file)}"
+        )
 
 
 @contextmanager
 def process(command: Sequence[str], **options: object) -> Iterator[subprocess.Popen[bytes]]:
     """A child in a process group of its own, which is ended with everything it started."""
-    child = subprocess.Popen(command, start_new_session=True, **options)  # type: ignore[call-overload]
+    child = subprocess.Popen(command, process_group=0, **options)  # type: ignore[call-overload]
     try:
         yield child
     finally:
@@ -119,13 +161,6 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-
-
-def run(command: Sequence[str], log_file: Path, what: str) -> None:
-    """Runs one part to its end; what libraries say on stderr goes to its log."""
-    with log_file.open("w") as log, process(command, stderr=log) as child:
-        if child.wait() != 0:
-            raise DemoError(f"{what} failed with exit code {child.returncode}:\n{_tail(log_file)}")
 
 
 def _tail(path: Path) -> str:

@@ -24,6 +24,9 @@ def respond(
             temperature=None if greedy else 1.0,
             top_k=None if greedy else 0,
             max_new_tokens=LINE_LENGTH * num_lines,
+            # The default one is copied whole for every token: more than half of the time.
+            cache_implementation="static",
+            disable_compile=True,
         )
     return tokenizer.batch_decode(sequences[:, prompt_ids.shape[1] :], skip_special_tokens=True)
 

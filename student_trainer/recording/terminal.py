@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,10 +19,12 @@ from student_trainer.step_report import EvalReport, StepReport
 
 WARN_EVERY_STEPS = 10
 """A warning that lasts is printed again after so many steps."""
+LINE_EVERY_S = 10.0
+"""Where there is no terminal, a line says so often that something goes on."""
 
 
 class Bars:
-    """Progress bars in the terminal, one a name; silent when the output is not a terminal."""
+    """Progress bars in the terminal, one a name; now and then a line where there is none."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -34,6 +38,7 @@ class Bars:
             disable=not self.console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._said_at = time.monotonic()
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -44,12 +49,21 @@ class Bars:
 
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
         """Sets a bar; one that was full starts again at nought."""
+        if self._progress.disable:
+            self._say(name, done, total, note)
+            return
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note=note)
         task = self._tasks[name]
         if self._progress.tasks[self._progress.task_ids.index(task)].finished and done < total:
             self._progress.reset(task, total=total)
         self._progress.update(task, completed=done, total=total, note=note)
+
+    def _say(self, name: str, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        if done < total and now - self._said_at >= LINE_EVERY_S:
+            self._said_at = now
+            self.console.print(f"{name} {done}/{total} {note}".rstrip(), highlight=False)
 
 
 class Terminal:
@@ -70,9 +84,9 @@ class Terminal:
             )
             return
         # Absent when no token of the step counted.
-        reverse_kl = learning.reverse_kl or 0.0
+        reverse_kl = "none" if learning.reverse_kl is None else f"{learning.reverse_kl:.3f}"
         self._print(
-            f"step {report.step:>3}  loss {learning.loss:.4f}  reverse KL {reverse_kl:.3f}  "
+            f"step {report.step:>3}  loss {learning.loss:.4f}  reverse KL {reverse_kl}  "
             f"length {rollouts.length_mean:.0f}  stopped {rollouts.truncated_rollouts}"
             f"/{rollouts.rollouts}  {report.seconds.total:.1f} s"
         )

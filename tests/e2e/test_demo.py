@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -33,37 +35,78 @@ SUMMARY_KEYS = {
     "truncated_rollouts_last_step",
     "share",
 }
+SPAWNED = ("spawn_main", "VLLM::EngineCore")
+"""What the command line of an engine's own process holds, before and after it names itself."""
+
+DYING_S = 60.0
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 
 
-def demo(out: Path) -> list[str]:
-    """The command of a short demo that writes to `out`."""
-    overrides = [part for name, value in SHORT.items() for part in ("--set", f"{name}={value}")]
-    return [sys.executable, "-m", "examples.demo", "--out", str(out), *overrides]
+class Demo:
+    """A short demo that is under way, in a session of its own."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        overrides = [part for name, value in SHORT.items() for part in ("--set", f"{name}={value}")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "examples.demo", "--out", str(out), *overrides],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def processes(self) -> dict[int, str]:
+        """Id -> command line of everything of the demo that runs: all that is in its session."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):  # it has just ended
+                if entry.name.isdigit() and os.getsid(int(entry.name)) == self.process.pid:
+                    command = (entry / "cmdline").read_bytes().decode(errors="replace")
+                    if command:  # else it has ended, and nobody has asked how
+                        found[int(entry.name)] = command
+        return found
+
+    def starts_an_engine(self) -> bool:
+        """Whether a process of the demo's processes has been started."""
+        commands = self.processes().values()
+        return any(part in command for command in commands for part in SPAWNED)
+
+    def end(self) -> str:
+        """Waits for its end; returns what it printed. What it killed may still be dying then."""
+        stdout, _ = self.process.communicate()
+        deadline = time.monotonic() + DYING_S
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return stdout
 
 
-def processes_naming(text: str) -> list[int]:
-    """Ids of the processes whose command line holds `text`, this one left out."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue  # it has just ended
-            if text in command:
-                found.append(int(entry.name))
-    return found
+@contextmanager
+def demo(out: Path) -> Iterator[Demo]:
+    """Nothing of it is left after the block, however the block ends."""
+    started = Demo(out)
+    try:
+        yield started
+    finally:
+        started.process.kill()
+        while left := started.processes():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        started.process.communicate()
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(600)
 def test_a_short_demo_trains_reports_and_leaves_nothing_running(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    done = subprocess.run(
-        demo(out), cwd=ROOT, capture_output=True, text=True, timeout=460, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    with demo(out) as running:
+        stdout = running.end()
+        left = running.processes()
+    assert running.process.returncode == 0, stdout
+    assert left == {}
     summary = json.loads((out / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
     assert summary["steps"] == 3
@@ -78,27 +121,18 @@ def test_a_short_demo_trains_reports_and_leaves_nothing_running(tmp_path: Path) 
     assert (out / "report.png").stat().st_size > 10_000
     assert (out / "student" / "model.safetensors").is_file()
     assert (out / "student" / "tokenizer.json").is_file()
-    assert processes_naming(str(out)) == []
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(600)
 def test_an_interrupted_demo_ends_what_it_started(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
-    process = subprocess.Popen(demo(out), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 30
-        while len(processes_naming(str(out))) < 2:
-            assert time.monotonic() < deadline, "the teacher server was not started"
-            time.sleep(0.2)
-        time.sleep(3)  # into the start of the engine, where it has children of its own
-        process.send_signal(signal.SIGINT)
-        stdout, _ = process.communicate(timeout=40)
-    finally:
-        process.kill()
-        process.wait()
-        left = processes_naming(str(out))
-        for pid in left:  # each leads, or belongs to, a group that the demo made
-            os.killpg(os.getpgid(pid), signal.SIGKILL)
-    assert process.returncode == 130
+    """Interrupted in the start of its engines, which are processes of processes."""
+    with demo(tmp_path / "demo") as running:
+        while not running.starts_an_engine():
+            assert running.process.poll() is None, "it has ended of itself"
+            time.sleep(0.1)
+        running.process.send_signal(signal.SIGINT)
+        stdout = running.end()
+        left = running.processes()
+    assert running.process.returncode == 130
     assert "interrupted" in stdout
-    assert left == []
+    assert left == {}

@@ -35,6 +35,7 @@ from student_trainer.step_report import EvalReport, PhaseSeconds, StepReport
 from tests.trainer.made_reports import step_report
 from tests.trainer.made_rollouts import plain_rollout
 
+LINE_EVERY_S = "student_trainer.recording.run_log.LINE_EVERY_S"
 STOPPED = plain_rollout(
     overlap_counts=[4, 4, 0],
     bad_events=[0, 0, 1],
@@ -443,12 +444,27 @@ def test_only_the_run_itself_says_that_it_is_finished(tmp_path: Path) -> None:
     assert (summarize(tmp_path)["finished"], summarize(tmp_path)["steps_planned"]) == (None, None)
 
 
-def test_bars_are_silent_without_a_terminal_and_start_again() -> None:
+def test_without_a_terminal_a_line_now_and_then_stands_for_the_bars(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     output = StringIO()
     with Bars(Console(file=output)) as bars:
+        monkeypatch.setattr(LINE_EVERY_S, math.inf)
+        bars.update("rollouts", 1, 2)
+        assert output.getvalue() == ""
+        monkeypatch.setattr(LINE_EVERY_S, 0.0)
+        bars.update("rollouts", 1, 2)
+        bars.update("rollouts", 2, 2)
+        bars.update("rollouts", 1, 3, "again")
+    assert output.getvalue() == "rollouts 1/2\nrollouts 1/3 again\n"
+
+
+def test_a_full_bar_starts_again_at_nought() -> None:
+    output = StringIO()
+    with Bars(Console(file=output, force_terminal=True, width=100)) as bars:
         bars.update("rollouts", 2, 2)
         bars.update("rollouts", 1, 3)
-    assert output.getvalue() == ""
+    assert "1/3" in output.getvalue()
 
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path: Path) -> None:
