@@ -18,13 +18,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 TRAINER_CONFIG = ROOT / "configs" / "trainer-demo.toml"
 TEACHER_CONFIG = ROOT / "configs" / "teacher-demo.toml"
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 600.0
+"""For a start that hangs, on a busy machine too; one that fails is noticed at once."""
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.2
 LOG_TAIL_LINES = 20
@@ -45,8 +47,8 @@ def main() -> int:
     started = time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored in a shell's background
         signal.signal(number, _interrupt)
-    console.print(WHAT_COMES, highlight=False)
-    console.print(f"logs: {out / 'teacher.log'}, {out / 'trainer.log'}", highlight=False)
+    console.print(WHAT_COMES, highlight=False, soft_wrap=True)
+    console.print(f"logs: {out}/teacher.log and trainer.log", highlight=False, soft_wrap=True)
     overrides = [f"run.out={out}", *arguments.set]
     try:
         with starting_teacher(out) as teacher:
@@ -56,12 +58,12 @@ def main() -> int:
         console.print("interrupted; everything that was started has been ended")
         return 130
     except DemoError as error:
-        console.print(f"[bold red]demo:[/] {error}", highlight=False)
+        console.print(f"[bold red]demo:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     finally:
         console.show_cursor()  # a trainer that was ended while it drew bars has left it hidden
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    console.print(f"trained student: {out / 'student'}", highlight=False)
+    console.print(f"trained student: {out / 'student'}", highlight=False, soft_wrap=True)
     console.print(f"whole demo: {minutes} min {seconds} s", highlight=False)
     return 0
 

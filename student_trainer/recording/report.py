@@ -81,12 +81,12 @@ def _accuracy(axis: Axes, evals: list[EvalReport], summary: dict[str, Any]) -> N
     axis.set(title="Exact match on held-out problems", xlabel="step", ylabel="accuracy")
     axis.set_ylim(-0.02, 1.05)
     axis.plot([e.step for e in evals], [e.accuracy for e in evals], "o-", color=LAST)
-    for evaluation in evals[:1] + evals[-1:]:
+    for evaluation, offset in ((evals[0], (20, -4)), (evals[-1], (0, -18))) if evals else ():
         axis.annotate(
             f"{evaluation.accuracy:.0%}",
             (evaluation.step, evaluation.accuracy),
             textcoords="offset points",
-            xytext=(0, 9),
+            xytext=offset,
             ha="center",
         )
     if "teacher_accuracy" in summary:
@@ -101,6 +101,7 @@ def _overlap(axis: Axes, profiles: list[StepProfile]) -> None:
         ylabel="overlap",
         ylim=(0, 1.05),
     )
+    lowest = 1.0
     if not profiles:  # killed before its first step was written down whole
         return
     for profile, color, name in ((profiles[0], FIRST, "first"), (profiles[-1], LAST, "last")):
@@ -112,6 +113,8 @@ def _overlap(axis: Axes, profiles: list[StepProfile]) -> None:
         middles = (np.arange(num_bands) + 0.5) * profile.band_tokens
         overlaps = profile.overlap_by_band[:num_bands]
         axis.plot(middles, overlaps, ".-", color=color, label=f"{name} step")
+        lowest = min([lowest, *overlaps])
+    axis.set_ylim(max(0.0, lowest - 0.05), 1.02)
     axis.legend(frameon=False, loc="lower left")
 
 

@@ -69,6 +69,7 @@ class VllmSampler:
         # The engine core is spawned, not forked: this process holds gRPC objects.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = AsyncEngineArgs(
@@ -82,6 +83,9 @@ class VllmSampler:
             gpu_memory_utilization=self._gpu_memory_utilization,
             enforce_eager=self._enforce_eager,
             enable_prefix_caching=True,
+            # On a CPU a prompt with a seed that is computed in parts ends vLLM 0.32: it winds the
+            # generator back, which torch's on a CPU refuses. None is vLLM's own choice.
+            enable_chunked_prefill=False if current_platform.is_cpu() else None,
             skip_tokenizer_init=True,
             disable_log_stats=True,
             use_tqdm_on_load=False,

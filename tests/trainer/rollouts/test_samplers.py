@@ -27,7 +27,7 @@ from student_trainer.rollouts.samplers.base import WeightFolder, WeightSource
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from student_trainer.rollouts.weight_sync import WeightSync
 from tests.trainer.learner.made_learners import learner_of
-from tests.trainer.learner.tiny_student import EOS_ID, tiny_student, write_tiny_student
+from tests.trainer.learner.tiny_student import EOS_ID, VOCAB_SIZE, tiny_student, write_tiny_student
 
 pytestmark = [
     pytest.mark.vllm,
@@ -181,6 +181,21 @@ async def test_generation_is_reproducible_by_seed(sampler: VllmSampler) -> None:
     beside = await asyncio.gather(*(tokens(f"seed-b{seed}", seed) for seed in range(6)))
     assert beside[3] == alone
     assert len({tuple(response) for response in beside}) == 6
+
+
+async def test_more_seeded_prompts_than_fit_a_step_are_generated(sampler: VllmSampler) -> None:
+    """4,000 prompt tokens at once, where vLLM takes 2,048 a step."""
+    rng = np.random.default_rng(0)
+    options = SamplingOptions(max_tokens=2, seed=1)
+
+    async def num_tokens(index: int) -> int:
+        prompt = rng.integers(EOS_ID + 1, VOCAB_SIZE, 250, dtype=np.int32)
+        parts = [d async for d in sampler.generate(f"long-{index}", prompt, options)]
+        assert parts[-1].finish in (Finish.LENGTH, Finish.STOP)
+        return sum(map(len, parts))
+
+    lengths = await asyncio.gather(*(num_tokens(index) for index in range(16)))
+    assert set(lengths) <= {1, 2}
 
 
 async def test_abort_ends_soon_and_keeps_the_tokens_so_far(
