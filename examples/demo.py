@@ -134,7 +134,7 @@ def _train(teacher: Teacher, overrides: Sequence[str], log_file: Path) -> None:
     command += ["--teacher-ready-file", str(teacher.ready_file)]
     command += [part for override in overrides for part in ("--set", override)]
     # What libraries say on stderr goes to the log.
-    with log_file.open("w") as log, process(command, cwd=ROOT, stderr=log) as trainer:
+    with log_file.open("w") as log, process(command, stderr=log) as trainer:
         while trainer.poll() is None:
             teacher.ready()
             time.sleep(POLL_S)
@@ -155,14 +155,16 @@ def process(command: Sequence[str], **options: object) -> Iterator[subprocess.Po
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, then SIGKILL for whatever of the group is left."""
-    if child.poll() is None:
-        child.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(STOP_TIMEOUT_S)
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    """SIGTERM, then SIGKILL for whatever of the group is left: at once when interrupted again."""
+    try:
+        if child.poll() is None:
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(STOP_TIMEOUT_S)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def _tail(path: Path) -> str:

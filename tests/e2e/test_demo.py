@@ -57,6 +57,8 @@ class Demo:
             text=True,
             start_new_session=True,
         )
+        assert self.process.stdout is not None
+        self.stdout = self.process.stdout
 
     def processes(self) -> dict[int, str]:
         """Id -> command line of everything of the demo that runs: all that is in its session."""
@@ -96,10 +98,11 @@ def demo(out: Path) -> Iterator[Demo]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
-        started.process.communicate()
+        started.process.wait()
+        started.stdout.close()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_short_demo_trains_reports_and_leaves_nothing_running(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     with demo(out) as running:
