@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.demo import POLL_S, ROOT, TRAINER_CONFIG, address_in
 from student_trainer.errors import TrainerError
+from teacher_client import AccessError
 from teacher_wire.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         out = distil(arguments.set, arguments.teacher_ready_file, Console())
         return report(out)
-    except (TrainerError, TeacherError) as error:
+    except (TrainerError, TeacherError, AccessError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
 
@@ -64,9 +65,11 @@ def distil(overrides: list[str], teacher_ready_file: Path, console: Console) -> 
         # A run has files to remove; what only loads may be ended as it is.
         signal.signal(signal.SIGTERM, _interrupt)
         with assembled(config, running=running) as run:
-            measuring = run.loop.start(asyncio.to_thread(teacher_accuracy, run.heldout))
+            measuring = run.running.loop.start(
+                asyncio.to_thread(teacher_accuracy, run.problems.heldout)
+            )
             train(run)
-            run.save_student()
+            run.finish()
             accuracy = measuring.result()
     (config.run.out / "teacher_eval.json").write_text(json.dumps({"accuracy": accuracy}) + "\n")
     return config.run.out

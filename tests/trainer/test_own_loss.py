@@ -216,7 +216,7 @@ def test_needs_that_the_run_does_not_have_are_refused(
 def test_a_column_that_no_teacher_has_is_refused(here: Path) -> None:
     written(here, NEEDS.format("teacher_columns=('entropy',)"))
     (here / "trainer.toml").write_text(SMALLEST)
-    with pytest.raises(LossError, match=r"mine:f: its needs: columns entropy .* entropies"):
+    with pytest.raises(LossError, match=r"mine:f: its needs: columns entropy: .* entropies"):
         with_declared_needs(load_config(here / "trainer.toml", [OWN]))
 
 
