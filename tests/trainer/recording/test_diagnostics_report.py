@@ -35,7 +35,7 @@ from student_trainer.step_report import EvalReport, PhaseSeconds, StepReport
 from tests.trainer.made_reports import step_report
 from tests.trainer.made_rollouts import plain_rollout
 
-LINE_EVERY_S = "student_trainer.recording.run_log.LINE_EVERY_S"
+LINE_EVERY_S = "student_trainer.recording.terminal.LINE_EVERY_S"
 STOPPED = plain_rollout(
     overlap_counts=[4, 4, 0],
     bad_events=[0, 0, 1],
