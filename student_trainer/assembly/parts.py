@@ -19,6 +19,7 @@ from student_trainer.rollouts.samplers.base import Sampler
 from student_trainer.rollouts.samplers.hf_sampler import HfSampler
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from student_trainer.settings.config import TrainerConfig
+from student_trainer.settings.sampler import HfSamplerSettings
 from student_trainer.special_tokens import SpecialTokens
 from teacher_client.access import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, TeacherAccess
 from teacher_client.client import TeacherClient
@@ -189,7 +190,7 @@ def sampling_options(config: TrainerConfig, max_tokens: int) -> SamplingOptions:
 def sampler(config: TrainerConfig, model: str) -> Sampler:
     """The generating engine, not started."""
     settings = config.sampler
-    if settings.kind == "hf":
+    if isinstance(settings, HfSamplerSettings):
         return HfSampler(model=model, dtype=settings.dtype, device=config.student.device)
     return VllmSampler(
         model=model,

@@ -31,20 +31,25 @@ from student_trainer.settings.budget import (
 from student_trainer.settings.drift import DriftSettings, OverlapRatioSettings
 from student_trainer.settings.loss import ImportedLossSettings, LossSettings, Needs
 from student_trainer.settings.problems import explain
+from student_trainer.settings.sampler import SamplerSettings, VllmSamplerSettings
 from student_trainer.settings.section import Section
 from student_trainer.settings.weights import WeightSettings
 from teacher_wire.drift_metrics import METRICS
-from vllm_process.cores import CORES_PATTERN
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+ENDPOINT = re.compile(r"([^\s/:\[\]]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})")
+"""host:port, an IPv6 address in brackets."""
 LOSSES_WITH_A_RATIO = ("sampled_reverse_kl", "student_topk_reverse_kl")
 """Their surrogate holds p_student / p_behavior."""
 
 
 class RunSettings(Section):
+    """What a run is called, how long it lasts, and what is the same when it is done again."""
+
     out: Path
-    """Folder of everything the run writes."""
+    """Folder of everything the run writes; its name is the run's name at the teacher."""
     seed: int = 0
+    """Of the order of the problems, of sampling, and of the updates within a step."""
     steps: int = Field(gt=0)
     """Optimisation rounds: one batch of rollouts each."""
     queue_depth: int = Field(0, ge=0)
@@ -65,50 +70,47 @@ class RunSettings(Section):
 
 
 class StudentSettings(Section):
+    """The model that learns."""
+
     model: str
-    """Folder or name of a Hugging Face checkpoint."""
+    """Folder or name of a Hugging Face checkpoint, with its tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights, gradients and the optimizer's state; bfloat16 loses small updates."""
     device: str = "auto"
-    """"auto" takes CUDA when there is one."""
-
-
-class SamplerSettings(Section):
-    kind: Literal["vllm", "hf"] = "vllm"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_num_seqs: int = Field(64, gt=0)
-    """Rollouts generated at once."""
-    stream_interval: int = Field(8, gt=0)
-    """Tokens a rollout hands out at once."""
-    kv_cache_gib: float = Field(1.0, gt=0)
-    """KV cache on a CPU."""
-    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
-    enforce_eager: bool = True
-    cpu_cores: str = Field("auto", pattern=CORES_PATTERN)
-    """Cores of the engine on a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares."""
+    """Where the learner runs: "cpu", "cuda", "cuda:1"; "auto" takes CUDA when there is one."""
 
 
 class RolloutSettings(Section):
+    """How the student is sampled, and what travels to the teacher with every token."""
+
     prompts_per_step: int = Field(gt=0)
+    """Problems in one batch; at most as many as the training data has."""
     rollouts_per_prompt: int = Field(1, gt=0)
+    """Responses sampled to each problem."""
     temperature: float = Field(1.0, gt=0)
+    """Of sampling; student and teacher are compared at it."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus of sampling, as a share of probability; 1 samples from the whole distribution."""
     student_topk: int = Field(16, ge=0)
-    """The student's own top-k that is sent to the teacher with every token (J)."""
+    """The student's own top-k that is sent to the teacher with every token (J); 0 sends none."""
     chunk_tokens: int = Field(32, gt=0)
     """Tokens a rollout gathers before they are sent to be scored."""
     max_context: int = Field(gt=1)
-    """Prompt plus response."""
+    """Tokens of prompt plus response; the teacher's `max_context` must be as large."""
 
 
 class TeacherSettings(Section):
+    """Where the teacher is, and what it is asked for."""
+
     endpoints: tuple[str, ...] = Field(min_length=1)
     """host:port of each replica; all serve the same weights, sessions spread over those that are
     up."""
     k: int = Field(16, gt=0)
     """Size of the teacher's top-k in every row (K)."""
     logprob_dtype: Literal["f16", "f32"] = "f32"
+    """Of the log-probs on the wire; f16 halves their bytes and rounds them."""
     connect_timeout_s: float = Field(60.0, gt=0)
-    """How long a teacher may be away before the run does not start, or on_absent applies."""
+    """Seconds a teacher may be away before the run does not start, or on_absent applies."""
     on_absent: Literal["wait", "finish_unscored", "fail"] = "wait"
     """When every replica stays away: wait for one; end the rollouts without the scores that are
     missing, and learn from what was scored; or end the run."""
@@ -122,6 +124,15 @@ class TeacherSettings(Section):
     tls_key: Path | None = None
     """PEM file of its private key."""
 
+    @field_validator("endpoints")
+    @classmethod
+    def _are_addresses(cls, endpoints: tuple[str, ...]) -> tuple[str, ...]:
+        for endpoint in endpoints:
+            match = ENDPOINT.fullmatch(endpoint)
+            if match is None or not 1 <= int(match[2]) <= 65535:
+                raise ValueError(f"{endpoint!r} must be host:port, such as 127.0.0.1:50051")
+        return endpoints
+
     @model_validator(mode="after")
     def _tls_is_whole(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -132,19 +143,29 @@ class TeacherSettings(Section):
 
 
 class SpecialTokenSettings(Section):
+    """Tokens on which a student and a teacher of one family differ for no good reason."""
+
     tokens: tuple[str, ...] = ()
     """Tokens that are masked: no loss, no drift event, no weight."""
     occurrences: Literal["first", "all"] = "first"
+    """Whether only the first of each in a response is masked."""
 
 
 class OptimSettings(Section):
+    """How the student learns from a batch of rollouts: AdamW."""
+
     learning_rate: float = Field(gt=0)
+    """After the warm-up."""
     final_learning_rate: float = Field(0.0, ge=0)
     """Reached by a cosine over the whole run."""
     warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from nought."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Of AdamW's two running means."""
     weight_decay: float = Field(0.0, ge=0)
+    """Of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Norm to which the gradient of an update is clipped."""
     epochs: int = Field(1, gt=0)
     """Passes over one batch of rollouts."""
     updates_per_epoch: int = Field(1, gt=0)
@@ -152,27 +173,35 @@ class OptimSettings(Section):
     micro_batch_tokens: int = Field(16384, gt=0)
     """Padded tokens in one forward pass; changes memory, not the gradient."""
     max_sync_gap_nats: float = Field(1e-3, gt=0)
-    """Largest difference between the sampler's and the learner's log-probs after a sync."""
+    """Largest difference between the sampler's and the learner's log-probs after a sync, nats."""
 
 
 class DataSettings(Section):
+    """The problems: docs/data.md says where those of the configurations are from."""
+
     train: Path
-    """JSON lines with `prompt` (text) or `messages` (chat), and optionally `answer`."""
+    """JSON lines with `prompt` (text) or `messages` (chat), and optionally `id`."""
     heldout: Path | None = None
+    """JSON lines of the problems that are evaluated, with answers; none: nothing is evaluated."""
     answer_field: str = "answer"
     """Field that holds what the graded part of a response must equal."""
 
 
 class EvalSettings(Section):
+    """How the held-out problems are graded; without `data.heldout` nothing is."""
+
     every_steps: int = Field(10, gt=0)
+    """Steps between evaluations; before the first and after the last step there is one too."""
     num_prompts: int = Field(128, gt=0)
+    """Problems evaluated: the first so many."""
     pass_k: int = Field(4, ge=0)
     """Samples a prompt for pass@k in the first and the last evaluation; 0 for none."""
     temperature: float = Field(1.0, gt=0)
     """Of the samples for pass@k; accuracy is greedy."""
     max_tokens: int = Field(512, gt=0)
+    """Tokens a response may have."""
     answer_pattern: str = r"\\boxed\{([^{}]*)\}"
-    """The last match's first group is the answer."""
+    """Regular expression; the last match's first group is the answer."""
     unicode_normalize: bool = False
     """Compare after Unicode NFKC normalisation."""
 
@@ -189,8 +218,12 @@ class EvalSettings(Section):
 
 
 class CheckpointSettings(Section):
+    """What a run that was cut off goes on from."""
+
     every_steps: int | None = Field(None, gt=0)
+    """Steps between checkpoints; none: a run that is killed begins again."""
     keep: int = Field(2, gt=0)
+    """Checkpoints kept; older ones are deleted."""
 
 
 class TrainerConfig(Section):
@@ -198,7 +231,7 @@ class TrainerConfig(Section):
 
     run: RunSettings
     student: StudentSettings
-    sampler: SamplerSettings = SamplerSettings()
+    sampler: SamplerSettings = VllmSamplerSettings()
     data: DataSettings
     rollout: RolloutSettings
     teacher: TeacherSettings

@@ -5,12 +5,11 @@ Defaults and ranges are those of the records that travel to the teacher, which a
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import Field
 
-from student_trainer.settings.section import Section
+from student_trainer.settings.section import Section, default_kind
 from teacher_wire.drift_metrics import MAX_DRIFT_K, MIN_SHARE, OverlapRatio, TeacherTopPAccept
 from teacher_wire.records import DriftPolicy
 
@@ -29,47 +28,24 @@ class DriftSection(Section):
 
 
 class OverlapRatioSettings(DriftSection):
+    """A bad event: too few of the student's leading entries are among the teacher's."""
+
     metric: Literal["overlap_ratio"] = "overlap_ratio"
+    """What a bad event is."""
     threshold: Share = OverlapRatio().threshold
     """Overlap ratio below which a position is a bad event."""
 
 
 class TeacherTopPAcceptSettings(DriftSection):
+    """A bad event: the sampled token is outside the teacher's nucleus."""
+
     metric: Literal["teacher_top_p_accept"]
     top_p: Share = TeacherTopPAccept().top_p
     """Mass of the teacher's nucleus; a token outside is a bad event."""
 
 
-_AnyMetric = OverlapRatioSettings | TeacherTopPAcceptSettings
-_BY_METRIC: dict[str, type[DriftSection]] = {
-    get_args(section.model_fields["metric"].annotation)[0]: section
-    for section in get_args(_AnyMetric)
-}
-
-
-def _of_its_metric(settings: Any) -> Any:
-    """Settings without a metric have the usual one; what the metric does not read is refused."""
-    if not isinstance(settings, dict):
-        return settings
-    metric = settings.get("metric", OverlapRatio.name)
-    section = _BY_METRIC.get(metric) if isinstance(metric, str) else None
-    if section is None:
-        return settings  # which the union refuses
-    unread = []
-    for name in settings.keys() - section.model_fields.keys():
-        readers = [of for of, other in _BY_METRIC.items() if name in other.model_fields]
-        if readers:
-            problem = PydanticCustomError(
-                "unread_setting",
-                "is read by metric {readers} only; metric is {metric}",
-                {"readers": " and ".join(readers), "metric": metric},
-            )
-            unread.append(InitErrorDetails(type=problem, loc=(name,), input=settings[name]))
-    if unread:
-        raise ValidationError.from_exception_data("drift", unread)
-    return section.model_validate(settings)
-
-
 DriftSettings = Annotated[
-    _AnyMetric, Field(discriminator="metric"), BeforeValidator(_of_its_metric)
+    OverlapRatioSettings | TeacherTopPAcceptSettings,
+    Field(discriminator="metric"),
+    default_kind("metric", OverlapRatio.name),
 ]

@@ -9,7 +9,31 @@ from student_trainer.settings.config import TrainerConfig
 
 def warnings(config: TrainerConfig) -> list[str]:
     """One sentence each, naming the settings; said once when a run starts."""
-    return [*_about_reuse(config), *_about_weights(config)]
+    return [*_about_reuse(config), *_about_weights(config), *_about_nothing_to_do(config)]
+
+
+def _about_nothing_to_do(config: TrainerConfig) -> Iterator[str]:
+    """Settings that are given, and that nothing in this run reads: harmless, so not refused."""
+    if config.data.heldout is None:
+        given = [f"eval.{name}" for name in sorted(config.eval.model_fields_set)]
+        if "answer_field" in config.data.model_fields_set:
+            given.append("data.answer_field")
+        if given:
+            yield f"{', '.join(given)}: without data.heldout nothing is evaluated"
+    elif config.eval.pass_k == 0 and "temperature" in config.eval.model_fields_set:
+        yield "eval.temperature: it is that of pass@k, and eval.pass_k is 0"
+    if not config.special_tokens.tokens and config.special_tokens.model_fields_set:
+        yield "special_tokens: without special_tokens.tokens nothing is masked"
+    every, steps = config.checkpoint.every_steps, config.run.steps
+    if every is None and "keep" in config.checkpoint.model_fields_set:
+        yield "checkpoint.keep: without checkpoint.every_steps none is written as the run goes"
+    if every is not None and every > steps:
+        yield f"checkpoint.every_steps is {every} and run.steps {steps}: none is written"
+    if config.optim.warmup_steps >= steps:
+        yield (
+            f"optim.warmup_steps is {config.optim.warmup_steps} and run.steps {steps}: the "
+            "learning rate only rises, and optim.final_learning_rate is never reached"
+        )
 
 
 def _about_reuse(config: TrainerConfig) -> Iterator[str]:

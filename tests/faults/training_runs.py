@@ -34,7 +34,7 @@ SHORT = {
     "student.model": CHECKPOINTS / "student",
     "data.train": CHECKPOINTS / "train.jsonl",
     "data.heldout": "null",
-    "sampler.kind": "hf",
+    "sampler": '{"kind": "hf"}',
     "rollout.prompts_per_step": 2,
     "rollout.rollouts_per_prompt": 2,
     "rollout.chunk_tokens": 8,

@@ -20,6 +20,4 @@ max_tokens = 100
 kind = "local_support_matching"
 [optim]
 learning_rate = 1e-3
-[eval]
-max_tokens = 100
 """

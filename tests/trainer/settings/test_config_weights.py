@@ -147,6 +147,21 @@ def test_newlines_are_the_tokens_whose_text_holds_one(path: Path) -> None:
         (["weights.prune.w_base=0"], []),
         (["weights.prune.w_base=0", "drift.stop_in_flight=false"], ["count nothing"]),
         (["weights.entropy_top.ratio=0.2", "weights.position_window.end_share=0.3"], []),
+        (
+            ["eval.pass_k=2", "eval.max_tokens=9", "data.answer_field=x"],
+            ["eval.max_tokens, eval.pass_k, data.answer_field: without data.heldout nothing"],
+        ),
+        (["data.heldout=h", "eval.max_tokens=9", "eval.temperature=2"], []),
+        (
+            ["data.heldout=h", "eval.max_tokens=9", "eval.pass_k=0", "eval.temperature=2"],
+            ["eval.temperature: it is that of pass@k, and eval.pass_k is 0"],
+        ),
+        (["special_tokens.occurrences=all"], ["special_tokens: without special_tokens.tokens"]),
+        (["checkpoint.keep=5"], ["checkpoint.keep: without checkpoint.every_steps"]),
+        (["checkpoint.keep=5", "checkpoint.every_steps=3"], []),
+        (["checkpoint.every_steps=4"], ["checkpoint.every_steps is 4 and run.steps 3"]),
+        (["optim.warmup_steps=2"], []),
+        (["optim.warmup_steps=3"], ["the learning rate only rises"]),
     ],
 )
 def test_warnings_name_what_will_surprise(

@@ -1,0 +1,49 @@
+"""Settings of the engine that generates. What of them a device does not have, it does not read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from student_trainer.settings.section import Section, default_kind
+from vllm_process.cores import CORES_PATTERN
+
+SamplerDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class VllmSamplerSettings(Section):
+    """vLLM, in a process of its own."""
+
+    kind: Literal["vllm"] = "vllm"
+    """The engine."""
+    dtype: SamplerDtype = "auto"
+    """Arithmetic of the sampler's copy of the student; auto is `student.dtype`."""
+    max_num_seqs: int = Field(64, gt=0)
+    """Rollouts generated at once; more wait."""
+    stream_interval: int = Field(8, gt=0)
+    """Tokens a rollout hands out at once: fewer are judged sooner and cost more processor time."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Memory of the KV cache on a CPU, in GiB, rounded to whole ones."""
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
+    """Share of a GPU's memory that weights and KV cache may take; the learner needs the rest."""
+    enforce_eager: bool = True
+    """Without compiled graphs: starts sooner, generates slower."""
+    cpu_cores: str = Field("auto", pattern=CORES_PATTERN)
+    """Cores of the engine on a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares."""
+
+
+class HfSamplerSettings(Section):
+    """transformers, one rollout and one token at a time: the reference, obvious and slow."""
+
+    kind: Literal["hf"]
+    """The engine."""
+    dtype: SamplerDtype = "auto"
+    """Arithmetic of the sampler's copy of the student; auto is float32."""
+
+
+SamplerSettings = Annotated[
+    VllmSamplerSettings | HfSamplerSettings,
+    Field(discriminator="kind"),
+    default_kind("kind", "vllm"),
+]
