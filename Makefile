@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 INSTALLER ?= auto
 SOAK_MINUTES ?= 20
 
-.PHONY: demo test check fuzz soak lint format proto breaking published playground dist test-dist setup clean
+.PHONY: demo test check fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
@@ -50,6 +50,8 @@ breaking: setup  ## the contract keeps what clients of the published one rely on
 
 published: setup  ## the contract as it is becomes the one to keep; with a release, or a reason
 	cd proto && ../$(BIN)/buf build --exclude-source-info -o published.binpb
+docs: setup  ## docs/settings.md from the docstrings of the settings
+	$(BIN)/python -m scripts.settings_document
 
 playground: setup  ## train the playground's teacher and student anew
 	$(BIN)/python -m examples.playground.build --out examples/playground/checkpoints

@@ -1,4 +1,4 @@
-"""`student-trainer train | eval | report | show-config | check-loss`."""
+"""`student-trainer train | eval | report | show-config | settings | check-loss`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from student_trainer.errors import ConfigError, TrainerError
 from student_trainer.settings.config import TrainerConfig, load_config
+from student_trainer.settings.reference import reference
 from student_trainer.settings.warnings import warnings
 from student_trainer.stopping import EXIT_TERMINATED, Stopped, StopRequest
 from student_trainer.train_state import checkpoints, step_of
@@ -72,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("path", help="package.module:function")
     check.add_argument("--options", type=json.loads, default={}, help="[loss.options] as JSON")
     check.set_defaults(run=_check_loss)
+
+    settings = commands.add_parser("settings", help="what can be set: range, default, effect")
+    settings.add_argument("section", nargs="?", default="", help="such as budget or rollout.top_p")
+    settings.set_defaults(run=_settings)
     return parser
 
 
@@ -189,6 +194,11 @@ def _check_loss(arguments: argparse.Namespace) -> int:
     from student_trainer.assembly.own_loss import describe
 
     print(describe(arguments.path, arguments.options))
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    print(reference(TrainerConfig, arguments.section), end="")
     return 0
 
 

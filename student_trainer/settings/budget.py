@@ -29,7 +29,6 @@ class PruneBudgetSettings(Section):
     """Prune-OPD's batch-level controller (section 3.3 of the paper)."""
 
     kind: Literal["prune"]
-    """How the length moves."""
     initial: int = Field(2048, gt=0)
     """Response tokens that a rollout of the first step may have."""
     minimum: int = Field(1024, gt=0)
@@ -57,7 +56,6 @@ class ProgressiveBudgetSettings(Section):
     """A horizon that grows by `increment` every `every_steps` steps (TOPD/POPD, 2605.31490)."""
 
     kind: Literal["progressive"]
-    """How the length moves."""
     initial: int = Field(gt=0)
     """Response tokens that a rollout of the first step may have."""
     maximum: int = Field(gt=0)
@@ -77,7 +75,6 @@ class QuantileBudgetSettings(Section):
     """Moves towards a quantile of the effective lengths plus a margin (ours)."""
 
     kind: Literal["quantile"]
-    """How the length moves."""
     initial: int = Field(gt=0)
     """Response tokens that a rollout of the first step may have."""
     minimum: int = Field(gt=0)

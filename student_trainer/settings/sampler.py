@@ -37,7 +37,6 @@ class HfSamplerSettings(Section):
     """transformers, one rollout and one token at a time: the reference, obvious and slow."""
 
     kind: Literal["hf"]
-    """The engine."""
     dtype: SamplerDtype = "auto"
     """Arithmetic of the sampler's copy of the student; auto is float32."""
 
