@@ -50,6 +50,7 @@ breaking: setup  ## the contract keeps what clients of the published one rely on
 
 published: setup  ## the contract as it is becomes the one to keep; with a release, or a reason
 	cd proto && ../$(BIN)/buf build --exclude-source-info -o published.binpb
+
 docs: setup  ## docs/settings.md from the docstrings of the settings
 	$(BIN)/python -m scripts.settings_document
 

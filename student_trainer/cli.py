@@ -4,47 +4,74 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from student_trainer.errors import ConfigError, TrainerError
+from student_trainer.errors import ConfigError, DatasetError, TrainerError
+from student_trainer.failures import failure_line, keep_traceback, needs_traceback
 from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.settings.reference import reference
 from student_trainer.settings.warnings import warnings
 from student_trainer.stopping import EXIT_TERMINATED, Stopped, StopRequest
 from student_trainer.train_state import checkpoints, step_of
-from teacher_client.access import AccessError
 from teacher_wire import tracing
-from teacher_wire.errors import TeacherError
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 TRAIN = (
-    f"Distil a student. Exit codes: 0 when the run is finished, {EXIT_FAILED} after an error, "
-    f"{EXIT_INTERRUPTED} after Ctrl-C, {EXIT_TERMINATED} after SIGTERM, which gives up the step "
-    "under way, writes a checkpoint of the last finished one and prints the command that goes on; "
-    "a second SIGTERM ends the run at once."
+    "Distil a student. SIGTERM gives up the step under way, writes a checkpoint of the last "
+    "finished one and prints the command that goes on; a second SIGTERM ends the run at once."
 )
+EXIT_CODES = f"""\
+exit codes:
+  0    done
+  {EXIT_FAILED}    failed: one line on stderr says why, and which file has the traceback
+  2    the command line is not understood
+  {EXIT_INTERRUPTED}  interrupted (Ctrl-C)
+  {EXIT_TERMINATED}  train: ended by SIGTERM, can be resumed
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; a typed error is one line on stderr and exit code 1."""
+    """Runs one command; whatever fails is one line on stderr and exit code 1."""
     arguments = _parser().parse_args(argv)
     arguments.command = sys.orig_argv if argv is None else ["student-trainer", *argv]
     try:
-        return int(arguments.run(arguments))
-    except (TrainerError, TeacherError, AccessError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader, `head` for one, has seen enough; nothing is left to be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:  # noqa: BLE001 - the edge: nothing above tells the user
+        return _failed(error, arguments.out)
+    return code
+
+
+def _failed(error: Exception, folder: Path | None) -> int:
+    """Tells the user; the traceback goes where the line says."""
+    line = failure_line(error)
+    if needs_traceback(error):
+        kept = keep_traceback(error, folder)
+        line += f" (traceback: {kept or 'nowhere to write it to'})"
+    print(line, file=sys.stderr)
+    return EXIT_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="student-trainer", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="student-trainer",
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(out=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="distil a student", description=TRAIN)
@@ -92,7 +119,9 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> TrainerConfig:
-    return load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set)
+    arguments.out = config.run.out
+    return config
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -172,7 +201,13 @@ def _report(arguments: argparse.Namespace) -> int:
 
     extra: dict[str, Any] = {}
     if arguments.teacher_eval:
-        extra["teacher_accuracy"] = json.loads(arguments.teacher_eval.read_text())["accuracy"]
+        try:
+            result = json.loads(arguments.teacher_eval.read_text(encoding="utf-8"))
+            extra["teacher_accuracy"] = float(result["accuracy"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(
+                f"{arguments.teacher_eval}: not the result of `eval --json`: {error!r}"
+            ) from None
     summary = summarize(arguments.folder, extra)
     console = Console()
     console.print(summary_table(summary))

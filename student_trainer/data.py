@@ -23,8 +23,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot load a tokenizer: {error}") from error
+    # A malformed file is whatever the library that reads it makes of it.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: cannot load a tokenizer: {reason}") from error
 
 
 def load_prompts(
@@ -40,15 +42,19 @@ def load_prompts(
     `id`. Raises DatasetError naming the file, the line and the limit.
     """
     if not path.is_file():
-        raise DatasetError(f"{path}: no such dataset")
+        raise DatasetError(f"{path}: no such dataset; docs/data.md says how to get or write one")
     prompts = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                fields = _fields(f"{path}:{number}", line)
-                prompts.append(
-                    _prompt(f"{path}:{number}", fields, tokenizer, max_prompt_tokens, answer_field)
-                )
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    fields = _fields(where, line)
+                    prompts.append(
+                        _prompt(where, fields, tokenizer, max_prompt_tokens, answer_field)
+                    )
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path}: not a text file in UTF-8: {error}") from None
     if not prompts:
         raise DatasetError(f"{path}: the dataset is empty")
     return prompts

@@ -3,8 +3,9 @@
 TrainerError
 ├── ConfigError       a setting is unknown, out of range, or does not fit another one
 ├── LossError         a loss of your own cannot be imported, or breaks a law
-├── CheckpointError   a checkpoint does not exist or cannot be loaded
+├── CheckpointError   a checkpoint does not exist, cannot be loaded or cannot be written
 ├── DatasetError      a dataset does not exist, or a line of it is malformed
+├── SamplerError      the generating engine does not start, or has died
 ├── WeightSyncError   the sampler's log-probs differ from the learner's after a sync
 └── NonFiniteLossError a loss or a gradient is NaN or infinite; the weights are left as they were
 """
@@ -25,11 +26,15 @@ class LossError(TrainerError, ValueError):
 
 
 class CheckpointError(TrainerError, OSError):
-    """A checkpoint does not exist or cannot be loaded."""
+    """A checkpoint does not exist, cannot be loaded or cannot be written."""
 
 
 class DatasetError(TrainerError, ValueError):
     """A dataset does not exist, or a line of it is malformed."""
+
+
+class SamplerError(TrainerError, RuntimeError):
+    """The generating engine does not start, or has died."""
 
 
 class WeightSyncError(TrainerError, RuntimeError):

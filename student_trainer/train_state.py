@@ -18,8 +18,10 @@ from pickle import UnpicklingError
 from typing import Any, Protocol
 
 from student_trainer.errors import CheckpointError
+from student_trainer.writing import writing_to
 
 STATE_FILE = "trainer_state.pt"
+REMEDY = "make room or choose another run.out; `train --resume` goes on from the last whole one"
 PROBE_BYTES = 64 << 20
 SLOWEST_DISK = 10 << 20
 """Bytes a second that any disk manages: below what this writes in time nothing is measured."""
@@ -116,13 +118,17 @@ def refuse_older(folder: Path) -> None:
 
 @contextmanager
 def replaced(final: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name `final` when the block ends without an error."""
+    """A folder to fill, which takes the name `final` when the block ends without an error.
+
+    Raises CheckpointError where the disk refuses.
+    """
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    with writing_to(final, CheckpointError, remedy=REMEDY):
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
 
 
 def _write(path: Path, state: Mapping[str, Any]) -> None:

@@ -88,10 +88,16 @@ def newline_ids(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def device(config: TrainerConfig) -> torch.device:
-    """Where the learner runs."""
-    if config.student.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.student.device)
+    """Where the learner runs. Raises ConfigError for a device that is not there."""
+    name = config.student.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"student.device is {name!r}: {reason}") from None
+    return torch.device(name)
 
 
 async def connect(

@@ -50,8 +50,10 @@ def load_student(path: str, *, dtype: torch.dtype, device: torch.device) -> PreT
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype
         )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot load a student: {error}") from error
+    # Whatever a checkpoint's files and the model's code make of them.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: cannot load a student: {reason}") from error
     torch.nn.Module.to(model, device)
     model.train()
     return model

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from student_trainer.errors import WeightSyncError
 from student_trainer.records import Delta, SamplingOptions
 from student_trainer.rollouts.samplers.base import Sampler, WeightFolder
+from student_trainer.writing import writing_to
 
 PROBE_TOKENS = 8
 
@@ -64,7 +65,9 @@ class WeightSync:
 
         Raises WeightSyncError when it passes `max_logprob_gap`.
         """
-        self._learner.export_weights(self._folder)
+        remedy = "give it room for one copy of the weights (docker: --shm-size)"
+        with writing_to(self._folder, WeightSyncError, remedy=remedy):
+            self._learner.export_weights(self._folder)
         await self._sampler.load_weights(WeightFolder(self._folder))
         gaps = []
         for index, prompt_ids in enumerate(self._probe_prompts):

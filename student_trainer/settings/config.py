@@ -55,7 +55,7 @@ class RunSettings(Section):
     queue_depth: int = Field(0, ge=0)
     """Steps whose rollouts are generated ahead of the learner: 0 generates when asked, 1 while the
     learner works, with weights one step old. More is refused."""
-    otlp_endpoint: str = ""
+    otlp_endpoint: str = Field("", pattern="^(https?://.+)?$")
     """OTLP/HTTP address that traces are sent to (needs the extra `otel`); empty for none."""
 
     @field_validator("queue_depth")
@@ -356,7 +356,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainerConfig:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
     for override in overrides:
         _apply_override(tree, override)

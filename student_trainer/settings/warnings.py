@@ -28,7 +28,7 @@ def _about_nothing_to_do(config: TrainerConfig) -> Iterator[str]:
     if every is None and "keep" in config.checkpoint.model_fields_set:
         yield "checkpoint.keep: without checkpoint.every_steps none is written as the run goes"
     if every is not None and every > steps:
-        yield f"checkpoint.every_steps is {every} and run.steps {steps}: none is written"
+        yield f"checkpoint.every_steps is {every} and run.steps {steps}: none is due"
     if config.optim.warmup_steps >= steps:
         yield (
             f"optim.warmup_steps is {config.optim.warmup_steps} and run.steps {steps}: the "

@@ -33,6 +33,7 @@ from teacher_server.engine.cpu_head import logits_in_blocks
 from teacher_server.engine.row_format import HEADER, ZERO_BLOCKS_VARIABLE, RowRequest
 from teacher_server.engine.row_scores import rows_at_once, score_rows
 from vllm_process.children import end_with_parent
+from vllm_process.output import write_where_told
 
 TASK: PoolingTask = "token_classify"
 
@@ -57,6 +58,7 @@ def register() -> None:
     from vllm import ModelRegistry
 
     end_with_parent()
+    write_where_told()
     if os.environ.get(ZERO_BLOCKS_VARIABLE) == "1":
         _zero_new_blocks()
     for architecture in BASE_MODULES:

@@ -9,16 +9,22 @@ process busy and delay the very verdicts that stop a rollout.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Sequence
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
+from student_trainer.errors import SamplerError
 from student_trainer.records import Delta, Finish, SamplingOptions
 from student_trainer.rollouts.samplers.base import WeightSource
 from vllm_process.children import children_end_with_us
 from vllm_process.cores import children_on, executor_on
+from vllm_process.output import children_write_to, last_words
 
 if TYPE_CHECKING:
     from vllm.config.model import ModelDType
@@ -59,9 +65,28 @@ class VllmSampler:
         self._cpu_cores = cpu_cores
         self._seed = seed
         self._engine: AsyncLLM | None = None
+        self._output: Path | None = None
+        """What the engine's processes print."""
+        self._keep_output = False
 
     async def start(self) -> None:
-        """Loads the model into vLLM; tens of seconds."""
+        """Loads the model into vLLM; tens of seconds. Raises SamplerError."""
+        number, name = tempfile.mkstemp(prefix="driftline-sampler-", suffix=".log")
+        os.close(number)
+        self._output = Path(name)
+        try:
+            self._build(self._output)
+        except ImportError as error:
+            raise SamplerError(
+                f'vLLM is not installed whole: {error}; `make setup`, or sampler.kind = "hf"'
+            ) from error
+        # Whatever the model's code raises, and vLLM's own checks.
+        except Exception as error:
+            raise SamplerError(
+                f"vLLM cannot generate with {self._model}: {self._why(error)}"
+            ) from error
+
+    def _build(self, output: Path) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -92,7 +117,7 @@ class VllmSampler:
             seed=self._seed,
             distributed_executor_backend=executor_on(self._cpu_cores),
         )
-        with children_on(self._cpu_cores), children_end_with_us():
+        with children_on(self._cpu_cores), children_end_with_us(), children_write_to(output):
             self._engine = AsyncLLM.from_engine_args(args)
 
     async def generate(
@@ -112,22 +137,47 @@ class VllmSampler:
             output_kind=RequestOutputKind.DELTA,
         )
         prompt = TokensPrompt(prompt_token_ids=prompt_ids.tolist())
-        async for output in self._running().generate(prompt, params, request_id):
-            yield _delta(output.outputs[0], options.num_topk)
+        with self._engine_lives():
+            async for output in self._running().generate(prompt, params, request_id):
+                yield _delta(output.outputs[0], options.num_topk)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         await self._running().abort(list(request_ids))
 
     async def load_weights(self, source: WeightSource) -> None:
         engine = self._running()
-        await engine.collective_rpc("reload_weights", kwargs={"weights_path": str(source.path)})
-        if not await engine.reset_prefix_cache():
+        with self._engine_lives():
+            await engine.collective_rpc("reload_weights", kwargs={"weights_path": str(source.path)})
+            reset = await engine.reset_prefix_cache()
+        if not reset:
             raise RuntimeError("prefix cache not reset: weights were loaded while rollouts ran")
 
     async def close(self) -> None:
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
+        if self._output is not None and not self._keep_output:
+            self._output.unlink(missing_ok=True)
+
+    @contextmanager
+    def _engine_lives(self) -> Iterator[None]:
+        """Raises SamplerError when vLLM's process is found dead within."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except EngineDeadError as error:
+            raise SamplerError(f"vLLM's engine has died: {self._why(error)}") from error
+
+    def _why(self, error: Exception) -> str:
+        """The cause, from the engine's own output where that tells it; the output is kept then."""
+        said = last_words(self._output) if self._output is not None else ""
+        if said:
+            self._keep_output = True
+            return f"{said}; its output is in {self._output}"
+        if isinstance(error, ValidationError):
+            return "; ".join(problem["msg"] for problem in error.errors())
+        return " ".join(str(error).split())
 
     def _running(self) -> AsyncLLM:
         if self._engine is None:

@@ -1,0 +1,51 @@
+"""What the processes of a vLLM engine print, in a file: its last words say why an engine is gone.
+
+vLLM itself says only "see root cause above", and above is the terminal of whoever started it. The
+plugin runs in every process of vLLM, so it turns the output of a child that was told to.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_VARIABLE = "DRIFTLINE_ENGINE_OUTPUT"
+_ERROR = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception)): (.+)")
+_WRAPPERS = ("Engine core initialization failed", "EngineCore encountered", "WorkerProc init")
+"""What vLLM says when a process below has failed; the cause is an earlier line."""
+
+
+@contextmanager
+def children_write_to(path: Path) -> Iterator[None]:
+    """vLLM's processes started within append what they print to a file, instead of printing it."""
+    os.environ[_VARIABLE] = f"{os.getpid()} {path}"
+    try:
+        yield
+    finally:
+        del os.environ[_VARIABLE]
+
+
+def write_where_told() -> None:
+    """Does nothing except in a child of `children_write_to`."""
+    parent, _, path = os.environ.get(_VARIABLE, "").partition(" ")
+    if parent == str(os.getppid()):
+        output = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+
+
+def last_words(path: Path) -> str:
+    """The last error that the file tells of, as `Type: message`; empty when it tells of none."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in reversed(lines):
+        match = _ERROR.search(line)
+        if match is not None and not match[2].startswith(_WRAPPERS):
+            return f"{match[1]}: {match[2].strip()}"
+    return ""

@@ -1,0 +1,84 @@
+"""What ends a command, in one line: cause and remedy. The traceback goes to a file.
+
+Errors of ours are typed and worded where they arise. Here is what the system may say anywhere: the
+disk, the memory; and what nobody foresaw.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+import traceback
+from pathlib import Path
+
+from student_trainer.errors import ConfigError, TrainerError
+from teacher_client.access import AccessError
+from teacher_wire.errors import TeacherError
+
+ERROR_LOG = "error.log"
+_DISK = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there: the quota is used up",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder that may be written",
+    errno.EPERM: "choose a folder that may be written",
+    errno.EEXIST: "a part of the path is a file: choose another",
+    errno.ENOTDIR: "a part of the path is a file: choose another",
+    errno.EISDIR: "this is a folder: name a file",
+    errno.ENOENT: "check the path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def failure_line(error: Exception) -> str:
+    """One line; only a configuration's list of problems has more."""
+    name = type(error).__name__
+    if isinstance(error, TrainerError | TeacherError | AccessError):
+        text = str(error) if isinstance(error, ConfigError) else one_line(error)
+        return f"{name}: {text}"
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{name}: {where}{error.strerror}; {_DISK[error.errno]}"
+    if name == "OutOfMemoryError":  # torch's, which is not imported for its sake
+        return (
+            f"{name}: {one_line(error)}; lower optim.micro_batch_tokens, the budget or "
+            "sampler.gpu_memory_utilization"
+        )
+    if isinstance(error, MemoryError):
+        return f"{name}: out of memory; lower optim.micro_batch_tokens or the budget"
+    return f"unexpected failure: {name}: {one_line(error)}; please report it with the traceback"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks and without the end of a very long message."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 600 else f"{text[:600]} ..."
+
+
+def needs_traceback(error: Exception) -> bool:
+    """Whether more than the line is worth keeping: something of others' lies beneath."""
+    ours = isinstance(error, TrainerError | TeacherError | AccessError)
+    return not ours or error.__cause__ is not None
+
+
+def keep_traceback(error: Exception, folder: Path | None) -> Path | None:
+    """Writes it to the run's folder where there is one, else to a temporary file; None when there
+    is no place for it either."""
+    text = "".join(traceback.format_exception(error))
+    for place in (folder, None):
+        if place is not None and not place.is_dir():
+            continue
+        try:
+            if place is not None:
+                path = place / ERROR_LOG
+            else:
+                number, name = tempfile.mkstemp(prefix="driftline-", suffix=".log")
+                os.close(number)
+                path = Path(name)
+            path.write_text(text, encoding="utf-8")
+        except OSError:
+            continue
+        return path
+    return None

@@ -1,0 +1,37 @@
+"""What the disk says to those who write much, as an error of ours: path, cause and remedy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from student_trainer.errors import TrainerError
+
+
+@contextmanager
+def writing_to(path: Path, kind: type[TrainerError], *, remedy: str) -> Iterator[None]:
+    """What goes wrong in writing below `path` becomes `kind`.
+
+    The libraries that write weights and states turn the system's errors into others of their own,
+    without its number: so the space that is left is told with them.
+    """
+    try:
+        yield
+    except TrainerError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise kind(f"{path}: cannot be written ({_space(path)}): {reason}; {remedy}") from error
+
+
+def _space(path: Path) -> str:
+    for folder in (path, *path.parents):
+        try:
+            return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free"
+        except OSError:
+            continue
+    return "no such disk"

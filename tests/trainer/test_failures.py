@@ -1,0 +1,327 @@
+"""Whatever ends a command is one line with cause and remedy; the causes here are real ones.
+
+Run: pytest tests/trainer/test_failures.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from student_trainer.learner.checkpoint import Checkpoints
+
+from student_trainer import cli
+from student_trainer.errors import CheckpointError, ConfigError, TrainerError
+from student_trainer.failures import failure_line
+from student_trainer.writing import writing_to
+from tests.trainer.learner.tiny_student import (
+    character_tokenizer,
+    tiny_student,
+    write_tiny_student,
+)
+
+SETTINGS = """
+[run]
+out = "{out}/run"
+steps = 1
+[student]
+model = "{out}/student"
+device = "cpu"
+[sampler]
+kind = "{sampler}"
+[data]
+train = "{out}/train.jsonl"
+heldout = "{out}/train.jsonl"
+[rollout]
+prompts_per_step = 1
+student_topk = 4
+max_context = 40
+[teacher]
+endpoints = ["127.0.0.1:1"]
+connect_timeout_s = 0.1
+[drift]
+k = 4
+[budget]
+kind = "fixed"
+max_tokens = 4
+[loss]
+kind = "local_support_matching"
+[optim]
+learning_rate = 1e-3
+[eval]
+num_prompts = 1
+pass_k = 0
+max_tokens = 4
+answer_pattern = '(.)'
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A student, a problem, settings, and a place for temporary files."""
+    write_tiny_student(tmp_path / "student")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "1+1=", "answer": "2"}))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path
+
+
+def failed(
+    folder: Path,
+    command: str,
+    *arguments: str,
+    capsys: pytest.CaptureFixture[str],
+    sampler: str = "hf",
+) -> str:
+    """The one line that a command ends with; overrides are the arguments with a point and `=`."""
+    path = folder / "trainer.toml"
+    path.write_text(SETTINGS.format(out=folder, sampler=sampler), encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main([command, "--config", str(path), *arguments]) == cli.EXIT_FAILED
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if not line.startswith("warning: ")]
+    return line
+
+
+def traceback_named_in(line: str) -> Path:
+    found = re.search(r" \(traceback: (.+)\)$", line)
+    assert found is not None, line
+    path = Path(found[1])
+    assert "Traceback (most recent call last):\n" in path.read_text()
+    return path
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """The system refuses to write more into any file: EFBIG, as a full disk gives ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_missing_dataset_says_how_to_get_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "train.jsonl").unlink()
+    line = failed(folder, "train", capsys=capsys)
+    assert line == (
+        f"DatasetError: {folder}/train.jsonl: no such dataset; docs/data.md says how to get or "
+        "write one"
+    )
+
+
+def test_a_dataset_that_is_no_text_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "train.jsonl").write_bytes(b"PAR1\xff\xfe\x00")
+    assert "train.jsonl: not a text file in UTF-8" in failed(folder, "train", capsys=capsys)
+
+
+def test_a_broken_tokenizer_file_is_a_checkpoint_error_with_a_traceback_in_the_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "student" / "tokenizer.json").write_text('{"version": ')
+    (folder / "run").mkdir()
+    line = failed(folder, "train", capsys=capsys)
+    assert line.startswith(f"CheckpointError: {folder}/student: cannot load a tokenizer: ")
+    assert traceback_named_in(line) == folder / "run" / "error.log"
+
+
+def test_an_unknown_architecture_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "student" / "config.json"
+    path.write_text(path.read_text().replace('"qwen3"', '"never_heard_of"'))
+    line = failed(folder, "train", capsys=capsys)
+    assert line.startswith(f"CheckpointError: {folder}/student: cannot load a ")
+    assert "never_heard_of" in line
+    assert traceback_named_in(line).parent == folder / "temporary"
+
+
+def test_weights_that_are_cut_short_are_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "student" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    line = failed(folder, "train", capsys=capsys)
+    assert line.startswith(f"CheckpointError: {folder}/student: cannot load a student: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("student.device=cuda:99", "student.device is 'cuda:99': "),
+        ("student.device=gpu", "student.device is 'gpu': "),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], override: str, reason: str
+) -> None:
+    line = failed(folder, "train", "--set", override, capsys=capsys)
+    assert line.startswith(f"ConfigError: {reason}")
+    assert "traceback" not in line
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ('teacher.endpoints=["http://teacher:1"]', "teacher.endpoints: 'http://teacher:1' must be"),
+        ("run.otlp_endpoint=collector:4318", "run.otlp_endpoint: "),
+    ],
+)
+def test_a_malformed_address_is_refused_before_anything_starts(
+    folder: Path, override: str, name: str
+) -> None:
+    path = folder / "trainer.toml"
+    path.write_text(SETTINGS.format(out=folder, sampler="hf"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(name)):
+        cli.load_config(path, [override])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None])
+def test_a_configuration_that_cannot_be_read_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    path = folder / "odd.toml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert cli.main(["train", "--config", str(path)]) == cli.EXIT_FAILED
+    assert capsys.readouterr().err.startswith(f"ConfigError: {path}: ")
+
+
+def test_a_full_disk_is_named_with_what_to_do(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = failed(folder, "eval", "--json", "/dev/full", capsys=capsys)
+    assert line.startswith("OSError: No space left on device; free space there (traceback: ")
+    assert "write_text" in traceback_named_in(line).read_text()
+
+
+def test_a_path_below_a_file_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failed(folder, "eval", "--json", f"{folder}/train.jsonl/x.json", capsys=capsys)
+    assert f"{folder}/train.jsonl: " in line
+    assert "a part of the path is a file: choose another" in line
+
+
+@pytest.mark.parametrize("limit", [4_096, 300_000])
+def test_a_checkpoint_that_does_not_fit_is_a_checkpoint_error(folder: Path, limit: int) -> None:
+    """The weights do not fit, or they do and the state beside them does not."""
+    model, tokenizer = tiny_student(), character_tokenizer()
+    checkpoints = Checkpoints(folder / "run" / "checkpoints", keep=2)
+    first = checkpoints.save(1, model, tokenizer, {"state": torch.zeros(10)})
+    assert (first / "model.safetensors").stat().st_size < 300_000
+    with files_of_at_most(limit), pytest.raises(CheckpointError) as caught:
+        checkpoints.save(2, model, tokenizer, {"state": torch.zeros(1_000_000)})
+    said = str(caught.value)
+    assert said.startswith(f"{folder}/run/checkpoints/")
+    assert re.search(r"cannot be written \(\d+\.\d GB free\): ", said)
+    assert said.endswith("`train --resume` goes on from the last whole one")
+    assert checkpoints.latest() == first
+
+
+def test_a_checkpoint_below_a_file_is_a_checkpoint_error(folder: Path) -> None:
+    checkpoints = Checkpoints(folder / "train.jsonl" / "checkpoints", keep=2)
+    with pytest.raises(CheckpointError, match="Not a directory"):
+        checkpoints.save(1, tiny_student(), character_tokenizer(), {})
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(240)
+def test_vllm_that_does_not_start_is_a_sampler_error_with_its_last_words(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its process finds the weights cut short; what it says of that is in a file of its own."""
+    path = folder / "student" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    line = failed(folder, "eval", capsys=capsys, sampler="vllm")
+    assert line.startswith(f"SamplerError: vLLM cannot generate with {folder}/student: ")
+    assert "safetensor" in line.lower()
+    (output,) = re.findall(r"; its output is in (\S+) \(traceback", line)
+    assert "Traceback" in Path(output).read_text()
+    traceback_named_in(line)
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(240)
+def test_what_vllm_refuses_before_it_starts_is_a_sampler_error(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = failed(
+        folder, "eval", "--set", "rollout.max_context=100000", capsys=capsys, sampler="vllm"
+    )
+    assert line.startswith(f"SamplerError: vLLM cannot generate with {folder}/student: ")
+    assert "max_model_len" in line
+    assert "errors.pydantic.dev" not in line
+    assert not list((folder / "temporary").glob("driftline-sampler-*"))
+
+
+def test_an_error_of_ours_passes_through_as_it_is(folder: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"^no$"),
+        writing_to(folder, CheckpointError, remedy=""),
+    ):
+        raise ConfigError("no")
+
+
+def test_memory_that_runs_out_says_what_to_lower() -> None:
+    for error in (torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError()):
+        assert "lower optim.micro_batch_tokens" in failure_line(error)
+        assert "\n" not in failure_line(error)
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_traceback(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> None:
+        raise KeyError("never\nseen")
+
+    monkeypatch.setattr(cli, "_quiet_libraries", lambda: broken(None))
+    line = failed(folder, "eval", capsys=capsys)
+    assert line.startswith("unexpected failure: KeyError: 'never\\nseen'; please report it")
+    assert "in broken" in traceback_named_in(line).read_text()
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null/nowhere")
+    assert "(traceback: nowhere to write it to)" in failed(folder, "eval", capsys=capsys)
+
+
+def test_every_error_of_ours_is_one_line() -> None:
+    pending: list[type[TrainerError]] = [TrainerError]
+    while pending:
+        kind = pending.pop()
+        expected = "a\nb" if kind is ConfigError else "a b"
+        assert failure_line(kind("a\nb")) == f"{kind.__name__}: {expected}"
+        pending += kind.__subclasses__()
+
+
+def test_a_result_of_another_command_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "other.json"
+    path.write_text("[1]")
+    assert cli.main(["report", str(folder), "--teacher-eval", str(path)]) == cli.EXIT_FAILED
+    assert f"DatasetError: {path}: not the result of `eval --json`" in capsys.readouterr().err
+    missing = folder / "missing.json"
+    assert cli.main(["report", str(folder), "--teacher-eval", str(missing)]) == cli.EXIT_FAILED
+    assert f"{missing}: No such file or directory; check the path" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure_to_report() -> None:
+    command = f"{sys.executable} -m student_trainer.cli settings | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("## [run]\n", "")
+
+
+def test_exit_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    said = capsys.readouterr().out
+    for code in (cli.EXIT_FAILED, cli.EXIT_INTERRUPTED):
+        assert re.search(rf"^  {code} ", said, re.MULTILINE)
