@@ -420,18 +420,26 @@ def test_the_loop_is_on_one_screen() -> None:
     assert source.count("for step in range(") == 1
 
 
-def test_paths_in_the_readme_exist() -> None:
-    readme = ROOT / "README.md"
-    if not readme.is_file():
-        pytest.skip("no README yet")
-    text = readme.read_text(encoding="utf-8")
-    named = set(re.findall(r"`([\w.-]+(?:/[\w.-]+)*/?)`", text))
-    named |= set(re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text))
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+HISTORY = ROOT / "docs" / "LOG.md"
+"""Tells of files that are no more."""
+
+
+@pytest.mark.parametrize(
+    "guide", [path for path in GUIDES if path != HISTORY], ids=lambda path: path.name
+)
+def test_paths_in_a_guide_exist(guide: Path) -> None:
+    text = guide.read_text(encoding="utf-8")
     tops = {name.split("/")[0] for name in tracked()}
     # `a/b` is a path when `a` is a file or folder of ours; other words in backticks are not.
-    paths = {name for name in named if name.split("/")[0] in tops}
-    assert paths, "the README names no path"
-    assert sorted(name for name in paths if not (ROOT / name).exists()) == []
+    named = re.findall(r"`([\w.-]+(?:/[\w.-]+)*/?)`", text)
+    paths = {ROOT / name for name in named if name.split("/")[0] in tops}
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
+    paths |= {guide.parent / name for name in links}
+    if guide.name in ("README.md", "CONTRIBUTING.md"):
+        assert paths, "it names no path"
+    missing = [path for path in paths if not path.exists()]
+    assert sorted(str(path.relative_to(ROOT)) for path in missing) == []
 
 
 # Joined here, so that this file does not contain what it looks for.

@@ -199,11 +199,8 @@ def _range(metadata: Sequence[object]) -> str:
         for rule in metadata
         if getattr(rule, limit, None) is not None
     ]
-    bounds += [
-        f"of {rule.min_length} or more"
-        for rule in metadata
-        if getattr(rule, "min_length", None) is not None
-    ]
+    lengths = [getattr(rule, "min_length", None) for rule in metadata]
+    bounds += [f"of {length} or more" for length in lengths if length is not None]
     return f" {', '.join(bounds)}" if bounds else ""
 
 

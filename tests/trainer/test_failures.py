@@ -66,12 +66,18 @@ answer_pattern = '(.)'
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A student, a problem, settings, and a place for temporary files."""
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where temporary files go; a short path, because vLLM makes sockets there."""
+    with tempfile.TemporaryDirectory(prefix="t-") as name:
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        yield Path(name)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, temporary: Path) -> Path:
+    """A student and a problem."""
     write_tiny_student(tmp_path / "student")
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "1+1=", "answer": "2"}))
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     return tmp_path
 
 
@@ -145,7 +151,7 @@ def test_an_unknown_architecture_is_named(folder: Path, capsys: pytest.CaptureFi
     line = failed(folder, "train", capsys=capsys)
     assert line.startswith(f"CheckpointError: {folder}/student: cannot load a ")
     assert "never_heard_of" in line
-    assert traceback_named_in(line).parent == folder / "temporary"
+    assert traceback_named_in(line).parent == temporary
 
 
 def test_weights_that_are_cut_short_are_named(
@@ -253,7 +259,7 @@ def test_vllm_that_does_not_start_is_a_sampler_error_with_its_last_words(
 @pytest.mark.vllm
 @pytest.mark.timeout(240)
 def test_what_vllm_refuses_before_it_starts_is_a_sampler_error(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = failed(
         folder, "eval", "--set", "rollout.max_context=100000", capsys=capsys, sampler="vllm"
@@ -261,7 +267,7 @@ def test_what_vllm_refuses_before_it_starts_is_a_sampler_error(
     assert line.startswith(f"SamplerError: vLLM cannot generate with {folder}/student: ")
     assert "max_model_len" in line
     assert "errors.pydantic.dev" not in line
-    assert not list((folder / "temporary").glob("driftline-sampler-*"))
+    assert not list(temporary.glob("driftline-sampler-*"))
 
 
 def test_an_error_of_ours_passes_through_as_it_is(folder: Path) -> None:
