@@ -81,7 +81,7 @@ def tables(root: type[BaseModel], name: str = "", about: str = "") -> Iterator[T
         yield Table(
             name=name,
             about=_sentences(about, _about(root) if name else ""),
-            settings=tuple(_setting(key, field) for key, field in leaves.items()),
+            settings=tuple(setting(key, field) for key, field in leaves.items()),
         )
     for key, field in root.model_fields.items():
         if kinds := alternatives(field):
@@ -145,7 +145,8 @@ def _is_table(field: FieldInfo) -> bool:
     return bool(groups(field.annotation))
 
 
-def _setting(name: str, field: FieldInfo) -> Setting:
+def setting(name: str, field: FieldInfo) -> Setting:
+    """One field of a model."""
     rule = read_by(field)
     only = f"Only with {rule.selector} {_or(rule.kinds)}." if rule else ""
     return Setting(

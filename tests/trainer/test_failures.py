@@ -6,6 +6,7 @@ Run: pytest tests/trainer/test_failures.py
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -145,7 +146,9 @@ def test_a_broken_tokenizer_file_is_a_checkpoint_error_with_a_traceback_in_the_r
     assert traceback_named_in(line) == folder / "run" / "error.log"
 
 
-def test_an_unknown_architecture_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_architecture_is_named(
+    folder: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = folder / "student" / "config.json"
     path.write_text(path.read_text().replace('"qwen3"', '"never_heard_of"'))
     line = failed(folder, "train", capsys=capsys)
@@ -240,15 +243,30 @@ def test_a_checkpoint_below_a_file_is_a_checkpoint_error(folder: Path) -> None:
         checkpoints.save(1, tiny_student(), character_tokenizer(), {})
 
 
+def ended(folder: Path, temporary: Path, *arguments: str) -> str:
+    """The one line of `student-trainer eval` with vLLM as a process of its own, which must end."""
+    path = folder / "trainer.toml"
+    path.write_text(SETTINGS.format(out=folder, sampler="vllm"), encoding="utf-8")
+    command = [sys.executable, "-m", "student_trainer.cli", "eval", "--config", str(path)]
+    done = subprocess.run(
+        [*command, *arguments],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == cli.EXIT_FAILED, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
 @pytest.mark.vllm
-@pytest.mark.timeout(240)
 def test_vllm_that_does_not_start_is_a_sampler_error_with_its_last_words(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, temporary: Path
 ) -> None:
     """Its process finds the weights cut short; what it says of that is in a file of its own."""
     path = folder / "student" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    line = failed(folder, "eval", capsys=capsys, sampler="vllm")
+    line = ended(folder, temporary)
     assert line.startswith(f"SamplerError: vLLM cannot generate with {folder}/student: ")
     assert "safetensor" in line.lower()
     (output,) = re.findall(r"; its output is in (\S+) \(traceback", line)
@@ -257,17 +275,23 @@ def test_vllm_that_does_not_start_is_a_sampler_error_with_its_last_words(
 
 
 @pytest.mark.vllm
-@pytest.mark.timeout(240)
 def test_what_vllm_refuses_before_it_starts_is_a_sampler_error(
-    folder: Path, temporary: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, temporary: Path
 ) -> None:
-    line = failed(
-        folder, "eval", "--set", "rollout.max_context=100000", capsys=capsys, sampler="vllm"
-    )
+    line = ended(folder, temporary, "--set", "rollout.max_context=100000")
     assert line.startswith(f"SamplerError: vLLM cannot generate with {folder}/student: ")
     assert "max_model_len" in line
     assert "errors.pydantic.dev" not in line
     assert not list(temporary.glob("driftline-sampler-*"))
+
+
+def test_a_folder_too_long_for_vllms_sockets_is_named_before_it_starts(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "x" * 66)
+    line = failed(folder, "eval", capsys=capsys, sampler="vllm")
+    assert line.startswith("SamplerError: vLLM makes sockets in /tmp/xxx")
+    assert line.endswith("may have at most 70 bytes: set TMPDIR to a shorter one")
 
 
 def test_an_error_of_ours_passes_through_as_it_is(folder: Path) -> None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
+MAX_SOCKET_FOLDER_BYTES = 70
+"""Of the 107 of a socket's name 37 are the name that vLLM makes."""
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
 
 
@@ -71,6 +73,7 @@ class VllmSampler:
 
     async def start(self) -> None:
         """Loads the model into vLLM; tens of seconds. Raises SamplerError."""
+        _check_socket_folder()
         number, name = tempfile.mkstemp(prefix="driftline-sampler-", suffix=".log")
         os.close(number)
         self._output = Path(name)
@@ -183,6 +186,17 @@ class VllmSampler:
         if self._engine is None:
             raise RuntimeError("the sampler is not started")
         return self._engine
+
+
+def _check_socket_folder() -> None:
+    """vLLM's processes talk over sockets in the folder of temporary files. Where their names do not
+    fit it fails late, and its sockets then keep this process from ending."""
+    folder = os.environ.get("VLLM_RPC_BASE_PATH", tempfile.gettempdir())
+    if len(os.fsencode(folder)) > MAX_SOCKET_FOLDER_BYTES:
+        raise SamplerError(
+            f"vLLM makes sockets in {folder}, whose name may have at most "
+            f"{MAX_SOCKET_FOLDER_BYTES} bytes: set TMPDIR to a shorter one"
+        )
 
 
 def _delta(output: CompletionOutput, num_topk: int) -> Delta:
