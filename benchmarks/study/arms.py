@@ -50,7 +50,8 @@ REUSE = {"optim.epochs": 3}
 
 def _gate(granularity: str) -> dict[str, Any]:
     # 64 of 16384 tokens would be one token here; 16 leaves 16 blocks of a right response.
-    return {"weights.block_gate.granularity": granularity, "weights.block_gate.block_size": 16}
+    size = {"weights.block_gate.block_size": 16} if granularity == "block" else {}
+    return {"weights.block_gate.granularity": granularity, **size}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
