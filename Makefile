@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 INSTALLER ?= auto
 SOAK_MINUTES ?= 20
 
-.PHONY: demo test check fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
+.PHONY: demo test check try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
@@ -21,6 +21,9 @@ test: setup  ## the whole test suite
 
 check: lint  ## lint, types and the tests that need no engine, in about a minute
 	$(BIN)/python -m pytest -q -m "not vllm and not e2e"
+
+try: setup  ## README's two commands as printed, with small random models and eight rows
+	$(BIN)/python -m pytest -q tests/e2e/try_readme_commands.py
 
 fuzz: setup  ## 100,000 broken messages (FUZZ_CASES, FUZZ_SEED)
 	FUZZ_CASES=$${FUZZ_CASES:-100000} $(BIN)/python -m pytest -q tests/faults/test_fuzz.py \

@@ -12,17 +12,18 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from student_trainer.learner.checkpoint import Checkpoints
 
 from student_trainer import cli
 from student_trainer.errors import CheckpointError, ConfigError, TrainerError
 from student_trainer.failures import failure_line
+from student_trainer.train_state import TrainState, latest
 from student_trainer.writing import writing_to
 from tests.trainer.learner.tiny_student import (
     character_tokenizer,
@@ -221,26 +222,49 @@ def test_a_path_below_a_file_is_named(folder: Path, capsys: pytest.CaptureFixtur
     assert "a part of the path is a file: choose another" in line
 
 
+class State:
+    """A part of a run whose state is a tensor of so many numbers."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def state(self) -> dict[str, Any]:
+        return {"numbers": torch.zeros(self.size)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def state_of_a_run(folder: Path, part: State) -> TrainState:
+    model, tokenizer = tiny_student(), character_tokenizer()
+
+    def save_weights(to: Path) -> None:
+        model.save_pretrained(to)
+        tokenizer.save_pretrained(to)
+
+    return TrainState(folder, keep=2, save_weights=save_weights, parts={"part": part}, settings={})
+
+
 @pytest.mark.parametrize("limit", [4_096, 300_000])
 def test_a_checkpoint_that_does_not_fit_is_a_checkpoint_error(folder: Path, limit: int) -> None:
     """The weights do not fit, or they do and the state beside them does not."""
-    model, tokenizer = tiny_student(), character_tokenizer()
-    checkpoints = Checkpoints(folder / "run" / "checkpoints", keep=2)
-    first = checkpoints.save(1, model, tokenizer, {"state": torch.zeros(10)})
+    part = State(10)
+    run = state_of_a_run(folder / "checkpoints", part)
+    first = run.save()
     assert (first / "model.safetensors").stat().st_size < 300_000
+    run.step, part.size = 1, 1_000_000
     with files_of_at_most(limit), pytest.raises(CheckpointError) as caught:
-        checkpoints.save(2, model, tokenizer, {"state": torch.zeros(1_000_000)})
+        run.save()
     said = str(caught.value)
-    assert said.startswith(f"{folder}/run/checkpoints/")
-    assert re.search(r"cannot be written \(\d+\.\d GB free\): ", said)
+    assert said.startswith(f"{folder}/checkpoints/step-000001: cannot be written (")
+    assert re.search(r" \(\d+\.\d GB free\): ", said)
     assert said.endswith("`train --resume` goes on from the last whole one")
-    assert checkpoints.latest() == first
+    assert latest(folder / "checkpoints") == first
 
 
 def test_a_checkpoint_below_a_file_is_a_checkpoint_error(folder: Path) -> None:
-    checkpoints = Checkpoints(folder / "train.jsonl" / "checkpoints", keep=2)
     with pytest.raises(CheckpointError, match="Not a directory"):
-        checkpoints.save(1, tiny_student(), character_tokenizer(), {})
+        state_of_a_run(folder / "train.jsonl" / "checkpoints", State(1)).save()
 
 
 def ended(folder: Path, temporary: Path, *arguments: str) -> str:
@@ -353,5 +377,5 @@ def test_exit_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     said = capsys.readouterr().out
-    for code in (cli.EXIT_FAILED, cli.EXIT_INTERRUPTED):
+    for code in (cli.EXIT_FAILED, cli.EXIT_INTERRUPTED, cli.EXIT_TERMINATED):
         assert re.search(rf"^  {code} ", said, re.MULTILINE)

@@ -2,7 +2,7 @@
 
 The models are random and small, in folders of the names that the commands use; the data are eight
 rows; ports are free ones and the run is two steps long. Everything else is as printed: two real
-programs, vLLM in both. Run: make try-commands
+programs, vLLM in both. Run: make try
 """
 
 from __future__ import annotations
