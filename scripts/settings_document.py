@@ -5,12 +5,12 @@ Run: make docs. A test compares the file with `document()`.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 from student_trainer.settings.config import TrainerConfig
-from student_trainer.settings.reference import Setting, Table, reference
-from teacher_server.settings import TeacherConfig
+from student_trainer.settings.reference import Table, reference, setting
+from teacher_server.settings import ReadBy, TeacherConfig
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 
@@ -48,7 +48,6 @@ A setting `max_sessions` is the flag `--max-sessions`, the variable `TEACHER_MAX
 key `max_sessions` of the TOML file; the first of these that is given wins.
 
 """
-_WORDS = {"int": "integer", "float": "number", "bool": "true or false", "str": "text"}
 
 
 def document() -> str:
@@ -57,26 +56,17 @@ def document() -> str:
 
 
 def _teacher() -> Table:
-    """The teacher's settings, which are a dataclass with the texts of its flags."""
+    """The teacher's settings: one table, of which some are of one engine alone."""
     settings = []
-    for entry in fields(TeacherConfig):
-        rule = entry.metadata
-        bounds = [
-            f"{word} {rule[key]}"
-            for key, word in (("low", "at least"), ("high", "at most"))
-            if rule[key] is not None
+    for name, field in TeacherConfig.model_fields.items():
+        made = setting(name, field)
+        only = [
+            f"Only with engine {' or '.join(rule.engines)}."
+            for rule in field.metadata
+            if isinstance(rule, ReadBy)
         ]
-        kinds = ", ".join(f'`"{choice}"`' for choice in rule["choices"])
-        values = kinds or " ".join([_WORDS[str(entry.type)], ", ".join(bounds)]).rstrip()
-        shown = str(entry.default).lower() if entry.type == "bool" else repr(entry.default)
-        settings.append(
-            Setting(
-                name=entry.name,
-                values=values,
-                default=f"default `{shown.replace(chr(39), chr(34))}`",
-                effect=f"{rule['text'][0].upper()}{rule['text'][1:]}.",
-            )
-        )
+        effect = " ".join([f"{made.effect[0].upper()}{made.effect[1:]}.", *only])
+        settings.append(replace(made, effect=effect))
     return Table(name="", about="", settings=tuple(settings))
 
 

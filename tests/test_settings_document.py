@@ -14,6 +14,7 @@ from student_trainer.cli import main
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.settings.reference import reference, tables
 from student_trainer.settings.section import alternatives, groups
+from teacher_server.settings import TeacherConfig
 
 
 def undescribed(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -39,6 +40,7 @@ def undescribed(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def test_every_setting_and_every_group_has_a_docstring() -> None:
     assert list(undescribed(TrainerConfig)) == []
+    assert [n for n, field in TeacherConfig.model_fields.items() if not field.description] == []
 
 
 def test_the_document_is_what_the_classes_say() -> None:
@@ -53,6 +55,8 @@ def test_every_setting_is_in_the_document() -> None:
     }
     assert {"budget.patience", "loss.kind", "weights.block_gate.tau", "sampler.kind"} <= shown
     assert len(shown) > 90
+    teacher = PATH.read_text(encoding="utf-8").split("# The teacher\n")[1]
+    assert [n for n in TeacherConfig.model_fields if f"\n- `{n}` (" not in teacher] == []
 
 
 @pytest.mark.parametrize(
