@@ -120,7 +120,7 @@ RULES = [
     ),
     Rule(
         modules="student_trainer.train_state",
-        only="torch student_trainer.errors",
+        only="torch student_trainer.errors student_trainer.writing",
         why="parts are known by what they say",
     ),
     Rule(
