@@ -10,12 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+try:
+    import teacher_wire  # noqa: F401
+except ModuleNotFoundError:
+    sys.exit("student-trainer: the distribution driftline-client is missing; install it again")
+
 from student_trainer.errors import ConfigError, DatasetError, TrainerError
-from student_trainer.failures import failure_line, keep_traceback, needs_traceback
+from student_trainer.process.failures import failure_line, keep_traceback, needs_traceback
+from student_trainer.process.stopping import EXIT_TERMINATED, Stopped, StopRequest
 from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.settings.reference import reference
 from student_trainer.settings.warnings import warnings
-from student_trainer.stopping import EXIT_TERMINATED, Stopped, StopRequest
 from student_trainer.train_state import checkpoints, step_of
 from teacher_wire import tracing
 

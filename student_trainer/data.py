@@ -10,23 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2 import TemplateError
 
-from student_trainer.errors import CheckpointError, DatasetError
+from student_trainer.errors import DatasetError
 from student_trainer.records import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint. Raises CheckpointError naming the path."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    # A malformed file is whatever the library that reads it makes of it.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: cannot load a tokenizer: {reason}") from error
 
 
 def load_prompts(

@@ -13,8 +13,8 @@ from student_trainer.diagnostics import (
     rollout_report,
     step_profile,
 )
+from student_trainer.diagnostics.step_report import PhaseSeconds, StepReport
 from student_trainer.recording.phase_clock import PhaseClock
-from student_trainer.step_report import PhaseSeconds, StepReport
 
 
 def train(run: Run) -> None:

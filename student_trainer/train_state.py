@@ -18,7 +18,7 @@ from pickle import UnpicklingError
 from typing import Any, Protocol
 
 from student_trainer.errors import CheckpointError
-from student_trainer.writing import writing_to
+from student_trainer.process.writing import writing_to
 
 STATE_FILE = "trainer_state.pt"
 REMEDY = "make room or choose another run.out; `train --resume` goes on from the last whole one"

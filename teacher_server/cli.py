@@ -9,6 +9,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+try:
+    import teacher_wire  # noqa: F401
+except ModuleNotFoundError:
+    sys.exit("teacher-server: the distribution driftline-client is missing; install it again")
+
 from teacher_server.process.signals import signals_end_at_once
 
 if TYPE_CHECKING:

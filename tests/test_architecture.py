@@ -116,11 +116,11 @@ RULES = [
     Rule(modules="student_trainer.records", never=f"{TORCH} grpc", why="numpy until the learner"),
     *(
         Rule(modules=f"student_trainer.{name}", only="typing", why="everybody may know it")
-        for name in ("step_report", "stopping")
+        for name in ("diagnostics.step_report", "process.stopping")
     ),
     Rule(
         modules="student_trainer.train_state",
-        only="torch student_trainer.errors student_trainer.writing",
+        only="torch student_trainer.errors student_trainer.process.writing",
         why="parts are known by what they say",
     ),
     Rule(

@@ -8,9 +8,9 @@ from typing import Any
 
 from student_trainer.errors import ConfigError
 from student_trainer.learner.learner import Learner
+from student_trainer.process.stopping import LIMIT_S
 from student_trainer.rollouts.stream import RolloutStream
 from student_trainer.settings.config import TrainerConfig
-from student_trainer.stopping import LIMIT_S
 from student_trainer.train_state import TrainState, seconds_to_write, step_of
 
 ELSEWHERE = (

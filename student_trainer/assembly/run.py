@@ -16,10 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from student_trainer.assembly import methods, parts, resuming
 from student_trainer.assembly.own_loss import with_declared_needs
-from student_trainer.data import PromptOrder, load_tokenizer
+from student_trainer.data import PromptOrder
+from student_trainer.diagnostics.step_report import EvalReport
 from student_trainer.eval import EvalResult, evaluate
 from student_trainer.learner.learner import Learner
-from student_trainer.learner.student import load_student
+from student_trainer.pretrained import load_student, load_tokenizer
+from student_trainer.process.stopping import Stopped, StopRequest
 from student_trainer.recording.recorder import Recorder
 from student_trainer.recording.summary import write_progress
 from student_trainer.recording.terminal import Bars
@@ -29,8 +31,6 @@ from student_trainer.rollouts.stream import LoopThread, RolloutStream
 from student_trainer.rollouts.weight_sync import WeightSync
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.special_tokens import SpecialTokens
-from student_trainer.step_report import EvalReport
-from student_trainer.stopping import Stopped, StopRequest
 from student_trainer.train_state import (
     TrainState,
     checkpoints,

@@ -8,7 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from student_trainer.step_report import LearnReport, MismatchedToken, RolloutReport, StepReport
+from student_trainer.diagnostics.step_report import (
+    LearnReport,
+    MismatchedToken,
+    RolloutReport,
+    StepReport,
+)
 
 MIN_SUPPORT_MASS = 0.5
 """Below, most of the student's probability is where local support matching has no gradient."""

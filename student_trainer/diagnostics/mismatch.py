@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from student_trainer.diagnostics.step_report import MismatchedToken
 from student_trainer.records import Rollout
-from student_trainer.step_report import MismatchedToken
 
 TEACHER_FLOOR_NATS = -15.0
 """A teacher below this all but excludes the token (3e-7)."""

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from student_trainer.diagnostics.mismatch import mismatched_tokens
 from student_trainer.diagnostics.repetition import repetition_rate
+from student_trainer.diagnostics.step_report import RolloutReport, StepProfile
 from student_trainer.records import Finish, Rollout
-from student_trainer.step_report import RolloutReport, StepProfile
 
 BAND_TOKENS = 16
 """Width of a position band in the overlap profile."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from student_trainer.diagnostics.step_report import LearnReport
 from student_trainer.learner.batch import collate, recompute_behavior, split_micro, split_updates
 from student_trainer.learner.optim import Optimizer
 from student_trainer.learner.student import student_forward
@@ -30,9 +31,8 @@ from student_trainer.losses import (
     step_scale,
     sum_over_processes,
 )
+from student_trainer.process.stopping import StopRequest
 from student_trainer.records import Rollout
-from student_trainer.step_report import LearnReport
-from student_trainer.stopping import StopRequest
 
 MOMENTS = 2
 """Of AdamW, each as large as the parameters."""

@@ -1,4 +1,4 @@
-"""The student under training: load, forward, gather. The one place where logits are shifted.
+"""The student under training: forward, gather. The one place where logits are shifted.
 
 Legend: B = sequences, S = prompt plus response positions (padded), T = response positions (padded),
 R = response positions of all sequences in one row list, N = ids gathered a position, V =
@@ -13,15 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
-from student_trainer.errors import CheckpointError
+from transformers import PreTrainedModel
 
 HEAD_CHUNK_LOGITS = 1 << 26
 """Logits held at once, in elements (256 MiB of float32); longer lists of rows are recomputed in
@@ -38,25 +35,6 @@ class Gathered:
     """One [B, T, N] for each array of ids asked for."""
     entropy_BT: Tensor
     """[B, T] nats, no gradient."""
-
-
-def load_student(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A causal language model in training mode. Raises CheckpointError naming the path."""
-    folder = Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise CheckpointError(f"{path}: no config.json, not a Hugging Face checkpoint")
-    try:
-        config = AutoConfig.from_pretrained(path)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype
-        )
-    # Whatever a checkpoint's files and the model's code make of them.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: cannot load a student: {reason}") from error
-    torch.nn.Module.to(model, device)
-    model.train()
-    return model
 
 
 def student_forward(

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from student_trainer.diagnostics import Alarm
+from student_trainer.diagnostics.step_report import EvalReport, StepProfile, StepReport
 from student_trainer.errors import DatasetError
-from student_trainer.step_report import EvalReport, StepProfile, StepReport
 
 METRICS_FILE = "metrics.jsonl"
 PROFILES_FILE = "profiles.jsonl"

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Protocol, TextIO
 
 from student_trainer.diagnostics import Alarm, warnings_of
+from student_trainer.diagnostics.step_report import EvalReport, StepReport
 from student_trainer.errors import ConfigError
 from student_trainer.recording.json_lines import JsonLines, drop_later, read_run
 from student_trainer.recording.tensorboard import TensorBoard
 from student_trainer.recording.terminal import Bars, Terminal
-from student_trainer.step_report import EvalReport, StepReport
 
 LOCK_FILE = ".lock"
 

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from student_trainer.diagnostics.step_report import PHASES, EvalReport, StepProfile, StepReport
 from student_trainer.recording.json_lines import read_profiles, read_run
-from student_trainer.step_report import PHASES, EvalReport, StepProfile, StepReport
 
 COLORS = {"generate": "#4878a8", "teacher_wait": "#c44e52", "learn": "#6aa66a", "sync": "#c9a227"}
 FIRST, LAST = "#9aa5b1", "#1f4e79"

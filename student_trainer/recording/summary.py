@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from student_trainer.diagnostics import Alarm
+from student_trainer.diagnostics.step_report import PHASES, StepReport
 from student_trainer.errors import DatasetError
 from student_trainer.recording.json_lines import METRICS_FILE, WrittenRun, read_run
-from student_trainer.step_report import PHASES, StepReport
 
 SUMMARY_FILE = "summary.json"
 

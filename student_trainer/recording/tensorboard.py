@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from student_trainer.diagnostics import Alarm
-from student_trainer.step_report import EvalReport, StepReport
+from student_trainer.diagnostics.step_report import EvalReport, StepReport
 
 
 class TensorBoard:

@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 from student_trainer.diagnostics import Alarm
-from student_trainer.step_report import EvalReport, StepReport
+from student_trainer.diagnostics.step_report import EvalReport, StepReport
 
 WARN_EVERY_STEPS = 10
 """A warning that lasts is printed again after so many steps."""

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.errors import WeightSyncError
+from student_trainer.process.writing import writing_to
 from student_trainer.records import Delta, SamplingOptions
 from student_trainer.rollouts.samplers.base import Sampler, WeightFolder
-from student_trainer.writing import writing_to
 
 PROBE_TOKENS = 8
 

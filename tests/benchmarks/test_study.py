@@ -20,9 +20,9 @@ from benchmarks.study.arms import ARMS, QUICK, Arm, by_name
 from benchmarks.study.claims import CLAIMS, findings
 from benchmarks.study.results import REFERENCE, Results, cost_to_reach, ratios, spread
 from benchmarks.study.workbench import measured, settings
+from student_trainer.diagnostics.step_report import PHASES, EvalReport
 from student_trainer.recording.recorder import Recorder
 from student_trainer.recording.terminal import Bars
-from student_trainer.step_report import PHASES, EvalReport
 from tests.trainer.made_reports import profile_of_one_token, step_report
 
 BY_NAME = {arm.name: arm for arm in ARMS}

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from student_trainer.stopping import EXIT_TERMINATED
+from student_trainer.process.stopping import EXIT_TERMINATED
 from student_trainer.train_state import checkpoints, step_of
 from tests.faults.forked_processes import ForkedTeacher
 from tests.faults.trainer_process import SAVING, started, trainer

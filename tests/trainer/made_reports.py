@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from student_trainer.diagnostics import step_profile
+from student_trainer.diagnostics.step_report import MismatchedToken, StepProfile, StepReport
 from student_trainer.records import Rollout
-from student_trainer.step_report import MismatchedToken, StepProfile, StepReport
 
 VALUES: dict[str, float | None] = {
     "loss": 0.5,

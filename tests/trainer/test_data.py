@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_trainer.data import PromptOrder, load_prompts, load_tokenizer
+from student_trainer.data import PromptOrder, load_prompts
 from student_trainer.errors import CheckpointError, DatasetError
+from student_trainer.pretrained import load_tokenizer
 from student_trainer.special_tokens import SpecialTokens
 from tests.trainer.in_memory import prompt
 from tests.trainer.learner.tiny_student import character_tokenizer

@@ -22,9 +22,9 @@ import torch
 
 from student_trainer import cli
 from student_trainer.errors import CheckpointError, ConfigError, TrainerError
-from student_trainer.failures import failure_line
+from student_trainer.process.failures import failure_line
+from student_trainer.process.writing import writing_to
 from student_trainer.train_state import TrainState, latest
-from student_trainer.writing import writing_to
 from tests.trainer.learner.tiny_student import (
     character_tokenizer,
     tiny_student,

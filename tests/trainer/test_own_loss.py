@@ -233,9 +233,12 @@ def test_what_a_loss_declares_is_asked_for(here: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ('loss={"kind":"import"}', r"loss\.import\.path: Field required"),
-        ('loss={"kind":"import","path":"mine.f"}', r"loss\.import\.path: .*pattern"),
-        ('loss={"kind":"import","path":"mine:f","beta":1}', r"loss\.import\.beta: unknown setting"),
+        ('loss={"kind":"import"}', r"loss\.path: Field required"),
+        ('loss={"kind":"import","path":"mine.f"}', r"loss\.path: .*pattern"),
+        (
+            'loss={"kind":"import","path":"mine:f","beta":1}',
+            r"loss\.beta is read by kind generalized_jsd only; kind is import",
+        ),
     ],
 )
 def test_settings_of_an_own_loss_are_checked(tmp_path: Path, override: str, reason: str) -> None:

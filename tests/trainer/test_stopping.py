@@ -17,11 +17,11 @@ import torch
 from student_trainer.assembly.run import Run, assembled
 from student_trainer.learner.batch import Batch
 from student_trainer.learner.optim import Optimizer
+from student_trainer.process.stopping import Stopped, StopRequest
 from student_trainer.recording.recorder import Recorder
 from student_trainer.rollouts.stream import RolloutStream
 from student_trainer.rollouts.weight_sync import WeightSync
 from student_trainer.settings.config import TrainerConfig
-from student_trainer.stopping import Stopped, StopRequest
 from student_trainer.train import train
 from student_trainer.train_state import TrainState, checkpoints
 from tests.trainer.learner.made_learners import learner_of

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import DynamicCache, PreTrainedModel
 
-from student_trainer.learner.student import load_student
+from student_trainer.pretrained import load_student
 from student_trainer.records import Delta, Finish, SamplingOptions
 from student_trainer.rollouts.samplers.base import WeightSource
 

@@ -21,8 +21,8 @@ from student_trainer.diagnostics import (
     warnings_of,
 )
 from student_trainer.diagnostics.repetition import MAX_PERIOD, loop_mask, slow_loop_mask
+from student_trainer.diagnostics.step_report import StepProfile
 from student_trainer.records import Finish, Rollout
-from student_trainer.step_report import StepProfile
 from teacher_wire.drift import advance
 from teacher_wire.records import DriftPolicy, DriftState
 from tests.trainer.made_reports import profile_of_one_token, step_report

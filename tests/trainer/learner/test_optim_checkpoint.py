@@ -14,7 +14,7 @@ from transformers import Qwen3ForCausalLM
 from student_trainer.errors import CheckpointError, NonFiniteLossError
 from student_trainer.learner.learner import Learner
 from student_trainer.learner.optim import Optimizer
-from student_trainer.learner.student import load_student
+from student_trainer.pretrained import load_student
 from student_trainer.train_state import (
     STATE_FILE,
     TrainState,

@@ -14,7 +14,8 @@ from transformers import Qwen3ForCausalLM
 
 from student_trainer.errors import CheckpointError
 from student_trainer.learner import student as student_module
-from student_trainer.learner.student import Gathered, load_student, student_forward
+from student_trainer.learner.student import Gathered, student_forward
+from student_trainer.pretrained import load_student
 from tests.trainer.learner.tiny_student import VOCAB_SIZE, tiny_student, write_tiny_student
 
 PROMPT_LENGTHS = [2, 4, 1]

@@ -23,6 +23,7 @@ from student_trainer.diagnostics import (
     rollout_report,
     step_profile,
 )
+from student_trainer.diagnostics.step_report import EvalReport, PhaseSeconds, StepReport
 from student_trainer.errors import ConfigError, DatasetError
 from student_trainer.recording.json_lines import read_lines, read_profiles, read_run
 from student_trainer.recording.phase_clock import PhaseClock
@@ -31,7 +32,6 @@ from student_trainer.recording.report import draw, summary_table, warning_lines
 from student_trainer.recording.summary import summarize, write_progress, write_summary
 from student_trainer.recording.terminal import Bars
 from student_trainer.records import Finish, RolloutTimes
-from student_trainer.step_report import EvalReport, PhaseSeconds, StepReport
 from tests.trainer.made_reports import step_report
 from tests.trainer.made_rollouts import plain_rollout
 

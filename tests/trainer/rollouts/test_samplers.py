@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from student_trainer.errors import WeightSyncError
-from student_trainer.learner.student import load_student
+from student_trainer.pretrained import load_student
 from student_trainer.records import Delta, Finish, SamplingOptions
 from student_trainer.rollouts.samplers import vllm_sampler as vllm_sampler_module
 from student_trainer.rollouts.samplers.base import WeightFolder, WeightSource

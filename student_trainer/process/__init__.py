@@ -1,0 +1,1 @@
+"""One trainer process from start to end: how it is stopped, and what is said of its failures."""
