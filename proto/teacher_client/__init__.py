@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import teacher_wire  # noqa: F401 - it tells gRPC to be quiet, which must come before gRPC
+
 if TYPE_CHECKING:
     from teacher_client.access import AccessError, TeacherAccess
     from teacher_client.client import TeacherClient, TeacherSession
