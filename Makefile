@@ -11,22 +11,31 @@ TORCH_INDEX ?=
 INSTALLER ?= auto
 SOAK_MINUTES ?= 20
 
-.PHONY: demo test check try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
+# A file stays in one process, so that its engines and servers start once; what takes longest begins first
+# (tests/conftest.py). On a GPU one process: engines of two would not find room.
+TEST_PROCESSES ?= $(if $(filter cuda,$(ACCELERATOR)),1,logical)
+PYTEST := $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --maxprocesses 4 --dist loadfile \
+	--no-loadscope-reorder
+
+.PHONY: demo test check faults try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
 
-test: setup  ## the whole test suite
-	$(BIN)/python -m pytest -q
+test: setup  ## the whole test suite, a process a core (at most 4)
+	$(PYTEST)
 
 check: lint  ## lint, types and the tests that need no engine, in about a minute
-	$(BIN)/python -m pytest -q -m "not vllm and not e2e"
+	$(PYTEST) -m "not vllm and not e2e"
+
+faults: setup  ## the long rounds of tests/rounds.py: 1,000 killed processes, 100,000 broken messages
+	FAULT_ROUNDS=long $(BIN)/python -m pytest -q tests/faults tests/benchmarks/test_measuring.py
 
 try: setup  ## README's two commands as printed, with small random models and eight rows
 	$(BIN)/python -m pytest -q tests/e2e/try_readme_commands.py
 
 fuzz: setup  ## 100,000 broken messages (FUZZ_CASES, FUZZ_SEED)
-	FUZZ_CASES=$${FUZZ_CASES:-100000} $(BIN)/python -m pytest -q tests/faults/test_fuzz.py \
+	FAULT_ROUNDS=long $(BIN)/python -m pytest -q tests/faults/test_fuzz.py \
 	    tests/faults/test_fuzz_order.py
 
 soak: setup  ## mixed clients for SOAK_MINUTES, with a table in docs/soak.md

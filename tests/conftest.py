@@ -1,3 +1,31 @@
-"""For all tests: gRPC is told to be quiet before a test imports it."""
+"""For all tests: gRPC is told to be quiet before a test imports it, and long files begin first."""
+
+from __future__ import annotations
+
+import pytest
 
 import teacher_wire  # noqa: F401
+
+LONGEST_FIRST = (
+    "e2e/test_demo.py",
+    "benchmarks/test_measuring.py",
+    "faults/test_kill_vllm.py",
+    "teacher/engine/test_engines.py",
+    "faults/test_lifecycle.py",
+    "trainer/rollouts/test_samplers.py",
+    "faults/test_kill_teacher.py",
+    "faults/test_channel_options.py",
+    "faults/test_fuzz.py",
+    "faults/test_fair_shares.py",
+    "faults/test_thousand_kills.py",
+    "faults/test_slow_readers.py",
+)
+"""So that no process is left alone with one of them in the end; all others follow by name."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        path = item.nodeid.partition("::")[0].removeprefix("tests/")
+        return LONGEST_FIRST.index(path) if path in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)

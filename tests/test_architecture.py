@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import LIMIT_S
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "teacher_wire": ROOT / "proto" / "teacher_wire",
@@ -368,7 +370,7 @@ def test_a_wrong_import_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_module_does_not_bring_these_along(module: str, absent: str) -> None:
     code = f"import sys, {module}; print(*set(sys.modules) & set({absent.split()!r}))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
@@ -384,7 +386,7 @@ def tracked(pattern: str = "*") -> list[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=LIMIT_S,
     )
     return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
 

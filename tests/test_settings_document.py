@@ -15,6 +15,7 @@ from student_trainer.settings.config import TrainerConfig
 from student_trainer.settings.reference import reference, tables
 from student_trainer.settings.section import alternatives, groups
 from teacher_server.settings import TeacherConfig
+from tests.waiting import LIMIT_S
 
 
 def undescribed(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -105,5 +106,5 @@ def test_the_reference_is_printed_without_torch() -> None:
         "import sys; from student_trainer.cli import main; main(['settings']); "
         "sys.exit('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=LIMIT_S)
     assert done.returncode == 0

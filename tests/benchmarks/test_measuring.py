@@ -34,6 +34,9 @@ from benchmarks.measuring import (
 from benchmarks.processes import what_failed
 from benchmarks.progress import Progress
 from benchmarks.trainer_load import Append
+from tests.cores import own_core
+from tests.rounds import ROUNDS
+from tests.waiting import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -276,13 +279,29 @@ def test_what_failed_is_the_line_that_names_the_error(tmp_path: Path) -> None:
 def test_verdict_runs_with_a_tiny_model(tmp_path: Path) -> None:
     path = tmp_path / "verdict.json"
     command = [sys.executable, "-m", "benchmarks.verdict", "--quick", "--model", "tiny", "--eager"]
-    command += ["--arms", "driftline", "floor", "--repeats", "2", "--prefix", "384"]
-    command += ["--kv-cache-gib", "0.25", "--json", str(path)]
+    command += ["--dtype", "float32", "--arms", *ROUNDS.verdict_arms, "--repeats", "2"]
+    command += [
+        "--cores",
+        own_core(),
+        "--prompt",
+        "64",
+        "--prefix",
+        "192",
+        "--kv-cache-gib",
+        "0.25",
+        "--json",
+        str(path),
+    ]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")])}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3 * LIMIT_S
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(path.read_text())
-    assert [len(arm["seconds"]) for arm in content["arms"].values()] == [2, 2], content
-    assert content["ratios"]["driftline_over_floor"] > 0
+    assert list(content["arms"]) == list(ROUNDS.verdict_arms)
+    assert {len(arm["seconds"]) for arm in content["arms"].values()} == {2}, content
+    ratios = content["ratios"]
+    assert ratios["transformers_over_driftline"] > 0
+    assert (ratios["driftline_over_floor"] is not None) == ("floor" in ROUNDS.verdict_arms)
     assert content["settings"]["piece"] == 64
     assert "driftline" in done.stdout

@@ -20,6 +20,7 @@ from teacher_wire.records import (
     TokenSpan,
 )
 from tests.teacher.scoring.fake_rows import cut
+from tests.waiting import LIMIT_S
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=16)
@@ -48,7 +49,7 @@ async def client_of(*addresses: str, **changes: Any) -> AsyncIterator[TeacherCli
         "tokenizer_fingerprint": "",
         "vocab_size": 512,
         "run_id": "test",
-        "connect_timeout_s": 10.0,
+        "connect_timeout_s": LIMIT_S,
         "limits": FAST,
     }
     client = await TeacherClient.connect(list(addresses), **(arguments | changes))

@@ -6,6 +6,7 @@ Run: pytest tests/client/test_client_resume.py
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from dataclasses import replace
 
@@ -35,6 +36,7 @@ from tests.client.client_sessions import (
     restarting,
 )
 from tests.teacher.scoring.fake_rows import assert_same_response, cut
+from tests.waiting import LIMIT_S, eventually
 
 
 async def test_a_restarted_server_changes_nothing() -> None:
@@ -46,7 +48,7 @@ async def test_a_restarted_server_changes_nothing() -> None:
         waiting = asyncio.create_task(append_all(session, cut(span, 0, 90)))
         await asyncio.sleep(0.1)
         await server.start()
-        parts += await asyncio.wait_for(waiting, 10)
+        parts += await asyncio.wait_for(waiting, LIMIT_S)
         await server.stop()
         await server.start()
         parts += await append_all(session, span)
@@ -64,7 +66,7 @@ async def test_an_answer_lost_on_the_way_is_asked_for_again() -> None:
             await asyncio.sleep(0.01)
         await server.stop()
         await server.start()
-        parts.append(await asyncio.wait_for(waiting, 10))
+        parts.append(await asyncio.wait_for(waiting, LIMIT_S))
         assert_same_response(parts, await reference(span))
 
 
@@ -81,7 +83,7 @@ async def test_many_sessions_survive_a_restart_in_mid_flight() -> None:
             await asyncio.sleep(0.05)
             await server.stop()
             await server.start()
-        answers = await asyncio.wait_for(asyncio.gather(*work), 30)
+        answers = await asyncio.wait_for(asyncio.gather(*work), LIMIT_S)
         for span, parts in list(zip(spans, answers, strict=True))[::8]:
             assert_same_response(parts, await reference(span))
 
@@ -129,12 +131,17 @@ async def test_a_full_server_is_waited_for() -> None:
     span = make_span(20)
     engine = FakeEngine()
     info = teacher_info(engine, max_sessions=1)
-    async with local_teacher(engine, info=info, evict_idle_s=0.4) as teacher:
+    async with local_teacher(engine, info=info, evict_idle_s=1.0) as teacher:
+
+        def refused() -> int:
+            text = teacher.metrics.render().decode()
+            found = re.findall(r'^teacher_errors_total{type="CapacityError"} (\S+)$', text, re.M)
+            return int(sum(map(float, found)))
+
         async with client_of(teacher.address) as client:
             await client.open(PROMPT, OPTIONS, POLICY).append(span)
-            started = time.monotonic()
             await client.open(PROMPT, OPTIONS, POLICY).append(span)
-            assert 0.3 < time.monotonic() - started < 5
+            assert refused() > 0
 
 
 async def test_waiting_for_a_full_server_is_bounded() -> None:
@@ -159,11 +166,9 @@ async def test_another_model_behind_the_same_address_is_refused() -> None:
 
 
 async def test_an_absent_teacher_is_named_after_the_timeout() -> None:
-    started = time.monotonic()
     with pytest.raises(NotReadyError, match=r"127\.0\.0\.1:1 .*0\.5 s"):
         async with client_of("127.0.0.1:1", connect_timeout_s=0.5):
             pass
-    assert time.monotonic() - started < 3
 
 
 async def test_a_loading_teacher_is_waited_for() -> None:
@@ -179,13 +184,11 @@ async def test_a_teacher_that_never_comes_back_is_an_error_for_every_session() -
             sessions = [client.open(PROMPT, OPTIONS, POLICY) for _ in range(10)]
             await asyncio.gather(*(session.append(make_span(5)) for session in sessions))
             await server.stop()
-            started = time.monotonic()
             late = replace(make_span(5), offset=5)
             results = await asyncio.gather(
                 *(session.append(late) for session in sessions), return_exceptions=True
             )
             assert {type(result) for result in results} == {NotReadyError}
-            assert time.monotonic() - started < 5
             await asyncio.gather(*(session.close() for session in sessions))
 
 
@@ -200,7 +203,7 @@ async def test_waiting_for_an_absent_teacher_can_be_chosen() -> None:
             await asyncio.sleep(0.8)
             assert not waiting.done()
             await server.start()
-            await asyncio.wait_for(waiting, 10)
+            await asyncio.wait_for(waiting, LIMIT_S)
 
 
 @pytest.mark.parametrize(
@@ -225,12 +228,13 @@ async def test_an_engine_fault_is_an_error_and_the_session_stays(
 
 async def test_a_cancelled_append_does_not_confuse_the_next() -> None:
     span = make_span(60)
-    engine = FakeEngine(base_latency_s=0.2)
+    engine = FakeEngine()
     async with local_teacher(engine) as teacher, client_of(teacher.address) as client:
         session = client.open(PROMPT, OPTIONS, POLICY)
         parts = [await session.append(cut(span, 0, 20))]
+        engine._base_latency_s = 1.0
         waiting = asyncio.create_task(session.append(cut(make_span(60, seed=9), 20, 50)))
-        await asyncio.sleep(0.05)
+        await eventually(lambda: engine.num_queries == 2)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
@@ -250,7 +254,7 @@ async def test_a_score_call_survives_a_restart() -> None:
             await asyncio.sleep(0.01)
         await server.stop()
         await server.start()
-        scores = await asyncio.wait_for(waiting, 10)
+        scores = await asyncio.wait_for(waiting, LIMIT_S)
         assert_same_response([scores], await reference(span))
 
 
@@ -263,4 +267,4 @@ async def test_a_score_call_ends_with_its_client() -> None:
             await asyncio.sleep(0.01)
         await client.aclose()
         with pytest.raises(NotReadyError, match="closed"):
-            await asyncio.wait_for(waiting, 10)
+            await asyncio.wait_for(waiting, LIMIT_S)

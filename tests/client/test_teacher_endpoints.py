@@ -16,9 +16,10 @@ import grpc
 import numpy as np
 import pytest
 
+from teacher_client import endpoints
 from teacher_client.client import TeacherClient, TeacherSession
 from teacher_client.rendezvous import ranked
-from teacher_client.retry import RetryLimits
+from teacher_client.retry import RetryLimits, backoff_s
 from teacher_client.stream import Handshake, TeacherStream
 from teacher_server.engine.fake_engine import FakeEngine
 from teacher_server.testing import local_teacher, teacher_info
@@ -35,6 +36,7 @@ from tests.client.client_sessions import (
     restarting,
 )
 from tests.teacher.scoring.fake_rows import assert_same_response, cut
+from tests.waiting import LIMIT_S, eventually
 
 SPAN = make_span(60)
 
@@ -112,7 +114,7 @@ async def test_a_replica_that_comes_back_gets_new_sessions_and_old_ones_stay() -
         await group.servers[2].start()
         new = [group.client.open(PROMPT, OPTIONS, POLICY) for _ in range(40)]
         mine = next(session for session in new if group.preferred(session) == back)
-        give_up = time.monotonic() + 5
+        give_up = time.monotonic() + LIMIT_S
         while mine._opened_on is None or group.home(mine) != back:
             assert time.monotonic() < give_up
             mine = group.client.open(PROMPT, OPTIONS, POLICY)
@@ -127,12 +129,13 @@ async def test_a_draining_replica_answers_what_it_has_and_its_sessions_move() ->
         first = await group.append(0, 30)
         before = group.homes()
         for server in group.servers:
-            server.engine._base_latency_s = 0.3
+            server.engine._base_latency_s = 2.0
+        asked = sum(server.engine.num_queries for server in group.servers) + 24
         waiting = asyncio.create_task(group.append(30, 45))
-        await asyncio.sleep(0.1)
+        await eventually(lambda: sum(s.engine.num_queries for s in group.servers) == asked)
         draining = group.servers[0]
         asked = draining.engine.num_queries
-        assert await draining.teacher.service.drain("test", 5.0)
+        assert await draining.teacher.service.drain("test", LIMIT_S)
         second = await waiting
         # What had been asked was answered there and nowhere again.
         assert draining.engine.num_queries == asked
@@ -152,12 +155,11 @@ async def test_a_session_leaves_a_draining_replica_before_that_has_ended() -> No
         await group.append(0, 30)
         draining = group.servers[0]
         busy, idle = [s for s in group.sessions if group.home(s) == group.addresses[0]][:2]
-        draining.engine._base_latency_s = 1.0
+        draining.engine._base_latency_s = 5.0
         asked = draining.engine.num_queries
         waiting = asyncio.create_task(busy.append(cut(SPAN, 30, 45)))
-        while draining.engine.num_queries == asked:
-            await asyncio.sleep(0.01)
-        ending = asyncio.create_task(draining.teacher.service.drain("test", 5.0))
+        await eventually(lambda: draining.engine.num_queries > asked)
+        ending = asyncio.create_task(draining.teacher.service.drain("test", LIMIT_S))
         await asyncio.sleep(0.1)
         await idle.append(cut(SPAN, 30, 45))
         assert not ending.done()
@@ -186,14 +188,13 @@ async def test_a_replica_that_is_absent_at_first_joins_later() -> None:
     async with restarting() as early, restarting() as late:
         addresses = [early.teacher.address, late.teacher.address]
         await late.stop()
-        started = time.monotonic()
-        async with client_of(*addresses, connect_timeout_s=30.0) as client:
-            assert time.monotonic() - started < 5
+        # One that waited for the absent one too would fail after the time to connect.
+        async with client_of(*addresses) as client:
             session = client.open(PROMPT, OPTIONS, POLICY)
             await session.append(cut(SPAN, 0, 5))
             assert len(early.teacher.sessions) == 1
             await late.start()
-            give_up = time.monotonic() + 5
+            give_up = time.monotonic() + LIMIT_S
             while not len(late.teacher.sessions):
                 assert time.monotonic() < give_up
                 await client.open(PROMPT, OPTIONS, POLICY).append(cut(SPAN, 0, 5))
@@ -225,7 +226,7 @@ async def test_a_replica_that_comes_back_different_is_not_used(
         await server.stop()
         different = replace(teacher_info(server.engine), **change)  # type: ignore[arg-type]
         await server.start(info=different)
-        give_up = time.monotonic() + 5
+        give_up = time.monotonic() + LIMIT_S
         with caplog.at_level(logging.ERROR):
             while reason not in caplog.text:
                 assert time.monotonic() < give_up
@@ -234,7 +235,7 @@ async def test_a_replica_that_comes_back_different_is_not_used(
         assert len(server.teacher.sessions) == 0
         await server.stop()
         await server.start()
-        give_up = time.monotonic() + 5
+        give_up = time.monotonic() + LIMIT_S
         while not len(server.teacher.sessions):
             assert time.monotonic() < give_up
             await group.client.open(PROMPT, OPTIONS, POLICY).append(cut(SPAN, 0, 5))
@@ -262,8 +263,9 @@ async def test_a_port_that_only_closes_is_knocked_at_ever_more_rarely() -> None:
             async with client_of(f"127.0.0.1:{port}", connect_timeout_s=3, limits=RetryLimits()):
                 pass
     gaps = np.diff(knocks)
-    # 0.05 s doubling to 2 s: seven or eight in three seconds, a few more when jitter is low.
-    assert 4 <= len(knocks) <= 14
+    # 0.05 s doubling to 2 s: seven or eight in three seconds, a few more when jitter is low, and
+    # fewer when the machine is busy.
+    assert 3 <= len(knocks) <= 14
     assert gaps[-2:].min() > 0.2
 
 
@@ -320,12 +322,23 @@ async def test_an_attempt_to_connect_is_cancelled_even_as_its_channel_changes() 
     await asyncio.sleep(0.05)
     changed.set_result(None)
     connecting.cancel()
-    await asyncio.wait({connecting}, timeout=1.0)
+    await asyncio.wait({connecting}, timeout=LIMIT_S)
     assert connecting.cancelled()
 
 
-async def test_clients_are_back_within_three_seconds_and_not_in_one_burst() -> None:
+async def test_clients_come_back_after_one_short_pause_and_not_in_one_burst(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Judged by the pauses that they choose: when they are over, a busy machine decides."""
     num_clients, window_s = 20, 0.5
+    last: dict[asyncio.Task[None] | None, float] = {}
+
+    def noted(limits: RetryLimits, attempt: int) -> float:
+        pause_s = backoff_s(limits, attempt)
+        last[asyncio.current_task()] = pause_s
+        return pause_s
+
+    monkeypatch.setattr(endpoints, "backoff_s", noted)
     async with restarting() as server, AsyncExitStack() as stack:
         address = server.teacher.address
         clients = [
@@ -335,17 +348,11 @@ async def test_clients_are_back_within_three_seconds_and_not_in_one_burst() -> N
         await server.stop()
         await asyncio.sleep(3.0)
         await server.start()
-        started = time.monotonic()
-        back: list[float] = []
-
-        async def until_back(client: TeacherClient) -> None:
-            await client.stream_for("s")
-            back.append(time.monotonic() - started)
-
-        await asyncio.gather(*(until_back(client) for client in clients))
-        assert max(back) <= 3.0
-        times = np.sort(back)
-        in_window = np.searchsorted(times, times + window_s) - np.arange(num_clients)
+        await asyncio.gather(*(client.stream_for("s") for client in clients))
+        assert len(last) == num_clients, "each keeps its one teacher"
+        pauses = np.sort(list(last.values()))
+        assert pauses.max() <= RetryLimits().max_backoff_s
+        in_window = np.searchsorted(pauses, pauses + window_s) - np.arange(num_clients)
         # 8 are expected in the fullest half second and the deviation is 2; without jitter all 20
         # come at once. The bound of twice the even share is the law in test_teacher_client.
         assert in_window.max() <= 16

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.live_server import live_server
+from tests.waiting import LIMIT_S
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +31,7 @@ def test_the_examples_print_a_verdict_and_ranks(tmp_path: Path) -> None:
                 cwd=ROOT,
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=LIMIT_S,
             )
             for source, printed, actual in zip(
                 examples(),

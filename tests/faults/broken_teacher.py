@@ -1,11 +1,11 @@
 """A real server around an engine that fails in one way:
 
-python tests/faults/broken_teacher.py gate=PATH|dead=PATH|start|close|scores SETTINGS...
+python -m tests.faults.broken_teacher gate=PATH|dead=PATH|start|close|scores SETTINGS...
 
 gate=PATH  no query is answered while the file is there
 dead=PATH  the engine says that it is dead once the file is there
-start      start() never returns, in a thread
-close      close() never returns, in a thread, and a child process stays
+start      start() never returns, in a thread, and says that it has begun
+close      close() never returns, in a thread, says that it has begun, and a child process stays
 scores     the first query of the self-test is answered with other rows
 """
 
@@ -38,11 +38,12 @@ class BrokenEngine(FakeEngine):
 
     async def start(self) -> None:
         if self._kind == "start":
+            print("starting", flush=True)  # noqa: T201
             await asyncio.to_thread(time.sleep, 600)
         if self._kind == "close":
             child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
             child.start()
-            sys.stdout.write(f"child {child.pid}\n")
+            print(f"child {child.pid}", flush=True)  # noqa: T201
 
     async def score(self, query: ScoreQuery) -> EngineRows:
         while self._kind == "gate" and self._path.exists():
@@ -57,6 +58,7 @@ class BrokenEngine(FakeEngine):
 
     async def close(self) -> None:
         if self._kind == "close":
+            print("closing", flush=True)  # noqa: T201
             await asyncio.to_thread(time.sleep, 600)
 
 
@@ -69,6 +71,11 @@ async def _serve(kind: str, path: str, rest: list[str]) -> int:
     return await TeacherApp(config, engine, info, None, Access.from_config(config)).run()
 
 
+def main(arguments: list[str]) -> int:
+    """Serves until it ends; its exit code."""
+    kind, _, path = arguments[0].partition("=")
+    return asyncio.run(_serve(kind, path, arguments[1:]))
+
+
 if __name__ == "__main__":
-    kind, _, path = sys.argv[1].partition("=")
-    sys.exit(asyncio.run(_serve(kind, path, sys.argv[2:])))
+    sys.exit(main(sys.argv[1:]))

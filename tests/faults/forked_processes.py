@@ -6,9 +6,12 @@ gRPC must not be forked once it has objects; the process that these come from ne
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,10 +20,31 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import LIMIT_S, eventually
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The module itself is imported in every child; what it needs is there already.
-_CONTEXT.set_forkserver_preload(["teacher_server.process.app", "teacher_client.client", "uvloop"])
-START_S = 40.0
+_CONTEXT.set_forkserver_preload(
+    [
+        *("teacher_server.process.app", "teacher_server.cli", "teacher_client.client", "uvloop"),
+        "tests.faults.broken_teacher",
+    ]
+)
+
+
+def _run(target: Callable[..., None], *arguments: Any) -> None:
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
+    target(*arguments)
+
+
+def _end_with_the_tests() -> None:
+    """Kills this process, and its session where it has one, when the tests' process is gone."""
+    tests = multiprocessing.parent_process()
+    assert tests is not None
+    tests.join()
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _serve(folder: str, ready_file: str, settings: dict[str, Any]) -> None:
@@ -32,6 +56,48 @@ def _serve(folder: str, ready_file: str, settings: dict[str, Any]) -> None:
 
     config = TeacherConfig(ready_file=ready_file, **settings)
     raise SystemExit(asyncio.run(serve(config)))
+
+
+def _command(module: str, arguments: list[str], log: str) -> None:
+    os.setsid()
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    for name in [name for name in os.environ if name.startswith("TEACHER_")]:
+        del os.environ[name]
+    raise SystemExit(importlib.import_module(module).main(arguments))
+
+
+class ForkedCommand:
+    """A command, in a session of its own, without the time its imports take; its methods are those
+    of subprocess.Popen."""
+
+    def __init__(self, module: str, arguments: list[str], log: Path) -> None:
+        """Runs main(arguments) of the module; what it writes goes to the log."""
+        self._process = _CONTEXT.Process(target=_run, args=(_command, module, arguments, str(log)))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code; minus the signal that ended it."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self._process.join(timeout)
+        code = self._process.exitcode
+        assert code is not None, f"still running after {timeout} s"
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 class ForkedTeacher:
@@ -48,18 +114,15 @@ class ForkedTeacher:
     def start(self) -> None:
         """Starts it, the second time at the same port."""
         ready_file = self._folder / f"ready-{time.monotonic_ns()}.json"
-        arguments = (str(self._folder), str(ready_file), self._settings)
-        self._process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
+        arguments = (_serve, str(self._folder), str(ready_file), self._settings)
+        self._process = _CONTEXT.Process(target=_run, args=arguments, daemon=True)
         self._process.start()
         self._ready_file = ready_file
 
     async def until_ready(self) -> ForkedTeacher:
         """Returns once it serves."""
-        give_up = time.monotonic() + START_S
-        while not self._ready_file.exists():
-            assert self.running, (self._folder / "servers.log").read_text()[-2000:]
-            assert time.monotonic() < give_up, "not ready in time"
-            await asyncio.sleep(0.005)
+        await eventually(lambda: self._ready_file.exists() or not self.running)
+        assert self._ready_file.exists(), (self._folder / "servers.log").read_text()[-2000:]
         self.ready = json.loads(self._ready_file.read_text())
         self._ready_file.unlink()
         self._settings["grpc_port"] = self.port
@@ -81,14 +144,14 @@ class ForkedTeacher:
         """SIGKILL, and waits for the end."""
         if self._process is not None:
             self._process.kill()
-            self._process.join(10)
+            self._process.join(LIMIT_S)
             self._process.close()
             self._process = None
 
     def metrics(self) -> str:
         """What it exports, in Prometheus text format."""
         with urllib.request.urlopen(
-            f"http://{self.ready['http_address']}/metrics", timeout=10
+            f"http://{self.ready['http_address']}/metrics", timeout=LIMIT_S
         ) as reply:
             return str(reply.read().decode())
 
@@ -102,11 +165,11 @@ class ForkedTeacher:
 @contextmanager
 def forked(target: Callable[..., None], *arguments: Any) -> Iterator[ForkServerProcess]:
     """A process that runs a function of an importable module; killed on leaving."""
-    process = _CONTEXT.Process(target=target, args=arguments, daemon=True)
+    process = _CONTEXT.Process(target=_run, args=(target, *arguments), daemon=True)
     process.start()
     try:
         yield process
     finally:
         process.kill()
-        process.join(10)
+        process.join(LIMIT_S)
         process.close()

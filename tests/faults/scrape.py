@@ -11,6 +11,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.faults.live_server import LiveServer
+from tests.waiting import LIMIT_S
 
 
 class Scrape:
@@ -43,7 +44,7 @@ async def scraped(server: LiveServer) -> Scrape:
 
 
 async def until(server: LiveServer, holds: Callable[[Scrape], bool]) -> Scrape:
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + LIMIT_S
     while not holds(scrape := await scraped(server)):
         assert time.monotonic() < give_up, "did not happen in time"
         await asyncio.sleep(0.05)

@@ -21,6 +21,7 @@ from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import DriftPolicy, ScoreOptions, TokenSpan
 from teacher_wire.status import decode_status
+from tests.waiting import eventually
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=16)
@@ -157,10 +158,10 @@ class HealthLog:
     def statuses(self) -> list[int]:
         return [status for _, status in self.changes]
 
-    async def until(self, statuses: list[int], timeout_s: float) -> float:
+    async def until(self, statuses: list[int]) -> float:
         """Waits for exactly these statuses so far; returns when the last one came."""
-        give_up = time.monotonic() + timeout_s
-        while self.statuses != statuses:
-            assert time.monotonic() < give_up, self.statuses
-            await asyncio.sleep(0.01)
+        try:
+            await eventually(lambda: self.statuses == statuses)
+        except AssertionError as error:
+            raise AssertionError(f"{self.statuses}, not {statuses}") from error
         return self.changes[-1][0]

@@ -8,6 +8,7 @@ scaled down. An option without a scenario fails. Run: pytest tests/faults/test_c
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,15 +20,34 @@ from teacher_client.stream import CHANNEL_OPTIONS
 from teacher_server.rpc.server_options import SERVER_OPTIONS
 from teacher_server.testing import local_teacher
 from tests.faults.raw_h2 import MAX_CONCURRENT_STREAMS, h2_client, h2_server
+from tests.waiting import LIMIT_S
 
 MIB = 1 << 20
 FAST_PINGS = {"grpc.keepalive_time_ms": 1000, "grpc.http2.ping_timeout_ms": 500}
 """A second is the shortest interval that gRPC takes."""
-GIVES_UP_S = 3.0
-"""Longer than time and timeout together, far shorter than any default."""
 
 Options = dict[str, int]
-Scenario = Callable[[Options], Awaitable[object]]
+
+
+class Race:
+    """Two runs side by side: where something happens in one, the other is watched for as long
+    again, and what has not happened by then does not."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._give_up = self._started + LIMIT_S
+
+    async def happens(self, check: Callable[[], object]) -> bool:
+        while not check():
+            if time.monotonic() > self._give_up:
+                return False
+            await asyncio.sleep(0.01)
+        took_s = time.monotonic() - self._started
+        self._give_up = min(self._give_up, self._started + 2 * took_s + 0.5)
+        return True
+
+
+Scenario = Callable[[Options, Race], Awaitable[object]]
 
 
 @asynccontextmanager
@@ -53,7 +73,7 @@ async def code_of_call(address: str, options: Options, send: int, receive: int) 
     async with grpc.aio.insecure_channel(address, options=list(options.items())) as channel:
         call: Any = channel.unary_unary("/t/Echo")
         try:
-            answer = await call(str(receive).zfill(12).encode().ljust(send), timeout=10)
+            answer = await call(str(receive).zfill(12).encode().ljust(send), timeout=LIMIT_S)
         except grpc.aio.AioRpcError as error:
             return error.code().name
         assert len(answer) == receive
@@ -63,27 +83,27 @@ async def code_of_call(address: str, options: Options, send: int, receive: int) 
 BIG = {"grpc.max_receive_message_length": 64 * MIB, "grpc.max_send_message_length": 64 * MIB}
 
 
-async def server_sends_2_mib(options: Options) -> object:
+async def server_sends_2_mib(options: Options, race: Race) -> object:
     async with echo_server(options) as address:
         return await code_of_call(address, BIG, 12, 2 * MIB)
 
 
-async def server_receives_5_mib(options: Options) -> object:
+async def server_receives_5_mib(options: Options, race: Race) -> object:
     async with echo_server(options) as address:
         return await code_of_call(address, BIG, 5 * MIB, 1)
 
 
-async def client_sends_2_mib(options: Options) -> object:
+async def client_sends_2_mib(options: Options, race: Race) -> object:
     async with echo_server(BIG) as address:
         return await code_of_call(address, options, 2 * MIB, 1)
 
 
-async def client_receives_5_mib(options: Options) -> object:
+async def client_receives_5_mib(options: Options, race: Race) -> object:
     async with echo_server(BIG) as address:
         return await code_of_call(address, options, 12, 5 * MIB)
 
 
-async def second_server_binds(options: Options) -> object:
+async def second_server_binds(options: Options, race: Race) -> object:
     async with local_teacher(options=tuple(options.items())) as teacher:
         other = grpc.aio.server(options=list(options.items()))
         try:
@@ -93,33 +113,29 @@ async def second_server_binds(options: Options) -> object:
         return "shared"
 
 
-async def ends(closed: asyncio.Event) -> str:
-    try:
-        await asyncio.wait_for(closed.wait(), GIVES_UP_S)
-    except TimeoutError:
-        return "open"
-    return "closed"
+async def ends(closed: asyncio.Event, race: Race) -> str:
+    return "closed" if await race.happens(closed.is_set) else "open"
 
 
-async def server_meets_a_silent_client(options: Options) -> object:
+async def server_meets_a_silent_client(options: Options, race: Race) -> object:
     async with local_teacher(options=tuple(options.items())) as teacher:
         async with h2_client(teacher.address, answers_pings=False) as peer:
-            return await ends(peer.closed)
+            return await ends(peer.closed, race)
 
 
-async def server_is_pinged_often(options: Options) -> object:
+async def server_is_pinged_often(options: Options, race: Race) -> object:
     async with local_teacher(options=tuple(options.items())) as teacher:
         async with h2_client(teacher.address, answers_pings=True) as peer:
-            await asyncio.wait_for(peer.settled.wait(), 5)
+            await asyncio.wait_for(peer.settled.wait(), LIMIT_S)
             await peer.ping(8, 0.05)
-            await asyncio.sleep(0.3)
+            await race.happens(lambda: peer.goaway)
             return peer.goaway or "no goaway"
 
 
-async def server_tells_its_limit(options: Options) -> object:
+async def server_tells_its_limit(options: Options, race: Race) -> object:
     async with local_teacher(options=tuple(options.items())) as teacher:
         async with h2_client(teacher.address, answers_pings=True) as peer:
-            await asyncio.wait_for(peer.settled.wait(), 5)
+            await asyncio.wait_for(peer.settled.wait(), LIMIT_S)
             return peer.settings.get(MAX_CONCURRENT_STREAMS)
 
 
@@ -129,21 +145,20 @@ async def connected_client(options: Options, *, answers_pings: bool) -> AsyncIte
         channel = grpc.aio.insecure_channel(server.address, options=list(options.items()))
         async with channel:
             channel.get_state(try_to_connect=True)
-            yield await asyncio.wait_for(server.connected.get(), 5)
+            yield await asyncio.wait_for(server.connected.get(), LIMIT_S)
 
 
-async def client_meets_a_silent_server(options: Options) -> object:
+async def client_meets_a_silent_server(options: Options, race: Race) -> object:
     async with connected_client(options, answers_pings=False) as peer:
-        return await ends(peer.closed)
+        return await ends(peer.closed, race)
 
 
-async def client_pings_in_5_s(options: Options) -> object:
+async def client_pings_four_times(options: Options, race: Race) -> object:
     async with connected_client(options, answers_pings=True) as peer:
-        await asyncio.sleep(5.5)
-        return "goes on" if peer.num_pings >= 4 else "stops"
+        return "goes on" if await race.happens(lambda: peer.num_pings >= 4) else "stops"
 
 
-async def two_clients_of_one_server(options: Options) -> object:
+async def two_clients_of_one_server(options: Options, race: Race) -> object:
     async with h2_server(answers_pings=True) as server:
         items = list(options.items())
         async with (
@@ -152,7 +167,7 @@ async def two_clients_of_one_server(options: Options) -> object:
         ):
             for channel in (one, other):
                 channel.get_state(try_to_connect=True)
-            await asyncio.sleep(2.0)
+            await race.happens(lambda: server.connected.qsize() == 2)
             return server.connected.qsize()
 
 
@@ -190,7 +205,7 @@ CLIENT: dict[str, tuple[int, Scenario, object, object]] = {
     "grpc.keepalive_time_ms": (1000, client_meets_a_silent_server, "closed", "open"),
     "grpc.http2.ping_timeout_ms": (500, client_meets_a_silent_server, "closed", "open"),
     "grpc.keepalive_permit_without_calls": (1, client_meets_a_silent_server, "closed", "open"),
-    "grpc.http2.max_pings_without_data": (0, client_pings_in_5_s, "goes on", "stops"),
+    "grpc.http2.max_pings_without_data": (0, client_pings_four_times, "goes on", "stops"),
     "grpc.use_local_subchannel_pool": (1, two_clients_of_one_server, 2, 1),
 }
 
@@ -198,9 +213,11 @@ CLIENT: dict[str, tuple[int, Scenario, object, object]] = {
 async def both(options: Options, name: str, value: int, scenario: Scenario) -> list[object]:
     """What is seen with the option under its name, and under a name that gRPC does not know."""
     others = {key: FAST_PINGS.get(key, v) for key, v in options.items() if key != name}
+    race = Race()
     return list(
         await asyncio.gather(
-            scenario(others | {name: value}), scenario(others | {f"{name}_misspelt": value})
+            scenario(others | {name: value}, race),
+            scenario(others | {f"{name}_misspelt": value}, race),
         )
     )
 

@@ -26,8 +26,9 @@ from teacher_wire.errors import (
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import ScoreOptions, TokenSpan
 from teacher_wire.status import decode_error
-from tests.teacher.rpc.raw_streams import Raw, eventually, raw_stream
+from tests.teacher.rpc.raw_streams import Raw, raw_stream
 from tests.teacher.scoring.fake_rows import cut, make_span
+from tests.waiting import LIMIT_S, eventually
 
 
 def ids(*values: int) -> bytes:
@@ -198,11 +199,11 @@ async def test_expired_appends_never_reach_the_engine_and_are_counted() -> None:
 
 
 async def test_a_deadline_counts_from_the_arrival_of_an_append() -> None:
-    engine = FakeEngine(base_latency_s=0.3)
+    engine = FakeEngine(base_latency_s=1.0)
     async with raw_stream(engine) as (raw, _):
         await raw.open(policy=None)
         span = TokenSpan(offset=0, token_ids=np.arange(4, dtype=np.int32))
         await raw.append(span)
-        await raw.append(span, deadline_ms=150)  # the same session: waits 300 ms for the first
-        assert type(await asyncio.wait_for(next_error(raw), 5)) is DeadlineError
+        await raw.append(span, deadline_ms=150)  # the same session: waits a second for the first
+        assert type(await asyncio.wait_for(next_error(raw), LIMIT_S)) is DeadlineError
         assert engine.num_queries == 1

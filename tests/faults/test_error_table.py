@@ -52,6 +52,7 @@ from teacher_wire.records import TokenSpan
 from teacher_wire.status import decode_error, decode_status, encode_error, encode_status
 from tests.teacher.rpc.raw_streams import HELLO, PROMPT, Raw, eventually, raw_stream, stub_of
 from tests.teacher.scoring.fake_rows import make_span
+from tests.waiting import LIMIT_S
 
 IDS = np.arange(8, dtype=np.int32)
 SPAN = TokenSpan(offset=0, token_ids=IDS)
@@ -178,7 +179,7 @@ SCORE = "/opd.teacher.v1.TeacherService/Score"
 def failed(call: Any) -> Callable[[Any], Awaitable[TeacherError]]:
     async def run(request: Any) -> TeacherError:
         try:
-            async for _ in call(request, timeout=10):
+            async for _ in call(request, timeout=LIMIT_S):
                 pass
         except AioRpcError as error:
             return decode_status(error)

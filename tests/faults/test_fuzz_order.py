@@ -1,12 +1,11 @@
 """Messages of one stream in any order are answered as a model of the sessions says.
 
-Row 8 of the fault table, part e. Run: pytest tests/faults/test_fuzz_order.py; `make fuzz` does more
-(FUZZ_CASES).
+Row 8 of the fault table, part e. Run: pytest tests/faults/test_fuzz_order.py; `make fuzz` does
+more.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -23,14 +22,14 @@ from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from tests.faults.live_server import LiveServer, live_server
 from tests.faults.streams import append_message, hello, open_message, span_at
+from tests.rounds import ROUNDS
+from tests.waiting import LIMIT_S
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(ROUNDS.timeout_s)]
 
-CASES = int(os.environ.get("FUZZ_CASES", "6000"))
 STEPS = 40
 NAMES = st.sampled_from(("a", "b", "never"))
 MAX_CONTEXT, MAX_APPEND = 256, 32
-ANSWER_S = 5.0
 PROMPT_TOKENS = 5
 
 
@@ -48,7 +47,7 @@ class Stream:
 
     def hear(self) -> pb.SessionResponse:
         # The call has no deadline: it is cut here when nothing comes.
-        timer = threading.Timer(ANSWER_S, self.call.cancel)
+        timer = threading.Timer(LIMIT_S, self.call.cancel)
         timer.start()
         try:
             return next(self.call)
@@ -168,7 +167,7 @@ def test_any_order_is_answered_as_the_model_says(server: LiveServer) -> None:
     Here.server = server
     machine = Here.TestCase
     machine.settings = settings(
-        max_examples=max(10, int(CASES * 0.10 / STEPS)),
+        max_examples=max(10, int(ROUNDS.fuzz_cases * 0.10 / STEPS)),
         stateful_step_count=STEPS,
         deadline=None,
         database=None,

@@ -6,7 +6,6 @@ Run: pytest tests/faults/test_kill_vllm.py
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,11 @@ import pytest
 from teacher_client.client import TeacherClient
 from teacher_client.retry import RetryLimits
 from teacher_wire.records import ScoreOptions
+from tests.cores import own_core
 from tests.faults.live_server import LiveServer
 from tests.teacher.engine.engine_models import VOCAB_SIZE, write_tiny_model
 from tests.teacher.scoring.fake_rows import cut, make_span
+from tests.waiting import LIMIT_S, eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 
@@ -25,7 +26,6 @@ PROMPT = np.arange(7, 40, dtype=np.int32)
 OPTIONS = ScoreOptions(k=16)
 TOKENS, PIECE = 96, 24
 NATS = 1e-5
-GONE_S = 5.0
 
 
 def children(pid: int) -> list[Path]:
@@ -40,16 +40,25 @@ def test_the_engine_goes_with_its_teacher_and_the_next_one_gives_the_same_rows(
 ) -> None:
     model = write_tiny_model(tmp_path / "model")
     flags = ["--engine", "vllm", "--model", str(model), "--max-context", "192", "--max-k", "16"]
-    flags += ["--kv-cache-gib", "0.05", "--enforce-eager", "--cpu-cores", "0", "--no-self-test"]
-    servers = [LiveServer(tmp_path, *flags).wait_until_ready()]
+    flags += [
+        "--kv-cache-gib",
+        "0.05",
+        "--enforce-eager",
+        "--cpu-cores",
+        own_core(),
+        "--no-self-test",
+    ]
+    servers = [LiveServer(tmp_path, *flags, forked=False)]
     span = make_span(TOKENS)
 
     async def scenario() -> None:
+        servers[0].wait_until_ready()
         client = await TeacherClient.connect(
             [servers[0].address],
             tokenizer_fingerprint="",
             vocab_size=VOCAB_SIZE,
             run_id="test",
+            connect_timeout_s=LIMIT_S,
             on_absent="wait",
             limits=RetryLimits(max_resends=1000),
         )
@@ -59,12 +68,9 @@ def test_the_engine_goes_with_its_teacher_and_the_next_one_gives_the_same_rows(
         answers = [await killed.append(pieces[0])]
         engine = children(servers[0].process.pid)
         assert engine
-        servers[0].end()
-        give_up = time.monotonic() + GONE_S
-        while alive := [process for process in engine if process.exists()]:
-            assert time.monotonic() < give_up, f"left behind: {alive}"
-            await asyncio.sleep(0.05)
-        again = LiveServer(tmp_path, *flags, "--grpc-port", str(servers[0].port))
+        servers[0].process.kill()  # and nothing else of its group
+        await eventually(lambda: not any(process.exists() for process in engine))
+        again = LiveServer(tmp_path, *flags, "--grpc-port", str(servers[0].port), forked=False)
         servers.append(again)
         await asyncio.to_thread(again.wait_until_ready)
         answers += [await killed.append(piece) for piece in pieces[1:]]

@@ -21,6 +21,7 @@ from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.testing import local_teacher
 from tests.faults.live_server import live_server
 from tests.faults.streams import BusyStream, append_message, hello, open_message, span_at, stub_at
+from tests.waiting import LIMIT_S
 
 TOKEN_IDS = "401, 402, 403"
 
@@ -121,13 +122,13 @@ def test_every_line_of_a_server_is_an_object(tmp_path: Path) -> None:
             async with stub_at(server.address) as stub:
                 stream = BusyStream(1)
                 task = asyncio.create_task(stream.run(stub))
-                await asyncio.wait_for(stream.welcomed.wait(), 10)
+                await asyncio.wait_for(stream.welcomed.wait(), LIMIT_S)
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
         asyncio.run(scenario())
         server.process.terminate()
-        assert server.exit_code(10) == 0
+        assert server.exit_code() == 0
         lines = [line for line in server.output.splitlines() if not line.startswith("I")]
     assert lines
     parsed = [json.loads(line) for line in lines if not line.startswith("teacher-server ready")]
@@ -156,7 +157,7 @@ for _ in range(4):
 def test_a_client_that_loses_its_teacher_writes_nothing_of_grpcs_own() -> None:
     env = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
     command = [sys.executable, "-c", LOSES_ITS_TEACHER]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S)
     # What grpc.aio says of the server's calls, which are cut off here, is not what is asked about.
     of_the_core = [line for line in done.stderr.splitlines() if ".cc:" in line]
     assert (done.returncode, of_the_core) == (0, [])

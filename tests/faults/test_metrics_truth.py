@@ -6,6 +6,7 @@ Row 21 of the fault table. Run: pytest tests/faults/test_metrics_truth.py
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from teacher_wire import codec
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import TokenSpan
 from teacher_wire.status import decode_status
-from tests.faults.live_server import LiveServer, live_server
+from tests.faults.live_server import BROKEN, LiveServer, live_server
 from tests.faults.scrape import Scrape, scraped, until
 from tests.faults.streams import (
     PROMPT,
@@ -163,31 +164,35 @@ async def in_batches(stub: Any, counts: Counts) -> None:
     await speaker.close()
 
 
-async def too_late(stub: Any, counts: Counts) -> None:
+async def too_late(stub: Any, counts: Counts, server: LiveServer, gate: Path) -> None:
     """A deadline that passes while another session has the engine."""
     busy, late = Speaker(stub, counts, "busy"), Speaker(stub, counts, "late")
     for speaker in (busy, late):
         await speaker.greet()
         assert await speaker.ask(open_message("s")) == "opened"
+    gate.touch()
     working = asyncio.create_task(busy.ask(append_message("s", span_at(0, 2))))
-    await asyncio.sleep(0.05)
+    await until(server, lambda scrape: scrape.value("teacher_batch_sessions") == 1)
     assert await late.ask(append_message("s", span_at(0, 2), deadline_ms=20)) == "DeadlineError"
     counts.outcomes["expired", "late"] += 1
+    gate.unlink()
     assert await working == "scores"
     await busy.close()
     await late.close()
 
 
-async def broken_off(stub: Any, counts: Counts, server: LiveServer) -> None:
+async def broken_off(stub: Any, counts: Counts, server: LiveServer, gate: Path) -> None:
     """A client that goes while its append is in the engine."""
     speaker = Speaker(stub, counts, "gone")
     await speaker.greet()
     assert await speaker.ask(open_message("s")) == "opened"
+    gate.touch()
     await speaker.tell(append_message("s", span_at(0, 2)))
     await until(server, lambda scrape: scrape.value("teacher_batch_sessions") == 1)
     await speaker.break_off(sessions=1)
     counts.outcomes["cancelled", "gone"] += 1
     await until(server, lambda scrape: scrape.value("teacher_batch_sessions") == 0)
+    gate.unlink()
 
 
 async def too_slow(stub: Any, counts: Counts) -> None:
@@ -241,13 +246,13 @@ async def http(server: LiveServer, counts: Counts) -> None:
     counts.errors["InvalidRequestError"] += 1  # the path that is none
 
 
-async def mixed_load(server: LiveServer, counts: Counts) -> None:
+async def mixed_load(server: LiveServer, counts: Counts, gate: Path) -> None:
     async with stub_at(server.address) as stub:
         for index, tenant in enumerate(("one", "two", "three")):
             await orderly(stub, counts, tenant, appends=3 + index)
         await in_batches(stub, counts)
-        await too_late(stub, counts)
-        await broken_off(stub, counts, server)
+        await too_late(stub, counts, server, gate)
+        await broken_off(stub, counts, server, gate)
         await too_slow(stub, counts)
         await refused_at_hello(stub, counts)
         await unary(stub, counts)
@@ -279,13 +284,15 @@ def assert_equal(scrape: Scrape, counts: Counts) -> None:
 
 
 def test_counters_equal_the_clients_own(tmp_path: Path) -> None:
-    arguments = ("--fake-latency-s", "0.1", "--max-running", "1", "--no-self-test")
+    gate = tmp_path / "gate"
+    arguments = ("--max-running", "1", "--no-self-test")
     limits = ("--session-ttl-s", str(TTL_S), "--slow-client-s", str(SLOW_S))
-    with live_server(tmp_path, *arguments, *limits) as server:
+    broken = (*BROKEN, f"gate={gate}")
+    with live_server(tmp_path, *arguments, *limits, program=broken) as server:
 
         async def scenario() -> None:
             counts = Counts()
-            await mixed_load(server, counts)
+            await mixed_load(server, counts, gate)
             scrape = await until(
                 server,
                 lambda s: (
@@ -306,7 +313,7 @@ def test_counters_equal_the_clients_own(tmp_path: Path) -> None:
 
 
 def test_a_session_in_the_way_is_counted_and_an_open_that_finds_no_room(tmp_path: Path) -> None:
-    limits = ("--max-sessions", "2", "--evict-idle-s", "0.3", "--fake-latency-s", "0.6")
+    limits = ("--max-sessions", "2", "--evict-idle-s", "3")
     with live_server(tmp_path, *limits, "--no-self-test") as server:
 
         async def scenario() -> None:
@@ -319,38 +326,45 @@ def test_a_session_in_the_way_is_counted_and_an_open_that_finds_no_room(tmp_path
                 scored = codec.encode_ids(span_at(0, 4).token_ids)
                 drift = pb.DriftState(num_tokens=4)
                 resume = open_message("c", scored_ids=scored, drift=drift)
-                assert await speaker.ask(resume) == "CapacityError"
-                await asyncio.sleep(0.4)
-                assert await speaker.ask(resume) == "opened"
+                answers = [await speaker.ask(resume)]
+                while answers[-1] != "opened":
+                    await asyncio.sleep(0.5)
+                    answers.append(await speaker.ask(resume))
+                refused = answers[:-1]
+                assert set(refused) == {"CapacityError"}
                 await speaker.close()
             scrape = await scraped(server)
             assert scrape.by("teacher_evictions_total", "reason") == {"room": 1}
-            assert scrape.by("teacher_resumes_total", "result") == {"refused": 1, "rebuilt": 1}
+            assert scrape.by("teacher_resumes_total", "result") == {
+                "refused": len(refused),
+                "rebuilt": 1,
+            }
 
         asyncio.run(scenario())
 
 
 def test_every_reply_carries_its_queue_and_compute_time(tmp_path: Path) -> None:
     """The second of two queries waits for as long as the first one takes."""
-    arguments = ("--fake-latency-s", "0.3", "--max-running", "1", "--no-self-test")
+    arguments = ("--fake-latency-s", "1", "--max-running", "1", "--no-self-test")
     with live_server(tmp_path, *arguments) as server:
 
         async def scenario() -> None:
             async with stub_at(server.address) as stub:
                 call = stub.Session()
                 await call.write(hello())
+                timings, asked = [], time.monotonic()
                 for name in ("a", "b"):
                     await call.write(open_message(name))
                     await call.write(append_message(name, span_at(0, 2)))
-                timings = []
                 while len(timings) < 2:
                     message = await call.read()
                     if message.HasField("scores"):
                         timings.append(message.scores.timing)
+                took_us = 1e6 * (time.monotonic() - asked)
                 call.cancel()
             first, second = timings
-            assert 0.3e6 <= first.engine_us < 2e6
-            assert first.queue_us < second.queue_us
-            assert 0.2e6 < second.queue_us < 2e6
+            assert min(first.engine_us, second.engine_us) >= 1e6
+            assert max(first.queue_us, 0.5e6) < second.queue_us
+            assert second.queue_us + second.engine_us <= took_us
 
         asyncio.run(scenario())

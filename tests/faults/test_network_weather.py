@@ -21,16 +21,16 @@ from teacher_wire.drift_metrics import OverlapRatio
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TokenSpan
 from tests.faults.proxy import Proxy, Weather, reset, weather
-from tests.teacher.rpc.raw_streams import HELLO, Raw, eventually
+from tests.teacher.rpc.raw_streams import HELLO, Raw
 from tests.teacher.rpc.raw_streams import OPTIONS as RAW_OPTIONS
 from tests.teacher.rpc.raw_streams import POLICY as RAW_POLICY
 from tests.teacher.scoring.fake_rows import assert_same_response, cut, make_span
+from tests.waiting import LIMIT_S, eventually
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=32)
 POLICY = DriftPolicy(metric=OverlapRatio(k=8), w_drop=0.1)
 NUM_SESSIONS, TOKENS, PIECE = 6, 96, 16
-LIMIT_S = 30.0
 
 
 async def rollout(client: TeacherClient, span: TokenSpan) -> list[Scores]:

@@ -24,34 +24,33 @@ from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import ScoreOptions, TokenSpan
 from tests.faults.live_server import LiveServer, live_server
-from tests.faults.loads import Tally, ask_without_pause, tenant
-from tests.faults.scrape import Scrape, scraped
-from tests.teacher.rpc.raw_streams import Raw, eventually, raw_stream
+from tests.faults.loads import Race
+from tests.faults.scrape import Scrape, until
+from tests.teacher.rpc.raw_streams import Raw, raw_stream
+from tests.waiting import LIMIT_S, eventually, wait_until
 
 MIB = 1 << 20
 SLOW_S = 2.0
 SLOW_WATCHED_S = 6.0
 """Long enough to watch the others while one is stuck."""
-WATCHED_S = 3.0
 NUM_SESSIONS = 110
-NOISE = 0.7
-"""Of a 99th percentile of a few seconds on a shared machine; 21 cases showed 0.66 to 1.18."""
+NUM_ANSWERS = 300
+"""To others, while one is stuck."""
 SPAN = TokenSpan(offset=0, token_ids=np.arange(448, dtype=np.int32))
 OPTIONS = codec.encode_options(ScoreOptions(k=128))
 """448 rows of 1 KiB: with NUM_SESSIONS sessions about 50 MB of answers."""
 
 
-def num_cut(teacher: LiveServer) -> float:
-    """Streams that were cut off because they were not read."""
-    return Scrape(teacher).value("teacher_dropped_total", reason="slow")
+async def beside(teacher: LiveServer) -> int:
+    """Eight sessions of somebody else; how many answers they got."""
+    race = Race(NUM_ANSWERS)
+    await race.run(teacher.address, "others", sessions=8, append_tokens=16)
+    return race.num_answered
 
 
-async def beside(teacher: LiveServer) -> Tally:
-    """Eight sessions of somebody else."""
-    tally = Tally()
-    async with tenant(teacher.address, "others") as client:
-        await ask_without_pause(client, tally, sessions=8, append_tokens=16, seconds=WATCHED_S)
-    return tally
+def cut_off(scrape: Scrape) -> bool:
+    """One stream was, because it was not read."""
+    return scrape.value("teacher_dropped_total", reason="slow") == 1
 
 
 async def sample_memory(teacher: LiveServer, samples: list[int]) -> None:
@@ -61,15 +60,16 @@ async def sample_memory(teacher: LiveServer, samples: list[int]) -> None:
         await asyncio.sleep(0.1)
 
 
-async def stuck(teacher: LiveServer) -> None:
-    """Returns when no more answers are made for the client that does not read. Until then its
-    queries are in the engine like anybody's, and others wait for their turn, as they should."""
+async def stuck(teacher: LiveServer) -> float:
+    """Returns when nothing of the client that does not read is in the engine or waits for it: the
+    tokens scored for it. Until then others wait for their turn, as they should."""
     before, made = -1.0, 0.0
-    async with asyncio.timeout(SLOW_WATCHED_S):
-        while made == 0 or made > before:
-            await asyncio.sleep(0.3)
-            scrape = await scraped(teacher)
-            before, made = made, scrape.value("teacher_tokens_scored_total", tenant="slow")
+    work = ("teacher_queue_depth", "teacher_batch_sessions")
+    while made == 0 or made > before:
+        await asyncio.sleep(0.3)
+        scrape = await until(teacher, lambda scrape: not any(map(scrape.value, work)))
+        before, made = made, scrape.value("teacher_tokens_scored_total", tenant="slow")
+    return made
 
 
 @pytest.mark.e2e
@@ -79,7 +79,7 @@ def test_50_mb_for_a_client_that_stops_reading(tmp_path: Path, credit_bytes: int
     flags += ("--max-running", "8")
 
     async def scenario(teacher: LiveServer) -> None:
-        alone = await beside(teacher)  # and what a process allocates once is there
+        await beside(teacher)  # what a process allocates once is there
         before = teacher.rss_bytes()
         samples: list[int] = []
         watcher = asyncio.create_task(sample_memory(teacher, samples))
@@ -87,29 +87,19 @@ def test_50_mb_for_a_client_that_stops_reading(tmp_path: Path, credit_bytes: int
             raw = Raw(pb_grpc.TeacherServiceStub(channel))  # type: ignore[no-untyped-call]
             hello = pb.Hello(protocol_version=1, run_id="slow", credit_bytes=credit_bytes)
             await raw.send(hello=hello)
-            started = time.monotonic()
             for index in range(NUM_SESSIONS):
                 await raw.open(str(index), policy=None, options=OPTIONS)
                 await raw.append(SPAN, str(index))
-            await stuck(teacher)
-            others = await beside(teacher)
-            assert not num_cut(teacher), "cut off while the others were watched"
-            while not num_cut(teacher):
-                assert time.monotonic() - started < 2 * SLOW_WATCHED_S, "not cut off"
-                await asyncio.sleep(0.1)
+            made = await stuck(teacher)
+            assert await beside(teacher) == NUM_ANSWERS
+            scrape = await until(teacher, cut_off)
             error = await raw.failure()
         watcher.cancel()
         growth = max(samples) - before
-        p50 = float(np.median(others.seconds) / np.median(alone.seconds))
-        p99 = others.p99 / alone.p99
-        print(  # noqa: T201
-            f"RSS +{growth / MIB:.1f} MiB, others p50 x {p50:.2f}, p99 x {p99:.2f} "
-            f"of {len(others.seconds)} appends"
-        )
+        print(f"RSS +{growth / MIB:.1f} MiB, {made:.0f} tokens scored")  # noqa: T201
         assert type(error) is SlowConsumerError
-        assert len(others.seconds) > 500
-        assert p50 <= 1.3
-        assert p99 <= 1.3 + NOISE
+        assert made < 0.5 * NUM_SESSIONS * len(SPAN)
+        assert scrape.value("teacher_tokens_scored_total", tenant="slow") == made
         assert growth <= 16 * MIB
 
     with live_server(tmp_path, *flags) as teacher:
@@ -131,12 +121,9 @@ def test_an_http_client_that_stops_reading_is_cut_off(tmp_path: Path) -> None:
         client.connect((host, int(port)))
         client.sendall(head.encode() + body)
         started = time.monotonic()
-        while not num_cut(teacher):
-            assert time.monotonic() - started < 4 * SLOW_S, "not cut off"
-            time.sleep(0.1)
+        wait_until(lambda: cut_off(Scrape(teacher)))
         assert time.monotonic() - started >= 0.9 * SLOW_S
-        time.sleep(0.2)
-        assert teacher.num_fds() <= before
+        wait_until(lambda: teacher.num_fds() <= before)
         status, _ = teacher.get("/readyz")
         assert status == 200
 
@@ -172,13 +159,12 @@ async def test_a_slow_reader_of_one_whole_response_is_cut_off_too() -> None:
         async with grpc.aio.insecure_channel(teacher.address) as channel:
             stub = pb_grpc.TeacherServiceStub(channel)  # type: ignore[no-untyped-call]
             call = stub.Score(request)
-            await asyncio.sleep(2.0)
-            dropped = teacher.metrics.render().decode()
-            assert 'teacher_dropped_total{reason="slow"} 1.0' in dropped
+            dropped = 'teacher_dropped_total{reason="slow"} 1.0'
+            await eventually(lambda: dropped in teacher.metrics.render().decode())
             num_rows = 0
             # grpc.aio may lose the status that stands behind what was sent, never a row before it.
             with suppress(grpc.aio.AioRpcError):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(LIMIT_S):
                     async for reply in call:
                         num_rows += reply.rows.count
             assert 0 < num_rows < len(ids)

@@ -23,7 +23,8 @@ from student_trainer.process.stopping import EXIT_TERMINATED
 from student_trainer.train_state import checkpoints, step_of
 from tests.faults.forked_processes import ForkedTeacher
 from tests.faults.trainer_process import SAVING, started, trainer
-from tests.faults.training_runs import FAKE, Run, until, until_scored
+from tests.faults.training_runs import FAKE, Run, until_scored
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.e2e
 NOTHING = {"checkpoint__every_steps": "null"}
@@ -50,7 +51,7 @@ def finished_steps(run: Run, process: subprocess.Popen[bytes], number: int) -> N
         assert process.poll() is None, "ended before it was told to"
         return len(run.records("step")) >= number
 
-    asyncio.run(until(there, timeout_s=WAIT_S))
+    asyncio.run(eventually(there))
 
 
 def said_command(log: Path) -> list[str]:
@@ -103,7 +104,7 @@ def test_a_second_signal_ends_the_run_at_once(teacher: ForkedTeacher, tmp_path: 
         finished_steps(run, process, 1)
         process.send_signal(signal.SIGTERM)
         # The checkpoint is being written, for longer than anybody waits.
-        asyncio.run(until(lambda: any(run.folder.rglob(SAVING)), timeout_s=WAIT_S))
+        asyncio.run(eventually(lambda: any(run.folder.rglob(SAVING))))
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == -signal.SIGTERM
     assert checkpoints(run.folder / "checkpoints") == []

@@ -28,6 +28,7 @@ from teacher_wire import tracing
 from teacher_wire.errors import EngineError
 from tests.faults.streams import OPTIONS, POLICY, PROMPT, span_at
 from tests.trainer.in_memory import InMemorySampler, ScriptedSession, prompt, rules
+from tests.waiting import LIMIT_S
 
 sdk = pytest.importorskip("opentelemetry.sdk.trace")
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor  # noqa: E402
@@ -157,4 +158,4 @@ def test_off_imports_nothing() -> None:
         "with tracing.append_span('00-' + '1' * 32 + '-' + '1' * 16 + '-01', 1): pass\n"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT_S)

@@ -22,6 +22,7 @@ from teacher_wire.errors import FingerprintMismatchError
 from teacher_wire.records import PROTOCOL_VERSION, TeacherInfo
 from tests.faults.random_responses import OPTIONS, POLICY, PROMPT, VOCAB_SIZE, random_span
 from tests.teacher.scoring.fake_rows import cut
+from tests.waiting import LIMIT_S
 
 INFO = replace(teacher_info(FakeEngine(vocab_size=VOCAB_SIZE)), weights_digest="before")
 MINE = fake_fingerprint(VOCAB_SIZE)
@@ -60,7 +61,7 @@ async def client_of(address: str) -> AsyncIterator[TeacherClient]:
         tokenizer_fingerprint=MINE,
         vocab_size=VOCAB_SIZE,
         run_id="skew",
-        connect_timeout_s=20.0,
+        connect_timeout_s=LIMIT_S,
         on_absent="wait",
         limits=RetryLimits(first_backoff_s=0.01, max_backoff_s=0.1),
     )
@@ -75,12 +76,10 @@ async def test_an_old_client_is_refused_at_once(
 ) -> None:
     teacher = await place.put(INFO)
     monkeypatch.setattr(teacher_stream, "PROTOCOL_VERSION", PROTOCOL_VERSION - 1)
-    started = time.monotonic()
     reason = f"protocol_version is {PROTOCOL_VERSION - 1}, the server speaks {PROTOCOL_VERSION}"
     with pytest.raises(FingerprintMismatchError, match=reason):
         async with client_of(teacher.address):
             pass
-    assert time.monotonic() - started < 5
 
 
 async def test_a_client_with_another_tokenizer_is_refused_at_once(place: Place) -> None:
@@ -132,12 +131,12 @@ async def test_a_teacher_that_changed_between_connect_and_resume_is_refused(
             other = await place.put(make_info(patch))
             # Although the client waits for an absent teacher as long as it takes.
             with pytest.raises(FingerprintMismatchError, match=reason):
-                await asyncio.wait_for(session.append(cut(SPAN, 20, 40)), 10)
+                await asyncio.wait_for(session.append(cut(SPAN, 20, 40)), LIMIT_S)
             assert len(other.sessions) == 0
             assert other.scheduler.num_running == 0
         # The session is as it was: the right teacher goes on with it.
         again = await place.put(INFO)
-        give_up = time.monotonic() + 10
+        give_up = time.monotonic() + LIMIT_S
         after = None
         while after is None:
             assert time.monotonic() < give_up

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from student_trainer.recording.json_lines import read_lines
 from student_trainer.records import Rollout
 from student_trainer.rollouts.stream import RolloutStream, Taken
 from tests.faults.forked_processes import ForkedTeacher
+from tests.waiting import LIMIT_S, eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = ROOT / "examples" / "playground" / "checkpoints"
@@ -121,17 +121,9 @@ def meanwhile(work: Callable[[], Coroutine[Any, Any, None]]) -> Iterator[None]:
     try:
         yield
     finally:
-        thread.join(60)
+        thread.join(LIMIT_S)
     if failures:
         raise failures[0]
-
-
-async def until(check: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Returns once something holds."""
-    give_up = time.monotonic() + timeout_s
-    while not check():
-        assert time.monotonic() < give_up, "did not happen in time"
-        await asyncio.sleep(0.01)
 
 
 async def until_scored(teacher: ForkedTeacher, num_tokens: int) -> None:
@@ -142,4 +134,4 @@ async def until_scored(teacher: ForkedTeacher, num_tokens: int) -> None:
         return sum(float(value) for value in pattern.findall(teacher.metrics()))
 
     before = scored()
-    await until(lambda: scored() >= before + num_tokens)
+    await eventually(lambda: scored() >= before + num_tokens)

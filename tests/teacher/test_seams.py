@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.waiting import LIMIT_S
+
 HEAVY = ("torch", "vllm", "transformers", "teacher_server.engine.hf_engine")
 
 
@@ -29,6 +31,6 @@ def test_a_module_stays_light(module: str, unwanted: tuple[str, ...]) -> None:
         "sys.exit(', '.join(found) or 0)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S
     )
     assert result.returncode == 0, f"{module} imports {result.stderr.strip()}"

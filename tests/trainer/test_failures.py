@@ -30,6 +30,7 @@ from tests.trainer.learner.tiny_student import (
     tiny_student,
     write_tiny_student,
 )
+from tests.waiting import LIMIT_S
 
 SETTINGS = """
 [run]
@@ -277,7 +278,7 @@ def ended(folder: Path, temporary: Path, *arguments: str) -> str:
         env={**os.environ, "TMPDIR": str(temporary)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=LIMIT_S,
     )
     assert done.returncode == cli.EXIT_FAILED, done.stderr
     return done.stderr.splitlines()[-1]
@@ -369,7 +370,7 @@ def test_a_result_of_another_command_is_refused(
 
 def test_a_reader_that_has_seen_enough_is_no_failure_to_report() -> None:
     command = f"{sys.executable} -m student_trainer.cli settings | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=LIMIT_S)
     assert (done.stdout, done.stderr) == ("## [run]\n", "")
 
 

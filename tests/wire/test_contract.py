@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from teacher_wire.pb import teacher_pb2 as pb
+from tests.waiting import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = ("teacher_pb2.py", "teacher_pb2.pyi", "teacher_pb2_grpc.py")
@@ -36,7 +37,7 @@ needs_protoc = pytest.mark.skipif(
 def test_buf_is_content(arguments: list[str]) -> None:
     assert BUF is not None
     result = subprocess.run(
-        [BUF, *arguments], cwd=ROOT / "proto", capture_output=True, text=True, timeout=60
+        [BUF, *arguments], cwd=ROOT / "proto", capture_output=True, text=True, timeout=LIMIT_S
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -74,7 +75,7 @@ def test_generated_code_equals_regenerated(tmp_path: Path) -> None:
         *(f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")),
         "teacher_wire/pb/teacher.proto",
     ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
     assert result.returncode == 0, result.stderr
     for name in GENERATED:
         committed = ROOT / "proto/teacher_wire/pb" / name

@@ -11,6 +11,7 @@ from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
 from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_wire.errors import CapacityError, DeadlineError, EngineError, NonFiniteError
+from tests.waiting import LIMIT_S
 
 
 def query(num_tokens: int = 4, name: str = "") -> ScoreQuery:
@@ -136,7 +137,7 @@ async def test_a_cancelled_waiter_gives_its_place_on(order: str) -> None:
         await asyncio.sleep(0)  # `second` is granted its place, but has not run yet
         second.cancel()
     engine.places.release()
-    await asyncio.wait_for(third, 5)
+    await asyncio.wait_for(third, LIMIT_S)
     assert engine.arrived == ["1", "3"]
     assert (scheduler.num_running, scheduler.queued_tokens) == (0, 0)
     await asyncio.gather(first, second, return_exceptions=True)

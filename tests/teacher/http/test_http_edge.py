@@ -20,6 +20,7 @@ from teacher_wire.errors import (
     UnauthenticatedError,
 )
 from tests.teacher.http.http_teacher import PROMPT, RESPONSE, Teacher, error_of
+from tests.waiting import LIMIT_S, eventually
 
 
 @pytest.fixture
@@ -111,17 +112,18 @@ async def test_requests_past_the_bound_are_turned_away_with_a_hint(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(middleware, "MAX_BODIES_IN_FLIGHT", 2)
-    release = asyncio.Event()
+    release, entered = asyncio.Event(), []
     inner = teacher.sessions.score_once
 
     async def slow(*args: Any, **kwargs: Any) -> Any:
+        entered.append(1)
         await release.wait()
         return await inner(*args, **kwargs)
 
     teacher.sessions.score_once = slow
     body = {"prompt_ids": PROMPT, "response_ids": RESPONSE}
     waiting = [asyncio.create_task(teacher.post("/v1/score", body)) for _ in range(2)]
-    await asyncio.sleep(0.05)
+    await eventually(lambda: len(entered) == 2)
     refused = await teacher.post("/v1/score", body)
     assert refused.status_code == ERROR_CODES[CapacityError].http
     assert refused.headers["retry-after"] == "1"
@@ -211,7 +213,7 @@ async def test_a_client_that_leaves_cancels_its_work(teacher: Teacher) -> None:
         "query_string": b"",
         "headers": [(b"content-type", b"application/json")],
     }
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LIMIT_S):
         await teacher.app(scope, receive, send)
     assert cancelled.is_set()
     assert sent == []

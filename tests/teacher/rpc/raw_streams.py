@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -20,6 +19,7 @@ from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import DriftPolicy, ScoreOptions, TokenSpan
 from teacher_wire.status import decode_status
+from tests.waiting import eventually as eventually
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 OPTIONS = ScoreOptions(k=16)
@@ -81,10 +81,3 @@ async def raw_stream(
         assert (await raw.receive()).HasField("welcome")
         yield raw, teacher
         raw.call.cancel()
-
-
-async def eventually(check: Any, timeout_s: float = 5.0) -> None:
-    give_up = time.monotonic() + timeout_s
-    while not check():
-        assert time.monotonic() < give_up, "did not happen in time"
-        await asyncio.sleep(0.01)

@@ -27,6 +27,7 @@ from teacher_wire.pb import teacher_pb2 as pb
 from tests.faults.streams import SERVICE, append_message, batch_of, open_message
 from tests.teacher.rpc.raw_streams import HELLO, OPTIONS, POLICY, PROMPT, Raw, raw_stream, stub_of
 from tests.teacher.scoring.fake_rows import cut, make_span
+from tests.waiting import LIMIT_S
 
 WITH_BATCHES = pb.Hello(protocol_version=1, run_id="test", accepts_batches=True)
 
@@ -74,7 +75,7 @@ async def answers(
         await raw.call.done_writing()
         found: dict[str, list[bytes]] = {}
         num_messages = 0
-        while (message := await asyncio.wait_for(raw.call.read(), 10)) is not grpc.aio.EOF:
+        while (message := await asyncio.wait_for(raw.call.read(), LIMIT_S)) is not grpc.aio.EOF:
             num_messages += 1
             for one in flat(message):
                 kind = str(one.WhichOneof("message"))
@@ -327,6 +328,6 @@ async def test_bytes_that_are_no_message_break_the_stream_at_once() -> None:
     stream, _ = await TeacherStream.connect(f"127.0.0.1:{port}", handshake, 10.0)
     closing = pb.SessionRequest(close=pb.Close(session_id="s")).SerializeToString()
     with pytest.raises(BrokenStreamError, match="what is no message of this contract"):
-        await asyncio.wait_for(stream.exchange("s", [closing]), 10)
+        await asyncio.wait_for(stream.exchange("s", [closing]), LIMIT_S)
     await stream.aclose()
     await server.stop(None)

@@ -31,6 +31,7 @@ from tests.teacher.rpc.raw_streams import (
     stub_of,
 )
 from tests.teacher.scoring.fake_rows import assert_rows_equal, assert_same_response, cut, make_span
+from tests.waiting import LIMIT_S
 
 
 async def test_info_tells_what_is_served() -> None:
@@ -105,7 +106,7 @@ async def test_a_stuck_session_does_not_hold_up_another() -> None:
         await raw.append(make_span(5), "stuck")
         await eventually(lambda: engine.num_queries == 1)
         await raw.append(make_span(5), "free")
-        assert (await asyncio.wait_for(raw.receive(), 5)).scores.session_id == "free"
+        assert (await asyncio.wait_for(raw.receive(), LIMIT_S)).scores.session_id == "free"
 
 
 async def test_errors_are_in_band_and_the_stream_lives_on() -> None:

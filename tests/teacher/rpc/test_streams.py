@@ -37,6 +37,7 @@ from tests.teacher.rpc.raw_streams import (
     stub_of,
 )
 from tests.teacher.scoring.fake_rows import cut, make_span
+from tests.waiting import LIMIT_S
 
 
 async def test_scores_wait_for_credit() -> None:
@@ -253,7 +254,7 @@ async def test_mutated_messages_never_take_the_server_down(caplog: Any) -> None:
                 sent += 1
             await raw.call.done_writing()
             codes = set()
-            while (reply := await asyncio.wait_for(raw.call.read(), 10)) is not grpc.aio.EOF:
+            while (reply := await asyncio.wait_for(raw.call.read(), LIMIT_S)) is not grpc.aio.EOF:
                 codes.add(reply.error.type)
             assert not codes & {"EngineError", "NonFiniteError"}
         assert len(teacher.sessions) == 0
@@ -293,7 +294,7 @@ async def test_a_pending_read_or_write_is_never_cancelled() -> None:
         )
         before = asyncio.all_tasks()
         running = asyncio.create_task(stream.run(requests(), pb.TeacherInfo()))
-        await asyncio.sleep(0.05)
+        await eventually(lambda: len(asyncio.all_tasks() - before) >= 3)  # and the read, the write
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         left = asyncio.all_tasks() - before
@@ -335,6 +336,6 @@ async def test_a_reader_that_waits_for_room_ends_with_its_stream() -> None:
         for _ in range(20):
             await raw.send()
         assert isinstance(await raw.failure(), SlowConsumerError)
-        await asyncio.sleep(0.1)
-        left = [str(task.get_coro()) for task in asyncio.all_tasks()]
-        assert not [name for name in left if "SessionStream" in name]
+        await eventually(
+            lambda: not [t for t in asyncio.all_tasks() if "SessionStream" in str(t.get_coro())]
+        )

@@ -23,9 +23,9 @@ from student_trainer.records import Rollout
 from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import tiny_student
 from tests.trainer.made_rollouts import random_rollout
+from tests.waiting import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[3]
-TIMEOUT_S = 300.0
 LENGTHS = (5, 11, 2, 7, 1, 9)
 OURS = {0: LENGTHS[:2], 1: LENGTHS[2:]}
 """Of unequal numbers of sequences and tokens."""
@@ -121,7 +121,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ]
     try:
         for process in running:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
+            output, _ = process.communicate(timeout=LIMIT_S)
             assert process.returncode == 0, output
     finally:
         for process in running:

@@ -22,6 +22,7 @@ from tests.trainer.in_memory import (
     teacher_rows,
     turns,
 )
+from tests.waiting import LIMIT_S
 
 PROMPT = prompt(5, 9)
 
@@ -36,7 +37,7 @@ async def roll(
 ) -> Rollout | None:
     """One rollout of PROMPT; hangs are failures."""
     options = SamplingOptions(max_tokens=max_tokens, num_topk=num_topk, seed=1)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LIMIT_S):
         return await run_rollout(
             PROMPT,
             request_id="r",

@@ -26,6 +26,7 @@ from student_trainer.rollouts.samplers import vllm_sampler as vllm_sampler_modul
 from student_trainer.rollouts.samplers.base import WeightFolder, WeightSource
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from student_trainer.rollouts.weight_sync import WeightSync
+from tests.cores import own_core
 from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import EOS_ID, VOCAB_SIZE, tiny_student, write_tiny_student
 
@@ -66,7 +67,7 @@ def vllm_sampler(checkpoint: Path) -> VllmSampler:
         kv_cache_gib=1.0,
         gpu_memory_utilization=0.3,
         enforce_eager=True,
-        cpu_cores="0",
+        cpu_cores=own_core(),
         seed=0,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -18,6 +17,7 @@ from student_trainer.rollouts.budget import FixedBudget
 from student_trainer.rollouts.stream import LoopThread, RolloutStream, Taken
 from teacher_wire.errors import EngineError, NotReadyError
 from tests.trainer.in_memory import InMemorySampler, ScriptedSession, prompt, rules
+from tests.waiting import LIMIT_S, wait_until
 
 PROMPTS = [prompt(i, i + 1) for i in range(2, 8)]
 
@@ -167,9 +167,7 @@ def test_closed_source_leaves_nothing_running(loop: LoopThread) -> None:
 
     given = stream(loop, sampler, queue_depth=1, open_session=open_session)
     given.take(4)
-    deadline = time.monotonic() + 10
-    while len(sessions) < 8 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(sessions) == 8)
     given.close()
     assert len(sessions) == 8
     assert sampler.running == {}
@@ -196,13 +194,8 @@ def test_teacher_that_does_not_answer_does_not_keep_a_source_from_closing(
 
     given = stream(loop, InMemorySampler(), queue_depth=1, open_session=open_session)
     given.take(4)
-    deadline = time.monotonic() + 10
-    while sum(s.num_under_way for s in sessions) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    started = time.monotonic()
-    given.close()
-    # Twice the bound and then some for a loaded machine; without a bound it never ends.
-    assert time.monotonic() - started < 5
+    wait_until(lambda: sum(s.num_under_way for s in sessions) >= 4)
+    given.close()  # without a bound it never ends
 
 
 @pytest.mark.parametrize(("depth", "expected"), [(0, [1]), (1, [1, 2])])
@@ -253,15 +246,15 @@ def test_loop_thread_runs_work_beside_its_caller(loop: LoopThread) -> None:
 
     async def wait() -> str:
         started.set()
-        await asyncio.to_thread(go_on.wait, 10)
+        await asyncio.to_thread(go_on.wait, LIMIT_S)
         return "done"
 
     future = loop.start(wait())
-    assert started.wait(10)
+    assert started.wait(LIMIT_S)
     assert loop.run(where()) != threading.get_ident()
     assert not future.done()
     go_on.set()
-    assert future.result(10) == "done"
+    assert future.result(LIMIT_S) == "done"
 
 
 def test_closed_loop_thread_ends_what_it_still_runs() -> None:
@@ -276,7 +269,7 @@ def test_closed_loop_thread_ends_what_it_still_runs() -> None:
             ended.set()
 
     future = thread.start(forever())
-    assert started.wait(10)
+    assert started.wait(LIMIT_S)
     thread.close()
     assert ended.is_set()
     assert future.cancelled()
