@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,6 +32,19 @@ from teacher_wire import tracing
 
 T = TypeVar("T")
 CLOSE_TIMEOUT_S = 5.0
+SIGNAL_POLL_S = 0.5
+
+
+def wait_until_settled(futures: Sequence[Future[Any]]) -> None:
+    """Returns once all have ended, or one has failed.
+
+    It wakes up now and then: a signal that comes just before the thread sleeps, or that another
+    thread takes, does not wake it, and Python handles none before it does.
+    """
+    while True:
+        ended, others = wait(futures, SIGNAL_POLL_S, return_when=FIRST_EXCEPTION)
+        if not others or any(f.cancelled() or f.exception() is not None for f in ended):
+            return
 
 
 class LoopThread:
@@ -50,6 +63,7 @@ class LoopThread:
         """Waits for a coroutine; an interrupt here cancels it."""
         future = self.start(work)
         try:
+            wait_until_settled([future])
             return future.result()
         except BaseException:
             future.cancel()
@@ -174,7 +188,7 @@ class RolloutStream:
     def _results(self, futures: Iterable[Future[Rollout | None]]) -> list[Rollout | None]:
         futures = list(futures)
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
+            wait_until_settled(futures)
             failed = [f for f in futures if f.done() and f.exception() is not None]
             return [future.result() for future in failed or futures]
         except Exception:

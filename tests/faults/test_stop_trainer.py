@@ -12,6 +12,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from student_trainer.process.stopping import EXIT_TERMINATED
 from student_trainer.train_state import checkpoints, step_of
 from tests.faults.forked_processes import ForkedTeacher
 from tests.faults.trainer_process import SAVING, started, trainer
-from tests.faults.training_runs import FAKE, Run, until_scored
+from tests.faults.training_runs import FAKE, ROOT, Run, until_scored
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.e2e
@@ -144,3 +145,41 @@ def test_a_run_stopped_before_its_first_step_says_that_nothing_is_saved(tmp_path
             assert process.wait(WAIT_S) == EXIT_TERMINATED
     assert "SIGTERM: no finished step is saved; the run begins again with" in log.read_text()
     assert said_command(log)[-len(arguments) :] == arguments
+
+
+SIGNAL_FOR_ANOTHER_THREAD = """
+import asyncio, signal, threading
+from student_trainer.process.stopping import Stopped, StopRequest
+from student_trainer.rollouts.stream import LoopThread
+
+stop, waiting = StopRequest(), threading.Event()
+
+async def never_answered():
+    waiting.set()
+    await asyncio.sleep(3600)
+
+def take_the_signal():
+    waiting.wait()
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=take_the_signal, daemon=True).start()
+with stop.on_sigterm(lambda: ""):
+    try:
+        with stop.may_give_up():
+            LoopThread().run(never_answered())
+    except Stopped:
+        print("stopped")
+"""
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_stops_it() -> None:
+    """The system may hand it to another thread, or to the main one just before that sleeps."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNAL_FOR_ANOTHER_THREAD],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert done.stdout == "stopped\n", done.stderr
