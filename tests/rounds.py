@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+import pytest
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounds:
@@ -22,6 +24,8 @@ class Rounds:
     """By which memory goes up and down after so many of them."""
     fuzz_cases: int
     """Messages of all kinds together."""
+    every_process: bool
+    """Whether each case starts its own process of a second and more, or one case of each kind."""
     timed: bool
     """Whether times are judged too, which other work on the machine moves."""
     verdict_arms: tuple[str, ...]
@@ -34,12 +38,13 @@ class Rounds:
 
 
 IN_TEST = Rounds(
-    server_kills=30,
-    connection_cuts=300,
-    client_kills=30,
+    server_kills=15,
+    connection_cuts=200,
+    client_kills=15,
     clients_before=100,
     memory_slack_bytes=1 << 20,
-    fuzz_cases=3_000,
+    fuzz_cases=2_000,
+    every_process=False,
     timed=False,
     verdict_arms=("driftline", "transformers"),
 )
@@ -50,6 +55,7 @@ LONG = Rounds(
     clients_before=1500,
     memory_slack_bytes=0,
     fuzz_cases=100_000,
+    every_process=True,
     timed=True,
     verdict_arms=("driftline", "transformers", "floor"),
 )
@@ -66,3 +72,5 @@ def chosen(environment: dict[str, str]) -> Rounds:
 
 
 ROUNDS = chosen(dict(os.environ))
+in_the_long_round = pytest.mark.skipif(not ROUNDS.every_process, reason="part of make faults")
+"""For a case that differs from its neighbour in the moment or the engine, and starts a process."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.rounds import in_the_long_round
 from tests.teacher.engine.engine_models import write_tiny_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -150,7 +151,10 @@ def test_a_signal_after_the_drain_changes_nothing(
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("moment", ["its engine is there", "testing the engine"])
+@pytest.mark.parametrize(
+    "moment",
+    ["its engine is there", pytest.param("testing the engine", marks=in_the_long_round)],
+)
 def test_a_signal_while_vllm_starts_takes_its_engine_along(moment: str, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model")
     flags = ["--engine", "vllm", "--model", str(model), "--max-context", "192", "--max-k", "16"]

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.rounds import in_the_long_round
 from tests.teacher.engine.engine_models import write_tiny_model
 
 pytestmark = pytest.mark.e2e
 
 START_S = 120
+LOADS_TORCH = "--engine hf --model {folder}"
 CLI = (sys.executable, "-m", "teacher_server.cli", "serve", "--engine", "fake")
 REFUSED = {
     "--ready-file {folder}/absent/ready": "there is no folder '{folder}/absent': make it first",
@@ -28,12 +30,18 @@ REFUSED = {
     "--tls-cert {folder}/no.pem --tls-key {folder}/no.key": "tls_cert is '{folder}/no.pem': No",
     "--tenants-file {folder}/no.toml": "tenants_file {folder}/no.toml: ",
     "--engine hf --model {folder}/no-model": "cannot read the checkpoint '{folder}/no-model': ",
-    "--engine hf --model {folder}": "cannot read the checkpoint '{folder}': ",
+    LOADS_TORCH: "cannot read the checkpoint '{folder}': ",
     "--engine vllm --model {folder} --hf-sessions 3": "hf_sessions is 3, which engine 'vllm' does",
 }
 
 
-@pytest.mark.parametrize("arguments", REFUSED)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(arguments, marks=in_the_long_round if arguments == LOADS_TORCH else ())
+        for arguments in REFUSED
+    ],
+)
 def test_what_the_operator_can_mend_is_one_line(arguments: str, tmp_path: Path) -> None:
     command = [*CLI, *arguments.format(folder=tmp_path).split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=START_S)

@@ -25,6 +25,7 @@ from student_trainer.train_state import checkpoints, step_of
 from tests.faults.forked_processes import ForkedTeacher
 from tests.faults.trainer_process import SAVING, started, trainer
 from tests.faults.training_runs import FAKE, ROOT, Run, until_scored
+from tests.rounds import in_the_long_round
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.e2e
@@ -66,7 +67,9 @@ def test_a_run_stopped_in_a_rollout_goes_on_by_the_line_it_printed(
 ) -> None:
     straight = Run(tmp_path / "straight").train(teacher.address)
     run, log = Run(tmp_path / "run"), tmp_path / "log"
-    with trainer(run.arguments(teacher.address, **NOTHING), log) as process:
+    # Sums depend on the number of threads in their last bit.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with trainer(run.arguments(teacher.address, **NOTHING), log, **threads) as process:
         finished_steps(run, process, 2)
         asyncio.run(until_scored(teacher, 20))
         process.send_signal(signal.SIGTERM)
@@ -85,7 +88,7 @@ def test_a_run_stopped_in_a_rollout_goes_on_by_the_line_it_printed(
 
     command = said_command(log)
     assert command[-1] == "--resume"
-    with started(command, log) as process:
+    with started(command, log, **threads) as process:
         assert process.wait(WAIT_S) == 0, log.read_text()
     assert json.loads((run.folder / "summary.json").read_text())["finished"] is True
     assert [record["step"] for record in run.records("step")] == [1, 2, 3, 4]
@@ -112,6 +115,7 @@ def test_a_second_signal_ends_the_run_at_once(teacher: ForkedTeacher, tmp_path: 
     assert json.loads((run.folder / "summary.json").read_text())["finished"] is False
 
 
+@in_the_long_round
 @pytest.mark.timeout(400)
 def test_a_run_that_waits_for_its_lost_teacher_stops_too(
     teacher: ForkedTeacher, tmp_path: Path
@@ -128,6 +132,7 @@ def test_a_run_that_waits_for_its_lost_teacher_stops_too(
     asyncio.run(teacher.until_ready())
 
 
+@in_the_long_round
 @pytest.mark.timeout(400)
 def test_a_run_stopped_before_its_first_step_says_that_nothing_is_saved(tmp_path: Path) -> None:
     run, log = Run(tmp_path / "run"), tmp_path / "log"
