@@ -14,7 +14,8 @@ SOAK_MINUTES ?= 20
 # A file stays in one process, so that its engines and servers start once; what takes longest begins first
 # (tests/conftest.py). On a GPU one process: engines of two would not find room.
 TEST_PROCESSES ?= $(if $(filter cuda,$(ACCELERATOR)),1,logical)
-PYTEST := $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --maxprocesses 4 --dist loadfile \
+# A hundred processes start in there: each would compile what it imports where this is set.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --maxprocesses 4 --dist loadfile \
 	--no-loadscope-reorder
 
 .PHONY: demo test check faults try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
@@ -29,7 +30,8 @@ check: lint  ## lint, types and the tests that need no engine, in about a minute
 	$(PYTEST) -m "not vllm and not e2e"
 
 faults: setup  ## the long rounds of tests/rounds.py: 1,000 killed processes, 100,000 broken messages
-	FAULT_ROUNDS=long $(BIN)/python -m pytest -q tests/faults tests/benchmarks/test_measuring.py
+	FAULT_ROUNDS=long $(BIN)/python -m pytest -q tests/faults tests/benchmarks/test_measuring.py \
+	    tests/trainer/test_failures.py
 
 try: setup  ## README's two commands as printed, with small random models and eight rows
 	$(BIN)/python -m pytest -q tests/e2e/try_readme_commands.py

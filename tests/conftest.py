@@ -19,6 +19,12 @@ LONGEST_FIRST = (
     "faults/test_fair_shares.py",
     "faults/test_thousand_kills.py",
     "faults/test_slow_readers.py",
+    "faults/test_stop_trainer.py",
+    "faults/test_signal_at_start.py",
+    "teacher/process/test_server_process.py",
+    "trainer/test_failures.py",
+    "trainer/test_train.py",
+    "trainer/test_stopping.py",
 )
 """So that no process is left alone with one of them in the end; all others follow by name."""
 

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {
-    "run.steps": "3",
+    "run.steps": "2",
     "rollout.prompts_per_step": "24",
     "eval.num_prompts": "8",
     "eval.pass_k": "2",
@@ -112,7 +112,7 @@ def test_a_short_demo_trains_reports_and_leaves_nothing_running(tmp_path: Path) 
     assert left == {}
     summary = json.loads((out / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
-    assert summary["steps"] == 3
+    assert summary["steps"] == 2
     assert set(summary["share"]) == {"generate", "teacher_wait", "learn", "sync"}
     assert sum(summary["share"].values()) == pytest.approx(1.0, abs=1e-3)
     assert summary["teacher_accuracy"] >= 0.75  # >= 0.95 on many problems; these are eight

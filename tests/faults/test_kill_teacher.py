@@ -20,6 +20,7 @@ from student_trainer.train_state import read_state
 from teacher_wire.records import ScoreRows
 from tests.faults.forked_processes import ForkedTeacher
 from tests.faults.training_runs import CHECKPOINTS, FAKE, Run, meanwhile, until_scored
+from tests.rounds import in_the_long_round
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.e2e
@@ -162,6 +163,7 @@ def test_steps_without_a_teacher_are_skipped_and_change_nothing(
     assert all(len(rollout.teacher) == len(rollout) for rollout in run.rollouts)
 
 
+@in_the_long_round  # vLLM's rows after a kill: test_kill_vllm.py
 @pytest.mark.parametrize("engine", ["hf"])
 def test_rows_of_a_real_teacher_are_the_same_after_a_kill(engine: str, tmp_path: Path) -> None:
     teacher = ForkedTeacher(

@@ -100,6 +100,7 @@ def test_a_run_stopped_in_a_rollout_goes_on_by_the_line_it_printed(
         assert torch.equal(trained[name], tensor), name
 
 
+@in_the_long_round
 @pytest.mark.timeout(400)
 def test_a_second_signal_ends_the_run_at_once(teacher: ForkedTeacher, tmp_path: Path) -> None:
     run, log = Run(tmp_path / "run"), tmp_path / "log"

@@ -25,6 +25,7 @@ from student_trainer.errors import CheckpointError, ConfigError, TrainerError
 from student_trainer.process.failures import failure_line
 from student_trainer.process.writing import writing_to
 from student_trainer.train_state import TrainState, latest
+from tests.rounds import in_the_long_round
 from tests.trainer.learner.tiny_student import (
     character_tokenizer,
     tiny_student,
@@ -284,6 +285,7 @@ def ended(folder: Path, temporary: Path, *arguments: str) -> str:
     return done.stderr.splitlines()[-1]
 
 
+@in_the_long_round
 @pytest.mark.vllm
 def test_vllm_that_does_not_start_is_a_sampler_error_with_its_last_words(
     folder: Path, temporary: Path
