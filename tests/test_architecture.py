@@ -128,7 +128,7 @@ RULES = [
     Rule(
         modules="student_trainer.*",
         never="student_trainer.learner.optim student_trainer.learner.batch",
-        but="student_trainer.learner student_trainer.assembly.parts",
+        but="student_trainer.learner student_trainer.assembly.from_settings",
         why="nobody but the learner touches model and optimiser",
     ),
     Rule(modules="student_trainer.diagnostics.*", never=f"{TORCH} grpc", why="pure"),

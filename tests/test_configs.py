@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from student_trainer import cli as trainer_cli
-from student_trainer.assembly.parts import check_limits
+from student_trainer.assembly.from_settings import check_limits
 from student_trainer.data import load_prompts
 from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.settings.warnings import warnings

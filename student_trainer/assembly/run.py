@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.assembly import methods, parts, resuming
+from student_trainer.assembly import from_settings, methods, resuming
 from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.data import PromptOrder
 from student_trainer.diagnostics.step_report import EvalReport
@@ -151,7 +151,7 @@ class Run:
 
 def _problems(config: TrainerConfig, model: str) -> Problems:
     tokenizer = load_tokenizer(model)
-    train, heldout = parts.prompts(config, tokenizer)
+    train, heldout = from_settings.prompts(config, tokenizer)
     return Problems(tokenizer=tokenizer, train=train, heldout=heldout)
 
 
@@ -168,7 +168,7 @@ def started(sampler: Sampler, loop: LoopThread) -> Iterator[None]:
 @contextmanager
 def running_sampler(config: TrainerConfig, model: str) -> Iterator[RunningSampler]:
     """A sampler on a loop of its own, for several runs or none."""
-    sampler = parts.sampler(config, model)
+    sampler = from_settings.sampler(config, model)
     with closing(LoopThread()) as loop, started(sampler, loop):
         yield RunningSampler(loop, sampler)
 
@@ -201,14 +201,14 @@ def _assemble(
     stop: StopRequest,
 ) -> Run:
     problems = _problems(config, config.student.model)
-    specials = parts.special_tokens(config, problems.tokenizer)
+    specials = from_settings.special_tokens(config, problems.tokenizer)
     start_from = _start_from(config, resumed)
     learner = _learner(config, problems.tokenizer, start_from, stop)
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
-    client = loop.run(parts.connect(config, learner.vocab_size, problems.tokenizer))
+    client = loop.run(from_settings.connect(config, learner.vocab_size, problems.tokenizer))
     stack.callback(lambda: loop.run(client.aclose()))
     bars = stack.enter_context(Bars())
-    sampler = running.sampler if running else parts.sampler(config, start_from)
+    sampler = running.sampler if running else from_settings.sampler(config, start_from)
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), client, bars)
     state = resuming.train_state(config, learner, stream)
     warned = resuming.warnings(config, learner, state, Path(start_from) if resumed else None)
@@ -263,14 +263,14 @@ def _start_from(config: TrainerConfig, resumed: bool) -> str:
 def _learner(
     config: TrainerConfig, tokenizer: PreTrainedTokenizerBase, start_from: str, stop: StopRequest
 ) -> Learner:
-    weights = methods.weights(config, newline_ids=parts.newline_ids(config, tokenizer))
+    weights = methods.weights(config, newline_ids=from_settings.newline_ids(config, tokenizer))
     torch.manual_seed(config.run.seed)
     dtype = getattr(torch, config.student.dtype)
-    model = load_student(start_from, dtype=dtype, device=parts.device(config))
+    model = load_student(start_from, dtype=dtype, device=from_settings.device(config))
     return Learner(
         model,
         tokenizer,
-        parts.optimizer(config, model),
+        from_settings.optimizer(config, model),
         divergence=methods.divergence(config),
         weights=weights,
         epochs=config.optim.epochs,
@@ -291,7 +291,7 @@ def _stream(
     client: TeacherClient,
     bars: Bars,
 ) -> RolloutStream:
-    asked, policy = parts.score_options(config), parts.drift_policy(config)
+    asked, policy = from_settings.score_options(config), from_settings.drift_policy(config)
     return RolloutStream(
         loop=running.loop,
         sampler=running.sampler,
@@ -299,9 +299,9 @@ def _stream(
         prompts=PromptOrder(
             prompts, prompts_per_step=config.rollout.prompts_per_step, seed=config.run.seed
         ),
-        rules=parts.rollout_rules(config, specials, client.info),
+        rules=from_settings.rollout_rules(config, specials, client.info),
         budget=methods.budget(config),
-        options=lambda max_tokens: parts.sampling_options(config, max_tokens),
+        options=lambda max_tokens: from_settings.sampling_options(config, max_tokens),
         rollouts_per_prompt=config.rollout.rollouts_per_prompt,
         queue_depth=config.run.queue_depth,
         seed=config.run.seed,
@@ -327,7 +327,7 @@ def evaluated(
         evaluate(
             running.sampler,
             problems.heldout,
-            parts.grader(config),
+            from_settings.grader(config),
             problems.tokenizer,
             name=name,
             max_tokens=config.eval.max_tokens,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer.assembly.parts import teacher_access
+from student_trainer.assembly.from_settings import teacher_access
 from student_trainer.cli import main
 from student_trainer.errors import ConfigError
 from student_trainer.settings.config import TrainerConfig, load_config

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from student_trainer import cli as trainer_cli
-from student_trainer.assembly.parts import teacher_access
+from student_trainer.assembly.from_settings import teacher_access
 from student_trainer.settings.config import load_config as load_trainer_config
 from teacher_server import cli as teacher_cli
 from teacher_server.settings import load_config as load_teacher_config

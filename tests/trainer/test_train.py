@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from student_trainer.assembly import parts
+from student_trainer.assembly import from_settings
 from student_trainer.assembly.run import Run, assembled, evaluate_checkpoint
 from student_trainer.errors import CheckpointError, ConfigError, DatasetError
 from student_trainer.recording.json_lines import read_lines
@@ -180,7 +180,7 @@ def connect_to(client: InMemoryClient, monkeypatch: pytest.MonkeyPatch) -> None:
     async def connect(*_: object) -> InMemoryClient:
         return client
 
-    monkeypatch.setattr(parts, "connect", connect)
+    monkeypatch.setattr(from_settings, "connect", connect)
 
 
 def configured(folder: Path, *overrides: str) -> TrainerConfig:
@@ -409,7 +409,7 @@ def test_evaluation_without_heldout_problems_says_so(folder: Path) -> None:
 def test_prompt_that_leaves_no_room_for_the_budget_is_refused(folder: Path) -> None:
     config = configured(folder, "budget.max_tokens=37")
     with pytest.raises(DatasetError, match=r"train\.jsonl:1: the prompt has 4 tokens.* 1 to 3"):
-        parts.prompts(config, character_tokenizer())
+        from_settings.prompts(config, character_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -424,12 +424,12 @@ def test_prompt_that_leaves_no_room_for_the_budget_is_refused(folder: Path) -> N
 def test_setting_beyond_the_teachers_limits_is_refused(
     folder: Path, override: str, reason: str
 ) -> None:
-    parts.check_limits(configured(folder), INFO)
+    from_settings.check_limits(configured(folder), INFO)
     with pytest.raises(ConfigError, match=reason):
-        parts.check_limits(configured(folder, override), INFO)
+        from_settings.check_limits(configured(folder, override), INFO)
 
 
 def test_special_token_that_the_vocabulary_lacks_is_refused(folder: Path) -> None:
     config = configured(folder, 'special_tokens.tokens=["#", "<nope>"]')
     with pytest.raises(ConfigError, match="'<nope>' is not in the vocabulary"):
-        parts.special_tokens(config, character_tokenizer())
+        from_settings.special_tokens(config, character_tokenizer())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer.assembly import methods, parts
+from student_trainer.assembly import from_settings, methods
 from student_trainer.cli import main
 from student_trainer.errors import ConfigError
 from student_trainer.losses import (
@@ -115,15 +115,15 @@ def test_newlines_are_the_tokens_whose_text_holds_one(path: Path) -> None:
     tokenizer = character_tokenizer()
     newline = tokenizer.get_vocab()["\n"]
     spans = "weights.block_gate.granularity=newline"
-    assert parts.newline_ids(configured(path), tokenizer) == ()
-    assert parts.newline_ids(configured(path, GATE), tokenizer) == ()
-    assert parts.newline_ids(configured(path, spans), tokenizer) == (newline,)
+    assert from_settings.newline_ids(configured(path), tokenizer) == ()
+    assert from_settings.newline_ids(configured(path, GATE), tokenizer) == ()
+    assert from_settings.newline_ids(configured(path, spans), tokenizer) == (newline,)
     named = configured(path, spans, 'weights.block_gate.newline_tokens=[";", "\\n"]')
-    found = parts.newline_ids(named, tokenizer)
+    found = from_settings.newline_ids(named, tokenizer)
     assert found == (tokenizer.get_vocab()[";"], newline)
     unknown = configured(path, spans, 'weights.block_gate.newline_tokens=["<br>"]')
     with pytest.raises(ConfigError, match="'<br>' is not in the vocabulary"):
-        parts.newline_ids(unknown, tokenizer)
+        from_settings.newline_ids(unknown, tokenizer)
 
 
 @pytest.mark.parametrize(

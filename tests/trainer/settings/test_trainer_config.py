@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from student_trainer.assembly.from_settings import drift_policy, score_options
 from student_trainer.assembly.methods import divergence
-from student_trainer.assembly.parts import drift_policy, score_options
 from student_trainer.errors import ConfigError
 from student_trainer.losses import (
     Divergence,
