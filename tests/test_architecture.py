@@ -405,6 +405,15 @@ def test_files_are_short() -> None:
     assert long == set(LONG_FILES)
 
 
+@pytest.mark.parametrize(("pattern", "limit"), [("tests/*.py", 550), ("*.proto", 500)])
+def test_tests_and_the_contract_are_not_much_longer(pattern: str, limit: int) -> None:
+    lengths = {
+        name: len((ROOT / name).read_text("utf-8").splitlines()) for name in tracked(pattern)
+    }
+    assert {name: length for name, length in lengths.items() if length > limit} == {}
+    assert lengths
+
+
 def test_functions_are_short() -> None:
     long = set()
     for path in MODULES.values():

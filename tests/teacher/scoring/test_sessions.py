@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,16 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_server.access.tenants import Tenant
-from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
-from teacher_server.engine.fake_engine import FakeEngine, Fault
-from teacher_server.metrics.server import Metrics
-from teacher_server.scoring.sessions import SessionTable
-from teacher_server.testing import teacher_info
-from teacher_wire.drift_metrics import METRICS, DriftMetric, OverlapRatio
+from teacher_server.engine.fake_engine import Fault
+from teacher_wire.drift_metrics import METRICS, DriftMetric
 from teacher_wire.errors import (
     CapacityError,
     EngineError,
-    InvalidRequestError,
     NonFiniteError,
     QuotaError,
     SessionNotFoundError,
@@ -35,7 +28,6 @@ from teacher_wire.records import (
     DriftPolicy,
     DriftState,
     ScoreOptions,
-    Scores,
     TokenSpan,
     Verdict,
 )
@@ -46,61 +38,7 @@ from tests.teacher.scoring.fake_rows import (
     cut,
     make_span,
 )
-
-PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
-OPTIONS = ScoreOptions(k=16, want_entropy=True, want_rank=True)
-POLICY = DriftPolicy(metric=OverlapRatio(k=8), w_drop=0.1)
-STRICT = OverlapRatio(k=8, threshold=1.0)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Table:
-    """A session table with its engine and a clock to turn."""
-
-    def __init__(self, **limits: Any) -> None:
-        names = ("ttl_s", "evict_idle_s", "tenants")
-        table_limits = {key: limits.pop(key) for key in names if key in limits}
-        self.clock = Clock()
-        self.engine = FakeEngine(vocab_size=VOCAB, max_context=600)
-        self.metrics = Metrics()
-        self.sessions = SessionTable(
-            Scheduler(self.engine, SchedulerLimits()),
-            teacher_info(self.engine, **limits),
-            metrics=self.metrics,
-            clock=self.clock,
-            **table_limits,
-        )
-
-    def open(self, name: str = "s", **changes: Any) -> int:
-        arguments: dict[str, Any] = {
-            "prompt_ids": PROMPT,
-            "options": OPTIONS,
-            "policy": POLICY,
-            "tenant": "t",
-        }
-        return self.sessions.open(name, **(arguments | changes))
-
-    async def append(self, span: TokenSpan, name: str = "s", tenant: str = "t") -> Scores:
-        return await self.sessions.append(name, span, tenant=tenant)
-
-    async def busy(self, name: str = "busy", tenant: str = "t") -> asyncio.Task[Scores]:
-        """Opens a session whose append does not end, and lets a long time pass."""
-        self.open(name, tenant=tenant)
-        self.engine.inject(Fault.HANG)
-        running = asyncio.create_task(self.append(make_span(5), name, tenant=tenant))
-        await asyncio.sleep(0)
-        self.clock.now += 100
-        return running
-
-    async def whole(self, span: TokenSpan) -> Scores:
-        return await self.sessions.score_once(PROMPT, span, OPTIONS, POLICY, tenant="t")
+from tests.teacher.scoring.session_tables import OPTIONS, POLICY, PROMPT, STRICT, Table
 
 
 @settings(max_examples=25, deadline=None)
@@ -465,75 +403,6 @@ async def test_what_a_tenant_has_stays_its_own_when_its_limit_is_lowered() -> No
         table.open("c")
     table.open("a")
     assert len(table.sessions) == 2
-
-
-Change = Callable[[TokenSpan], TokenSpan]
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (
-            lambda s: replace(s, token_ids=np.where(s.token_ids >= 0, VOCAB, 0)),
-            "token_ids.0. is 512",
-        ),
-        (lambda s: replace(s, token_ids=s.token_ids - VOCAB), "must be in 0..511"),
-        (lambda s: replace(s, candidate_ids=s.candidate_ids + VOCAB), "candidate_ids.0, 0."),
-        (lambda s: replace(s, candidate_ids=s.candidate_ids[:, :7]), "7 ids a row.*compares 8"),
-        (lambda s: replace(s, candidate_ids=None), "0 ids a row.*compares 8"),
-        (lambda s: replace(s, candidate_ids=s.candidate_ids[:, :0]), "0 ids a row"),
-        (lambda s: replace(s, candidate_ids=np.tile(s.candidate_ids, (1, 9))), "144 ids.*1..128"),
-        (lambda s: cut(s, 0, 0), "0 tokens"),
-        (lambda s: make_span(101), "101 tokens, must have 1..100"),
-    ],
-)
-async def test_hostile_spans_never_reach_the_engine(change: Change, text: str) -> None:
-    table = Table(max_append_tokens=100)
-    table.open()
-    with pytest.raises(InvalidRequestError, match=text):
-        await table.append(change(make_span(10)))
-    assert table.engine.num_queries == 0
-
-
-async def test_a_response_beyond_the_context_is_refused() -> None:
-    table = Table()
-    table.open()
-    await table.append(make_span(590))
-    late = make_span(6, offset=590)
-    with pytest.raises(InvalidRequestError, match="601 tokens, the limit is 600"):
-        await table.append(late)
-    with pytest.raises(InvalidRequestError, match="605 tokens"):
-        await table.whole(make_span(600))
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"prompt_ids": PROMPT[:0]}, "prompt_ids has 0 tokens"),
-        ({"prompt_ids": PROMPT + VOCAB}, "prompt_ids.0. is 515"),
-        ({"prompt_ids": np.zeros(601, np.int32)}, "601 tokens, the limit is 600"),
-        ({"options": ScoreOptions(k=129)}, "k is 129, the limit is 128"),
-        (
-            {"policy": DriftPolicy(metric=OverlapRatio(k=17))},
-            "drift k is 17, the limit is k, which is 16",
-        ),
-        ({"name": ""}, "session_id has 0 bytes"),
-        ({"name": "x" * 257}, "session_id has 257 bytes"),
-        ({"scored_ids": PROMPT}, "drift is missing"),
-        ({"scored_ids": PROMPT, "drift_state": DriftState(num_tokens=4)}, "covers 4 tokens"),
-        (
-            {"scored_ids": PROMPT, "drift_state": DriftState(num_tokens=5, num_bad_events=6)},
-            "6 bad events, must have 0..5",
-        ),
-        (
-            {"scored_ids": PROMPT, "drift_state": DriftState(num_tokens=5, exhausted_at=3)},
-            "exhausted_at 3",
-        ),
-    ],
-)
-async def test_hostile_opens_are_refused(changes: dict[str, Any], text: str) -> None:
-    with pytest.raises(InvalidRequestError, match=text):
-        Table().open(**changes)
 
 
 async def test_metrics_equal_what_was_done() -> None:
