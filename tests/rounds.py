@@ -39,11 +39,11 @@ class Rounds:
 
 IN_TEST = Rounds(
     server_kills=15,
-    connection_cuts=200,
+    connection_cuts=100,
     client_kills=15,
     clients_before=100,
     memory_slack_bytes=1 << 20,
-    fuzz_cases=2_000,
+    fuzz_cases=1_500,
     every_process=False,
     timed=False,
     verdict_arms=("driftline", "transformers"),
