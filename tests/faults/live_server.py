@@ -32,7 +32,7 @@ class LiveServer:
     """One process on free ports; `output` is what it has written so far.
 
     Arguments come last, so they win: "--drain-s", "1" or "--grpc-port", "5000". Forked it starts in
-    milliseconds, otherwise as a user starts it.
+    milliseconds, otherwise as a user starts it. A program that begins with a path is an executable.
     """
 
     def __init__(
@@ -45,7 +45,9 @@ class LiveServer:
         words += ["--ready-file", str(self.ready_file), *arguments]
         self._log.touch()
         self.process: ForkedCommand | subprocess.Popen[bytes]
-        if forked:
+        if Path(module).is_absolute():
+            self.process = self._started([*ENDS_WITH_US, module, *words])
+        elif forked:
             self.process = ForkedCommand(module, words, self._log)
         else:
             self.process = self._started([*ENDS_WITH_US, sys.executable, "-m", module, *words])
