@@ -23,6 +23,7 @@ from student_trainer.settings.reference import reference
 from student_trainer.settings.warnings import warnings
 from student_trainer.train_state import checkpoints, step_of
 from teacher_wire import tracing
+from vllm_process.children import kill_children
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -145,6 +146,8 @@ def _train(arguments: argparse.Namespace) -> int:
         except Stopped:
             stop.say_last_words()
             return EXIT_TERMINATED
+        finally:
+            kill_children()
     return 0
 
 

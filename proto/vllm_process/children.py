@@ -9,6 +9,7 @@ every process of vLLM, so it asks.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -32,6 +33,16 @@ def children_end_with_us() -> Iterator[None]:
         yield
     finally:
         del os.environ[_VARIABLE]
+
+
+def kill_children() -> None:
+    """Ends at once what this process started through multiprocessing, a starting engine too.
+
+    For the end of a process: an engine core waits minutes for one that went while it started, since
+    vLLM runs no plugin before it has shaken hands.
+    """
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def end_with_parent() -> None:

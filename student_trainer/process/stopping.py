@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from vllm_process.children import kill_children
+
 EXIT_TERMINATED = 128 + signal.SIGTERM
 """What a shell reports for a process that SIGTERM ended."""
 LIMIT_S = 25.0
@@ -98,4 +100,5 @@ class StopRequest:
     def _out_of_time(self) -> None:
         with self._whole:
             self.say_last_words()
+            kill_children()
             os._exit(EXIT_TERMINATED)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from enum import Enum
 from typing import NoReturn
 
 from teacher_server.process import signals
+from vllm_process.children import kill_children
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +106,7 @@ class Lifecycle:
 
 def leave(exit_code: int) -> NoReturn:
     """Ends the process without waiting for threads, and with it the processes it started."""
-    for child in multiprocessing.active_children():
-        child.kill()
+    kill_children()
     logging.shutdown()
     with suppress(OSError):  # a disk that is full
         sys.stdout.flush()

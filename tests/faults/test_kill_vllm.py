@@ -15,6 +15,7 @@ from teacher_client.client import TeacherClient
 from teacher_client.retry import RetryLimits
 from teacher_wire.records import ScoreOptions
 from tests.cores import own_core
+from tests.faults.engine_processes import children
 from tests.faults.live_server import LiveServer
 from tests.teacher.engine.engine_models import VOCAB_SIZE, write_tiny_model
 from tests.teacher.scoring.fake_rows import cut, make_span
@@ -26,13 +27,6 @@ PROMPT = np.arange(7, 40, dtype=np.int32)
 OPTIONS = ScoreOptions(k=16)
 TOKENS, PIECE = 96, 24
 NATS = 1e-5
-
-
-def children(pid: int) -> list[Path]:
-    """/proc folders of a process's children."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    pids = [child for task in tasks for child in (task / "children").read_text().split()]
-    return [Path("/proc", child) for child in pids]
 
 
 def test_the_engine_goes_with_its_teacher_and_the_next_one_gives_the_same_rows(

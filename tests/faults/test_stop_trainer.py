@@ -22,11 +22,13 @@ from safetensors.torch import load_file
 
 from student_trainer.process.stopping import EXIT_TERMINATED
 from student_trainer.train_state import checkpoints, step_of
+from tests.cores import own_core
+from tests.faults.engine_processes import engines
 from tests.faults.forked_processes import ForkedTeacher
 from tests.faults.trainer_process import SAVING, started, trainer
 from tests.faults.training_runs import FAKE, ROOT, Run, until_scored
 from tests.rounds import in_the_long_round
-from tests.waiting import eventually
+from tests.waiting import eventually, wait_until
 
 pytestmark = pytest.mark.e2e
 NOTHING = {"checkpoint__every_steps": "null"}
@@ -151,6 +153,24 @@ def test_a_run_stopped_before_its_first_step_says_that_nothing_is_saved(tmp_path
             assert process.wait(WAIT_S) == EXIT_TERMINATED
     assert "SIGTERM: no finished step is saved; the run begins again with" in log.read_text()
     assert said_command(log)[-len(arguments) :] == arguments
+
+
+@in_the_long_round
+@pytest.mark.vllm
+@pytest.mark.timeout(400)
+def test_a_run_stopped_while_its_engine_starts_leaves_no_engine(
+    teacher: ForkedTeacher, tmp_path: Path
+) -> None:
+    run, log = Run(tmp_path / "run"), tmp_path / "log"
+    sampler = json.dumps({"kind": "vllm", "cpu_cores": own_core(), "enforce_eager": True})
+    with trainer(run.arguments(teacher.address, sampler=sampler), log) as process:
+        wait_until(lambda: engines(process.pid))
+        started_engines = engines(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == EXIT_TERMINATED
+        wait_until(lambda: not any(engine.exists() for engine in started_engines))
+    assert "SIGTERM: no finished step is saved" in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 SIGNAL_FOR_ANOTHER_THREAD = """

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from student_trainer.errors import WeightSyncError
+from student_trainer.errors import SamplerError, WeightSyncError
 from student_trainer.pretrained import load_student
 from student_trainer.records import Delta, Finish, SamplingOptions
 from student_trainer.rollouts.samplers import vllm_sampler as vllm_sampler_module
@@ -27,6 +29,7 @@ from student_trainer.rollouts.samplers.base import WeightFolder, WeightSource
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from student_trainer.rollouts.weight_sync import WeightSync
 from tests.cores import own_core
+from tests.faults.engine_processes import engines
 from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import EOS_ID, VOCAB_SIZE, tiny_student, write_tiny_student
 
@@ -234,7 +237,7 @@ async def test_budget_and_end_token_end_a_generation(sampler: VllmSampler) -> No
     assert finishes == {Finish.STOP, Finish.LENGTH}
 
 
-# Last: it leaves other weights behind.
+# Before last: it leaves other weights behind.
 async def test_changed_weights_arrive_exactly_and_other_ones_are_noticed(
     sampler: VllmSampler, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,3 +264,16 @@ async def test_changed_weights_arrive_exactly_and_other_ones_are_noticed(
             await sync.push(7)
     finally:
         sync.close()
+
+
+# Last: it ends the engine.
+async def test_an_engine_that_dies_under_a_generation_is_named(sampler: VllmSampler) -> None:
+    options = SamplingOptions(max_tokens=240, num_topk=NUM_TOPK, seed=5)
+    (engine,) = engines(os.getpid())
+    generation = sampler.generate("dies", PROMPT, options)
+    await anext(generation)
+    os.kill(int(engine.name), signal.SIGKILL)
+    with pytest.raises(SamplerError, match="vLLM's engine has died"):
+        [_ async for _ in generation]
+    with pytest.raises(SamplerError, match="vLLM's engine has died"):
+        await deltas(sampler, "after its end", options)
