@@ -23,11 +23,7 @@ from teacher_client.endpoints import TeacherEndpoints
 from teacher_client.retry import BrokenStreamError, Patience, RetryLimits
 from teacher_client.stream import Handshake, TeacherStream
 from teacher_wire import codec, tracing
-from teacher_wire.errors import (
-    InvalidRequestError,
-    SessionOffsetError,
-    TeacherError,
-)
+from teacher_wire.errors import InvalidRequestError, SessionOffsetError, TeacherError
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import (
     DriftPolicy,

@@ -269,11 +269,7 @@ class TeacherStream:
             self._consumed_bytes = 0
 
     def _answered(
-        self,
-        session_id: str,
-        *,
-        chunk: pb.Scores | None = None,
-        error: TeacherError | None = None,
+        self, session_id: str, *, chunk: pb.Scores | None = None, error: TeacherError | None = None
     ) -> None:
         waiting = self._exchanges.get(session_id)
         if not waiting:

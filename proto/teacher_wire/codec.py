@@ -65,14 +65,8 @@ _ROW_BYTES = {
 }
 """Of the columns of each width, by element of the log-probs."""
 
-_DTYPE_TO_PB = {
-    LogprobDtype.F16: pb.LOGPROB_DTYPE_F16,
-    LogprobDtype.F32: pb.LOGPROB_DTYPE_F32,
-}
-_VERDICT_TO_PB = {
-    Verdict.CONTINUE: pb.VERDICT_CONTINUE,
-    Verdict.TRUNCATE: pb.VERDICT_TRUNCATE,
-}
+_DTYPE_TO_PB = {LogprobDtype.F16: pb.LOGPROB_DTYPE_F16, LogprobDtype.F32: pb.LOGPROB_DTYPE_F32}
+_VERDICT_TO_PB = {Verdict.CONTINUE: pb.VERDICT_CONTINUE, Verdict.TRUNCATE: pb.VERDICT_TRUNCATE}
 _DTYPE_FROM_PB: dict[int, LogprobDtype] = {value: key for key, value in _DTYPE_TO_PB.items()}
 _VERDICT_FROM_PB: dict[int, Verdict] = {value: key for key, value in _VERDICT_TO_PB.items()}
 

@@ -18,13 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from teacher_server.engine.base import (
-    EngineInfo,
-    EngineRows,
-    ScoreQuery,
-    check_finite,
-    check_query,
-)
+from teacher_server.engine.base import EngineInfo, EngineRows, ScoreQuery, check_finite, check_query
 from teacher_server.engine.checkpoint import read_config, resolve_dtype, warn_if_emulated
 from teacher_server.engine.extras import DEFINITIONS, Distribution
 from teacher_wire.errors import EngineError

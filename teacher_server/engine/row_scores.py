@@ -69,21 +69,14 @@ def score_rows(
     target_logits_R1 = logits_RV.gather(1, targets_R[:, None]).float()
     candidate_logits_RC = logits_RV.gather(1, candidates_RC).float()
     facts = (_facts_at_once if at_once else _facts_in_chunks)(
-        logits_RV,
-        target_logits_R1,
-        inverse_temperatures_R[:, None],
-        k,
-        extras,
+        logits_RV, target_logits_R1, inverse_temperatures_R[:, None], k, extras
     )
     logits_RX = torch.cat([target_logits_R1, facts.top_logits_RK, candidate_logits_RC], dim=1)
     return _packed(positions_R, inverse_temperatures_R[:, None], logits_RX, facts)
 
 
 def _packed(
-    positions_R: torch.Tensor,
-    inverse_R1: torch.Tensor,
-    logits_RX: torch.Tensor,
-    facts: _RowFacts,
+    positions_R: torch.Tensor, inverse_R1: torch.Tensor, logits_RX: torch.Tensor, facts: _RowFacts
 ) -> torch.Tensor:
     zeros_R1 = positions_R.new_zeros(len(positions_R), 1)
     top_R1 = facts.top_logits_RK[:, :1]

@@ -95,8 +95,7 @@ def _scoring_class(architecture: str) -> type[torch.nn.Module]:
         if current_platform.is_cpu():
             _use_head_in_blocks(self)
         self.pooler = TokenScorer(
-            compute_logits=self.compute_logits,
-            vocab_size=vllm_config.model_config.get_vocab_size(),
+            compute_logits=self.compute_logits, vocab_size=vllm_config.model_config.get_vocab_size()
         )
 
     namespace = {"is_pooling_model": True, "__init__": __init__, "__module__": __name__}

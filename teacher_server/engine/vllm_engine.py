@@ -15,13 +15,7 @@ import os
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
-from teacher_server.engine.base import (
-    EngineInfo,
-    EngineRows,
-    ScoreQuery,
-    check_finite,
-    check_query,
-)
+from teacher_server.engine.base import EngineInfo, EngineRows, ScoreQuery, check_finite, check_query
 from teacher_server.engine.checkpoint import read_config, resolve_dtype, warn_if_emulated
 from teacher_server.engine.row_format import ZERO_BLOCKS_VARIABLE, RowCollector, RowRequest
 from teacher_wire.errors import EngineError
@@ -40,10 +34,7 @@ if TYPE_CHECKING:
 
 PLUGIN = "driftline_token_scorer"
 """Entry point of token_scorer.register, by which vLLM's own processes find it."""
-QUIET_ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+QUIET_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 """Set before vLLM is imported, unless the operator has set them."""
 
 

@@ -18,12 +18,7 @@ from teacher_server.http.rows import number_of, refuse_non_finite
 from teacher_wire.drift import reliability
 from teacher_wire.drift_metrics import MAX_DRIFT_K
 from teacher_wire.errors import InvalidRequestError
-from teacher_wire.records import (
-    MODEL_COLUMNS,
-    DriftPolicy,
-    ScoreRows,
-    Scores,
-)
+from teacher_wire.records import MODEL_COLUMNS, DriftPolicy, ScoreRows, Scores
 
 
 class Tokenizer(Protocol):
@@ -32,11 +27,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def decode(
-        self,
-        token_ids: list[int],
-        *,
-        skip_special_tokens: bool,
-        clean_up_tokenization_spaces: bool,
+        self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
     ) -> str: ...
 
     def convert_ids_to_tokens(self, ids: int) -> str | None:
@@ -182,10 +173,7 @@ def build_report(
 
 
 def _token_reports(
-    response_ids: NDArray[np.int32],
-    rows: ScoreRows,
-    policy: DriftPolicy | None,
-    texts: TokenTexts,
+    response_ids: NDArray[np.int32], rows: ScoreRows, policy: DriftPolicy | None, texts: TokenTexts
 ) -> tuple[TokenReport, ...]:
     n, extras = len(rows), MODEL_COLUMNS.extras
     names = [column.singular for column in extras]

@@ -27,9 +27,7 @@ def middlewares(deps: HttpDeps, max_body_bytes: int) -> list[Middleware]:
         Middleware(middleware.Named),
         Middleware(middleware.Caught, metrics=deps.metrics),
         Middleware(
-            middleware.Authenticated,
-            authenticate=deps.authenticate,
-            open_metrics=deps.open_metrics,
+            middleware.Authenticated, authenticate=deps.authenticate, open_metrics=deps.open_metrics
         ),
         Middleware(middleware.BodiesInFlight),
         Middleware(middleware.WholeBody, max_bytes=max_body_bytes),

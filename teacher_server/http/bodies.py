@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    create_model,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model, model_validator
 
 from teacher_server.http.analysis import Report
 from teacher_server.http.rows import ArrayEncoding, RowsReply
@@ -66,10 +58,7 @@ def _policy_body(kind: type[DriftMetric]) -> Any:
         **{field.name: (strict[hints[field.name]], field.default) for field in fields(kind)},
     }
     body = create_model(
-        f"{kind.__name__}Policy",
-        __base__=_PolicyBody,
-        __doc__=kind.__doc__,
-        **constants,
+        f"{kind.__name__}Policy", __base__=_PolicyBody, __doc__=kind.__doc__, **constants
     )
     return Annotated[body, Tag(kind.name)]
 

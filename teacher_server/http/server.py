@@ -78,11 +78,7 @@ def certificate_name(peer_certificate: dict[str, Any] | None) -> str | None:
 
 
 def http_server(
-    app: Any,
-    context: ssl.SSLContext | None,
-    *,
-    slow_client_s: float,
-    on_slow: Callable[[], None],
+    app: Any, context: ssl.SSLContext | None, *, slow_client_s: float, on_slow: Callable[[], None]
 ) -> uvicorn.Server:
     """A server of an ASGI application, with TLS when there is a context. A client that does not
     take a reply in slow_client_s is cut off, and `on_slow` called."""

@@ -71,10 +71,7 @@ class Metrics:
     def _add_grpc(self) -> None:
         method = ("grpc_type", "grpc_service", "grpc_method")
         self._rpcs_started = Counter(
-            "grpc_server_started",
-            "RPCs started on the server.",
-            method,
-            registry=self.registry,
+            "grpc_server_started", "RPCs started on the server.", method, registry=self.registry
         )
         self._rpcs_handled = Counter(
             "grpc_server_handled",

@@ -172,11 +172,7 @@ class TeacherApp:
     def _announce(self, grpc_address: str, http_address: str) -> None:
         print(f"teacher-server ready grpc={grpc_address} http={http_address}", flush=True)  # noqa: T201
         if self._config.ready_file:
-            ready = {
-                "grpc_address": grpc_address,
-                "http_address": http_address,
-                "pid": os.getpid(),
-            }
+            ready = {"grpc_address": grpc_address, "http_address": http_address, "pid": os.getpid()}
             path = Path(self._config.ready_file)
             partial = path.with_name(path.name + ".partial")
             partial.write_text(json.dumps(ready) + "\n")

@@ -73,10 +73,7 @@ def judged_rows(rows: EngineRows, span: TokenSpan, policy: DriftPolicy | None) -
             event_mask=span.event_mask,
         )
     return ScoreRows(
-        offset=span.offset,
-        overlap_counts=overlaps,
-        bad_events=bad,
-        **MODEL_COLUMNS.by_name(rows),
+        offset=span.offset, overlap_counts=overlaps, bad_events=bad, **MODEL_COLUMNS.by_name(rows)
     )
 
 

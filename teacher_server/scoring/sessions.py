@@ -174,12 +174,7 @@ class SessionTable:
         return self._find(session_id, tenant).options
 
     async def append(
-        self,
-        session_id: str,
-        span: TokenSpan,
-        *,
-        tenant: str,
-        deadline_s: float | None = None,
+        self, session_id: str, span: TokenSpan, *, tenant: str, deadline_s: float | None = None
     ) -> Scores:
         """Scores a piece of a response and advances its drift; a failed append changes nothing.
 

@@ -11,13 +11,7 @@ from numpy.typing import NDArray
 
 from teacher_wire import drift
 from teacher_wire.errors import InvalidRequestError
-from teacher_wire.records import (
-    DriftPolicy,
-    DriftState,
-    ScoreOptions,
-    TeacherInfo,
-    TokenSpan,
-)
+from teacher_wire.records import DriftPolicy, DriftState, ScoreOptions, TeacherInfo, TokenSpan
 
 MAX_SESSION_ID_BYTES = 256
 

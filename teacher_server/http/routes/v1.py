@@ -12,19 +12,8 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 
-from teacher_server.http.analysis import (
-    Tokenizer,
-    TokenTexts,
-    build_report,
-    report_to_json,
-)
-from teacher_server.http.bodies import (
-    AnalyzeBody,
-    AnalyzeReply,
-    InfoReply,
-    ScoreBody,
-    ScoreReply,
-)
+from teacher_server.http.analysis import Tokenizer, TokenTexts, build_report, report_to_json
+from teacher_server.http.bodies import AnalyzeBody, AnalyzeReply, InfoReply, ScoreBody, ScoreReply
 from teacher_server.http.deps import HttpDeps
 from teacher_server.http.rows import ArrayEncoding, refuse_non_finite, rows_to_json
 from teacher_wire.errors import InvalidRequestError
