@@ -31,11 +31,7 @@ log = logging.getLogger(__name__)
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     *codec.CHANNEL_LIMITS,
-    # A dead server is found in 50 s at most; the server allows pings this often.
-    ("grpc.keepalive_time_ms", 30_000),
-    # Not grpc.keepalive_timeout_ms, which has no effect on a silent peer: docs/LOG.md.
-    ("grpc.http2.ping_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 1),
+    *codec.KEEPALIVE,
     ("grpc.http2.max_pings_without_data", 0),
     # Else channels to one address share a connection, and a new one inherits the pause after a
     # failure of the old one.

@@ -46,6 +46,13 @@ CHANNEL_LIMITS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 )
+KEEPALIVE = (
+    # A dead peer is found in 50 s at most.
+    ("grpc.keepalive_time_ms", 30_000),
+    # Not grpc.keepalive_timeout_ms, which has no effect on a silent peer: docs/LOG.md.
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
 ENVELOPE_BYTES = 1024
 """Room for everything in a reply that does not grow with its rows, the session's name aside."""
 
@@ -169,16 +176,11 @@ def decode_policy(message: pb.Open | pb.ScoreRequest) -> DriftPolicy | None:
 def encode_drift(drift: DriftState | None) -> pb.DriftState | None:
     if drift is None:
         return None
-    message = pb.DriftState()
-    _write_drift(message, drift)
-    return message
-
-
-def _write_drift(message: pb.DriftState, drift: DriftState) -> None:
-    message.num_tokens = drift.num_tokens
-    message.num_bad_events = drift.num_bad_events
-    if drift.exhausted_at is not None:
-        message.exhausted_at = drift.exhausted_at
+    return pb.DriftState(
+        num_tokens=drift.num_tokens,
+        num_bad_events=drift.num_bad_events,
+        exhausted_at=drift.exhausted_at,
+    )
 
 
 def decode_drift(message: pb.DriftState) -> DriftState:
@@ -314,18 +316,15 @@ def _write_answer(
 ) -> None:
     """One chunk; the last, with `final`, says what follows from all rows."""
     _write_rows(message.rows, rows, dtype)
-    if final is not None:
-        message.last = True
-        _finish(message, final)
-
-
-def _finish(message: pb.Scores | pb.ScoreResponse, scores: Scores) -> None:
-    if scores.drift is not None:
-        _write_drift(message.drift, scores.drift)
-    message.verdict = _VERDICT_TO_PB[scores.verdict]
-    if scores.keep_tokens is not None:
-        message.keep_tokens = scores.keep_tokens
-    timing, spent = message.timing, scores.timing
+    if final is None:
+        return
+    message.last = True
+    message.verdict = _VERDICT_TO_PB[final.verdict]
+    if (drift := encode_drift(final.drift)) is not None:
+        message.drift.CopyFrom(drift)
+    if final.keep_tokens is not None:
+        message.keep_tokens = final.keep_tokens
+    timing, spent = message.timing, final.timing
     timing.queue_us, timing.engine_us = spent.queue_us, spent.engine_us
     if spent.computed_tokens is not None:
         timing.computed_tokens = spent.computed_tokens

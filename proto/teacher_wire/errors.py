@@ -137,6 +137,8 @@ ERROR_CODES: dict[type[TeacherError], ErrorCode] = {
     NonFiniteError: ErrorCode(StatusCode.DATA_LOSS, 502, False, "NONFINITE"),
 }
 
+OFFSETS = ("expected_offset", "offset")
+"""What an error may tell besides its message."""
 ERRORS_BY_NAME: dict[str, type[TeacherError]] = {cls.__name__: cls for cls in ERROR_CODES}
 ERRORS_BY_REASON: dict[str, type[TeacherError]] = {
     code.reason: cls for cls, code in ERROR_CODES.items()
@@ -158,7 +160,7 @@ def error_to_json(error: TeacherError) -> dict[str, str | int | bool]:
         "retryable": code.retryable,
         "retry_after_ms": error.retry_after_ms,
     }
-    for name in ("expected_offset", "offset"):
+    for name in OFFSETS:
         value = getattr(error, name)
         if value is not None:
             content[name] = value
@@ -177,6 +179,5 @@ def error_from_json(status: int, content: Mapping[str, object]) -> TeacherError:
     return cls(
         str(content.get("message", f"HTTP {status}")),
         retry_after_ms=number("retry_after_ms") or 0,
-        expected_offset=number("expected_offset"),
-        offset=number("offset"),
+        **{name: number(name) for name in OFFSETS},
     )

@@ -19,6 +19,7 @@ from teacher_wire.errors import (
     ERROR_CODES,
     ERRORS_BY_NAME,
     ERRORS_BY_REASON,
+    OFFSETS,
     CapacityError,
     EngineError,
     MessageTooLargeError,
@@ -41,7 +42,6 @@ _CLASS_BY_CODE: dict[grpc.StatusCode | None, type[TeacherError]] = {
 }
 _TOO_LARGE = "larger than max"
 """What gRPC itself says, without details, of a message that passes its limit."""
-_OFFSETS = ("expected_offset", "offset")
 
 
 def encode_error(error: TeacherError, session_id: str, offset: int | None = None) -> pb.Error:
@@ -70,19 +70,18 @@ def decode_error(message: pb.Error) -> TeacherError:
 
 def encode_status(error: TeacherError) -> grpc.Status:
     """The error as the status of a call, for `abort_with_status`."""
-    offsets = {name: getattr(error, name) for name in _OFFSETS}
+    offsets = {name: getattr(error, name) for name in OFFSETS}
     reason = error_details_pb2.ErrorInfo(
         reason=code_of(error).reason,
         domain=ERROR_DOMAIN,
         metadata={name: str(value) for name, value in offsets.items() if value is not None},
     )
-    details = [_packed(reason)]
+    status = status_pb2.Status(code=code_of(error).grpc.value[0], message=error.message)
+    status.details.add().Pack(reason)
     if error.retry_after_ms:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(error.retry_after_ms)
-        details.append(_packed(retry))
-    code = code_of(error).grpc.value[0]
-    status = status_pb2.Status(code=code, message=error.message, details=details)
+        status.details.add().Pack(retry)
     converted: grpc.Status = rpc_status.to_status(status)
     return converted
 
@@ -95,12 +94,12 @@ def decode_status(error: grpc.aio.AioRpcError) -> TeacherError:
     if cls is CapacityError and _TOO_LARGE in message.lower():
         cls = MessageTooLargeError
     retry_after_ms = 0
-    offsets: dict[str, int | None] = dict.fromkeys(_OFFSETS)
+    offsets: dict[str, int | None] = dict.fromkeys(OFFSETS)
     for detail in _details(error):
         reason, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if _unpacked(detail, reason) and reason.domain == ERROR_DOMAIN:
             cls = ERRORS_BY_REASON.get(reason.reason, cls)
-            offsets = {name: _number(reason.metadata.get(name)) for name in _OFFSETS}
+            offsets = {name: _number(reason.metadata.get(name)) for name in OFFSETS}
         elif _unpacked(detail, retry):
             retry_after_ms = max(0, retry.retry_delay.ToMilliseconds())
     return cls(message, retry_after_ms=retry_after_ms, **offsets)
@@ -129,9 +128,3 @@ def _unpacked(
 
 def _number(text: str | None) -> int | None:
     return int(text) if text is not None and text.isascii() and text.isdigit() else None
-
-
-def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> any_pb2.Any:
-    packed = any_pb2.Any()
-    packed.Pack(message)
-    return packed

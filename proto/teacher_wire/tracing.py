@@ -67,19 +67,10 @@ def trace_id_of(header: str) -> str:
 
 
 class AppendSpan:
-    """The server's span of one append, below the trainer's."""
+    """The server's span of one append, below the trainer's; costs nothing without one."""
 
-    def __init__(self, parent: str, num_tokens: int) -> None:
-        from opentelemetry.trace import SpanKind
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-        context = TraceContextTextMapPropagator().extract({_HEADER: parent})
-        self._span = _tracer.start_span(
-            "teacher append",
-            context=context,
-            kind=SpanKind.SERVER,
-            attributes={"tokens": num_tokens},
-        )
+    def __init__(self, span: Any) -> None:
+        self._span = span
 
     def __enter__(self) -> AppendSpan:
         return self
@@ -90,6 +81,8 @@ class AppendSpan:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._span is None:
+            return
         if kind is not None:
             from opentelemetry.trace import StatusCode
 
@@ -98,6 +91,8 @@ class AppendSpan:
 
     def scored(self, timing: Timing) -> None:
         """Adds the children: the queue, then the engine, which has just ended."""
+        if self._span is None:
+            return
         from opentelemetry.trace import set_span_in_context
 
         end = time.time_ns()
@@ -108,24 +103,20 @@ class AppendSpan:
             _tracer.start_span(name, context=context, start_time=begun).end(end_time=ended)
 
 
-class _NoSpan(AppendSpan):
-    """Costs nothing."""
-
-    def __init__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def scored(self, timing: Timing) -> None:
-        pass
-
-
-_NO_SPAN = _NoSpan()
+_NO_SPAN = AppendSpan(None)
 
 
 def append_span(parent: str, num_tokens: int) -> AppendSpan:
     """The span of an append that came with this traceparent; nothing without one."""
     if _tracer is None or not trace_id_of(parent):
         return _NO_SPAN
-    return AppendSpan(parent, num_tokens)
+    from opentelemetry.trace import SpanKind
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    context = TraceContextTextMapPropagator().extract({_HEADER: parent})
+    attributes = {"tokens": num_tokens}
+    return AppendSpan(
+        _tracer.start_span(
+            "teacher append", context=context, kind=SpanKind.SERVER, attributes=attributes
+        )
+    )

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 from fastapi import Depends
 from fastapi.security import HTTPBearer
-from numpy.typing import NDArray
 
 from teacher_server.access.caller import TenantOf
 from teacher_server.http.analysis import Tokenizer
 from teacher_server.metrics.server import Metrics
+from teacher_server.scoring.sessions import SessionTable
 from teacher_wire.errors import NotReadyError
-from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TeacherInfo, TokenSpan
-
-
-class Sessions(Protocol):
-    """The part of teacher_server.scoring.sessions.SessionTable used here."""
-
-    async def score_once(
-        self,
-        prompt_ids: NDArray[np.int32],
-        span: TokenSpan,
-        options: ScoreOptions,
-        policy: DriftPolicy | None,
-        *,
-        tenant: str,
-    ) -> Scores: ...
+from teacher_wire.records import TeacherInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +22,7 @@ class HttpDeps:
     """What the HTTP side is made of."""
 
     info: TeacherInfo
-    sessions: Sessions
+    sessions: SessionTable
     ready: Callable[[], bool]
     """False while loading or draining; must not block."""
     metrics: Metrics

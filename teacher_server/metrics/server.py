@@ -11,6 +11,7 @@ What happens on every append is a plain count (tallies.py) or is read when Prome
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from grpc import StatusCode
 from prometheus_client import (
@@ -24,7 +25,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from teacher_server.metrics.live import LiveMetrics, MethodLabels, Readings
+from teacher_server.metrics.live import SHORT_TIMES_S, LiveMetrics, MethodLabels, Readings
 from teacher_server.metrics.tallies import MessageTally, TenantTally
 from teacher_wire import __version__
 from teacher_wire.errors import ERRORS_BY_NAME
@@ -35,15 +36,10 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
 """Label value of everything past a bound."""
 
-_TEACHER = "opd.teacher.v1.TeacherService"
-_GRPC_TYPES = {
-    (_TEACHER, "GetInfo"): "unary",
-    (_TEACHER, "Score"): "server_stream",
-    (_TEACHER, "Session"): "bidi_stream",
-}
+_SERVICE = "opd.teacher.v1.TeacherService"
+_GRPC_TYPES = {"GetInfo": "unary", "Score": "server_stream", "Session": "bidi_stream"}
 _CODES = frozenset(code.name for code in StatusCode)
 
-_HTTP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _LAG_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 # A session lives as long as a training run, so the last buckets reach hours.
 _CALL_BUCKETS_S = (0.005, 0.025, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200, 28800)
@@ -61,63 +57,49 @@ class Metrics:
         self._messages: dict[MethodLabels, MessageTally] = {}
         self._live = LiveMetrics(self._tenants, self._messages)
         self.registry.register(self._live)
-        self._add_grpc()
-        self._add_http()
-        self._add_teacher()
+        self._add_calls()
+        self._add_events()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
-    def _add_grpc(self) -> None:
+    def _add_calls(self) -> None:
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
         method = ("grpc_type", "grpc_service", "grpc_method")
-        self._rpcs_started = Counter(
-            "grpc_server_started", "RPCs started on the server.", method, registry=self.registry
-        )
-        self._rpcs_handled = Counter(
+        self._rpcs_started = counter("grpc_server_started", "RPCs started on the server.", method)
+        self._rpcs_handled = counter(
             "grpc_server_handled",
             "RPCs completed on the server, whatever their outcome.",
             (*method, "grpc_code"),
-            registry=self.registry,
         )
-        self._rpc_seconds = Histogram(
+        self._rpc_seconds = histogram(
             "grpc_server_handling_seconds",
             "Duration of an RPC; of a whole stream for a stream.",
             method,
             buckets=_CALL_BUCKETS_S,
-            registry=self.registry,
         )
-
-    def _add_http(self) -> None:
-        self._http_seconds = Histogram(
+        self._http_seconds = histogram(
             "teacher_http_request_seconds",
             "Duration of an HTTP request.",
             ("route", "status"),
-            buckets=_HTTP_BUCKETS_S,
-            registry=self.registry,
+            buckets=SHORT_TIMES_S,
         )
-
-    def _add_teacher(self) -> None:
-        self._lag_seconds = Histogram(
+        self._lag_seconds = histogram(
             "teacher_event_loop_lag_seconds",
             "How late the event loop was, sampled four times a second.",
             buckets=_LAG_BUCKETS_S,
-            registry=self.registry,
         )
-        self._errors = Counter(
-            "teacher_errors", "Errors sent to clients.", ("type",), registry=self.registry
-        )
-        self._evictions = Counter(
-            "teacher_evictions", "Sessions ended unasked.", ("reason",), registry=self.registry
-        )
-        self._resumes = Counter(
-            "teacher_resumes", "Sessions opened to go on.", ("result",), registry=self.registry
-        )
-        for counter, values in (
-            (self._evictions, ("idle", "lost", "room")),
-            (self._resumes, ("held", "rebuilt", "refused")),
-        ):
-            for value in values:
-                counter.labels(value)
+
+    def _add_events(self) -> None:
+        counter = partial(Counter, registry=self.registry)
+        self._errors = counter("teacher_errors", "Errors sent to clients.", ("type",))
+        self._evictions = counter("teacher_evictions", "Sessions ended unasked.", ("reason",))
+        self._resumes = counter("teacher_resumes", "Sessions opened to go on.", ("result",))
+        for reason in ("idle", "lost", "room"):
+            self._evictions.labels(reason)
+        for result in ("held", "rebuilt", "refused"):
+            self._resumes.labels(result)
         self._build = Gauge(
             "teacher_build_info",
             "Always 1; the labels say what is served.",
@@ -206,5 +188,6 @@ class Metrics:
 def _method_labels(method: str) -> MethodLabels:
     """(grpc_type, grpc_service, grpc_method); a method outside the contract is "other"."""
     service, _, name = method.removeprefix("/").partition("/")
-    grpc_type = _GRPC_TYPES.get((service, name))
-    return (OTHER, OTHER, OTHER) if grpc_type is None else (grpc_type, service, name)
+    if service != _SERVICE or name not in _GRPC_TYPES:
+        return OTHER, OTHER, OTHER
+    return _GRPC_TYPES[name], service, name

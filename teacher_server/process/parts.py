@@ -119,7 +119,7 @@ class TeacherParts:
             batch_sessions=self.engine.num_running,
             batch_tokens=self.engine.running_tokens,
             send_queue_bytes=self.service.send_queue_bytes,
-            engine_silent_s=self.engine.silent_s(),
+            engine_silent_seconds=self.engine.silent_s(),
             kv_used_ratio=self.engine.kv_used_ratio(),
             phase=self.life.phase.value,
             phases=tuple(phase.value for phase in Phase),

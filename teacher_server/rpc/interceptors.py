@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
+from teacher_server.metrics.server import Metrics
 from teacher_wire.errors import TeacherError, code_of
 from teacher_wire.status import encode_status
 
@@ -18,16 +19,6 @@ OPEN_PREFIX = "/grpc.health.v1.Health/"
 _FIRST_MESSAGE_S = 1.0
 _MAX_LISTENING = 16
 """Refused streams whose first message is read at once; bounds the memory of strangers."""
-
-
-class CallMetrics(Protocol):
-    """What refusals report; teacher_server.metrics.server.Metrics."""
-
-    def error(self, type_name: str) -> None: ...
-
-    def rpc_started(self, method: str) -> None: ...
-
-    def rpc(self, method: str, code: str | grpc.StatusCode, seconds: float) -> None: ...
 
 
 def authorization_of(metadata: Any) -> list[str]:
@@ -48,7 +39,7 @@ def certificate_name_of(context: grpc.aio.ServicerContext[Any, Any]) -> str | No
 class AccessInterceptor(grpc.aio.ServerInterceptor):
     """Asks `admit` about the Authorization headers of every call but health."""
 
-    def __init__(self, admit: Callable[[Sequence[str]], object], *, metrics: CallMetrics) -> None:
+    def __init__(self, admit: Callable[[Sequence[str]], object], *, metrics: Metrics) -> None:
         """`admit` raises a TeacherError for callers to turn away."""
         self._admit = admit
         self._metrics = metrics

@@ -13,13 +13,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from teacher_server import logs
 from teacher_server.access.caller import UNAUTHENTICATED_GRPC_TENANT, Caller, TenantOf
+from teacher_server.metrics.server import Metrics
 from teacher_server.metrics.tallies import MessageTally
 from teacher_server.rpc.interceptors import authorization_of, certificate_name_of
 from teacher_server.rpc.stream import Context, SessionStream, StreamLimits, seen
@@ -45,20 +46,6 @@ log = logging.getLogger(__name__)
 MAX_RUN_ID_BYTES = 256
 _CUT_S = 0.3
 """Time for calls that are cut to say so."""
-
-
-class ServiceMetrics(Protocol):
-    """What the service reports; teacher_server.metrics.server.Metrics."""
-
-    def error(self, type_name: str) -> None: ...
-
-    def slow_stream(self) -> None: ...
-
-    def messages(self, method: str) -> MessageTally: ...
-
-    def rpc_started(self, method: str) -> None: ...
-
-    def rpc(self, method: str, code: str | grpc.StatusCode, seconds: float) -> None: ...
 
 
 def add_to_server(service: TeacherService, server: grpc.aio.Server) -> None:
@@ -104,7 +91,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         info: TeacherInfo,
         sessions: SessionTable,
         *,
-        metrics: ServiceMetrics,
+        metrics: Metrics,
         ready: Callable[[], bool] = lambda: True,
         limits: StreamLimits | None = None,
         tenant_of: TenantOf,

@@ -13,11 +13,12 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
 from teacher_server import logs
+from teacher_server.metrics.server import Metrics
 from teacher_server.metrics.tallies import MessageTally
 from teacher_server.rpc.replies import ReplyQueue, answer_bytes
 from teacher_server.scoring.sessions import SessionTable
@@ -39,14 +40,6 @@ _REQUEST_OVERHEAD_BYTES = 512
 """What a waiting request costs beyond its own size."""
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
-
-
-class StreamMetrics(Protocol):
-    """What a stream reports; teacher_server.metrics.server.Metrics."""
-
-    def error(self, type_name: str) -> None: ...
-
-    def slow_stream(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +87,7 @@ class SessionStream:
         credit_bytes: int,
         accepts_batches: bool,
         limits: StreamLimits,
-        metrics: StreamMetrics,
+        metrics: Metrics,
         tally: MessageTally,
     ) -> None:
         self._context = context

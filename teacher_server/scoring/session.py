@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from teacher_server.metrics.tallies import TenantTally
 from teacher_wire import drift
-from teacher_wire.records import DriftPolicy, DriftState, ScoreOptions, Verdict
+from teacher_wire.records import DriftPolicy, DriftState, ScoreOptions, TokenSpan, Verdict
 
 
 @dataclass(slots=True, eq=False)
@@ -22,17 +22,16 @@ class Session:
     prompt_ids: NDArray[np.int32]
     options: ScoreOptions
     policy: DriftPolicy | None
-    scored_ids: NDArray[np.int32]
-    """Response tokens scored so far, those before the session was opened included."""
-    base: int
-    """Response tokens that were scored before the session was opened."""
-    base_drift: DriftState
-    bad: NDArray[np.bool_]
-    """[len(scored_ids) - base] the bad events since then."""
-    last_used: float
-    owner: object
-    """Who opened it last."""
     tally: TenantTally
+    last_used: float
+    owner: object = None
+    """Who opened it last."""
+    scored_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Response tokens scored so far, those before the session was opened included."""
+    opened_at: DriftState = field(default_factory=DriftState)
+    """The tokens that were scored before the session was opened, and their drift."""
+    bad: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    """[len(scored_ids) - opened_at.num_tokens] the bad events since then."""
     num_pending: int = 0
     """Appends waiting or running."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -42,13 +41,14 @@ class Session:
         """Name of the session for the engine; no two tenants share one, whatever their names."""
         return f"{len(self.tenant)}:{self.tenant}/{self.session_id}"
 
-    def rewind(self, offset: int) -> None:
-        """Forgets the tokens from `offset` on."""
-        self.scored_ids = self.scored_ids[:offset]
-        self.bad = self.bad[: offset - self.base]
-
-    def drift_after(self, bad: NDArray[np.bool_]) -> tuple[DriftState | None, Verdict, int | None]:
-        """State, verdict and tokens to keep after these bad events since the session was opened."""
-        if self.policy is None:
+    def take_in(
+        self, span: TokenSpan, bad: NDArray[np.bool_] | None
+    ) -> tuple[DriftState | None, Verdict, int | None]:
+        """Adds scored tokens, and forgets those from their offset on; returns what follows from
+        all: state, verdict and tokens to keep. `bad` is None without a policy."""
+        self.scored_ids = np.concatenate([self.scored_ids[: span.offset], span.token_ids])
+        if self.policy is None or bad is None:
             return None, Verdict.CONTINUE, None
-        return drift.advance(self.policy, self.base_drift, bad)
+        earlier = self.bad[: span.offset - self.opened_at.num_tokens]
+        self.bad = np.concatenate([earlier, bad])
+        return drift.advance(self.policy, self.opened_at, self.bad)

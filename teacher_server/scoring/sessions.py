@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from teacher_server.access.tenants import OpenTenants, Tenants
 from teacher_server.engine.base import EngineRows, ScoreQuery
-from teacher_server.metrics.tallies import TenantTally
+from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.eviction import fits_beyond, givers
 from teacher_server.scoring.judging import check_rows, joined, judged_rows, pieces
 from teacher_server.scoring.session import Session
@@ -64,20 +64,6 @@ class Scorer(Protocol):
     def forget(self, session: str) -> None: ...
 
 
-class SessionMetrics(Protocol):
-    """What a session table reports; teacher_server.metrics.server.Metrics."""
-
-    def tenant(self, name: str) -> TenantTally: ...
-
-    def append_done(self, timing: Timing) -> None: ...
-
-    def sessions_open(self, n: int) -> None: ...
-
-    def evicted(self, reason: str, n: int = 1) -> None: ...
-
-    def resumed(self, result: str) -> None: ...
-
-
 class SessionTable:
     """All sessions of a server, by tenant and name."""
 
@@ -86,7 +72,7 @@ class SessionTable:
         scorer: Scorer,
         info: TeacherInfo,
         *,
-        metrics: SessionMetrics,
+        metrics: Metrics,
         tenants: Tenants | None = None,
         ttl_s: float = 600.0,
         evict_idle_s: float = 1.0,
@@ -137,7 +123,7 @@ class SessionTable:
         the tenant has as many in use as it may.
         """
         check_open(self._info, session_id, prompt_ids, scored_ids, options, policy)
-        base_drift = check_drift(policy, drift_state, len(scored_ids))
+        opened_at = check_drift(policy, drift_state, len(scored_ids))
         self.expire()
         key = (tenant, session_id)
         is_held = key in self._sessions
@@ -158,9 +144,7 @@ class SessionTable:
             options=options,
             policy=policy,
             scored_ids=scored_ids,
-            base=len(scored_ids),
-            base_drift=base_drift,
-            bad=np.zeros(0, np.bool_),
+            opened_at=opened_at,
             last_used=self._clock(),
             owner=owner,
             tally=self._metrics.tenant(tenant),
@@ -187,8 +171,7 @@ class SessionTable:
         give_up = None if deadline_s is None else self._clock() + deadline_s
         try:
             async with session.lock:
-                left = None if give_up is None else give_up - self._clock()
-                scores = await self._score(session, span, left)
+                scores = await self._score(session, span, give_up)
         finally:
             session.num_pending -= 1
             session.last_used = self._clock()
@@ -204,8 +187,7 @@ class SessionTable:
         session = self._sessions.get((tenant, session_id))
         if session is None or (owner is not None and session.owner is not owner):
             return False
-        del self._sessions[tenant, session_id]
-        self._let_go(session)
+        self._end((tenant, session_id))
         return True
 
     def detach(self, session_ids: Iterable[str], *, tenant: str, owner: object) -> None:
@@ -226,7 +208,7 @@ class SessionTable:
             key = (session.tenant, session.session_id)
             # One that was opened again is another object.
             if self._sessions.get(key) is session:
-                self._let_go(self._sessions.pop(key))
+                self._end(key)
                 num_lost += 1
         stale = []
         for key, session in self._sessions.items():
@@ -235,7 +217,7 @@ class SessionTable:
             if not session.num_pending:
                 stale.append(key)
         for key in stale:
-            self._let_go(self._sessions.pop(key))
+            self._end(key)
         if stale:
             self._metrics.evicted("idle", len(stale))
         if num_lost:
@@ -264,20 +246,14 @@ class SessionTable:
             prompt_ids=prompt_ids,
             options=options,
             policy=policy,
-            scored_ids=_EMPTY_IDS,
-            base=0,
-            base_drift=DriftState(),
-            bad=np.zeros(0, np.bool_),
             last_used=self._clock(),
-            owner=None,
             tally=self._metrics.tenant(tenant),
         )
         give_up = None if deadline_s is None else self._clock() + deadline_s
         parts: list[Scores] = []
         try:
             for piece in pieces(span, self._info.max_append_tokens):
-                left = None if give_up is None else give_up - self._clock()
-                parts.append(await self._score(session, piece, left))
+                parts.append(await self._score(session, piece, give_up))
         finally:
             self._scorer.forget(session.engine_name)
         return joined(parts)
@@ -311,7 +287,7 @@ class SessionTable:
             if session.last_used > limit:
                 break
             if not session.num_pending:
-                self._let_go(self._sessions.pop(key))
+                self._end(key)
                 self._metrics.evicted("room")
                 return True
         return False
@@ -335,11 +311,11 @@ class SessionTable:
         """The sessions of a tenant, least recently used first."""
         return [key for key in self._sessions if key[0] == tenant]
 
-    def _let_go(self, session: Session) -> None:
-        self._scorer.forget(session.engine_name)
+    def _end(self, key: tuple[str, str]) -> None:
+        self._scorer.forget(self._sessions.pop(key).engine_name)
         self._metrics.sessions_open(len(self._sessions))
 
-    async def _score(self, session: Session, span: TokenSpan, deadline_s: float | None) -> Scores:
+    async def _score(self, session: Session, span: TokenSpan, give_up: float | None) -> Scores:
         check_span(self._info, session.options, session.policy, span)
         offset, length = span.offset, len(session.scored_ids)
         if offset > length:
@@ -348,19 +324,16 @@ class SessionTable:
                 expected_offset=length,
                 offset=offset,
             )
-        if offset < session.base:
+        first = session.opened_at.num_tokens
+        if offset < first:
             raise SessionOffsetError(
-                f"append at {offset}, but the session was opened at {session.base}: open it again",
-                expected_offset=session.base,
+                f"append at {offset}, but the session was opened at {first}: open it again",
+                expected_offset=first,
                 offset=offset,
             )
         check_total_length(self._info, len(session.prompt_ids) + offset + len(span))
-        rows, timing = await self._rows(session, span, deadline_s)
-        session.rewind(offset)
-        session.scored_ids = np.concatenate([session.scored_ids, span.token_ids])
-        if rows.bad_events is not None:
-            session.bad = np.concatenate([session.bad, rows.bad_events])
-        state, verdict, keep_tokens = session.drift_after(session.bad)
+        rows, timing = await self._rows(session, span, give_up)
+        state, verdict, keep_tokens = session.take_in(span, rows.bad_events)
         session.tally.tokens_scored += len(span)
         self._metrics.append_done(timing)
         return Scores(
@@ -368,7 +341,7 @@ class SessionTable:
         )
 
     async def _rows(
-        self, session: Session, span: TokenSpan, deadline_s: float | None
+        self, session: Session, span: TokenSpan, give_up: float | None
     ) -> tuple[ScoreRows, Timing]:
         options = session.options
         prefix = [session.prompt_ids, session.scored_ids[: span.offset], span.token_ids]
@@ -382,10 +355,9 @@ class SessionTable:
             session=session.engine_name,
             cache_salt=session.tenant,
         )
+        left_s = None if give_up is None else give_up - self._clock()
         try:
-            rows, timing = await self._scorer.score(
-                query, tenant=session.tenant, deadline_s=deadline_s
-            )
+            rows, timing = await self._scorer.score(query, tenant=session.tenant, deadline_s=left_s)
         except BaseException as error:
             session.tally.failed(error)
             raise
