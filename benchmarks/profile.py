@@ -77,7 +77,7 @@ class Stopwatch:
 async def timed_teacher(engine: ScoringEngine, watch: Stopwatch) -> AsyncIterator[str]:
     """The address of a server in this process, with stopwatches between its parts."""
     async with local_teacher(engine) as teacher:
-        watch.around(teacher.parts.engine, "score", "engine")
+        watch.around(teacher.engine, "score", "engine")
         watch.around(teacher.scheduler, "score", "scheduler")
         watch.around(teacher.sessions, "append", "sessions")
         yield teacher.address

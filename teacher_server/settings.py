@@ -172,7 +172,8 @@ class TeacherConfig(BaseSettings):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError("; ".join(_problem(detail) for detail in _details(error))) from None
+            details: list[Any] = error.errors(include_url=False)
+            raise ConfigError("; ".join(map(_problem, details))) from None
 
     @classmethod
     def settings_customise_sources(
@@ -250,10 +251,6 @@ ENGINES: tuple[str, ...] = get_args(_FIELDS["engine"].annotation)
 def read_by(entry: FieldInfo) -> tuple[str, ...]:
     """The engines with which a setting is read; all for one of the server itself."""
     return next((mark.engines for mark in entry.metadata if isinstance(mark, ReadBy)), ENGINES)
-
-
-def _details(error: ValidationError) -> list[Any]:
-    return error.errors(include_url=False)
 
 
 def _problem(detail: Mapping[str, Any]) -> str:

@@ -5,22 +5,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import grpc
 
 from teacher_server.access.auth import Access
 from teacher_server.access.tenants import Tenants
-from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
+from teacher_server.admission.scheduler import SchedulerLimits
 from teacher_server.engine.base import ScoringEngine
-from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
-from teacher_server.metrics.server import Metrics
+from teacher_server.engine.fake_engine import FakeEngine
 from teacher_server.process.lifecycle import Phase
+from teacher_server.process.loading import describe
 from teacher_server.process.parts import Limits, TeacherParts
 from teacher_server.rpc.server_options import SERVER_OPTIONS
-from teacher_server.rpc.service import TeacherService
 from teacher_server.rpc.stream import StreamLimits
-from teacher_server.scoring.sessions import SessionTable
+from teacher_server.settings import TeacherConfig
 from teacher_wire.records import TeacherInfo
 
 
@@ -28,36 +26,16 @@ def teacher_info(
     engine: ScoringEngine, *, max_sessions: int = 64, max_append_tokens: int = 4096
 ) -> TeacherInfo:
     """What a teacher with this engine would tell of itself."""
-    served = engine.info
-    return TeacherInfo(
-        model_id=f"fake-{served.vocab_size}",
-        revision="",
-        weights_digest="",
-        dtype=served.dtype,
-        vocab_size=served.vocab_size,
-        tokenizer_fingerprint=fake_fingerprint(served.vocab_size),
-        special_token_ids=(),
-        max_k=served.max_k,
-        max_context=served.max_context,
-        engine=served.name,
-        engine_version=served.version,
-        instance_id="local",
-        max_sessions=max_sessions,
-        max_append_tokens=max_append_tokens,
+    config = TeacherConfig(
+        engine="fake", max_sessions=max_sessions, max_append_tokens=max_append_tokens
     )
+    return describe(config, engine, None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalTeacher:
+class LocalTeacher(TeacherParts):
     """The parts of a running teacher, to look into."""
 
     address: str
-    info: TeacherInfo
-    parts: TeacherParts
-    scheduler: Scheduler
-    sessions: SessionTable
-    service: TeacherService
-    metrics: Metrics
     server: grpc.aio.Server
 
 
@@ -77,7 +55,7 @@ async def local_teacher(
     """A running teacher; it is stopped on leaving, and its streams with it."""
     engine, access = engine or FakeEngine(), Access()
     access.tenants = tenants or access.tenants
-    parts = TeacherParts(
+    teacher = LocalTeacher(
         engine,
         info or teacher_info(engine),
         access=access,
@@ -88,20 +66,12 @@ async def local_teacher(
         ),
         accepts=ready,
     )
-    parts.life.enter(Phase.SERVING)
-    server = parts.grpc_server(options=options)
-    bound = server.add_insecure_port(f"127.0.0.1:{port}")
-    await server.start()
+    teacher.life.enter(Phase.SERVING)
+    teacher.server = teacher.grpc_server(options=options)
+    bound = teacher.server.add_insecure_port(f"127.0.0.1:{port}")
+    teacher.address = f"127.0.0.1:{bound}"
+    await teacher.server.start()
     try:
-        yield LocalTeacher(
-            address=f"127.0.0.1:{bound}",
-            info=parts.info,
-            parts=parts,
-            scheduler=parts.scheduler,
-            sessions=parts.sessions,
-            service=parts.service,
-            metrics=parts.metrics,
-            server=server,
-        )
+        yield teacher
     finally:
-        await server.stop(None)
+        await teacher.server.stop(None)

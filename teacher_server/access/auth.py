@@ -35,7 +35,6 @@ class Access:
         """`mutual`: clients show a certificate, which the handshake has verified."""
         self._file = tenants
         self.tls = tls
-        self._by_certificate = mutual and tenants is None
         self._mutual = mutual
         self.tenants: Tenants = tenants or OpenTenants()
 
@@ -80,7 +79,7 @@ class Access:
             raise UnauthenticatedError("no client certificate: this teacher asks for one")
         if self._file is not None:
             return self._file.tenant_of(_bearer(caller.authorization))
-        if not self._by_certificate:
+        if not self._mutual:
             return caller.claimed
         if not caller.certificate_name:
             raise PermissionDeniedError("the client's certificate has no common name")

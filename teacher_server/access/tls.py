@@ -76,17 +76,15 @@ class TlsMaterial:
 
 
 def _load(files: TlsFiles) -> tuple[grpc.ServerCertificateConfiguration, ssl.SSLContext]:
-    context = _server_context(files)
-    pair = (_read("tls_key", files.key), _read("tls_cert", files.cert))
+    cert, key = _read("tls_cert", files.cert), _read("tls_key", files.key)
     ca = None if files.client_ca is None else _read("tls_client_ca", files.client_ca)
+    context = _server_context(files)
     warn_if_readable_by_others(files.key)
-    return grpc.ssl_server_certificate_configuration([pair], ca), context
+    return grpc.ssl_server_certificate_configuration([(key, cert)], ca), context
 
 
 def _server_context(files: TlsFiles) -> ssl.SSLContext:
-    """Checks the files by using them. Raises ConfigError."""
-    _read("tls_cert", files.cert)
-    _read("tls_key", files.key)
+    """Checks files that can be read by using them. Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     # A resumed session would skip the check against the current client CA; TLS 1.3 without tickets
     # cannot resume.
@@ -101,7 +99,6 @@ def _server_context(files: TlsFiles) -> ssl.SSLContext:
             text = f"tls_cert {files.cert} and tls_key {files.key} must be PEM: {error.reason}"
         raise ConfigError(text) from error
     if files.client_ca is not None:
-        _read("tls_client_ca", files.client_ca)
         try:
             context.load_verify_locations(files.client_ca)
         except ssl.SSLError as error:

@@ -52,17 +52,6 @@ class _Waiter:
     place: asyncio.Future[None]
 
 
-@dataclass(slots=True)
-class _Load:
-    """What the scheduler knows of its own load."""
-
-    granted: int = 0
-    """Places taken, by queries in the engine or about to enter it."""
-    granted_tokens: int = 0
-    tokens_per_s: float = 1000.0
-    num_running: int = 0
-
-
 class Scheduler:
     """Takes queries from many tenants to one engine, in fair turns."""
 
@@ -80,7 +69,12 @@ class Scheduler:
         self._tenant_limits = TenantLimits(tenants or OpenTenants(), clock=clock)
         self._clock = clock
         self._waiting: FairQueue[_Waiter] = FairQueue()
-        self._load = _Load()
+        self.num_running = 0
+        """Queries in the engine."""
+        self._granted = 0
+        """Places taken, by queries in the engine or about to enter it."""
+        self._granted_tokens = 0
+        self._tokens_per_s = 1000.0
 
     @property
     def queued_tokens(self) -> int:
@@ -91,11 +85,6 @@ class Scheduler:
     def num_queued(self) -> int:
         """Queries waiting for the engine."""
         return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Queries in the engine."""
-        return self._load.num_running
 
     def forget(self, session: str) -> None:
         """Lets the engine drop what it holds for a session."""
@@ -113,8 +102,7 @@ class Scheduler:
         if deadline_s is not None and deadline_s <= 0:
             raise DeadlineError(f"the deadline had passed by {-deadline_s:.3f} s on arrival")
         tokens = len(query.token_ids) - query.first_row
-        load = self._load
-        booked = self._tenant_limits.admit(tenant, tokens, tokens_per_s=load.tokens_per_s)
+        booked = self._tenant_limits.admit(tenant, tokens, tokens_per_s=self._tokens_per_s)
         entered = None
         try:
             arrived = self._clock()
@@ -131,12 +119,12 @@ class Scheduler:
         )
 
     async def _run(self, query: ScoreQuery, tokens: int, entered: float) -> EngineRows:
-        self._load.num_running += 1
+        self.num_running += 1
         try:
             rows = await self._ask(query)
             self._learn_rate(self._clock() - entered)
         finally:
-            self._load.num_running -= 1
+            self.num_running -= 1
             self._leave(tokens)
         return rows
 
@@ -183,7 +171,7 @@ class Scheduler:
         """A tenant may fill as much of the queue as is still free: one alone half of it, two a
         third each, so that there is always room for one more."""
         queued, limit = self._waiting.tokens, self._limits.max_queued_tokens
-        own, rate = self._waiting.tokens_of(tenant), self._load.tokens_per_s
+        own, rate = self._waiting.tokens_of(tenant), self._tokens_per_s
         if queued and queued + tokens > limit:
             raise CapacityError(
                 f"{queued} tokens are queued and {tokens} more pass the limit of {limit}",
@@ -209,18 +197,18 @@ class Scheduler:
             self._admit()
 
     def _fits(self, tokens: int) -> bool:
-        load, limits = self._load, self._limits
-        if load.granted >= limits.max_running:
+        if self._granted >= self._limits.max_running:
             return False
-        return not load.granted or load.granted_tokens + tokens <= limits.max_running_tokens
+        limit = self._limits.max_running_tokens
+        return not self._granted or self._granted_tokens + tokens <= limit
 
     def _grant(self, tokens: int) -> None:
-        self._load.granted += 1
-        self._load.granted_tokens += tokens
+        self._granted += 1
+        self._granted_tokens += tokens
 
     def _leave(self, tokens: int) -> None:
-        self._load.granted -= 1
-        self._load.granted_tokens -= tokens
+        self._granted -= 1
+        self._granted_tokens -= tokens
         self._admit()
 
     def _admit(self) -> None:
@@ -233,6 +221,6 @@ class Scheduler:
 
     def _learn_rate(self, seconds: float) -> None:
         if seconds > 0:
-            rate = self._load.granted_tokens / seconds
-            past = self._load.tokens_per_s
-            self._load.tokens_per_s = _RATE_MEMORY * past + (1 - _RATE_MEMORY) * rate
+            rate = self._granted_tokens / seconds
+            past = self._tokens_per_s
+            self._tokens_per_s = _RATE_MEMORY * past + (1 - _RATE_MEMORY) * rate

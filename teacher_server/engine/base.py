@@ -130,32 +130,3 @@ class ScoringEngine(Protocol):
 
     async def close(self) -> None:
         """Frees the model and ends the engine's processes."""
-
-
-class EngineLayer:
-    """An engine around an engine, which passes everything on; subclasses look at what passes."""
-
-    def __init__(self, engine: ScoringEngine) -> None:
-        self._engine = engine
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._engine.info
-
-    async def start(self) -> None:
-        await self._engine.start()
-
-    async def score(self, query: ScoreQuery) -> EngineRows:
-        return await self._engine.score(query)
-
-    def forget(self, session: str) -> None:
-        self._engine.forget(session)
-
-    async def healthy(self) -> bool:
-        return await self._engine.healthy()
-
-    def kv_used_ratio(self) -> float | None:
-        return self._engine.kv_used_ratio()
-
-    async def close(self) -> None:
-        await self._engine.close()

@@ -74,28 +74,20 @@ class RowRequest:
     def of_kwargs(cls, kwargs: dict[str, Any]) -> RowRequest:
         target_ids = np.frombuffer(kwargs["target_ids"], dtype=np.int32)
         candidate_ids = np.frombuffer(kwargs["candidate_ids"], dtype=np.int32)
-        return cls(
-            first_row=kwargs["first_row"],
-            k=kwargs["k"],
-            temperature=kwargs["temperature"],
-            extras=frozenset(kwargs["extras"]),
-            target_ids=target_ids,
-            candidate_ids=candidate_ids.reshape(len(target_ids), -1),
-            before=kwargs["before"],
-            whole=kwargs["whole"],
-        )
+        arrays: dict[str, Any] = {
+            "extras": frozenset(kwargs["extras"]),
+            "target_ids": target_ids,
+            "candidate_ids": candidate_ids.reshape(len(target_ids), -1),
+        }
+        return cls(**kwargs | arrays)
 
     def to_kwargs(self) -> dict[str, Any]:
         """Plain values that survive both pickle and msgpack."""
         return {
-            "first_row": self.first_row,
-            "k": self.k,
-            "temperature": self.temperature,
+            **{name: getattr(self, name) for name in self.__slots__},
             "extras": sorted(self.extras),
             "target_ids": self.target_ids.tobytes(),
             "candidate_ids": self.candidate_ids.tobytes(),
-            "before": self.before,
-            "whole": self.whole,
         }
 
     @property

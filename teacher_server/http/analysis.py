@@ -8,6 +8,7 @@ the prompt and the response tokens before t. Reliability R_t already counts a ba
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, make_dataclass
 from typing import Any, Protocol
 
@@ -175,61 +176,46 @@ def build_report(
 def _token_reports(
     response_ids: NDArray[np.int32], rows: ScoreRows, policy: DriftPolicy | None, texts: TokenTexts
 ) -> tuple[TokenReport, ...]:
-    n, extras = len(rows), MODEL_COLUMNS.extras
-    names = [column.singular for column in extras]
     overlaps: NDArray[np.float64] | None = None
-    reliabilities: NDArray[np.float64] | None = None
+    bad_events = reliabilities = None
     if rows.overlap_counts is not None:
         overlaps = rows.overlap_counts / _num_compared(rows, policy)
     if policy is not None and rows.bad_events is not None:
-        reliabilities = reliability(policy.w_drop, rows.bad_events)
-    columns = zip(
-        response_ids.tolist(),
-        rows.token_logprobs.tolist(),
-        zip(*(_column(getattr(rows, column.name), n) for column in extras), strict=True),
-        rows.topk_ids.tolist(),
-        rows.topk_logprobs.tolist(),
-        _column(overlaps, n),
-        _column(None if reliabilities is None else rows.bad_events, n),
-        _column(reliabilities, n),
-        strict=True,
-    )
+        bad_events = rows.bad_events
+        reliabilities = reliability(policy.w_drop, bad_events)
+    n = len(rows)
+    columns: dict[str, Iterable[Any]] = {
+        "position": range(n),
+        "token_id": response_ids.tolist(),
+        "token": map(texts.__getitem__, response_ids.tolist()),
+        "logprob": rows.token_logprobs.tolist(),
+        "topk": _alternatives(rows, texts),
+        "overlap": _column(overlaps, n),
+        "bad_event": _column(bad_events, n),
+        "reliability": _column(reliabilities, n),
+    }
+    for column in MODEL_COLUMNS.extras:
+        columns[column.singular] = _column(getattr(rows, column.name), n)
     return tuple(
-        TokenReport(
-            position=position,
-            token_id=token_id,
-            token=texts[token_id],
-            logprob=logprob,
-            **dict(zip(names, values, strict=True)),
-            topk=tuple(
-                Alternative(token_id=i, token=texts[i], logprob=value)
-                for i, value in zip(topk_ids, topk_logprobs, strict=True)
-            ),
-            overlap=overlap,
-            bad_event=bad_event,
-            reliability=r,
-        )
-        for position, (
-            token_id,
-            logprob,
-            values,
-            topk_ids,
-            topk_logprobs,
-            overlap,
-            bad_event,
-            r,
-        ) in enumerate(columns)
+        TokenReport(**dict(zip(columns, values, strict=True)))
+        for values in zip(*columns.values(), strict=True)
     )
+
+
+def _alternatives(rows: ScoreRows, texts: TokenTexts) -> Iterator[tuple[Alternative, ...]]:
+    for ids, logprobs in zip(rows.topk_ids.tolist(), rows.topk_logprobs.tolist(), strict=True):
+        yield tuple(
+            Alternative(token_id=i, token=texts[i], logprob=value)
+            for i, value in zip(ids, logprobs, strict=True)
+        )
 
 
 def _num_compared(rows: ScoreRows, policy: DriftPolicy | None) -> int:
     """How many leading entries an overlap count compares; see ScoreRows.overlap_counts."""
     limit = MAX_DRIFT_K if policy is None else policy.metric.k
-    num_candidates: int = 0
-    if rows.candidate_logprobs is not None:
-        num_candidates = rows.candidate_logprobs.shape[1]
-    k: int = rows.topk_ids.shape[1]
-    return min(k, num_candidates, limit)
+    candidates = rows.candidate_logprobs
+    num_candidates = 0 if candidates is None else candidates.shape[1]
+    return min(rows.topk_ids.shape[1], num_candidates, limit)
 
 
 def _column(array: NDArray[Any] | None, n: int) -> list[Any]:

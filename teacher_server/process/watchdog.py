@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from teacher_server.engine.base import EngineLayer, EngineRows, ScoreQuery, ScoringEngine
+from teacher_server.engine.base import EngineInfo, EngineRows, ScoreQuery, ScoringEngine
 from teacher_server.process.lifecycle import Lifecycle, Phase
 
 log = logging.getLogger(__name__)
@@ -26,13 +26,13 @@ _PROBE = ScoreQuery(
 )
 
 
-class WatchedEngine(EngineLayer):
+class WatchedEngine:
     """An engine that knows how much it owes and for how long it has been silent."""
 
     def __init__(
         self, engine: ScoringEngine, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        super().__init__(engine)
+        self._engine = engine
         self._clock = clock
         self._silent_s = 0.0
         """Silence before `_since`."""
@@ -58,7 +58,7 @@ class WatchedEngine(EngineLayer):
         self.num_running += 1
         self.running_tokens += tokens
         try:
-            rows = await super().score(query)
+            rows = await self._engine.score(query)
         except asyncio.CancelledError:
             if self.num_running == 1:
                 self._silent_s += self._clock() - self._since
@@ -76,6 +76,25 @@ class WatchedEngine(EngineLayer):
     def _answered(self) -> None:
         self._silent_s = 0.0
         self._since = self._clock()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._engine.info
+
+    async def start(self) -> None:
+        await self._engine.start()
+
+    def forget(self, session: str) -> None:
+        self._engine.forget(session)
+
+    async def healthy(self) -> bool:
+        return await self._engine.healthy()
+
+    def kv_used_ratio(self) -> float | None:
+        return self._engine.kv_used_ratio()
+
+    async def close(self) -> None:
+        await self._engine.close()
 
 
 class Watchdog:

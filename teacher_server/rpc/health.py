@@ -13,6 +13,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from teacher_server.rpc.interceptors import Context
+
 _Status: Any = health_pb2.HealthCheckResponse
 
 
@@ -39,17 +41,17 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             return None
         return _Status.SERVING if self._serving else _Status.NOT_SERVING
 
-    async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    async def Check(self, request: Any, context: Context) -> Any:
         status = self._of(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
         return _Status(status=status)
 
-    async def List(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    async def List(self, request: Any, context: Context) -> Any:
         statuses = {name: _Status(status=self._of(name)) for name in self._services}
         return health_pb2.HealthListResponse(statuses=statuses)
 
-    async def Watch(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def Watch(self, request: Any, context: Context) -> None:
         """The status now, and at every change until the server stops."""
         told = None
         while True:

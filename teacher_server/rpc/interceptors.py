@@ -15,6 +15,7 @@ from teacher_server.metrics.server import Metrics
 from teacher_wire.errors import TeacherError, code_of
 from teacher_wire.status import encode_status
 
+Context = grpc.aio.ServicerContext[Any, Any]
 OPEN_PREFIX = "/grpc.health.v1.Health/"
 _FIRST_MESSAGE_S = 1.0
 _MAX_LISTENING = 16
@@ -28,7 +29,7 @@ def authorization_of(metadata: Any) -> list[str]:
     ]
 
 
-def certificate_name_of(context: grpc.aio.ServicerContext[Any, Any]) -> str | None:
+def certificate_name_of(context: Context) -> str | None:
     """Common name of the client's verified certificate, "" if it has none; None: no certificate."""
     properties = context.auth_context()
     if not properties.get("x509_pem_cert"):
@@ -58,20 +59,15 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         try:
             self._admit(authorization_of(handler_call_details.invocation_metadata))
         except TeacherError as error:
-            self._count(method, error)
+            self._metrics.rpc_started(method)
+            self._metrics.rpc(method, code_of(error).grpc, 0.0)
+            self._metrics.error(type(error).__name__)
             streams = handler is not None and handler.request_streaming
             return self._refusal(error, streams=streams)
         return handler
 
-    def _count(self, method: str, error: TeacherError) -> None:
-        self._metrics.rpc_started(method)
-        self._metrics.rpc(method, code_of(error).grpc, 0.0)
-        self._metrics.error(type(error).__name__)
-
     def _refusal(self, error: TeacherError, *, streams: bool) -> Any:
-        async def refuse(
-            requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
-        ) -> None:
+        async def refuse(requests: AsyncIterator[bytes], context: Context) -> None:
             # grpc.aio's client forgets a status that arrives while it is writing, so a stream's
             # first message is awaited and dropped, undecoded.
             if streams and self._num_listening < _MAX_LISTENING:

@@ -22,8 +22,8 @@ from teacher_server import logs
 from teacher_server.access.caller import UNAUTHENTICATED_GRPC_TENANT, Caller, TenantOf
 from teacher_server.metrics.server import Metrics
 from teacher_server.metrics.tallies import MessageTally
-from teacher_server.rpc.interceptors import authorization_of, certificate_name_of
-from teacher_server.rpc.stream import Context, SessionStream, StreamLimits, seen
+from teacher_server.rpc.interceptors import Context, authorization_of, certificate_name_of
+from teacher_server.rpc.stream import SessionStream, StreamLimits, seen
 from teacher_server.scoring.sessions import SessionTable
 from teacher_wire import batches, codec
 from teacher_wire.codec import SERVICE_NAME
@@ -147,22 +147,14 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             except TeacherError as error:
                 stream.cut(error)
 
-    async def GetInfo(
-        self,
-        request: pb.GetInfoRequest,
-        context: grpc.aio.ServicerContext[pb.GetInfoRequest, pb.GetInfoResponse],
-    ) -> pb.GetInfoResponse:
+    async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:
         async with self._edge("GetInfo", context) as tally:
             tally.received += 1
             _refuse_unreadable(request)
             tally.sent += 1
             return pb.GetInfoResponse(info=codec.encode_info(self._info))
 
-    async def Score(
-        self,
-        request: pb.ScoreRequest,
-        context: grpc.aio.ServicerContext[pb.ScoreRequest, pb.ScoreResponse],
-    ) -> None:
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> None:
         async with self._edge("Score", context) as tally:
             tally.received += 1
             _refuse_unreadable(request)
@@ -222,7 +214,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
                 del self._streams[stream]
                 log.info("a stream ends")
 
-    def _tenant(self, context: grpc.aio.ServicerContext[Any, Any], run_id: str) -> str:
+    def _tenant(self, context: Context, run_id: str) -> str:
         return self._tenant_of(
             Caller(
                 authorization=authorization_of(context.invocation_metadata()),
@@ -231,15 +223,11 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             )
         )
 
-    def _check(self, context: grpc.aio.ServicerContext[Any, Any], run_id: str, tenant: str) -> None:
+    def _check(self, context: Context, run_id: str, tenant: str) -> None:
         if self._tenant(context, run_id) != tenant:
             raise UnauthenticatedError("the credentials now stand for another tenant")
 
-    async def _write_in_time(
-        self,
-        context: grpc.aio.ServicerContext[pb.ScoreRequest, pb.ScoreResponse],
-        chunk: pb.ScoreResponse,
-    ) -> None:
+    async def _write_in_time(self, context: Context, chunk: pb.ScoreResponse) -> None:
         limit_s = self._limits.slow_client_s
         # The write is left alone: cancelling a pending one leaks memory in grpc.aio.
         writing = asyncio.ensure_future(context.write(chunk))
@@ -278,9 +266,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
             raise NotReadyError("the server is loading or draining", retry_after_ms=1000)
 
     @asynccontextmanager
-    async def _edge(
-        self, name: str, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[MessageTally]:
+    async def _edge(self, name: str, context: Context) -> AsyncIterator[MessageTally]:
         method, started = _full_name(name), time.monotonic()
         code = grpc.StatusCode.OK
         logs.request_id.set(uuid.uuid4().hex)

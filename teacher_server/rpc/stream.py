@@ -15,11 +15,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
-
 from teacher_server import logs
 from teacher_server.metrics.server import Metrics
 from teacher_server.metrics.tallies import MessageTally
+from teacher_server.rpc.interceptors import Context
 from teacher_server.rpc.replies import ReplyQueue, answer_bytes
 from teacher_server.scoring.sessions import SessionTable
 from teacher_wire import batches, codec, tracing
@@ -38,8 +37,6 @@ log = logging.getLogger(__name__)
 _BREAK_S = 0.05
 _REQUEST_OVERHEAD_BYTES = 512
 """What a waiting request costs beyond its own size."""
-
-Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,6 @@ def check_rows(rows: EngineRows, query: ScoreQuery) -> None:
         None if candidates is None else (n, candidates.shape[1]),
     )
     unasked = EXTRAS - query.extras
-    total = 0.0
     for column, array in zip(MODEL_COLUMNS.columns, MODEL_COLUMNS.arrays(rows), strict=True):
         shape = None if column.name in unasked else shapes[column.width]
         if array is None:
@@ -42,19 +41,9 @@ def check_rows(rows: EngineRows, query: ScoreQuery) -> None:
             raise EngineError(
                 f"the engine's {column.name} has shape {array.shape}, must be {shape}"
             )
-        elif column.is_float:
-            total += array.sum()
-    # A sum of log-probs or entropies is finite if all of them are.
-    if not math.isfinite(total):
-        raise NonFiniteError(f"the engine's {_not_finite(rows)} holds a NaN or an infinity")
-
-
-def _not_finite(rows: EngineRows) -> str:
-    """Name of the first column that is not finite, or of none of them if only their sum is not."""
-    for column, array in zip(MODEL_COLUMNS, MODEL_COLUMNS.arrays(rows), strict=True):
-        if array is not None and column.is_float and not math.isfinite(array.sum()):
-            return column.name
-    return "rows"
+        # A sum of log-probs or entropies is finite if all of them are.
+        elif column.is_float and not math.isfinite(array.sum()):
+            raise NonFiniteError(f"the engine's {column.name} holds a NaN or an infinity")
 
 
 def judged_rows(rows: EngineRows, span: TokenSpan, policy: DriftPolicy | None) -> ScoreRows:

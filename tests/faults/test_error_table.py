@@ -227,7 +227,7 @@ async def test_a_provoked_error_arrives_as_its_class(cls: type[TeacherError]) ->
 @asynccontextmanager
 async def http_of(teacher: LocalTeacher) -> AsyncIterator[httpx.AsyncClient]:
     """The HTTP side of a teacher, over a loopback socket."""
-    app = teacher.parts.http_app()
+    app = teacher.http_app()
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     serving = asyncio.create_task(server.serve())
