@@ -189,10 +189,15 @@ class TeacherSession:
                     expected_offset=self.num_scored,
                     offset=span.offset,
                 )
+            before = self._scored_ids, self._bad, self._drift
             self._rewind(span.offset)
             deadline_ms = 0 if deadline_s is None else max(1, int(deadline_s * 1000))
-            with tracing.span("append", offset=span.offset, tokens=len(span)):
-                scores = await self._deliver(span, deadline_ms)
+            try:
+                with tracing.span("append", offset=span.offset, tokens=len(span)):
+                    scores = await self._deliver(span, deadline_ms)
+            except BaseException:
+                self._scored_ids, self._bad, self._drift = before
+                raise
             self._scored_ids = np.concatenate([self._scored_ids, span.token_ids])
             if scores.rows.bad_events is not None:
                 self._bad = np.concatenate([self._bad, scores.rows.bad_events])

@@ -174,8 +174,10 @@ class SessionTable:
                 scores = await self._score(session, span, give_up)
         finally:
             session.num_pending -= 1
-            session.last_used = self._clock()
-        if self._sessions.get((tenant, session_id)) is not session:
+            is_held = self._sessions.get((tenant, session_id)) is session
+            if is_held:
+                self._touch(session)
+        if not is_held:
             raise SessionNotFoundError(f"session {session_id!r} was closed or replaced meanwhile")
         return scores
 
@@ -262,9 +264,12 @@ class SessionTable:
         session = self._sessions.get((tenant, session_id))
         if session is None:
             raise SessionNotFoundError(f"no session {session_id!r}: it expired or was never opened")
-        session.last_used = self._clock()
-        self._sessions.move_to_end((tenant, session_id))
+        self._touch(session)
         return session
+
+    def _touch(self, session: Session) -> None:
+        session.last_used = self._clock()
+        self._sessions.move_to_end((session.tenant, session.session_id))
 
     def _make_room_of(self, tenant: str) -> None:
         """A tenant at its own limit makes room with its own sessions."""

@@ -16,6 +16,7 @@ from teacher_server.engine.fake_engine import FakeEngine, Fault
 from teacher_server.testing import local_teacher, teacher_info
 from teacher_wire.errors import (
     DeadlineError,
+    EngineError,
     FingerprintMismatchError,
     InvalidRequestError,
     NotReadyError,
@@ -101,6 +102,20 @@ async def test_mistakes_of_the_caller_are_not_retried() -> None:
         with pytest.raises(InvalidRequestError, match="bytes, the limit is"):
             await session.append(wide)
         await session.append(make_span(5))
+
+
+async def test_an_append_that_fails_leaves_the_session_as_it_was_even_when_it_rewinds() -> None:
+    engine, span = FakeEngine(), make_span(30)
+    async with local_teacher(engine) as teacher, client_of(teacher.address) as client:
+        session = client.open(PROMPT, OPTIONS, POLICY)
+        parts = await append_all(session, cut(span, 0, 20))
+        before = session.drift
+        engine.inject(Fault.RAISE)
+        with pytest.raises(EngineError):
+            await session.append(cut(span, 5, 8))
+        assert (session.num_scored, session.drift) == (20, before)
+        parts += await append_all(session, span)
+        assert_same_response(parts, await reference(span))
 
 
 async def test_a_deadline_reaches_the_server() -> None:

@@ -292,6 +292,17 @@ async def test_the_least_recently_used_idle_session_makes_room() -> None:
         await table.append(make_span(5), "b")
 
 
+async def test_an_append_that_took_long_hides_no_session_that_is_idle_for_longer() -> None:
+    table = Table(max_sessions=2, evict_idle_s=5.0)
+    running = await table.busy("slow")
+    table.open("idle")
+    table.clock.now += 10
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    table.open("next")
+    assert list(table.engine.forgotten) == ["1:t/idle"]
+
+
 async def test_a_full_table_takes_from_whoever_has_most() -> None:
     table = Table(max_sessions=4, evict_idle_s=0.0)
 
