@@ -1,5 +1,4 @@
-"""Processes of a vLLM engine that end with the one that started them: not of the wire, but teacher
-and trainer share it.
+"""Processes of a vLLM engine that end with the one that started them.
 
 vLLM's engine core outlives a process that was killed, and keeps its memory: the next one finds the
 device full. Linux can end a child with its parent, if the child asks for it. The plugin runs in

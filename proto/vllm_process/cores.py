@@ -1,4 +1,4 @@
-"""Which cores of a CPU a vLLM engine runs on: not of the wire, but teacher and trainer share it.
+"""Which cores of a CPU a vLLM engine runs on.
 
 "auto" leaves the choice to vLLM; "0" or "2,3" names cores.
 """

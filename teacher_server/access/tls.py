@@ -41,8 +41,10 @@ class TlsMaterial:
         self._paths = [p for p in (files.cert, files.key, files.client_ca) if p is not None]
         self._stamp = stamp_of(self._paths)
         self._grpc, self._context = _load(files)
-        self._outer = _server_context(files)
-        self._outer.sni_callback = self._use_current
+        self.http_context = _server_context(files)
+        """A context that follows the files. A client without a certificate gets through the
+        handshake, so that probes do; the HTTP edge refuses it elsewhere."""
+        self.http_context.sni_callback = self._use_current
 
     def _use_current(self, connection: Any, _name: str | None, _outer: ssl.SSLContext) -> None:
         # Called in every handshake, server name or not. Loading a chain into the live context would
@@ -54,11 +56,6 @@ class TlsMaterial:
         return grpc.dynamic_ssl_server_credentials(
             self._grpc, lambda: self._grpc, self._files.client_ca is not None
         )
-
-    def http_context(self) -> ssl.SSLContext:
-        """A context that follows the files. A client without a certificate gets through the
-        handshake, so that probes do; the HTTP edge refuses it elsewhere."""
-        return self._outer
 
     def poll(self, *, force: bool = False) -> bool:
         """Reads the files again if they look changed, or in any case; True when they were read."""

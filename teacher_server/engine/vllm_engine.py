@@ -12,6 +12,7 @@ import asyncio
 import gc
 import itertools
 import os
+from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,58 +39,43 @@ QUIET_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 """Set before vLLM is imported, unless the operator has set them."""
 
 
+@dataclass(kw_only=True, eq=False)
 class VllmEngine:
     """Scores with a checkpoint that vLLM can serve, in processes of its own."""
 
-    def __init__(
-        self,
-        *,
-        model: str,
-        revision: str | None = None,
-        dtype: str = "auto",
-        max_context: int = 4096,
-        max_k: int = 128,
-        block_size: int = 32,
-        kv_cache_gib: float | None = None,
-        gpu_memory_utilization: float = 0.9,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 4096,
-        head_dtype: str = "model",
-        enforce_eager: bool = False,
-        tensor_parallel_size: int = 1,
-        cpu_cores: str = "auto",
-    ) -> None:
-        """Reads the checkpoint's configuration, nothing else.
+    model: str
+    revision: str | None = None
+    dtype: str = "auto"
+    """As in the checkpoint with "auto" (vLLM's "auto" would halve a float32 one)."""
+    max_context: int = 4096
+    max_k: int = 128
+    block_size: int = 32
+    """Tokens a cache block; an append recomputes up to block_size - 1 cached tokens. On CPU a
+    multiple of 32."""
+    kv_cache_gib: float | None = None
+    """Size of the KV cache; None leaves it to gpu_memory_utilization."""
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 4096
+    head_dtype: str = "model"
+    """What the head computes in: "model", or "float32" for full precision; on a CPU always that."""
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    cpu_cores: str = "auto"
+    """On a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares."""
 
-        dtype         "auto" is the checkpoint's own (vLLM's "auto" would halve a float32 one)
-        block_size    tokens a cache block; an append recomputes up to block_size - 1 cached tokens.
-                      On CPU a multiple of 32
-        kv_cache_gib  size of the KV cache; None leaves it to gpu_memory_utilization
-        head_dtype    "model", or "float32" for a head in full precision; on a CPU it always is
-        cpu_cores     on a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares
-        """
-        config = read_config(model, revision)
-        self._model = model
-        self._revision = revision
+    def __post_init__(self) -> None:
+        """Reads the checkpoint's configuration, nothing else."""
+        config = read_config(self.model, self.revision)
         self._architecture = _architecture(config)
-        self._dtype = resolve_dtype(dtype, config)
-        self._block_size = block_size
-        self._kv_cache_gib = kv_cache_gib
-        self._gpu_memory_utilization = gpu_memory_utilization
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._head_dtype = head_dtype
-        self._enforce_eager = enforce_eager
-        self._tensor_parallel_size = tensor_parallel_size
-        self._cpu_cores = cpu_cores
         self._info = EngineInfo(
             name="vllm",
             version=_vllm_version(),
-            dtype=self._dtype,
+            dtype=resolve_dtype(self.dtype, config),
             vocab_size=config.vocab_size,
-            max_context=max_context,
-            max_k=min(max_k, config.vocab_size),
-            block_tokens=block_size,
+            max_context=self.max_context,
+            max_k=min(self.max_k, config.vocab_size),
+            block_tokens=self.block_size,
         )
         self._llm: AsyncLLM | None = None
         self._request_ids = itertools.count()
@@ -107,7 +93,7 @@ class VllmEngine:
         try:
             await asyncio.to_thread(self._build)
         except (RuntimeError, ValueError, OSError, ImportError) as error:
-            raise EngineError(f"vLLM cannot serve {self._model}: {error}") from error
+            raise EngineError(f"vLLM cannot serve {self.model}: {error}") from error
         finally:
             del os.environ[ZERO_BLOCKS_VARIABLE]
 
@@ -116,9 +102,9 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         if current_platform.is_cpu():
-            warn_if_emulated(self._dtype)
+            warn_if_emulated(self._info.dtype)
         # Not returned: the thread's future would keep it alive until exit, where it fails noisily.
-        with children_on(self._cpu_cores), children_end_with_us():
+        with children_on(self.cpu_cores), children_end_with_us():
             self._llm = AsyncLLM.from_engine_args(
                 self._engine_args(), stat_loggers=[_kv_use_logger()]
             )
@@ -133,38 +119,38 @@ class VllmEngine:
             raise EngineError(f"vLLM would not find the plugin {PLUGIN}: install this package")
         if self._architecture not in BASE_MODULES:
             raise EngineError(
-                f"{self._model} is a {self._architecture}; can score {', '.join(BASE_MODULES)}"
+                f"{self.model} is a {self._architecture}; can score {', '.join(BASE_MODULES)}"
             )
-        kv_cache_bytes = None if self._kv_cache_gib is None else int(self._kv_cache_gib * 2**30)
+        kv_cache_bytes = None if self.kv_cache_gib is None else int(self.kv_cache_gib * 2**30)
         return AsyncEngineArgs(
-            model=self._model,
-            revision=self._revision,
+            model=self.model,
+            revision=self.revision,
             runner="pooling",
             hf_overrides={
                 "architectures": [SCORING_PREFIX + self._architecture],
                 # On a CPU the head is ours, and vLLM would cast all of it on every step.
-                "head_dtype": "model" if current_platform.is_cpu() else self._head_dtype,
+                "head_dtype": "model" if current_platform.is_cpu() else self.head_dtype,
             },
             skip_tokenizer_init=True,
-            dtype=cast("ModelDType", self._dtype),
+            dtype=cast("ModelDType", self._info.dtype),
             max_model_len=self._info.max_context,
-            block_size=self._block_size,
+            block_size=self.block_size,
             enable_prefix_caching=True,
             enable_chunked_prefill=True,
             kv_cache_memory_bytes=kv_cache_bytes,
-            gpu_memory_utilization=self._gpu_memory_utilization,
-            max_num_seqs=self._max_num_seqs,
-            max_num_batched_tokens=self._max_num_batched_tokens,
-            enforce_eager=self._enforce_eager,
-            tensor_parallel_size=self._tensor_parallel_size,
-            distributed_executor_backend=executor_on(self._cpu_cores),
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            enforce_eager=self.enforce_eager,
+            tensor_parallel_size=self.tensor_parallel_size,
+            distributed_executor_backend=executor_on(self.cpu_cores),
             disable_log_stats=True,
             enable_log_requests=False,
         )
 
     async def score(self, query: ScoreQuery) -> EngineRows:
         check_query(query, self._info)
-        request = RowRequest.of_query(query, self._block_size)
+        request = RowRequest.of_query(query, self.block_size)
         token_ids = query.token_ids.tolist()
         collector = RowCollector(request)
         submitted = token_ids if request.whole else token_ids[:-1]
@@ -184,7 +170,7 @@ class VllmEngine:
         """
         while (end := collector.missing_end()) is not None:
             first_needed = request.first_row - 1
-            if first_needed < self._block_size:
+            if first_needed < self.block_size:
                 # Nothing below the missing rows is worth reading: one request does it.
                 await self._submit(
                     token_ids[: end - 1], request.until(end), collector, salt, read_cache=False
@@ -195,7 +181,7 @@ class VllmEngine:
                     self._submit(
                         token_ids[:num_tokens], request.until(num_tokens + 1), collector, salt
                     )
-                    for num_tokens in range(end - 1, first_needed, -self._block_size)
+                    for num_tokens in range(end - 1, first_needed, -self.block_size)
                 )
             )
 

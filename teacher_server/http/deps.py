@@ -1,4 +1,4 @@
-"""What the HTTP side is made of, given to every group of routes. Knows no route."""
+"""What every group of routes is given. Knows no route."""
 
 from __future__ import annotations
 

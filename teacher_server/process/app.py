@@ -64,7 +64,7 @@ class TeacherApp:
         self._grpc = parts.grpc_server(reflects=config.reflection)
         self._http = http_server(
             parts.http_app(tokenizer, open_metrics=config.open_metrics),
-            None if tls is None else tls.http_context(),
+            None if tls is None else tls.http_context,
             slow_client_s=config.slow_client_s,
             on_slow=parts.metrics.slow_stream,
         )

@@ -65,8 +65,8 @@ def load_tokenizer(config: TeacherConfig) -> Any:
 def describe(config: TeacherConfig, engine: ScoringEngine, tokenizer: Any) -> TeacherInfo:
     """What clients are told. Reads every weight file of a local checkpoint for its digest."""
     served = engine.info
-    folder = Path(config.model) if config.model else None
-    is_local = folder is not None and folder.is_dir()
+    folder = Path(config.model)
+    is_local = config.model and folder.is_dir()
     if tokenizer is None:
         fingerprint = fake_fingerprint(served.vocab_size)
     else:
@@ -74,7 +74,7 @@ def describe(config: TeacherConfig, engine: ScoringEngine, tokenizer: Any) -> Te
     return TeacherInfo(
         model_id=config.model or f"fake-{served.vocab_size}",
         revision=config.revision,
-        weights_digest=weights_digest(folder) if folder is not None and is_local else "",
+        weights_digest=weights_digest(folder) if is_local else "",
         dtype=served.dtype,
         vocab_size=served.vocab_size,
         tokenizer_fingerprint=fingerprint,

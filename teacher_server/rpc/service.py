@@ -38,7 +38,6 @@ from teacher_wire.errors import (
     code_of,
 )
 from teacher_wire.pb import teacher_pb2 as pb
-from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import PROTOCOL_VERSION, Scores, TeacherInfo
 from teacher_wire.status import encode_status
 
@@ -83,7 +82,7 @@ def _refuse_unreadable(request: Any) -> None:
         raise InvalidRequestError("the request cannot be read: it is not of this contract")
 
 
-class TeacherService(pb_grpc.TeacherServiceServicer):
+class TeacherService:
     """opd.teacher.v1.TeacherService over a session table."""
 
     def __init__(
@@ -92,8 +91,8 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         sessions: SessionTable,
         *,
         metrics: Metrics,
-        ready: Callable[[], bool] = lambda: True,
-        limits: StreamLimits | None = None,
+        ready: Callable[[], bool],
+        limits: StreamLimits,
         tenant_of: TenantOf,
     ) -> None:
         """While `ready` is False every scoring call is refused with NotReadyError."""
@@ -102,7 +101,7 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         self._sessions = sessions
         self._metrics = metrics
         self._ready = ready
-        self._limits = limits or StreamLimits()
+        self._limits = limits
         self._tallies = {
             name: metrics.messages(_full_name(name)) for name in ("GetInfo", "Score", "Session")
         }
@@ -127,16 +126,18 @@ class TeacherService(pb_grpc.TeacherServiceServicer):
         self._draining = True
         for stream in list(self._streams):
             stream.drain(reason, int(deadline_s * 1000))
-        with suppress(TimeoutError):
-            async with asyncio.timeout(deadline_s):
-                await self._idle.wait()
+        if await self._idle_within(deadline_s):
             return True
         self._cut.set()
         for stream in list(self._streams):
             stream.cut(_cut_error())
+        await self._idle_within(_CUT_S)
+        return False
+
+    async def _idle_within(self, seconds: float) -> bool:
         with suppress(TimeoutError):
-            async with asyncio.timeout(_CUT_S):
-                await self._idle.wait()
+            async with asyncio.timeout(seconds):
+                return await self._idle.wait()
         return False
 
     def recheck(self) -> None:

@@ -1,4 +1,4 @@
-"""One response that is being scored: what the server remembers of it between appends."""
+"""What the server remembers of a response between appends."""
 
 from __future__ import annotations
 
