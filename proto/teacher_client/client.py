@@ -43,18 +43,10 @@ OnAbsent = Literal["fail", "wait"]
 class TeacherClient:
     """A trainer's connection to its teacher, over all its replicas that are up."""
 
-    def __init__(
-        self,
-        endpoints: TeacherEndpoints,
-        *,
-        run_id: str,
-        absent_timeout_s: float | None,
-        limits: RetryLimits,
-    ) -> None:
+    def __init__(self, endpoints: TeacherEndpoints, *, run_id: str, limits: RetryLimits) -> None:
         """Use `connect`."""
-        self._endpoints = endpoints
+        self.endpoints = endpoints
         self._run_id = run_id
-        self._absent_timeout_s = absent_timeout_s
         self.limits = limits
 
     @classmethod
@@ -85,19 +77,20 @@ class TeacherClient:
             access=access or TeacherAccess(),
         )
         limits = limits or RetryLimits()
-        return cls(
-            await TeacherEndpoints.connect(
-                endpoints, handshake, timeout_s=connect_timeout_s, limits=limits
-            ),
-            run_id=run_id,
+        replicas = TeacherEndpoints(
+            endpoints,
+            handshake,
+            connect_timeout_s=connect_timeout_s,
             absent_timeout_s=None if on_absent == "wait" else connect_timeout_s,
             limits=limits,
         )
+        await replicas.start()
+        return cls(replicas, run_id=run_id, limits=limits)
 
     @property
     def info(self) -> TeacherInfo:
         """What the teacher serves."""
-        return self._endpoints.info
+        return self.endpoints.info
 
     def open(
         self, prompt_ids: NDArray[np.int32], options: ScoreOptions, policy: DriftPolicy | None
@@ -123,7 +116,7 @@ class TeacherClient:
         patience = Patience(self.limits)
         key = uuid.uuid4().hex
         while True:
-            stream = await self.stream_for(key)
+            stream = await self.endpoints.stream_for(key)
             try:
                 return codec.decode_scores(await stream.score(request))
             except (TeacherError, BrokenStreamError) as error:
@@ -131,15 +124,7 @@ class TeacherClient:
 
     async def aclose(self) -> None:
         """Ends the streams; the servers drop the sessions that are still open."""
-        await self._endpoints.aclose()
-
-    async def stream_for(self, key: str) -> TeacherStream:
-        """A usable stream to the replica where a session or a call belongs.
-
-        Raises NotReadyError when none is up in time, FingerprintMismatchError when those that came
-        back serve something else.
-        """
-        return await self._endpoints.stream_for(key, self._absent_timeout_s)
+        await self.endpoints.aclose()
 
 
 class TeacherSession:
@@ -245,7 +230,7 @@ class TeacherSession:
         """Where the session is, as long as that is up; else where it belongs now."""
         if self._opened_on is not None and self._opened_on.usable:
             return self._opened_on
-        return await self._client.stream_for(self.session_id)
+        return await self._client.endpoints.stream_for(self.session_id)
 
     def _open_request(self) -> bytes:
         request = pb.SessionRequest(

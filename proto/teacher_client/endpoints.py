@@ -69,17 +69,21 @@ class TeacherEndpoints:
         addresses: Sequence[str],
         handshake: Handshake,
         *,
-        attempt_s: float,
+        connect_timeout_s: float,
+        absent_timeout_s: float | None,
         limits: RetryLimits,
     ) -> None:
-        """Use `connect`."""
+        """The times to wait for the first replica, and for one when all are gone in mid-run; None
+        waits for ever. Nothing is connected before `start`."""
         if not addresses:
             raise InvalidRequestError("endpoints is empty, must name at least one teacher")
         if len(set(addresses)) < len(addresses):
             raise InvalidRequestError(f"endpoints names one twice: {', '.join(addresses)}")
         self._endpoints = {address: _Endpoint(address) for address in addresses}
         self._handshake = handshake
-        self._attempt_s = attempt_s
+        self._connect_timeout_s = connect_timeout_s
+        self._attempt_s = min(connect_timeout_s, _ATTEMPT_S)
+        self._absent_timeout_s = absent_timeout_s
         self._limits = limits
         self._info: TeacherInfo | None = None
         self._settled = False
@@ -91,27 +95,17 @@ class TeacherEndpoints:
         self._retiring: dict[asyncio.Task[None], TeacherStream] = {}
         self._closed = False
 
-    @classmethod
-    async def connect(
-        cls,
-        addresses: Sequence[str],
-        handshake: Handshake,
-        *,
-        timeout_s: float,
-        limits: RetryLimits,
-    ) -> TeacherEndpoints:
+    async def start(self) -> None:
         """Returns after the first handshake; the other replicas get a second to follow.
 
-        Raises NotReadyError naming the endpoints when none is ready within timeout_s, and
+        Raises NotReadyError naming the endpoints when none is ready in time, and
         FingerprintMismatchError when one of them refuses or differs from the others.
         """
-        endpoints = cls(addresses, handshake, attempt_s=min(timeout_s, _ATTEMPT_S), limits=limits)
         try:
-            await endpoints._start(timeout_s)
+            await self._start()
         except BaseException:
-            await endpoints.aclose()
+            await self.aclose()
             raise
-        return endpoints
 
     @property
     def info(self) -> TeacherInfo:
@@ -120,12 +114,13 @@ class TeacherEndpoints:
             raise NotReadyError("the client is not connected")
         return self._info
 
-    async def stream_for(self, key: str, timeout_s: float | None) -> TeacherStream:
+    async def stream_for(self, key: str) -> TeacherStream:
         """The stream to the endpoint that is up and ranked highest for this key.
 
-        Waits for one; None waits for ever. Raises NotReadyError when none is up in time, and
-        FingerprintMismatchError or what else they say when every one of them refuses this client.
+        Waits for one. Raises NotReadyError when none is up in time, and FingerprintMismatchError or
+        what else they say when every one of them refuses this client.
         """
+        timeout_s = self._absent_timeout_s
         give_up = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         while True:
             if self._closed:
@@ -155,28 +150,25 @@ class TeacherEndpoints:
         await asyncio.gather(*(stream.aclose() for stream in open_streams))
         await asyncio.gather(*retiring, return_exceptions=True)
 
-    async def _start(self, timeout_s: float) -> None:
+    async def _start(self) -> None:
+        timeout_s = self._connect_timeout_s
         endpoints = self._endpoints.values()
         for endpoint in endpoints:
             keeper = asyncio.create_task(self._keep(endpoint))
             keeper.add_done_callback(self._keeper_ended)
             self._keepers.append(keeper)
-        await self._one_is_up(timeout_s)
-        settle_until = asyncio.get_running_loop().time() + _SETTLE_S
-        while not all(endpoint.tried for endpoint in endpoints):
-            if not await self._change(settle_until):
-                break
-        self._refuse_strangers()
-        self._settled = True
-
-    async def _one_is_up(self, timeout_s: float) -> None:
         give_up = asyncio.get_running_loop().time() + timeout_s
-        while not any(endpoint.up for endpoint in self._endpoints.values()):
+        while not any(endpoint.up for endpoint in endpoints):
             self._refuse_strangers()
             if self._failure is not None:
                 raise self._failure
             if not await self._change(give_up):
                 raise self._absent(timeout_s)
+        give_up = asyncio.get_running_loop().time() + _SETTLE_S
+        while not all(endpoint.tried for endpoint in endpoints) and await self._change(give_up):
+            pass
+        self._refuse_strangers()
+        self._settled = True
 
     def _refuse_strangers(self) -> None:
         for endpoint in self._endpoints.values():

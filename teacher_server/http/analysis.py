@@ -215,7 +215,8 @@ def _num_compared(rows: ScoreRows, policy: DriftPolicy | None) -> int:
     limit = MAX_DRIFT_K if policy is None else policy.metric.k
     candidates = rows.candidate_logprobs
     num_candidates = 0 if candidates is None else candidates.shape[1]
-    return min(rows.topk_ids.shape[1], num_candidates, limit)
+    widths: list[int] = [rows.topk_ids.shape[1], num_candidates, limit]
+    return min(widths)
 
 
 def _column(array: NDArray[Any] | None, n: int) -> list[Any]:

@@ -73,26 +73,16 @@ class LiveMetrics(Collector):
         yield from self._tenant_families()
         yield from self._message_families()
         yield from self._time_families()
-        computed = CounterMetricFamily(
-            "teacher_computed_tokens", "Tokens the model was run on, for the rows that were made."
-        )
-        computed.add_metric([], self.computed_tokens)
-        yield computed
-        sessions = GaugeMetricFamily(
-            "teacher_sessions", "Sessions held; the active are among the open.", labels=["state"]
-        )
-        sessions.add_metric(["open"], self.open_sessions)
-        sessions.add_metric(["active"], now.active_sessions)
-        yield sessions
-        phase = GaugeMetricFamily("teacher_phase", "1 for the phase it is in.", labels=["phase"])
-        for name in now.phases:
-            phase.add_metric([name], float(name == now.phase))
-        yield phase
+        text = "Tokens the model was run on, for the rows that were made."
+        yield CounterMetricFamily("teacher_computed_tokens", text, self.computed_tokens)
+        text = "Sessions held; the active are among the open."
+        states = {"open": self.open_sessions, "active": now.active_sessions}
+        yield _labelled(GaugeMetricFamily("teacher_sessions", text, labels=["state"]), states)
+        phases = {name: float(name == now.phase) for name in now.phases}
+        text = "1 for the phase it is in."
+        yield _labelled(GaugeMetricFamily("teacher_phase", text, labels=["phase"]), phases)
         for name, text in _GAUGES.items():
-            gauge = GaugeMetricFamily(f"teacher_{name}", text)
-            if (value := getattr(now, name)) is not None:
-                gauge.add_metric([], value)
-            yield gauge
+            yield GaugeMetricFamily(f"teacher_{name}", text, getattr(now, name))
 
     def _tenant_families(self) -> Iterator[Metric]:
         tokens = CounterMetricFamily(
@@ -134,3 +124,9 @@ class LiveMetrics(Collector):
             received.add_metric(method, tally.received)
             sent.add_metric(method, tally.sent)
         yield from (received, sent)
+
+
+def _labelled(family: GaugeMetricFamily, values: Mapping[str, float]) -> Metric:
+    for label, value in values.items():
+        family.add_metric([label], value)
+    return family

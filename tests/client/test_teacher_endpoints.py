@@ -348,7 +348,7 @@ async def test_clients_come_back_after_one_short_pause_and_not_in_one_burst(
         await server.stop()
         await asyncio.sleep(3.0)
         await server.start()
-        await asyncio.gather(*(client.stream_for("s") for client in clients))
+        await asyncio.gather(*(client.endpoints.stream_for("s") for client in clients))
         assert len(last) == num_clients, "each keeps its one teacher"
         pauses = np.sort(list(last.values()))
         assert pauses.max() <= RetryLimits().max_backoff_s
