@@ -74,13 +74,9 @@ def advance(
     return after, Verdict.CONTINUE, None
 
 
-def reliability(
-    w_drop: float, bad: NDArray[np.bool_], *, earlier_bad_events: int = 0
-) -> NDArray[np.float64]:
+def reliability(w_drop: float, bad: NDArray[np.bool_]) -> NDArray[np.float64]:
     """[n] R_t, exactly 0 from the event on at which the budget is spent."""
-    table = reliability_by_count(w_drop, earlier_bad_events + len(bad))
-    counts = earlier_bad_events + np.cumsum(bad)
-    return table.take(counts, mode="clip")
+    return reliability_by_count(w_drop, len(bad)).take(np.cumsum(bad), mode="clip")
 
 
 def slow_reliability(w_drop: float, bad: NDArray[np.bool_]) -> NDArray[np.float64]:
