@@ -31,6 +31,7 @@ from student_trainer.rollouts.budget import FixedBudget
 from student_trainer.rollouts.rollout import RolloutRules
 from student_trainer.rollouts.samplers.base import WeightSource
 from student_trainer.rollouts.stream import LoopThread, RolloutStream
+from student_trainer.settings.budget import FixedBudgetSettings
 from student_trainer.special_tokens import SpecialTokens
 from teacher_wire.records import DriftState, ScoreRows, Scores, Timing, TokenSpan, Verdict
 
@@ -119,7 +120,7 @@ def run(depth: int) -> Steps:
                 specials=SpecialTokens((), first_only=True),
                 finish_when_absent=False,
             ),
-            budget=FixedBudget(NUM_TOKENS),
+            budget=FixedBudget(FixedBudgetSettings(max_tokens=NUM_TOKENS)),
             options=lambda max_tokens: SamplingOptions(max_tokens=max_tokens),
             rollouts_per_prompt=1,
             queue_depth=depth,

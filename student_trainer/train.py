@@ -7,7 +7,7 @@ swap the weights in the sampler, write it down.
 from __future__ import annotations
 
 from student_trainer.assembly.run import Run
-from student_trainer.diagnostics import (
+from student_trainer.diagnostics.step import (
     effective_lengths,
     phase_seconds,
     rollout_report,

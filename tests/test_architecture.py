@@ -113,7 +113,7 @@ RULES = [
             only="pydantic student_trainer.settings.section",
             why="a method's constants and their ranges, below formulas and configuration alike",
         )
-        for name in ("loss", "weights")
+        for name in ("budget", "loss", "weights")
     ),
     Rule(modules="student_trainer.records", never=f"{TORCH} grpc", why="numpy until the learner"),
     *(
@@ -161,8 +161,8 @@ RULES = [
         modules="student_trainer.*",
         never="student_trainer.settings",
         but="student_trainer.cli student_trainer.assembly student_trainer.settings "
-        "student_trainer.losses",
-        why="values are passed, not settings",
+        "student_trainer.losses student_trainer.rollouts.budget",
+        why="values are passed, not settings; a method has its own constants",
     ),
     Rule(
         modules="student_trainer.*",

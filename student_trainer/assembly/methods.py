@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from student_trainer.assembly.own_loss import imported_loss
-from student_trainer.losses import (
-    LOSSES,
-    BlockGate,
-    Divergence,
-    EntropyTop,
-    ImportanceRatio,
-    PositionWeight,
-    PositionWindow,
-    PrefixImportanceWeight,
-    PruneWeight,
-)
+from student_trainer.losses import divergences, policy_gradients
+from student_trainer.losses.objective import Divergence
+from student_trainer.losses.weight_choice import WEIGHTS, PositionWeight
 from student_trainer.rollouts.budget import (
     FixedBudget,
     LengthBudget,
@@ -21,46 +16,26 @@ from student_trainer.rollouts.budget import (
     PruneBudget,
     QuantileBudget,
 )
-from student_trainer.settings.budget import (
-    ProgressiveBudgetSettings,
-    PruneBudgetSettings,
-    QuantileBudgetSettings,
-)
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.settings.loss import ImportedLossSettings
+
+BUDGETS: dict[str, Callable[[Any], LengthBudget]] = {
+    "fixed": FixedBudget,
+    "prune": PruneBudget,
+    "progressive": ProgressiveBudget,
+    "quantile": QuantileBudget,
+}
+"""By kind of [budget]; each is made from its settings."""
+LOSSES = {
+    kind.model_fields["kind"].default: kind
+    for kind in (*divergences.KINDS, *policy_gradients.KINDS)
+}
+"""By kind of [loss]; each is made from its constants."""
 
 
 def budget(config: TrainerConfig) -> LengthBudget:
     """How long the rollouts of a step may be."""
-    settings = config.budget
-    if isinstance(settings, PruneBudgetSettings):
-        return PruneBudget(
-            initial=settings.initial,
-            minimum=settings.minimum,
-            maximum=settings.maximum,
-            step=settings.increment,
-            margin=settings.margin,
-            hit_share=settings.hit_ratio,
-            patience=settings.patience,
-            boundary=settings.boundary,
-        )
-    if isinstance(settings, ProgressiveBudgetSettings):
-        return ProgressiveBudget(
-            initial=settings.initial,
-            maximum=settings.maximum,
-            increment=settings.increment,
-            every=settings.every_steps,
-        )
-    if isinstance(settings, QuantileBudgetSettings):
-        return QuantileBudget(
-            initial=settings.initial,
-            minimum=settings.minimum,
-            maximum=settings.maximum,
-            margin=settings.margin,
-            quantile=settings.quantile,
-            rate=settings.rate,
-        )
-    return FixedBudget(settings.max_tokens)
+    return BUDGETS[config.budget.kind](config.budget)
 
 
 def divergence(config: TrainerConfig) -> Divergence:
@@ -72,20 +47,12 @@ def divergence(config: TrainerConfig) -> Divergence:
 
 def weights(config: TrainerConfig, *, newline_ids: tuple[int, ...] = ()) -> list[PositionWeight]:
     """The position weights that are on; `newline_ids` for a gate on the spans between newlines."""
-    chosen: list[PositionWeight] = []
-    settings = config.weights
-    if (prune := settings.prune) is not None:
-        given = prune.model_dump(exclude_unset=True)
-        chosen.append(PruneWeight(w_drop=config.drift.w_drop, **given))
-    if (prefix := settings.prefix_importance) is not None:
-        chosen.append(PrefixImportanceWeight(**prefix.model_dump(exclude_unset=True)))
-    if (window := settings.position_window) is not None:
-        chosen.append(PositionWindow(**window.model_dump(exclude_unset=True)))
-    if (top := settings.entropy_top) is not None:
-        chosen.append(EntropyTop(**top.model_dump(exclude_unset=True)))
-    if (gate := settings.block_gate) is not None:
-        given = gate.model_dump(exclude_unset=True)
-        chosen.append(BlockGate(newline_ids=newline_ids, **given))
-    if (ratio := settings.importance_ratio) is not None:
-        chosen.append(ImportanceRatio(**ratio.model_dump(exclude_unset=True)))
-    return chosen
+    of_the_run: dict[str, dict[str, Any]] = {
+        "prune": {"w_drop": config.drift.w_drop},
+        "block_gate": {"newline_ids": newline_ids},
+    }
+    return [
+        WEIGHTS[name](**settings.model_dump(exclude_unset=True), **of_the_run.get(name, {}))
+        for name, settings in config.weights
+        if settings is not None
+    ]

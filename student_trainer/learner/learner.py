@@ -21,9 +21,8 @@ from student_trainer.diagnostics.step_report import LearnReport
 from student_trainer.learner.batch import collate, recompute_behavior, split_micro, split_updates
 from student_trainer.learner.optim import Optimizer
 from student_trainer.learner.student import student_forward
-from student_trainer.losses import (
+from student_trainer.losses.objective import (
     Divergence,
-    PositionWeight,
     StepSums,
     merge,
     needs_normalization,
@@ -31,6 +30,7 @@ from student_trainer.losses import (
     step_scale,
     sum_over_processes,
 )
+from student_trainer.losses.weight_choice import PositionWeight
 from student_trainer.process.stopping import StopRequest
 from student_trainer.records import Rollout
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .checks import check_log_probs, check_mask
 from .policy_gradients import MAX_LOG_RATIO
-from .spans import block_spans
 
 
 def _drift(student_logprobs_BT: Tensor, behavior_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -40,11 +39,11 @@ def span_gates(
 ) -> Tensor:
     """g = exp(-tau |s|) in (0, 1], s the aggregate of d over the token's span.
 
-    arXiv 2606.24084 (BPDG), eq. 1-2: signed mean, tau 1; raw, that is before the division by the
-    mean over valid tokens (eq. 3; `mean_normalize`, or `objective.step_scale` for a step in several
-    micro-batches). All ones when the student is still the behaviour policy. The paper's behaviour
-    log-probs are recomputed by the trainer before the first update. `mean_abs` and `rms` do not let
-    opposite shifts cancel (the authors' own suggestion).
+    arXiv 2606.24084 (BPDG), eq. 1-2: signed mean, tau 1, blocks of 64 (`spans.block_spans`); raw,
+    that is before the division by the mean over valid tokens (eq. 3; `objective.step_scale`). All
+    ones when the student is still the behaviour policy. The paper's behaviour log-probs are
+    recomputed by the trainer before the first update. `mean_abs` and `rms` do not let opposite
+    shifts cancel (the authors' own suggestion).
 
     Args:
         span_BT: int64 in [0, T), the same number for tokens of one span (`spans`); its average is
@@ -65,30 +64,6 @@ def span_gates(
 def _span_sums(values_BT: Tensor, span_BT: Tensor) -> Tensor:
     """[B, T]: at every position the sum over its span."""
     return torch.zeros_like(values_BT).scatter_add(-1, span_BT, values_BT).gather(-1, span_BT)
-
-
-def block_gates(
-    student_logprobs_BT: Tensor,
-    behavior_logprobs_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    block_size: int,
-    tau: float,
-    aggregate: str,
-) -> Tensor:
-    """`span_gates` over fixed blocks: BPDG as published, with block_size 64.
-
-    Where the paper is silent: the last, partial block averages over its own valid tokens, and a
-    block is block_size consecutive *valid* tokens, so masked ones take no place in it.
-    """
-    return span_gates(
-        student_logprobs_BT,
-        behavior_logprobs_BT,
-        mask_BT,
-        block_spans(mask_BT, block_size=block_size),
-        tau=tau,
-        aggregate=aggregate,
-    )
 
 
 def importance_ratios(

@@ -4,7 +4,7 @@ Shape legend: B = sequences, T = response positions. Index t is the t-th respons
 
 arXiv 2606.22600. A_t = log p_teacher - log p_behavior of the sampled token; sums run over valid
 tokens only. `prefix_importance_weights` is the method (eq. 17), everything else a row of its Table
-4 or, where said, ours. Sums are taken in float64; weights have the dtype of the log-probs.
+4 or, where said, ours. Each takes the A of `sampled_advantages`. Float64.
 """
 
 from __future__ import annotations
@@ -72,18 +72,7 @@ def signed_remaining_shares(advantage_BT: Tensor, *, epsilon: float = SHARE_EPSI
     return torch.where(has_total_B1, (1.0 - share_BT).clamp(0.0, 1.0), 1.0)
 
 
-def _masked(weight_BT: Tensor, mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(mask_BT, weight_BT, 0.0).to(dtype)
-
-
-def prefix_importance_weights(
-    teacher_logprobs_BT: Tensor,
-    behavior_logprobs_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    gamma: float,
-    max_gap_nats: float | None = None,
-) -> Tensor:
+def prefix_importance_weights(advantage_BT: Tensor, mask_BT: Tensor, *, gamma: float) -> Tensor:
     """w_t = 1 + gamma (1 - sum_{k<t} |A_k| / (sum_k |A_k| + epsilon)): IW-OPD, eq. 17.
 
     In [1, 1 + gamma], 1 + gamma at the first valid token, non-increasing, and 1 + gamma everywhere
@@ -92,83 +81,45 @@ def prefix_importance_weights(
     the prefix sum is taken by shifting in float64 instead of cumsum(d) - d, whose rounding breaks
     monotonicity.
     """
-    advantage_BT = sampled_advantages(
-        teacher_logprobs_BT, behavior_logprobs_BT, mask_BT, max_gap_nats=max_gap_nats
-    )
     weight_BT = 1.0 + gamma * remaining_shares(advantage_BT)
-    return _masked(weight_BT, mask_BT, teacher_logprobs_BT.dtype)
+    return torch.where(mask_BT, weight_BT, 0.0)
 
 
-def signed_importance_weights(
-    teacher_logprobs_BT: Tensor,
-    behavior_logprobs_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    gamma: float,
-    max_gap_nats: float | None = None,
-) -> Tensor:
+def signed_importance_weights(advantage_BT: Tensor, mask_BT: Tensor, *, gamma: float) -> Tensor:
     """1 + gamma * signed_remaining_shares(A), in [1, 1 + gamma]: Table 4's signed sums."""
-    advantage_BT = sampled_advantages(
-        teacher_logprobs_BT, behavior_logprobs_BT, mask_BT, max_gap_nats=max_gap_nats
-    )
     weight_BT = 1.0 + gamma * signed_remaining_shares(advantage_BT)
-    return _masked(weight_BT, mask_BT, teacher_logprobs_BT.dtype)
+    return torch.where(mask_BT, weight_BT, 0.0)
 
 
-def surrogate_only_weights(
-    teacher_logprobs_BT: Tensor,
-    behavior_logprobs_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    max_gap_nats: float | None = None,
-) -> Tensor:
+def surrogate_only_weights(advantage_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """The remaining share alone, not blended with 1; in [0, 1], 1 at the first valid token."""
-    advantage_BT = sampled_advantages(
-        teacher_logprobs_BT, behavior_logprobs_BT, mask_BT, max_gap_nats=max_gap_nats
-    )
-    return _masked(remaining_shares(advantage_BT), mask_BT, teacher_logprobs_BT.dtype)
+    return torch.where(mask_BT, remaining_shares(advantage_BT), 0.0)
 
 
 def linear_weights(mask_BT: Tensor, *, gamma: float) -> Tensor:
-    """1 + gamma (1 - t / n), t of n valid tokens from 0; float32. What eq. 17 is for equal |A|."""
-    return _masked(1.0 + gamma * (1.0 - elapsed_shares(mask_BT)), mask_BT, torch.float32)
+    """1 + gamma (1 - t / n), t of n valid tokens from 0. What eq. 17 is for equal |A|."""
+    return torch.where(mask_BT, 1.0 + gamma * (1.0 - elapsed_shares(mask_BT)), 0.0)
 
 
 def fixed_prefix_weights(mask_BT: Tensor, *, gamma: float, prefix_share: float) -> Tensor:
-    """1 + gamma on the first `prefix_share` of the valid tokens, 1 on the others; float32."""
+    """1 + gamma on the first `prefix_share` of the valid tokens, 1 on the others."""
     inside_BT = position_window(mask_BT, start_share=0.0, end_share=prefix_share)
-    return _masked(1.0 + gamma * inside_BT, mask_BT, torch.float32)
+    return torch.where(mask_BT, 1.0 + gamma * inside_BT.double(), 0.0)
 
 
-def ideal_ratio_weights(
-    teacher_logprobs_BT: Tensor,
-    behavior_logprobs_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    alpha: float,
-    max_gap_nats: float | None = None,
-) -> Tensor:
+def ideal_ratio_weights(advantage_BT: Tensor, mask_BT: Tensor, *, alpha: float) -> Tensor:
     """r_t = exp(alpha sum_{k<t} A_k) = (p_teacher(y_<t) / p_behavior(y_<t))^alpha; 1 at the start.
 
     The log is clamped to +-20 nats. Raw: the paper's weight is r_t / Z_t, Z_t = E[r_t] over
     responses at position t. Departure: divided at the step by one mean over all its valid tokens
     (`objective.step_scale`), since few responses reach the same t.
     """
-    advantage_BT = sampled_advantages(
-        teacher_logprobs_BT, behavior_logprobs_BT, mask_BT, max_gap_nats=max_gap_nats
-    )
     log_ratio_BT = (alpha * _sums_before(advantage_BT)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return _masked(log_ratio_BT.exp(), mask_BT, teacher_logprobs_BT.dtype)
+    return torch.where(mask_BT, log_ratio_BT.exp(), 0.0)
 
 
 def ideal_blend_weights(
-    teacher_logprobs_BT: Tensor,
-    behavior_logprobs_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    alpha: float,
-    gamma: float,
-    max_gap_nats: float | None = None,
+    advantage_BT: Tensor, mask_BT: Tensor, *, alpha: float, gamma: float
 ) -> Tensor:
     """1 + gamma r_t / mean(r), r as in `ideal_ratio_weights`, the mean over the same response.
 
@@ -176,25 +127,13 @@ def ideal_blend_weights(
     response because a sum with 1 cannot be divided by the step's mean afterwards. In [1, 1 + gamma
     n] for n valid tokens, of mean 1 + gamma.
     """
-    ratio_BT = ideal_ratio_weights(
-        teacher_logprobs_BT.double(),
-        behavior_logprobs_BT.double(),
-        mask_BT,
-        alpha=alpha,
-        max_gap_nats=max_gap_nats,
-    )
+    ratio_BT = ideal_ratio_weights(advantage_BT, mask_BT, alpha=alpha)
     weight_BT = 1.0 + gamma * sample_mean_normalize(ratio_BT, mask_BT)
-    return _masked(weight_BT, mask_BT, teacher_logprobs_BT.dtype)
+    return torch.where(mask_BT, weight_BT, 0.0)
 
 
 def causal_weights(
-    teacher_logprobs_BT: Tensor,
-    behavior_logprobs_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    gamma: float,
-    tau_nats: float,
-    max_gap_nats: float | None = None,
+    advantage_BT: Tensor, mask_BT: Tensor, *, gamma: float, tau_nats: float
 ) -> Tensor:
     """w_t = 1 + gamma exp(-sum_{k<t} |A_k| / tau_nats): ours, known when token t is sampled.
 
@@ -202,8 +141,5 @@ def causal_weights(
     earlier weight. tau_nats takes the place of the response's total: the median of sum |A| over
     earlier responses makes it comparable to eq. 17.
     """
-    advantage_BT = sampled_advantages(
-        teacher_logprobs_BT, behavior_logprobs_BT, mask_BT, max_gap_nats=max_gap_nats
-    )
     weight_BT = 1.0 + gamma * torch.exp(-_sums_before(advantage_BT.abs()) / tau_nats)
-    return _masked(weight_BT, mask_BT, teacher_logprobs_BT.dtype)
+    return torch.where(mask_BT, weight_BT, 0.0)

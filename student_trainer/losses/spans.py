@@ -16,7 +16,10 @@ from .checks import check_mask
 
 
 def block_spans(mask_BT: Tensor, *, block_size: int) -> Tensor:
-    """Blocks of block_size consecutive valid tokens; the last of a response may be shorter."""
+    """Blocks of block_size consecutive valid tokens; the last of a response may be shorter.
+
+    Where BPDG is silent: a partial block is one too, and masked tokens take no place in a block.
+    """
     check_mask(mask_BT)
     return (mask_BT.cumsum(dim=-1) - 1).clamp(min=0) // block_size
 

@@ -23,6 +23,7 @@ from .prefix_weights import (
     ideal_ratio_weights,
     linear_weights,
     prefix_importance_weights,
+    sampled_advantages,
     signed_importance_weights,
     surrogate_only_weights,
 )
@@ -69,31 +70,35 @@ class PrefixImportanceWeight(constants.PrefixImportanceSettings):
         )
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        weight_BT = self._raw(inputs)
+        weight_BT = self._raw(inputs).to(inputs.teacher_logprobs_BT.dtype)
         if self.normalize == "sample_mean":
             return sample_mean_normalize(weight_BT, inputs.mask_BT)
         return weight_BT
 
     def _raw(self, inputs: LossInputs) -> Tensor:
-        mask_BT, gamma, gap = inputs.mask_BT, self.gamma, self.max_gap_nats
+        mask_BT, gamma = inputs.mask_BT, self.gamma
         if self.kind == "linear":
             return linear_weights(mask_BT, gamma=gamma)
         if self.kind == "fixed_prefix":
             return fixed_prefix_weights(mask_BT, gamma=gamma, prefix_share=self.prefix_share)
-        logprobs = (inputs.teacher_logprobs_BT, inputs.behavior_logprobs_BT, mask_BT)
+        advantage_BT = sampled_advantages(
+            inputs.teacher_logprobs_BT,
+            inputs.behavior_logprobs_BT,
+            mask_BT,
+            max_gap_nats=self.max_gap_nats,
+        )
         if self.kind == "signed":
-            return signed_importance_weights(*logprobs, gamma=gamma, max_gap_nats=gap)
+            return signed_importance_weights(advantage_BT, mask_BT, gamma=gamma)
         if self.kind == "surrogate_only":
-            return surrogate_only_weights(*logprobs, max_gap_nats=gap)
+            return surrogate_only_weights(advantage_BT, mask_BT)
         if self.kind == "ideal_ratio":
-            return ideal_ratio_weights(*logprobs, alpha=self.alpha, max_gap_nats=gap)
+            return ideal_ratio_weights(advantage_BT, mask_BT, alpha=self.alpha)
         if self.kind == "ideal_blend":
-            return ideal_blend_weights(*logprobs, alpha=self.alpha, gamma=gamma, max_gap_nats=gap)
+            return ideal_blend_weights(advantage_BT, mask_BT, alpha=self.alpha, gamma=gamma)
         if self.kind == "causal":
             assert self.tau_nats is not None  # the settings refuse causal without it
-            tau = self.tau_nats
-            return causal_weights(*logprobs, gamma=gamma, tau_nats=tau, max_gap_nats=gap)
-        return prefix_importance_weights(*logprobs, gamma=gamma, max_gap_nats=gap)
+            return causal_weights(advantage_BT, mask_BT, gamma=gamma, tau_nats=self.tau_nats)
+        return prefix_importance_weights(advantage_BT, mask_BT, gamma=gamma)
 
 
 class PositionWindow(constants.PositionWindowSettings):
@@ -168,3 +173,14 @@ class ImportanceRatio(constants.ImportanceRatioSettings):
             min_ratio=self.min_ratio,
             max_ratio=self.max_ratio,
         )
+
+
+WEIGHTS = {
+    "prune": PruneWeight,
+    "prefix_importance": PrefixImportanceWeight,
+    "position_window": PositionWindow,
+    "entropy_top": EntropyTop,
+    "block_gate": BlockGate,
+    "importance_ratio": ImportanceRatio,
+}
+"""By table of [weights], in whose order they are multiplied."""

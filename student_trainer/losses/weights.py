@@ -6,8 +6,7 @@ Every weight counts valid tokens only: deleting a masked position, wherever it s
 other weight. Hence padding side cannot matter, and a masked special token moves neither the
 bad-event count, nor the accumulated advantage, nor the blocks. Here are the weights of drift and
 position; `prefix_weights` has IW-OPD's, `gates` those of the student's own drift. Nothing
-normalises over the batch except `mean_normalize`; a step split into micro-batches normalises its
-gradient instead (`objective.step_scale`).
+normalises over the batch: a step normalises its gradient instead (`objective.step_scale`).
 """
 
 from __future__ import annotations
@@ -20,12 +19,6 @@ from teacher_wire.drift import reliability_by_count
 from .checks import check_mask
 
 
-def check_fraction(name: str, value: float) -> None:
-    """Raise ValueError unless 0 < value <= 1."""
-    if not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must be in (0, 1], got {value}")
-
-
 def reliability(bad_events_BT: Tensor, mask_BT: Tensor, *, w_drop: float) -> Tensor:
     """R_t = clip(1 - w_drop * (bad events up to and including t), 0, 1), in [0, 1], float32.
 
@@ -34,7 +27,6 @@ def reliability(bad_events_BT: Tensor, mask_BT: Tensor, *, w_drop: float) -> Ten
     the top-16 shared with the teacher) is decided by whoever fills bad_events_BT. R is exactly 0.0
     from event number ceil(1 / w_drop) on.
     """
-    check_fraction("w_drop", w_drop)
     check_mask(mask_BT, bad_events_BT=bad_events_BT)
     if bad_events_BT.dtype != torch.bool:
         raise ValueError(f"bad_events_BT must be bool, got {bad_events_BT.dtype}")
@@ -103,18 +95,6 @@ def entropy_top_weights(entropies_BT: Tensor, mask_BT: Tensor, *, ratio: float) 
     num_valid_B1 = mask_BT.sum(dim=-1, keepdim=True).clamp(min=1)
     # rank / n < ratio holds for ceil(ratio * n) ranks, without the rounding of that product.
     return ((rank_BT.double() / num_valid_B1 < ratio) & mask_BT).float()
-
-
-def mean_normalize(weight_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The weights divided by their mean over valid tokens; all zeros if they sum to zero.
-
-    Exact for one whole batch. Over micro-batches it would normalise each by its own mean.
-    """
-    check_mask(mask_BT, weight_BT=weight_BT)
-    weight_BT = torch.where(mask_BT, weight_BT.detach(), 0.0)
-    total = weight_BT.sum(dtype=torch.float64)
-    scale = torch.where(total > 0, mask_BT.sum() / total, 0.0)
-    return weight_BT * scale.to(weight_BT.dtype)
 
 
 def sample_mean_normalize(weight_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from student_trainer.diagnostics import Alarm
+from student_trainer.diagnostics.alarms import Alarm
 from student_trainer.diagnostics.step_report import EvalReport, StepProfile, StepReport
 from student_trainer.errors import DatasetError
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from student_trainer.diagnostics import Alarm, warnings_of
+from student_trainer.diagnostics.alarms import Alarm, warnings_of
 from student_trainer.diagnostics.step_report import EvalReport, StepReport
 from student_trainer.errors import ConfigError
 from student_trainer.recording.json_lines import JsonLines, drop_later, read_run

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from student_trainer.diagnostics import Alarm
+from student_trainer.diagnostics.alarms import Alarm
 from student_trainer.diagnostics.step_report import PHASES, StepReport
 from student_trainer.errors import DatasetError
 from student_trainer.recording.json_lines import METRICS_FILE, WrittenRun, read_run

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from student_trainer.diagnostics import Alarm
+from student_trainer.diagnostics.alarms import Alarm
 from student_trainer.diagnostics.step_report import EvalReport, StepReport
 
 

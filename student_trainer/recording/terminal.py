@@ -14,7 +14,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from student_trainer.diagnostics import Alarm
+from student_trainer.diagnostics.alarms import Alarm
 from student_trainer.diagnostics.step_report import EvalReport, StepReport
 
 WARN_EVERY_STEPS = 10

@@ -1,17 +1,20 @@
 """Response-length budgets: how many tokens the next step's rollouts may have. No torch.
 
 A budget reads the effective lengths of a step's rollouts and sets `max_tokens` for the next step;
-it never touches a rollout in flight. Its state belongs in the checkpoint: the released Prune-OPD
-code does not save it, so that a resumed run starts again at the initial length.
+it never touches a rollout in flight. Its constants and their ranges are stated in
+`settings.budget`. Its state belongs in the checkpoint: the released Prune-OPD code does not save
+it, so that a resumed run starts again at the initial length.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
+
+from student_trainer.settings import budget as settings
 
 
 class LengthBudget(Protocol):
@@ -48,20 +51,11 @@ def _read_state(state: Mapping[str, int], ranges: Mapping[str, tuple[int, int]])
     return [int(state[name]) for name in ranges]
 
 
-def _check_bounds(minimum: int, initial: int, maximum: int) -> None:
-    if not 1 <= minimum <= initial <= maximum:
-        raise ValueError(
-            f"expected 1 <= minimum <= initial <= maximum, got {minimum}, {initial}, {maximum}"
-        )
-
-
 class FixedBudget:
     """The same length every step."""
 
-    def __init__(self, max_tokens: int) -> None:
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        self.max_tokens = max_tokens
+    def __init__(self, constants: settings.FixedBudgetSettings) -> None:
+        self.max_tokens = constants.max_tokens
 
     def update(self, effective_lengths: Sequence[int]) -> float | None:
         """Nothing to learn."""
@@ -78,57 +72,35 @@ class PruneBudget:
     """Prune-OPD's controller (arXiv 2605.07804, section 3.3 and algorithm 1).
 
     A rollout hits if its E reaches a boundary just below the present length M. If a share of at
-    least `hit_share` hits, M grows by `step` at once; after `patience` steps in a row without, it
-    shrinks by `step`. Short correct answers count as misses, as published.
+    least `hit_ratio` hits, M grows by `increment` at once; after `patience` steps in a row without,
+    it shrinks by `increment`. Short correct answers count as misses, as published.
 
     The boundary is M - margin in the paper and max(minimum, M - margin) in the released code: they
     differ for M < minimum + margin, where the code asks for E = M at M = minimum. The paper states
-    three different initial lengths (1024, 2048 and 6144), so `initial` has no default.
+    three different initial lengths (1024, 2048 and 6144).
     """
 
-    def __init__(
-        self,
-        *,
-        initial: int,
-        minimum: int = 1024,
-        maximum: int = 12288,
-        step: int = 100,
-        margin: int = 100,
-        hit_share: float = 0.1,
-        patience: int = 3,
-        boundary: Literal["paper", "code"] = "code",
-    ) -> None:
-        _check_bounds(minimum, initial, maximum)
-        if step < 1 or margin < 0 or patience < 1:
-            raise ValueError(
-                "expected step >= 1, margin >= 0 and patience >= 1, "
-                f"got {step}, {margin}, {patience}"
-            )
-        if not 0.0 < hit_share <= 1.0:
-            raise ValueError(f"hit_share must be in (0, 1], got {hit_share}")
-        if boundary not in ("paper", "code"):
-            raise ValueError(f"boundary must be paper or code, got {boundary!r}")
-        self.max_tokens = initial
+    def __init__(self, constants: settings.PruneBudgetSettings) -> None:
+        self._constants = constants
+        self.max_tokens = constants.initial
         self._num_low = 0
-        self._minimum, self._maximum = minimum, maximum
-        self._step, self._margin = step, margin
-        self._hit_share, self._patience = hit_share, patience
-        self._floor = minimum if boundary == "code" else 0
 
     @property
     def boundary(self) -> int:
         """Effective length from which a rollout of the present step hits."""
-        return max(self._floor, self.max_tokens - self._margin)
+        floor = self._constants.minimum if self._constants.boundary == "code" else 0
+        return max(floor, self.max_tokens - self._constants.margin)
 
     def update(self, effective_lengths: Sequence[int]) -> float | None:
         _check_rollouts(effective_lengths)
+        constants = self._constants
         num_hits = sum(length >= self.boundary for length in effective_lengths)
         hit_share = num_hits / len(effective_lengths)
-        self._num_low = 0 if hit_share >= self._hit_share else self._num_low + 1
+        self._num_low = 0 if hit_share >= constants.hit_ratio else self._num_low + 1
         if self._num_low == 0:
-            self.max_tokens = min(self.max_tokens + self._step, self._maximum)
-        elif self._num_low >= self._patience:
-            self.max_tokens = max(self.max_tokens - self._step, self._minimum)
+            self.max_tokens = min(self.max_tokens + constants.increment, constants.maximum)
+        elif self._num_low >= constants.patience:
+            self.max_tokens = max(self.max_tokens - constants.increment, constants.minimum)
             self._num_low = 0
         return hit_share
 
@@ -137,30 +109,27 @@ class PruneBudget:
 
     def load(self, state: Mapping[str, int]) -> None:
         ranges = {
-            "max_tokens": (self._minimum, self._maximum),
-            "num_low": (0, self._patience - 1),
+            "max_tokens": (self._constants.minimum, self._constants.maximum),
+            "num_low": (0, self._constants.patience - 1),
         }
         self.max_tokens, self._num_low = _read_state(state, ranges)
 
 
 class ProgressiveBudget:
-    """At step k min(maximum, initial + increment * floor(k / every)), whatever the rollouts did.
+    """At step k min(maximum, initial + increment * floor(k / every_steps)), whatever rollouts did.
 
     arXiv 2605.31490 (TOPD/POPD), the baseline that any speed claim of a controller must beat.
     """
 
-    def __init__(self, *, initial: int, maximum: int, increment: int, every: int) -> None:
-        _check_bounds(1, initial, maximum)
-        if increment < 0 or every < 1:
-            raise ValueError(f"expected increment >= 0 and every >= 1, got {increment}, {every}")
-        self._initial, self._maximum = initial, maximum
-        self._increment, self._every = increment, every
+    def __init__(self, constants: settings.ProgressiveBudgetSettings) -> None:
+        self._constants = constants
         self._num_updates = 0
 
     @property
     def max_tokens(self) -> int:
-        grown = self._initial + self._increment * (self._num_updates // self._every)
-        return min(self._maximum, grown)
+        num_increments = self._num_updates // self._constants.every_steps
+        grown = self._constants.initial + self._constants.increment * num_increments
+        return min(self._constants.maximum, grown)
 
     def update(self, effective_lengths: Sequence[int]) -> float | None:
         self._num_updates += 1
@@ -180,35 +149,21 @@ class QuantileBudget:
     A fixed point exists below `maximum` when the quantile stops growing with M.
     """
 
-    def __init__(
-        self,
-        *,
-        initial: int,
-        minimum: int,
-        maximum: int,
-        margin: int = 100,
-        quantile: float = 0.9,
-        rate: float = 0.5,
-    ) -> None:
-        _check_bounds(minimum, initial, maximum)
-        if margin < 0:
-            raise ValueError(f"margin must be >= 0, got {margin}")
-        for name, value in (("quantile", quantile), ("rate", rate)):
-            if not 0.0 < value <= 1.0:
-                raise ValueError(f"{name} must be in (0, 1], got {value}")
-        self.max_tokens = initial
-        self._minimum, self._maximum, self._margin = minimum, maximum, margin
-        self._quantile, self._rate = quantile, rate
+    def __init__(self, constants: settings.QuantileBudgetSettings) -> None:
+        self._constants = constants
+        self.max_tokens = constants.initial
 
     def update(self, effective_lengths: Sequence[int]) -> float | None:
         _check_rollouts(effective_lengths)
-        target = float(np.quantile(effective_lengths, self._quantile)) + self._margin
-        moved = math.ceil(self.max_tokens + self._rate * (target - self.max_tokens))
-        self.max_tokens = min(max(moved, self._minimum), self._maximum)
+        constants = self._constants
+        target = float(np.quantile(effective_lengths, constants.quantile)) + constants.margin
+        moved = math.ceil(self.max_tokens + constants.rate * (target - self.max_tokens))
+        self.max_tokens = min(max(moved, constants.minimum), constants.maximum)
         return None
 
     def state(self) -> dict[str, int]:
         return {"max_tokens": self.max_tokens}
 
     def load(self, state: Mapping[str, int]) -> None:
-        (self.max_tokens,) = _read_state(state, {"max_tokens": (self._minimum, self._maximum)})
+        bounds = (self._constants.minimum, self._constants.maximum)
+        (self.max_tokens,) = _read_state(state, {"max_tokens": bounds})

@@ -28,7 +28,7 @@ class FixedBudgetSettings(Section):
 class PruneBudgetSettings(Section):
     """Prune-OPD's batch-level controller (section 3.3 of the paper)."""
 
-    kind: Literal["prune"]
+    kind: Literal["prune"] = "prune"
     initial: int = Field(2048, gt=0)
     """Response tokens that a rollout of the first step may have."""
     minimum: int = Field(1024, gt=0)
@@ -55,7 +55,7 @@ class PruneBudgetSettings(Section):
 class ProgressiveBudgetSettings(Section):
     """A horizon that grows by `increment` every `every_steps` steps (TOPD/POPD, 2605.31490)."""
 
-    kind: Literal["progressive"]
+    kind: Literal["progressive"] = "progressive"
     initial: int = Field(gt=0)
     """Response tokens that a rollout of the first step may have."""
     maximum: int = Field(gt=0)
@@ -74,7 +74,7 @@ class ProgressiveBudgetSettings(Section):
 class QuantileBudgetSettings(Section):
     """Moves towards a quantile of the effective lengths plus a margin (ours)."""
 
-    kind: Literal["quantile"]
+    kind: Literal["quantile"] = "quantile"
     initial: int = Field(gt=0)
     """Response tokens that a rollout of the first step may have."""
     minimum: int = Field(gt=0)

@@ -20,6 +20,7 @@ from student_trainer.data import PromptOrder
 from student_trainer.records import SamplingOptions
 from student_trainer.rollouts.budget import FixedBudget
 from student_trainer.rollouts.stream import LoopThread, RolloutStream
+from student_trainer.settings.budget import FixedBudgetSettings
 from teacher_client.client import TeacherClient
 from teacher_server import logs
 from teacher_server.engine.fake_engine import FakeEngine, Fault
@@ -111,7 +112,7 @@ def test_a_rollout_of_the_trainer_is_a_span_and_its_session_is_below_it(
             open_session=open_session,
             prompts=PromptOrder([prompt(2, 3)], prompts_per_step=1, seed=0),
             rules=rules(),
-            budget=FixedBudget(4),
+            budget=FixedBudget(FixedBudgetSettings(max_tokens=4)),
             options=lambda max_tokens: SamplingOptions(max_tokens=max_tokens, num_topk=2),
             rollouts_per_prompt=1,
             queue_depth=0,

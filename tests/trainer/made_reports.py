@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from student_trainer.diagnostics import step_profile
+from student_trainer.diagnostics.step import step_profile
 from student_trainer.diagnostics.step_report import MismatchedToken, StepProfile, StepReport
 from student_trainer.records import Rollout
 

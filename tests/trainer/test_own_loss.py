@@ -29,7 +29,7 @@ __all__ = ["client", "folder"]
 GUIDE = Path(__file__).parents[2] / "docs" / "own-loss.md"
 HEAD = """
 import torch
-from student_trainer.losses import Needs, loss
+from student_trainer.losses import (Needs, loss)
 
 def gap(inputs):
     return 0.5 * (inputs.student_logprobs_BT - inputs.teacher_logprobs_BT).square()

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_trainer.diagnostics import (
-    effective_lengths,
-    mismatched_tokens,
+from student_trainer.diagnostics.alarms import warnings_of
+from student_trainer.diagnostics.mismatch import mismatched_tokens
+from student_trainer.diagnostics.repetition import (
+    MAX_PERIOD,
+    loop_mask,
     repetition_rate,
-    rollout_report,
-    step_profile,
-    warnings_of,
+    slow_loop_mask,
 )
-from student_trainer.diagnostics.repetition import MAX_PERIOD, loop_mask, slow_loop_mask
+from student_trainer.diagnostics.step import effective_lengths, rollout_report, step_profile
 from student_trainer.diagnostics.step_report import StepProfile
 from student_trainer.records import Finish, Rollout
 from teacher_wire.drift import advance

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from student_trainer.learner.learner import Learner
 from student_trainer.learner.optim import Optimizer
-from student_trainer.losses import LocalSupportMatching
+from student_trainer.losses.divergences import LocalSupportMatching
 from tests.trainer.learner.tiny_student import character_tokenizer
 
 

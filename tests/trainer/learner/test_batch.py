@@ -21,16 +21,18 @@ from student_trainer.learner.batch import (
     split_micro,
     split_updates,
 )
-from student_trainer.losses import (
-    BlockGate,
+from student_trainer.losses.objective import (
     Divergence,
-    PositionWeight,
-    PrefixImportanceWeight,
-    PruneWeight,
     merge,
     needs_normalization,
     objective,
     step_scale,
+)
+from student_trainer.losses.weight_choice import (
+    BlockGate,
+    PositionWeight,
+    PrefixImportanceWeight,
+    PruneWeight,
 )
 from student_trainer.records import Finish, Prompt, Rollout, RolloutTimes
 from teacher_wire.records import ScoreRows

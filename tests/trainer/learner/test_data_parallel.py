@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from student_trainer.learner.optim import Optimizer
-from student_trainer.losses import BlockGate, PruneWeight, StepSums
-from student_trainer.losses.objective import sum_over_processes
+from student_trainer.losses.objective import StepSums, sum_over_processes
+from student_trainer.losses.weight_choice import BlockGate, PruneWeight
 from student_trainer.records import Rollout
 from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import tiny_student

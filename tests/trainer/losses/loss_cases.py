@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from student_trainer.losses import (
-    Divergence,
+from student_trainer.losses import LossInputs
+from student_trainer.losses.divergences import (
     EntropyAwareKL,
     ForwardKL,
     GeneralizedJSD,
     LocalSupportMatching,
-    LossInputs,
-    SampledReverseKL,
-    StudentTopKReverseKL,
     TruncatedReverseKL,
 )
+from student_trainer.losses.gates import span_gates
 from student_trainer.losses.laws import inputs_of
+from student_trainer.losses.objective import Divergence
+from student_trainer.losses.policy_gradients import SampledReverseKL, StudentTopKReverseKL
+from student_trainer.losses.spans import block_spans
 
 SHAPE, VOCABULARY, K, J = (2, 4), 9, 3, 4
 
@@ -112,3 +113,16 @@ def gradient(loss_BT: Tensor, leaf: Tensor) -> Tensor:
     coefficients = torch.arange(1, loss_BT.numel() + 1, dtype=loss_BT.dtype).view_as(loss_BT)
     (found,) = torch.autograd.grad((coefficients * loss_BT).sum(), leaf, retain_graph=True)
     return found
+
+
+def block_gates(student: Tensor, behavior: Tensor, mask: Tensor, **constants: Any) -> Tensor:
+    """BPDG's gate over blocks of `block_size`."""
+    spans = block_spans(mask, block_size=constants.pop("block_size"))
+    return span_gates(student, behavior, mask, spans, **constants)
+
+
+def mean_normalized(weight: Tensor, mask: Tensor) -> Tensor:
+    """What a step does to its gradient, done to the weights of one whole batch (BPDG eq. 3)."""
+    weight = torch.where(mask, weight, 0.0)
+    total = weight.sum()
+    return weight * mask.sum() / total if total > 0 else weight

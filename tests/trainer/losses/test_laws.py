@@ -11,10 +11,10 @@ from student_trainer.losses.divergences import (
     local_support_matching,
     truncated_reverse_kl,
 )
-from student_trainer.losses.gates import block_gates
 from student_trainer.losses.policy_gradients import sampled_reverse_kl, support_reverse_kl
-from student_trainer.losses.prefix_weights import prefix_importance_weights
-from student_trainer.losses.weights import mean_normalize, prune_weights, reliability
+from student_trainer.losses.prefix_weights import prefix_importance_weights, sampled_advantages
+from student_trainer.losses.weights import prune_weights, reliability
+from tests.trainer.losses.loss_cases import block_gates, mean_normalized
 
 torch.set_num_threads(1)
 
@@ -159,8 +159,9 @@ def valid_differences(weight: Tensor, mask: Tensor) -> Tensor:
 @given(seeds, st.sampled_from([0.0, 0.3, 0.5, 2.0]))
 def test_importance_starts_at_one_plus_gamma_and_never_rises(seed: int, gamma: float) -> None:
     mask, _, _, behavior, teacher = random_rows(seed)
-    weight = prefix_importance_weights(teacher, behavior, mask, gamma=gamma)
-    top = torch.tensor(1.0 + gamma, dtype=torch.float32)
+    advantage = sampled_advantages(teacher, behavior, mask)
+    weight = prefix_importance_weights(advantage, mask, gamma=gamma)
+    top = torch.tensor(1.0 + gamma, dtype=torch.float64)
     assert ((weight >= 1.0) & (weight <= top))[mask].all()
     assert (valid_differences(weight, mask) <= 0.0).all()
     for row, keep in zip(weight, mask, strict=True):
@@ -194,5 +195,5 @@ def test_gates_are_constant_in_a_block_and_average_one(
         for block in row[keep].split(block_size):
             assert (block == block[:1]).all()
     if mask.any():
-        assert mean_normalize(gates, mask)[mask].mean().item() == pytest.approx(1.0, abs=1e-6)
+        assert mean_normalized(gates, mask)[mask].mean().item() == pytest.approx(1.0, abs=1e-6)
     assert (block_gates(behavior, behavior, mask, **chosen)[mask] == 1.0).all()

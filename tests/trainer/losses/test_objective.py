@@ -9,27 +9,24 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from student_trainer.losses import (
-    BlockGate,
-    Candidates,
+from student_trainer.losses import Candidates, LossInputs
+from student_trainer.losses.divergences import EntropyAwareKL, GeneralizedJSD, LocalSupportMatching
+from student_trainer.losses.laws import inputs_of
+from student_trainer.losses.objective import (
     Divergence,
-    EntropyAwareKL,
-    GeneralizedJSD,
-    LocalSupportMatching,
-    LossInputs,
-    PositionWeight,
-    PrefixImportanceWeight,
-    PruneWeight,
-    SampledReverseKL,
-    StudentTopKReverseKL,
     merge,
     needs_normalization,
     objective,
     step_scale,
 )
-from student_trainer.losses.laws import inputs_of
-from student_trainer.losses.weights import mean_normalize
-from tests.trainer.losses.loss_cases import DIVERGENCES
+from student_trainer.losses.policy_gradients import SampledReverseKL, StudentTopKReverseKL
+from student_trainer.losses.weight_choice import (
+    BlockGate,
+    PositionWeight,
+    PrefixImportanceWeight,
+    PruneWeight,
+)
+from tests.trainer.losses.loss_cases import DIVERGENCES, mean_normalized
 
 torch.set_num_threads(1)
 
@@ -134,7 +131,7 @@ def test_scaled_gate_gradient_is_the_papers_equation_four() -> None:
     gate = BlockGate(block_size=2)
     sums = objective(inputs, divergence=LocalSupportMatching(), weights=[gate])
     scale = step_scale(sums.weight_sum.item(), sums.num_tokens.item(), needs_normalization([gate]))
-    normalized_BT = mean_normalize(gate(inputs), inputs.mask_BT)
+    normalized_BT = mean_normalized(gate(inputs), inputs.mask_BT)
     expected = (normalized_BT * LocalSupportMatching()(inputs)).sum() / inputs.mask_BT.sum()
     assert (sums.loss_sum * scale).item() == pytest.approx(expected.item(), rel=1e-12)
     assert sums.metrics(normalize=True)["loss"] == pytest.approx(expected.item(), rel=1e-12)

@@ -11,18 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_trainer.losses import (
+from student_trainer.losses import LossInputs
+from student_trainer.losses.laws import inputs_of
+from student_trainer.losses.objective import merge, needs_normalization, objective, step_scale
+from student_trainer.losses.weight_choice import (
     BlockGate,
-    LossInputs,
     PositionWeight,
     PrefixImportanceWeight,
     PruneWeight,
-    merge,
-    needs_normalization,
-    objective,
-    step_scale,
 )
-from student_trainer.losses.laws import inputs_of
 from tests.trainer.losses.loss_cases import DIVERGENCES, Case, case
 
 torch.set_num_threads(1)

@@ -18,17 +18,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from student_trainer.learner.batch import contained
-from student_trainer.losses import (
-    Divergence,
+from student_trainer.losses import LossInputs
+from student_trainer.losses.divergences import (
     EntropyAwareKL,
     ForwardKL,
     GeneralizedJSD,
     LocalSupportMatching,
-    LossInputs,
-    StudentTopKReverseKL,
     TruncatedReverseKL,
-    objective,
 )
+from student_trainer.losses.objective import Divergence, objective
+from student_trainer.losses.policy_gradients import StudentTopKReverseKL
 from tests.trainer.losses.loss_cases import (
     DIVERGENCES,
     POLICY_GRADIENTS,

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_trainer.losses import (
+from student_trainer.losses.objective import merge, needs_normalization, objective, step_scale
+from student_trainer.losses.policy_gradients import SampledReverseKL
+from student_trainer.losses.weight_choice import (
     BlockGate,
     EntropyTop,
     ImportanceRatio,
@@ -16,11 +18,6 @@ from student_trainer.losses import (
     PositionWindow,
     PrefixImportanceWeight,
     PruneWeight,
-    SampledReverseKL,
-    merge,
-    needs_normalization,
-    objective,
-    step_scale,
 )
 from tests.trainer.made_responses import (
     NEWLINE_ID,

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_trainer.losses import (
+from student_trainer.losses.spans import newline_spans
+from student_trainer.losses.weight_choice import (
     BlockGate,
     EntropyTop,
     ImportanceRatio,
@@ -17,7 +18,6 @@ from student_trainer.losses import (
     PrefixImportanceWeight,
     PruneWeight,
 )
-from student_trainer.losses.spans import newline_spans
 from tests.trainer.made_responses import (
     NEWLINE_ID,
     Response,

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from student_trainer.losses.gates import block_gates
-from student_trainer.losses.prefix_weights import prefix_importance_weights
+from student_trainer.losses.prefix_weights import prefix_importance_weights, sampled_advantages
 from student_trainer.losses.weights import (
     combine,
-    mean_normalize,
     prune_weights,
     reliability,
+    sample_mean_normalize,
 )
 from teacher_wire import drift
+from tests.trainer.losses.loss_cases import block_gates, mean_normalized
 
 torch.set_num_threads(1)
 
@@ -86,7 +86,9 @@ def test_masked_events_do_not_count_and_masked_weights_are_zero() -> None:
 
 def test_importance_reproduces_the_golden_weights() -> None:
     teacher, student = row(-0.1, -2.0, -0.5, -3.0), row(-0.2, -0.5, -0.7, -0.5)
-    found = prefix_importance_weights(teacher, student, mask("xxxx"), gamma=0.5)
+    found = prefix_importance_weights(
+        sampled_advantages(teacher, student, mask("xxxx")), mask("xxxx"), gamma=0.5
+    )
     assert found[0].tolist() == pytest.approx([1.5, 1.488372, 1.313953, 1.290698], abs=1e-6)
     advantage = found * (teacher - student)
     assert advantage[0].tolist() == pytest.approx([0.15, -2.232558, 0.262791, -3.226744], abs=1e-6)
@@ -94,7 +96,9 @@ def test_importance_reproduces_the_golden_weights() -> None:
 
 def test_importance_is_one_plus_gamma_where_models_agree() -> None:
     same = row(-1.0, -2.0)
-    found = prefix_importance_weights(same, same, mask("xx"), gamma=0.5)
+    found = prefix_importance_weights(
+        sampled_advantages(same, same, mask("xx")), mask("xx"), gamma=0.5
+    )
     assert found.tolist() == [[1.5, 1.5]]
 
 
@@ -105,7 +109,7 @@ def test_gates_reproduce_the_golden_block() -> None:
     expected = [0.904837, 0.904837, 0.548812, 0.548812, 0.818731]
     assert gates[0].tolist() == pytest.approx(expected, abs=1e-6)
     assert gates.mean().item() == pytest.approx(0.745206, abs=1e-6)
-    normalized = mean_normalize(gates, mask("xxxxx"))[0].tolist()
+    normalized = mean_normalized(gates, mask("xxxxx"))[0].tolist()
     expected = [1.214211, 1.214211, 0.736457, 0.736457, 1.098664]
     assert normalized == pytest.approx(expected, abs=1e-6)
 
@@ -141,19 +145,17 @@ def test_combine_is_the_detached_product() -> None:
 
 
 def test_normalizing_ignores_masked_positions_and_keeps_zeros() -> None:
-    found = mean_normalize(row(9.0, 1.0, 3.0), mask(".xx"))
+    found = sample_mean_normalize(row(9.0, 1.0, 3.0), mask(".xx"))
     assert found.tolist() == [[0.0, 0.5, 1.5]]
-    assert mean_normalize(row(0.0, 0.0), mask("xx")).tolist() == [[0.0, 0.0]]
-    assert mean_normalize(row(1.0, 2.0), mask("..")).tolist() == [[0.0, 0.0]]
+    assert sample_mean_normalize(row(0.0, 0.0), mask("xx")).tolist() == [[0.0, 0.0]]
+    assert sample_mean_normalize(row(1.0, 2.0), mask("..")).tolist() == [[0.0, 0.0]]
 
 
 def test_inputs_that_do_not_fit_are_refused() -> None:
     valid, values = mask("xx"), row(-1.0, -1.0)
-    with pytest.raises(ValueError, match="w_drop must be in"):
-        reliability(valid, valid, w_drop=0.0)
     with pytest.raises(ValueError, match="bad_events_BT must be bool"):
         reliability(values, valid, w_drop=0.1)
     with pytest.raises(ValueError, match="mask_BT must be bool"):
-        mean_normalize(values, valid.double())
+        sample_mean_normalize(values, valid.double())
     with pytest.raises(ValueError, match="behavior_logprobs_BT must not carry gradient"):
         block_gates(values, values.clone().requires_grad_(), valid, **BPDG)

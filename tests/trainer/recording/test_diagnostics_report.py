@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 
 from student_trainer import cli
-from student_trainer.diagnostics import (
+from student_trainer.diagnostics.alarms import Alarm
+from student_trainer.diagnostics.step import (
     BAND_TOKENS,
-    Alarm,
     effective_lengths,
     phase_seconds,
     rollout_report,

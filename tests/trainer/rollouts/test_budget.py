@@ -1,6 +1,7 @@
 """Budgets against their published arithmetic: pytest tests/trainer/rollouts/test_budget.py"""
 
 import json
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -13,16 +14,22 @@ from student_trainer.rollouts.budget import (
     PruneBudget,
     QuantileBudget,
 )
+from student_trainer.settings.budget import (
+    FixedBudgetSettings,
+    ProgressiveBudgetSettings,
+    PruneBudgetSettings,
+    QuantileBudgetSettings,
+)
 
 
 def test_one_hit_in_ten_grows_the_budget_at_once() -> None:
-    budget = PruneBudget(initial=2048)
+    budget = PruneBudget(PruneBudgetSettings(initial=2048))
     budget.update([300] * 9 + [1950])
     assert budget.max_tokens == 2148
 
 
 def test_the_hit_boundary_is_inclusive() -> None:
-    budget = PruneBudget(initial=2048)
+    budget = PruneBudget(PruneBudgetSettings(initial=2048))
     budget.update([300] * 9 + [1947])
     assert budget.max_tokens == 2048
     budget.update([300] * 9 + [1948])
@@ -30,21 +37,32 @@ def test_the_hit_boundary_is_inclusive() -> None:
 
 
 def test_the_third_low_step_in_a_row_shrinks_the_budget() -> None:
-    budget = PruneBudget(initial=2048)
+    budget = PruneBudget(PruneBudgetSettings(initial=2048))
     budget.load({"max_tokens": 2048, "num_low": 2})
     budget.update([300] * 10)
     assert budget.state() == {"max_tokens": 1948, "num_low": 0}
 
 
 def test_share_of_hits_is_what_there_is_to_log() -> None:
-    assert PruneBudget(initial=2048).update([300, 1948, 2048, 0]) == 0.5
-    assert FixedBudget(10).update([10]) is None
-    assert QuantileBudget(initial=10, minimum=1, maximum=20).update([10]) is None
-    assert ProgressiveBudget(initial=1, maximum=2, increment=1, every=2).update([10]) is None
+    assert PruneBudget(PruneBudgetSettings(initial=2048)).update([300, 1948, 2048, 0]) == 0.5
+    assert FixedBudget(FixedBudgetSettings(max_tokens=10)).update([10]) is None
+    assert (
+        QuantileBudget(QuantileBudgetSettings(initial=10, minimum=1, maximum=20)).update([10])
+        is None
+    )
+    assert (
+        ProgressiveBudget(
+            ProgressiveBudgetSettings(initial=1, maximum=2, increment=1, every_steps=2)
+        ).update([10])
+        is None
+    )
 
 
 def test_low_steps_survive_a_checkpoint() -> None:
-    stopped, resumed = PruneBudget(initial=2048), PruneBudget(initial=1024)
+    stopped, resumed = (
+        PruneBudget(PruneBudgetSettings(initial=2048)),
+        PruneBudget(PruneBudgetSettings(initial=1024)),
+    )
     stopped.update([300])
     stopped.update([300])
     resumed.load(stopped.state())
@@ -53,7 +71,7 @@ def test_low_steps_survive_a_checkpoint() -> None:
 
 
 def test_a_hit_forgives_low_steps() -> None:
-    budget = PruneBudget(initial=2048)
+    budget = PruneBudget(PruneBudgetSettings(initial=2048))
     lengths = []
     for effective in ([300], [300], [2048], [300], [300], [300]):
         budget.update(effective)
@@ -62,14 +80,16 @@ def test_a_hit_forgives_low_steps() -> None:
 
 
 @pytest.mark.parametrize(("boundary", "expected"), [("code", 1024), ("paper", 1124)])
-def test_paper_and_code_differ_at_the_minimum(boundary: str, expected: int) -> None:
-    budget = PruneBudget(initial=1024, boundary=boundary)
+def test_paper_and_code_differ_at_the_minimum(
+    boundary: Literal["paper", "code"], expected: int
+) -> None:
+    budget = PruneBudget(PruneBudgetSettings(initial=1024, boundary=boundary))
     budget.update([1000] * 10)
     assert budget.max_tokens == expected
 
 
 def test_the_budget_stops_at_its_bounds() -> None:
-    budget = PruneBudget(initial=1080, minimum=1024, maximum=1150, patience=1)
+    budget = PruneBudget(PruneBudgetSettings(initial=1080, minimum=1024, maximum=1150, patience=1))
     budget.update([1080])
     assert budget.max_tokens == 1150
     budget.update([0])
@@ -85,10 +105,12 @@ def test_the_budget_stops_at_its_bounds() -> None:
 def test_a_resumed_budget_continues_as_if_never_stopped(steps: list[list[int]], stop: int) -> None:
     def make() -> list[LengthBudget]:
         return [
-            PruneBudget(initial=400, minimum=200, maximum=600, patience=2),
-            QuantileBudget(initial=400, minimum=200, maximum=600),
-            ProgressiveBudget(initial=100, maximum=450, increment=100, every=3),
-            FixedBudget(512),
+            PruneBudget(PruneBudgetSettings(initial=400, minimum=200, maximum=600, patience=2)),
+            QuantileBudget(QuantileBudgetSettings(initial=400, minimum=200, maximum=600)),
+            ProgressiveBudget(
+                ProgressiveBudgetSettings(initial=100, maximum=450, increment=100, every_steps=3)
+            ),
+            FixedBudget(FixedBudgetSettings(max_tokens=512)),
         ]
 
     for straight, first, resumed in zip(make(), make(), make(), strict=True):
@@ -104,7 +126,9 @@ def test_a_resumed_budget_continues_as_if_never_stopped(steps: list[list[int]], 
 
 
 def test_progressive_grows_in_stairs_up_to_its_maximum() -> None:
-    budget = ProgressiveBudget(initial=100, maximum=250, increment=100, every=2)
+    budget = ProgressiveBudget(
+        ProgressiveBudgetSettings(initial=100, maximum=250, increment=100, every_steps=2)
+    )
     lengths = []
     for _ in range(6):
         lengths.append(budget.max_tokens)
@@ -113,7 +137,9 @@ def test_progressive_grows_in_stairs_up_to_its_maximum() -> None:
 
 
 def test_quantile_moves_half_way_to_the_quantile_plus_margin() -> None:
-    budget = QuantileBudget(initial=1000, minimum=200, maximum=2000, margin=100)
+    budget = QuantileBudget(
+        QuantileBudgetSettings(initial=1000, minimum=200, maximum=2000, margin=100)
+    )
     effective = list(range(0, 1100, 100))  # nine tenths of it: 900
     budget.update(effective)
     assert budget.max_tokens == 1000
@@ -136,28 +162,28 @@ def test_quantile_moves_half_way_to_the_quantile_plus_margin() -> None:
 )
 def test_a_foreign_state_is_refused(state: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"state keys|must be in"):
-        PruneBudget(initial=2048).load(state)
+        PruneBudget(PruneBudgetSettings(initial=2048)).load(state)
 
 
 def test_a_step_without_rollouts_is_refused() -> None:
     with pytest.raises(ValueError, match="without rollouts"):
-        PruneBudget(initial=2048).update([])
+        PruneBudget(PruneBudgetSettings(initial=2048)).update([])
     with pytest.raises(ValueError, match="without rollouts"):
-        QuantileBudget(initial=10, minimum=1, maximum=20).update([])
+        QuantileBudget(QuantileBudgetSettings(initial=10, minimum=1, maximum=20)).update([])
 
 
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="minimum <= initial"):
-        PruneBudget(initial=512)
-    with pytest.raises(ValueError, match="hit_share"):
-        PruneBudget(initial=2048, hit_share=0.0)
+        PruneBudgetSettings(initial=512)
+    with pytest.raises(ValueError, match="hit_ratio"):
+        PruneBudgetSettings(initial=2048, hit_ratio=0.0)
     with pytest.raises(ValueError, match="patience"):
-        PruneBudget(initial=2048, patience=0)
-    with pytest.raises(ValueError, match="boundary must be"):
-        PruneBudget(initial=2048, boundary="text")
+        PruneBudgetSettings(initial=2048, patience=0)
+    with pytest.raises(ValueError, match="boundary"):
+        PruneBudgetSettings(initial=2048, boundary="text")
     with pytest.raises(ValueError, match="max_tokens"):
-        FixedBudget(0)
-    with pytest.raises(ValueError, match="every"):
-        ProgressiveBudget(initial=1, maximum=2, increment=1, every=0)
+        FixedBudgetSettings(max_tokens=0)
+    with pytest.raises(ValueError, match="every_steps"):
+        ProgressiveBudgetSettings(initial=1, maximum=2, increment=1, every_steps=0)
     with pytest.raises(ValueError, match="quantile"):
-        QuantileBudget(initial=10, minimum=1, maximum=20, quantile=1.5)
+        QuantileBudgetSettings(initial=10, minimum=1, maximum=20, quantile=1.5)

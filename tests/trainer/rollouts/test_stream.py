@@ -15,6 +15,7 @@ from student_trainer.records import SamplingOptions
 from student_trainer.rollouts import stream as stream_module
 from student_trainer.rollouts.budget import FixedBudget
 from student_trainer.rollouts.stream import LoopThread, RolloutStream, Taken
+from student_trainer.settings.budget import FixedBudgetSettings
 from teacher_wire.errors import EngineError, NotReadyError
 from tests.trainer.in_memory import InMemorySampler, ScriptedSession, prompt, rules
 from tests.waiting import LIMIT_S, wait_until
@@ -46,7 +47,7 @@ def stream(
         open_session=open_session,
         prompts=PromptOrder(PROMPTS, prompts_per_step=2, seed=0),
         rules=rules(finish_when_absent=finish_when_absent),
-        budget=FixedBudget(12),
+        budget=FixedBudget(FixedBudgetSettings(max_tokens=12)),
         options=lambda max_tokens: SamplingOptions(max_tokens=max_tokens, num_topk=2),
         rollouts_per_prompt=2,
         queue_depth=queue_depth,

@@ -10,7 +10,7 @@ import pytest
 from student_trainer.assembly import from_settings, methods
 from student_trainer.cli import main
 from student_trainer.errors import ConfigError
-from student_trainer.losses import (
+from student_trainer.losses.weight_choice import (
     BlockGate,
     EntropyTop,
     ImportanceRatio,

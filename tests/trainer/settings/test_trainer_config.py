@@ -10,16 +10,15 @@ import pytest
 from student_trainer.assembly.from_settings import drift_policy, score_options
 from student_trainer.assembly.methods import divergence
 from student_trainer.errors import ConfigError
-from student_trainer.losses import (
-    Divergence,
+from student_trainer.losses.divergences import (
     EntropyAwareKL,
     ForwardKL,
     GeneralizedJSD,
     LocalSupportMatching,
-    SampledReverseKL,
-    StudentTopKReverseKL,
     TruncatedReverseKL,
 )
+from student_trainer.losses.objective import Divergence
+from student_trainer.losses.policy_gradients import SampledReverseKL, StudentTopKReverseKL
 from student_trainer.settings.config import TrainerConfig, load_config
 from teacher_wire.drift_metrics import METRICS, OverlapRatio, TeacherTopPAccept
 from teacher_wire.records import DriftPolicy
