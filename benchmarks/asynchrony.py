@@ -29,7 +29,6 @@ from student_trainer.data import PromptOrder
 from student_trainer.records import Delta, Finish, Prompt, SamplingOptions
 from student_trainer.rollouts.budget import FixedBudget
 from student_trainer.rollouts.rollout import RolloutRules
-from student_trainer.rollouts.samplers.base import WeightSource
 from student_trainer.rollouts.stream import LoopThread, RolloutStream
 from student_trainer.settings.budget import FixedBudgetSettings
 from student_trainer.special_tokens import SpecialTokens
@@ -62,7 +61,7 @@ class WaitingSampler:
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Nothing runs on."""
 
-    async def load_weights(self, source: WeightSource) -> None:
+    async def load_weights(self, folder: Path) -> None:
         """There are none."""
 
     async def close(self) -> None:

@@ -21,7 +21,7 @@ from student_trainer.process.stopping import EXIT_TERMINATED, Stopped, StopReque
 from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.settings.reference import reference
 from student_trainer.settings.warnings import warnings
-from student_trainer.train_state import checkpoints, step_of
+from student_trainer.train_state import complete_checkpoints, step_of
 from teacher_wire import tracing
 from vllm_process.children import kill_children
 
@@ -168,7 +168,7 @@ def _train_until_stopped(config: TrainerConfig, resume: bool, stop: StopRequest)
 
 def _last_words(config: TrainerConfig, arguments: argparse.Namespace) -> str:
     """How far a run that SIGTERM ended is saved, and the command that goes on."""
-    saved = checkpoints(config.run.out / "checkpoints")
+    saved = complete_checkpoints(config.run.checkpoints)
     command = shlex.join(
         [*arguments.command, *["--resume"] * (not arguments.resume and any(saved))]
     )

@@ -1,4 +1,4 @@
-"""Which response tokens count: special ones are masked before anything else looks at them."""
+"""Special tokens: masked before anything else looks at a response."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 class SpecialTokens:
-    """Which response positions count: special tokens are masked before anything else looks at them.
+    """Which response positions count.
 
     Source: Revisiting On-Policy Distillation, released code (`opd_mask_first_tokens`): a student
     and a teacher of one family can disagree by tens of nats on `<` or `<|im_end|>` for no good

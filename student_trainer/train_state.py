@@ -60,11 +60,15 @@ class TrainState:
 
     def save(self) -> Path:
         """Writes a checkpoint and drops the oldest ones beyond `keep`."""
+        import torch
+
         final = self._folder / f"step-{self.step:06d}"
         with replaced(final) as partial:
             self._save_weights(partial)
-            _write(partial / STATE_FILE, self._as_written())
-        for old in checkpoints(self._folder)[: -self._keep]:
+            states = {name: part.state() for name, part in self._parts.items()}
+            written = {"step": self.step, "settings": self._settings, **states}
+            torch.save(written, partial / STATE_FILE)
+        for old in complete_checkpoints(self._folder)[: -self._keep]:
             shutil.rmtree(old)
         return final
 
@@ -84,19 +88,15 @@ class TrainState:
         self.step = written["step"]
         return _differences(written["settings"], self._settings)
 
-    def _as_written(self) -> dict[str, Any]:
-        states = {name: part.state() for name, part in self._parts.items()}
-        return {"step": self.step, "settings": self._settings, **states}
 
-
-def checkpoints(folder: Path) -> list[Path]:
+def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete ones, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
 def latest(folder: Path) -> Path:
     """The newest complete checkpoint. Raises CheckpointError when there is none."""
-    if complete := checkpoints(folder):
+    if complete := complete_checkpoints(folder):
         return complete[-1]
     raise CheckpointError(f"{folder}: no checkpoint to resume from")
 
@@ -109,7 +109,7 @@ def step_of(checkpoint: Path) -> int:
 def refuse_older(folder: Path) -> None:
     """Raises CheckpointError when an earlier run left checkpoints: a new one, which starts from
     step 0 again, would drop its own as the oldest."""
-    if complete := checkpoints(folder):
+    if complete := complete_checkpoints(folder):
         raise CheckpointError(
             f"{complete[-1]} is of an earlier run: continue it with --resume, or choose another "
             "run.out"
@@ -131,12 +131,6 @@ def replaced(final: Path) -> Iterator[Path]:
         partial.rename(final)
 
 
-def _write(path: Path, state: Mapping[str, Any]) -> None:
-    import torch
-
-    torch.save(state, path)
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """What stands beside the weights: `step`, `settings`, and a state for each part.
 
@@ -153,14 +147,14 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    if fingerprint(before) == fingerprint(now):
-        return None
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if not names:
+        return None
     changes = (f"{name} {before.get(name, 'unset')} -> {now.get(name, 'unset')}" for name in names)
-    return f"{', '.join(changes)} (settings {fingerprint(before)} -> {fingerprint(now)})"
+    return f"{', '.join(changes)} (settings {_fingerprint(before)} -> {_fingerprint(now)})"
 
 
-def fingerprint(settings: Mapping[str, str]) -> str:
+def _fingerprint(settings: Mapping[str, str]) -> str:
     """Eight hexadecimal digits that tell one set of settings from another."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -175,10 +169,12 @@ def seconds_to_write(folder: Path, num_bytes: int, *, limit_s: float) -> float |
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".write-probe"
     started = time.monotonic()
-    with path.open("wb") as probe:
-        probe.write(os.urandom(1 << 20) * (PROBE_BYTES >> 20))
-        os.fsync(probe.fileno())
+    try:
+        with path.open("wb") as probe:
+            probe.write(os.urandom(1 << 20) * (PROBE_BYTES >> 20))
+            os.fsync(probe.fileno())
+    finally:
+        path.unlink(missing_ok=True)
     took_s = time.monotonic() - started
-    path.unlink()
     seconds = num_bytes / PROBE_BYTES * took_s
     return seconds if seconds > limit_s else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -34,32 +34,37 @@ from teacher_wire.records import (
 )
 
 
-def prompts(
-    config: TrainerConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Training problems, and the held-out ones that are evaluated."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problems:
+    """A tokenizer, and what it made of the data."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Prompt]
+    heldout: list[Prompt]
+    """Those that are evaluated."""
+
+
+def problems(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> Problems:
+    """The problems of a run. Raises DatasetError."""
     context = config.rollout.max_context
     train = load_prompts(
         config.data.train, tokenizer, max_prompt_tokens=context - config.longest_response
     )
-    if config.data.heldout is None:
-        return train, []
-    heldout = load_prompts(
-        config.data.heldout,
-        tokenizer,
-        max_prompt_tokens=context - config.eval.max_tokens,
-        answer_field=config.data.answer_field,
-    )
-    return train, heldout[: config.eval.num_prompts]
+    heldout: list[Prompt] = []
+    if config.data.heldout is not None:
+        heldout = load_prompts(
+            config.data.heldout,
+            tokenizer,
+            max_prompt_tokens=context - config.eval.max_tokens,
+            answer_field=config.data.answer_field,
+        )
+    used = heldout[: config.eval.num_prompts]
+    return Problems(tokenizer=tokenizer, train=train, heldout=used)
 
 
 def special_tokens(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     """The masked tokens. Raises ConfigError for one that the tokenizer does not have."""
-    vocabulary = tokenizer.get_vocab()
-    for token in config.special_tokens.tokens:
-        if token not in vocabulary:
-            raise ConfigError(f"special_tokens.tokens: {token!r} is not in the vocabulary")
-    ids = [vocabulary[token] for token in config.special_tokens.tokens]
+    ids = _token_ids("special_tokens.tokens", config.special_tokens.tokens, tokenizer)
     return SpecialTokens(ids, first_only=config.special_tokens.occurrences == "first")
 
 
@@ -71,20 +76,24 @@ def newline_ids(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     gate = config.weights.block_gate
     if gate is None or gate.granularity != "newline":
         return ()
+    if gate.newline_tokens is not None:
+        return _token_ids("weights.block_gate.newline_tokens", gate.newline_tokens, tokenizer)
+    ids = sorted(tokenizer.get_vocab().values())
+    texts = tokenizer.batch_decode([[token_id] for token_id in ids])
+    found = tuple(i for i, text in zip(ids, texts, strict=True) if "\n" in text)
+    if not found:
+        raise ConfigError("weights.block_gate: no token of the vocabulary holds a newline")
+    return found
+
+
+def _token_ids(
+    setting: str, tokens: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
     vocabulary = tokenizer.get_vocab()
-    if gate.newline_tokens is None:
-        ids = sorted(vocabulary.values())
-        texts = tokenizer.batch_decode([[token_id] for token_id in ids])
-        found = tuple(i for i, text in zip(ids, texts, strict=True) if "\n" in text)
-        if not found:
-            raise ConfigError("weights.block_gate: no token of the vocabulary holds a newline")
-        return found
-    for token in gate.newline_tokens:
+    for token in tokens:
         if token not in vocabulary:
-            raise ConfigError(
-                f"weights.block_gate.newline_tokens: {token!r} is not in the vocabulary"
-            )
-    return tuple(vocabulary[token] for token in gate.newline_tokens)
+            raise ConfigError(f"{setting}: {token!r} is not in the vocabulary")
+    return tuple(vocabulary[token] for token in tokens)
 
 
 def device(config: TrainerConfig) -> torch.device:
@@ -197,7 +206,7 @@ def sampler(config: TrainerConfig, model: str) -> Sampler:
     """The generating engine, not started."""
     settings = config.sampler
     if isinstance(settings, HfSamplerSettings):
-        return HfSampler(model=model, dtype=settings.dtype, device=config.student.device)
+        return HfSampler(model=model, dtype=settings.dtype, device=device(config))
     return VllmSampler(
         model=model,
         dtype=config.student.dtype if settings.dtype == "auto" else settings.dtype,

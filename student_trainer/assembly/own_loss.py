@@ -11,28 +11,16 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
-
-from torch import Tensor
+from functools import partial
 
 from student_trainer.errors import LossError
-from student_trainer.losses import DeclaredLoss, LossInputs
+from student_trainer.losses import DeclaredLoss
 from student_trainer.losses.laws import LawBrokenError, check_laws
+from student_trainer.losses.objective import Divergence
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.settings.loss import ImportedLossSettings
 from teacher_wire.errors import InvalidRequestError
 from teacher_wire.records import flags_for
-
-
-@dataclass(frozen=True)
-class ImportedLoss:
-    """A declared loss with its options; called with the inputs alone."""
-
-    declared: DeclaredLoss
-    options: Mapping[str, object]
-
-    def __call__(self, inputs: LossInputs) -> Tensor:
-        return self.declared(inputs, **self.options)
 
 
 def with_declared_needs(config: TrainerConfig) -> TrainerConfig:
@@ -50,7 +38,7 @@ def with_declared_needs(config: TrainerConfig) -> TrainerConfig:
     return config.with_needs(needs)
 
 
-def imported_loss(path: str, options: Mapping[str, object]) -> ImportedLoss:
+def imported_loss(path: str, options: Mapping[str, object]) -> Divergence:
     """The loss with its options, tried. Raises LossError naming what is wrong with it."""
     declared = declared_loss(path)
     try:
@@ -61,7 +49,7 @@ def imported_loss(path: str, options: Mapping[str, object]) -> ImportedLoss:
             f"{', '.join(options) or 'none'}: {error}; it takes "
             f"{inspect.signature(declared.function)}"
         ) from None
-    found = ImportedLoss(declared, options)
+    found = partial(declared.function, **options)
     try:
         check_laws(found, kind=declared.kind, needs=declared.needs)
     except LawBrokenError as error:
@@ -109,7 +97,8 @@ def declared_loss(path: str) -> DeclaredLoss:
 
 def describe(path: str, options: Mapping[str, object]) -> str:
     """One line about a loss that obeys its laws. Raises LossError."""
-    declared = imported_loss(path, options).declared
+    imported_loss(path, options)
+    declared = declared_loss(path)
     needs = {name: value for name, value in vars(declared.needs).items() if value}
     listed = ", ".join(
         f"{name} {value}" if name == "teacher_k" else name for name, value in needs.items()

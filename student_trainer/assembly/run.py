@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.assembly import from_settings, methods, resuming
+from student_trainer.assembly import checkpoints, from_settings, methods
+from student_trainer.assembly.from_settings import Problems
 from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.data import PromptOrder
 from student_trainer.diagnostics.step_report import EvalReport
@@ -33,8 +33,7 @@ from student_trainer.settings.config import TrainerConfig
 from student_trainer.special_tokens import SpecialTokens
 from student_trainer.train_state import (
     TrainState,
-    checkpoints,
-    latest,
+    complete_checkpoints,
     refuse_older,
     replaced,
     step_of,
@@ -42,16 +41,6 @@ from student_trainer.train_state import (
 from teacher_client.client import TeacherClient
 
 NUM_PROBE_PROMPTS = 2
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problems:
-    """The tokenizer, and what it made of the data."""
-
-    tokenizer: PreTrainedTokenizerBase
-    train: list[Prompt]
-    heldout: list[Prompt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +127,7 @@ class Run:
     def give_up(self) -> None:
         """Saves what the finished steps came to, for a run that was asked to stop."""
         with self.stop.whole():
-            written = checkpoints(resuming.checkpoint_folder(self.config))
+            written = complete_checkpoints(self.config.run.checkpoints)
             if self.state.step > 0 and (not written or self.state.step != step_of(written[-1])):
                 self.state.save()
             self._write_progress(finished=False)
@@ -147,12 +136,6 @@ class Run:
     def _write_progress(self, *, finished: bool) -> None:
         planned = self.config.run.steps
         write_progress(self.config.run.out, finished=finished, steps_planned=planned)
-
-
-def _problems(config: TrainerConfig, model: str) -> Problems:
-    tokenizer = load_tokenizer(model)
-    train, heldout = from_settings.prompts(config, tokenizer)
-    return Problems(tokenizer=tokenizer, train=train, heldout=heldout)
 
 
 @contextmanager
@@ -200,9 +183,12 @@ def _assemble(
     running: RunningSampler | None,
     stop: StopRequest,
 ) -> Run:
-    problems = _problems(config, config.student.model)
+    problems = from_settings.problems(config, load_tokenizer(config.student.model))
     specials = from_settings.special_tokens(config, problems.tokenizer)
-    start_from = _start_from(config, resumed)
+    checkpoint = checkpoints.to_resume(config) if resumed else None
+    if checkpoint is None:
+        refuse_older(config.run.checkpoints)
+    start_from = config.student.model if checkpoint is None else str(checkpoint)
     learner = _learner(config, problems.tokenizer, start_from, stop)
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
     client = loop.run(from_settings.connect(config, learner.vocab_size, problems.tokenizer))
@@ -210,9 +196,8 @@ def _assemble(
     bars = stack.enter_context(Bars())
     sampler = running.sampler if running else from_settings.sampler(config, start_from)
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), client, bars)
-    state = resuming.train_state(config, learner, stream)
-    warned = resuming.warnings(config, learner, state, Path(start_from) if resumed else None)
-    for warning in warned:
+    state = checkpoints.train_state(config, learner, stream)
+    for warning in checkpoints.warnings(config, learner, state, checkpoint):
         bars.console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
     recorder = Recorder(
         config.run.out,
@@ -247,17 +232,6 @@ def _assemble(
         running=RunningSampler(loop, sampler),
         stop=stop,
     )
-
-
-def _start_from(config: TrainerConfig, resumed: bool) -> str:
-    """The student of the configuration, or that of the run's last checkpoint."""
-    folder = resuming.checkpoint_folder(config)
-    if not resumed:
-        refuse_older(folder)
-        return config.student.model
-    checkpoint = latest(folder)
-    resuming.check_resumable(config, checkpoint)
-    return str(checkpoint)
 
 
 def _learner(
@@ -317,7 +291,7 @@ def evaluated(
     *,
     name: str,
     num_samples: int,
-    progress: Progress,
+    progress: Callable[[int, int], None],
 ) -> EvalResult:
     """What the weights in a running sampler make of the held-out problems.
 
@@ -340,7 +314,7 @@ def evaluated(
 
 def evaluate_checkpoint(config: TrainerConfig, model: str) -> dict[str, float | int | None]:
     """Exact match and pass@k of any checkpoint on the held-out problems, without a teacher."""
-    problems = _problems(config, model)
+    problems = from_settings.problems(config, load_tokenizer(model))
     with running_sampler(config, model) as running, Bars() as bars:
         result = evaluated(
             config,

@@ -7,8 +7,10 @@ nothing about is None here and absent there. Knows neither how a value came abou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, TypedDict, TypeVar
+
+Record = TypeVar("Record", "LearnReport", "RolloutReport", "StepReport", "EvalReport")
 
 
 class MismatchedToken(TypedDict):
@@ -137,13 +139,17 @@ class StepReport:
     @classmethod
     def from_values(cls, step: int, values: Mapping[str, Any]) -> StepReport:
         """The step that wrote these values. Raises KeyError naming those that are missing."""
-        parts = {"learning": _part(LearnReport, values), "generation": _part(RolloutReport, values)}
-        return cls(**_chosen(cls, {**values, **parts, "step": step, "seconds": _seconds(values)}))
+        return replace(
+            cls.skipped_from_values(step, values),
+            learning=_read(LearnReport, values),
+            generation=_read(RolloutReport, values),
+        )
 
     @classmethod
     def skipped_from_values(cls, step: int, values: Mapping[str, Any]) -> StepReport:
         """The step without scores that wrote these values. Raises KeyError likewise."""
-        return cls(**_chosen(cls, {**values, "step": step, "seconds": _seconds(values)}))
+        seconds = PhaseSeconds(**{name: values.get(f"seconds_{name}") for name in PHASES})
+        return _read(cls, {**values, "step": step, "seconds": seconds})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,26 +169,15 @@ class EvalReport:
     @classmethod
     def from_values(cls, step: int, values: Mapping[str, Any]) -> EvalReport:
         """The evaluation that wrote these values. Raises KeyError naming those that are missing."""
-        return cls(**_chosen(cls, {**values, "step": step}))
+        return _read(cls, {**values, "step": step})
 
 
-Part = TypeVar("Part", LearnReport, RolloutReport)
-
-
-def _part(kind: type[Part], values: Mapping[str, Any]) -> Part:
-    return kind(**_chosen(kind, values))
-
-
-def _seconds(values: Mapping[str, Any]) -> PhaseSeconds:
-    return PhaseSeconds(**{name: values.get(f"seconds_{name}") for name in PHASES})
-
-
-def _chosen(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a record's fields. Raises KeyError naming what it must have and has not."""
+def _read(kind: type[Record], values: Mapping[str, Any]) -> Record:
+    """A record of these values. Raises KeyError naming what it must have and has not."""
     required = [f.name for f in fields(kind) if f.default is MISSING]
     if missing := [name for name in required if name not in values]:
         raise KeyError(", ".join(missing))
-    return {f.name: values[f.name] for f in fields(kind) if f.name in values}
+    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
 
 
 def _present(record: Any) -> dict[str, float]:

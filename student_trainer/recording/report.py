@@ -12,6 +12,7 @@ from rich.table import Table
 
 from student_trainer.diagnostics.step_report import PHASES, EvalReport, StepProfile, StepReport
 from student_trainer.recording.json_lines import read_profiles, read_run
+from student_trainer.records import Finish
 
 COLORS = {"generate": "#4878a8", "teacher_wait": "#c44e52", "learn": "#6aa66a", "sync": "#c9a227"}
 FIRST, LAST = "#9aa5b1", "#1f4e79"
@@ -124,7 +125,7 @@ def _lengths(axis: Axes, profiles: dict[int, StepProfile]) -> None:
     stopped: list[tuple[int, int]] = []
     for step, profile in profiles.items():
         for length, finish in zip(profile.lengths, profile.finish, strict=True):
-            (stopped if finish == "truncated" else ended).append((step, length))
+            (stopped if finish == Finish.TRUNCATED.value else ended).append((step, length))
     for points, color, name in ((ended, LAST, "ran to its end"), (stopped, "#c44e52", "stopped")):
         if points:
             steps, lengths = zip(*points, strict=True)

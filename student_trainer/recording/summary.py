@@ -100,14 +100,11 @@ def _of_steps(steps: list[StepReport]) -> dict[str, Any]:
 def _of_evaluations(written: WrittenRun) -> dict[str, Any]:
     if not written.evaluations:
         return {}
-    before, after = written.evaluations[0], written.evaluations[-1]
+    ends = {"before": written.evaluations[0], "after": written.evaluations[-1]}
     return {
-        "accuracy_before": before.accuracy,
-        "accuracy_after": after.accuracy,
-        "pass_at_1_before": before.pass_at_1,
-        "pass_at_1_after": after.pass_at_1,
-        "pass_at_k_before": before.pass_at_k,
-        "pass_at_k_after": after.pass_at_k,
+        f"{name}_{when}": getattr(evaluation, name)
+        for name in ("accuracy", "pass_at_1", "pass_at_k")
+        for when, evaluation in ends.items()
     }
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import uvloop
@@ -72,7 +72,7 @@ class LoopThread:
     def close(self) -> None:
         """Cancels what still runs, stops the loop and frees it."""
         with suppress(TimeoutError):
-            self.start(_cancel_others()).result(CLOSE_TIMEOUT_S)
+            self.start(_cancel_all()).result(CLOSE_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_TIMEOUT_S)
         if not self._thread.is_alive():
@@ -157,7 +157,7 @@ class RolloutStream:
     def close(self) -> None:
         """Ends what is under way; waits a little for a teacher that no longer answers."""
         with suppress(TimeoutError):
-            self._loop.start(self._cancel()).result(CLOSE_TIMEOUT_S)
+            self._loop.start(_cancel(self._tasks)).result(CLOSE_TIMEOUT_S)
         self._under_way.clear()
 
     def state(self) -> dict[str, Any]:
@@ -218,18 +218,17 @@ class RolloutStream:
         self._progress(self._finished[step], self.rollouts_per_step)
         return rollout
 
-    async def _cancel(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
-
-async def _cancel_others() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
+async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
+    tasks = list(tasks)  # each leaves the set of its owner when it ends
+    for task in tasks:
         task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _cancel_all() -> None:
+    """All that runs on this loop but this."""
+    await _cancel(asyncio.all_tasks() - {cast("asyncio.Task[Any]", asyncio.current_task())})
 
 
 def _seed(run_seed: int, step: int, index: int) -> int:

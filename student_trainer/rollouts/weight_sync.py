@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from student_trainer.errors import WeightSyncError
 from student_trainer.process.writing import writing_to
 from student_trainer.records import Delta, SamplingOptions
-from student_trainer.rollouts.samplers.base import Sampler, WeightFolder
+from student_trainer.rollouts.samplers.base import Sampler
 
 PROBE_TOKENS = 8
 
@@ -68,7 +68,7 @@ class WeightSync:
         remedy = "give it room for one copy of the weights (docker: --shm-size)"
         with writing_to(self._folder, WeightSyncError, remedy=remedy):
             self._learner.export_weights(self._folder)
-        await self._sampler.load_weights(WeightFolder(self._folder))
+        await self._sampler.load_weights(self._folder)
         gaps = []
         for index, prompt_ids in enumerate(self._probe_prompts):
             tokens, logprobs = await self._sampled(f"probe-{version}-{index}", prompt_ids)

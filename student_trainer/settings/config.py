@@ -58,6 +58,11 @@ class RunSettings(Section):
     otlp_endpoint: str = Field("", pattern="^(https?://.+)?$")
     """OTLP/HTTP address that traces are sent to (needs the extra `otel`); empty for none."""
 
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.out / "checkpoints"
+
     @field_validator("queue_depth")
     @classmethod
     def _not_older_for_nothing(cls, depth: int) -> int:
@@ -280,16 +285,12 @@ class TrainerConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _weights_fit_the_loss(self) -> Self:
+    def _loss_fits(self) -> Self:
         if self.weights.importance_ratio is not None and self.loss.kind in LOSSES_WITH_A_RATIO:
             raise ValueError(
                 f"weights.importance_ratio with loss {self.loss.kind}: its surrogate already holds "
                 "the policy ratio, which would count twice"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _loss_has_what_it_needs(self) -> Self:
         self._check_needs_of_loss()
         return self
 

@@ -76,7 +76,9 @@ class Table:
 def tables(root: type[BaseModel], name: str = "", about: str = "") -> Iterator[Table]:
     """The tables of a model in the order of the file, each kind of a union as one."""
     prefix = f"{name}." * bool(name)
-    leaves = {key: field for key, field in root.model_fields.items() if not _is_table(field)}
+    leaves = {
+        key: field for key, field in root.model_fields.items() if not groups(field.annotation)
+    }
     if name or leaves:
         yield Table(
             name=name,
@@ -86,9 +88,9 @@ def tables(root: type[BaseModel], name: str = "", about: str = "") -> Iterator[T
     for key, field in root.model_fields.items():
         if kinds := alternatives(field):
             yield from _kinds(f"{prefix}{key}", field, kinds)
-        elif _is_table(field):
-            for group in groups(field.annotation):
-                yield from tables(group, f"{prefix}{key}", field.description or "")
+            continue
+        for group in groups(field.annotation):
+            yield from tables(group, f"{prefix}{key}", field.description or "")
 
 
 def _kinds(name: str, field: FieldInfo, kinds: dict[str, type[BaseModel]]) -> Iterator[Table]:
@@ -133,16 +135,9 @@ def reference(root: type[BaseModel], section: str = "") -> str:
     known = {table.name for table in found}
     known |= {f"{table.name}.{setting.name}" for table in found for setting in table.settings}
     near = difflib.get_close_matches(section, sorted(known), n=1)
-    meant = f"; did you mean {near[0]!r}?" if near else f"; there are {_top(found)}"
+    top = ", ".join(dict.fromkeys(table.name.partition(".")[0] for table in found))
+    meant = f"; did you mean {near[0]!r}?" if near else f"; there are {top}"
     raise ConfigError(f"{section!r} is no section and no setting{meant}")
-
-
-def _top(found: Sequence[Table]) -> str:
-    return ", ".join(dict.fromkeys(table.name.partition(".")[0] for table in found))
-
-
-def _is_table(field: FieldInfo) -> bool:
-    return bool(groups(field.annotation))
 
 
 def setting(name: str, field: FieldInfo) -> Setting:

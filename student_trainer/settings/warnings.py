@@ -38,18 +38,12 @@ def _about_nothing_to_do(config: TrainerConfig) -> Iterator[str]:
 
 def _about_reuse(config: TrainerConfig) -> Iterator[str]:
     """Weights of the student's drift where the student cannot have drifted."""
-    weights, optim = config.weights, config.optim
-    of_drift = [
-        name
-        for name, section in (
-            ("block_gate", weights.block_gate),
-            ("importance_ratio", weights.importance_ratio),
-        )
-        if section is not None
-    ]
+    optim = config.optim
     single = optim.epochs * optim.updates_per_epoch == 1
     fresh = config.run.queue_depth == 0
-    for name in of_drift:
+    for name, weight in config.weights:
+        if weight is None or name not in ("block_gate", "importance_ratio"):
+            continue
         if fresh and single:
             yield (
                 f"weights.{name}: one update a batch (optim.epochs, optim.updates_per_epoch) of "

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from student_trainer.process.stopping import EXIT_TERMINATED
-from student_trainer.train_state import checkpoints, step_of
+from student_trainer.train_state import complete_checkpoints, step_of
 from tests.cores import own_core
 from tests.faults.engine_processes import engines
 from tests.faults.forked_processes import ForkedTeacher
@@ -76,7 +76,7 @@ def test_a_run_stopped_in_a_rollout_goes_on_by_the_line_it_printed(
         asyncio.run(until_scored(teacher, 20))
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == EXIT_TERMINATED == 143
-    (saved,) = checkpoints(run.folder / "checkpoints")
+    (saved,) = complete_checkpoints(run.folder / "checkpoints")
     done = step_of(saved)
     assert 2 <= done < 4, "the signal came after the run"
     summary = json.loads((run.folder / "summary.json").read_text())
@@ -114,7 +114,7 @@ def test_a_second_signal_ends_the_run_at_once(teacher: ForkedTeacher, tmp_path: 
         asyncio.run(eventually(lambda: any(run.folder.rglob(SAVING))))
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == -signal.SIGTERM
-    assert checkpoints(run.folder / "checkpoints") == []
+    assert complete_checkpoints(run.folder / "checkpoints") == []
     assert json.loads((run.folder / "summary.json").read_text())["finished"] is False
 
 
@@ -129,7 +129,7 @@ def test_a_run_that_waits_for_its_lost_teacher_stops_too(
         teacher.kill()
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == EXIT_TERMINATED
-    (saved,) = checkpoints(run.folder / "checkpoints")
+    (saved,) = complete_checkpoints(run.folder / "checkpoints")
     assert step_of(saved) == len(run.records("step"))
     teacher.start()
     asyncio.run(teacher.until_ready())

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.records import Delta, Finish, Prompt, SamplingOptions
 from student_trainer.rollouts.rollout import RolloutRules
-from student_trainer.rollouts.samplers.base import WeightSource
 from student_trainer.special_tokens import SpecialTokens
 from teacher_wire.records import DriftState, ScoreRows, Scores, Timing, TokenSpan, Verdict
 
@@ -101,8 +101,8 @@ class InMemorySampler:
     async def abort(self, request_ids: Sequence[str]) -> None:
         self.aborts += request_ids
 
-    async def load_weights(self, source: WeightSource) -> None:
-        self.weights = int((source.path / "weights").read_text())
+    async def load_weights(self, folder: Path) -> None:
+        self.weights = int((folder / "weights").read_text())
 
     async def close(self) -> None:
         """Nothing to free."""

@@ -23,7 +23,7 @@ from student_trainer.rollouts.stream import RolloutStream
 from student_trainer.rollouts.weight_sync import WeightSync
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.train import train
-from student_trainer.train_state import TrainState, checkpoints
+from student_trainer.train_state import TrainState, complete_checkpoints
 from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import tiny_student
 from tests.trainer.made_rollouts import random_rollout
@@ -117,7 +117,7 @@ def test_run_that_was_stopped_at_any_moment_and_resumed_equals_one_that_was_not(
     owner, method, call, finished = MOMENTS[moment]
     config = settings(folder, "stopped")
     stopped_at(config, monkeypatch, owner, method, call)
-    saved = [path.name for path in checkpoints(config.run.out / "checkpoints")]
+    saved = [path.name for path in complete_checkpoints(config.run.out / "checkpoints")]
     assert saved == ([f"step-{finished:06d}"] if finished else [])
     summary = json.loads((config.run.out / "summary.json").read_text())
     assert (summary["finished"], summary["steps_done"]) == (False, finished)

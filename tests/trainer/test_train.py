@@ -409,7 +409,7 @@ def test_evaluation_without_heldout_problems_says_so(folder: Path) -> None:
 def test_prompt_that_leaves_no_room_for_the_budget_is_refused(folder: Path) -> None:
     config = configured(folder, "budget.max_tokens=37")
     with pytest.raises(DatasetError, match=r"train\.jsonl:1: the prompt has 4 tokens.* 1 to 3"):
-        from_settings.prompts(config, character_tokenizer())
+        from_settings.problems(config, character_tokenizer())
 
 
 @pytest.mark.parametrize(

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.records import Delta, SamplingOptions
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFolder:
-    """Weights as safetensors in a folder; exact, and whatever process wrote them."""
-
-    path: Path
-
-
-WeightSource: TypeAlias = WeightFolder
-"""Where a sampler gets weights from. Another kind (memory shared between processes, a collective,
-an adapter) is a record of its own here, and the type checker then asks every sampler about it."""
 
 
 class Sampler(Protocol):
@@ -39,8 +26,8 @@ class Sampler(Protocol):
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Ends these generations soon; their iterators stop. Unknown ids are ignored."""
 
-    async def load_weights(self, source: WeightSource) -> None:
-        """Replaces the weights by those of the source and drops every cached prefix.
+    async def load_weights(self, folder: Path) -> None:
+        """Replaces the weights by the safetensors in a folder and drops every cached prefix.
 
         Must not be called while anything is being generated.
         """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,18 +18,15 @@ from transformers import DynamicCache, PreTrainedModel
 
 from student_trainer.pretrained import load_student
 from student_trainer.records import Delta, Finish, SamplingOptions
-from student_trainer.rollouts.samplers.base import WeightSource
 
 
 class HfSampler:
     """A Sampler over one transformers model."""
 
-    def __init__(self, *, model: str, dtype: str, device: str) -> None:
+    def __init__(self, *, model: str, dtype: str, device: torch.device) -> None:
         self._path = model
         self._dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(device)
+        self._device = device
         self._loaded: PreTrainedModel | None = None
         self._running: set[str] = set()
         self._aborted: set[str] = set()
@@ -77,8 +75,8 @@ class HfSampler:
     async def abort(self, request_ids: Sequence[str]) -> None:
         self._aborted.update(self._running.intersection(request_ids))
 
-    async def load_weights(self, source: WeightSource) -> None:
-        self._model().load_state_dict(load_file(source.path / "model.safetensors"))
+    async def load_weights(self, folder: Path) -> None:
+        self._model().load_state_dict(load_file(folder / "model.safetensors"))
 
     async def close(self) -> None:
         self._loaded = None

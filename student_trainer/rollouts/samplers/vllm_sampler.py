@@ -21,7 +21,6 @@ from pydantic import ValidationError
 
 from student_trainer.errors import SamplerError
 from student_trainer.records import Delta, Finish, SamplingOptions
-from student_trainer.rollouts.samplers.base import WeightSource
 from vllm_process.children import children_end_with_us
 from vllm_process.cores import children_on, executor_on
 from vllm_process.output import children_write_to, last_words
@@ -147,10 +146,10 @@ class VllmSampler:
     async def abort(self, request_ids: Sequence[str]) -> None:
         await self._running().abort(list(request_ids))
 
-    async def load_weights(self, source: WeightSource) -> None:
+    async def load_weights(self, folder: Path) -> None:
         engine = self._running()
         with self._engine_lives():
-            await engine.collective_rpc("reload_weights", kwargs={"weights_path": str(source.path)})
+            await engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
             reset = await engine.reset_prefix_cache()
         if not reset:
             raise RuntimeError("prefix cache not reset: weights were loaded while rollouts ran")

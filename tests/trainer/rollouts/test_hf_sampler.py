@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def started(folder: Path) -> HfSampler:
     """Over a checkpoint, in float32."""
-    sampler = HfSampler(model=str(folder), dtype="auto", device="auto")
+    sampler = HfSampler(model=str(folder), dtype="auto", device=torch.device("cpu"))
     await sampler.start()
     return sampler
 
@@ -155,5 +155,7 @@ async def test_abandoned_generation_can_be_started_again(checkpoint: Path) -> No
 async def test_sampler_that_is_not_started_says_so() -> None:
     with pytest.raises(RuntimeError, match="not started"):
         await deltas(
-            HfSampler(model="", dtype="auto", device="cpu"), "a", SamplingOptions(max_tokens=1)
+            HfSampler(model="", dtype="auto", device=torch.device("cpu")),
+            "a",
+            SamplingOptions(max_tokens=1),
         )

@@ -25,7 +25,6 @@ from student_trainer.errors import SamplerError, WeightSyncError
 from student_trainer.pretrained import load_student
 from student_trainer.records import Delta, Finish, SamplingOptions
 from student_trainer.rollouts.samplers import vllm_sampler as vllm_sampler_module
-from student_trainer.rollouts.samplers.base import WeightFolder, WeightSource
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from student_trainer.rollouts.weight_sync import WeightSync
 from tests.cores import own_core
@@ -254,9 +253,9 @@ async def test_changed_weights_arrive_exactly_and_other_ones_are_noticed(
         check_rows(changed, await deltas(sampler, "after", options), 1.0)
 
         # From here on the engine is made to load the weights it began with.
-        async def load_others(source: WeightSource) -> None:
-            assert (source.path / "model.safetensors").is_file()
-            await load_weights(WeightFolder(checkpoint))
+        async def load_others(folder: Path) -> None:
+            assert (folder / "model.safetensors").is_file()
+            await load_weights(checkpoint)
 
         load_weights = sampler.load_weights
         monkeypatch.setattr(sampler, "load_weights", load_others)

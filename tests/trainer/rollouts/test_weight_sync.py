@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from student_trainer.errors import WeightSyncError
 from student_trainer.records import Delta, SamplingOptions
-from student_trainer.rollouts.samplers.base import WeightSource
 from student_trainer.rollouts.samplers.hf_sampler import HfSampler
 from student_trainer.rollouts.weight_sync import WeightSync
 from tests.trainer.learner.made_learners import learner_of
@@ -65,7 +64,7 @@ async def test_changed_weights_arrive_exactly(tmp_path: Path, tied: bool) -> Non
 class Deaf(HfSampler):
     """Keeps the weights that it has."""
 
-    async def load_weights(self, source: WeightSource) -> None:
+    async def load_weights(self, folder: Path) -> None:
         """Does nothing."""
 
 
@@ -103,9 +102,9 @@ async def test_closed_sync_leaves_no_folder(tmp_path: Path) -> None:
     seen: list[Path] = []
 
     class Watching(HfSampler):
-        async def load_weights(self, source: WeightSource) -> None:
-            seen.append(source.path)
-            assert (source.path / "model.safetensors").is_file()
+        async def load_weights(self, folder: Path) -> None:
+            seen.append(folder)
+            assert (folder / "model.safetensors").is_file()
 
     sampler = await started(write_tiny_student(tmp_path), Watching)
     sync = sync_of(tiny_student(), sampler)

@@ -1,14 +1,15 @@
-"""What a run may go on with. Run: python -m pytest tests/trainer/test_resuming.py"""
+"""What a run may go on with. Run: python -m pytest tests/trainer/test_checkpoints.py"""
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
-from student_trainer.assembly.resuming import determining_settings
+from student_trainer.assembly.checkpoints import determining_settings
 from student_trainer.errors import CheckpointError, ConfigError
-from student_trainer.train_state import TrainState
+from student_trainer.train_state import TrainState, seconds_to_write
 from tests.trainer.test_train import (
     InMemoryClient,
     client,
@@ -67,9 +68,23 @@ def test_model_whose_checkpoint_takes_too_long_says_so_at_the_start(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("student_trainer.assembly.resuming.seconds_to_write", lambda *_, **__: 90.0)
+    monkeypatch.setattr(
+        "student_trainer.assembly.checkpoints.seconds_to_write", lambda *_, **__: 90.0
+    )
     monkeypatch.setattr(TrainState, "save", lambda _: None)
     run_through(configured(folder, "run.steps=1"))
     said = " ".join(capsys.readouterr().out.split())
     assert "takes about 90 s to write" in said
     assert "SIGTERM ends this run after that long and not within 25 s" in said
+
+
+def test_probe_of_a_full_disk_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("student_trainer.train_state.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        seconds_to_write(tmp_path, 1 << 40, limit_s=25.0)
+    assert [*tmp_path.iterdir()] == []

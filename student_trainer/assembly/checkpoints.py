@@ -11,7 +11,7 @@ from student_trainer.learner.learner import Learner
 from student_trainer.process.stopping import LIMIT_S
 from student_trainer.rollouts.stream import RolloutStream
 from student_trainer.settings.config import TrainerConfig
-from student_trainer.train_state import TrainState, seconds_to_write, step_of
+from student_trainer.train_state import TrainState, latest, seconds_to_write, step_of
 
 ELSEWHERE = (
     "run.out",
@@ -25,15 +25,10 @@ ELSEWHERE = (
 """Beginnings of the settings that say where things are and who is asked, not what is learnt."""
 
 
-def checkpoint_folder(config: TrainerConfig) -> Path:
-    """Where the run's checkpoints are."""
-    return config.run.out / "checkpoints"
-
-
 def train_state(config: TrainerConfig, learner: Learner, stream: RolloutStream) -> TrainState:
     """The state of a run, of the parts that have one."""
     return TrainState(
-        checkpoint_folder(config),
+        config.run.checkpoints,
         keep=config.checkpoint.keep,
         save_weights=learner.save,
         parts={"learner": learner, "budget": stream.budget, "stream": stream},
@@ -57,10 +52,16 @@ def determining_settings(config: TrainerConfig) -> dict[str, str]:
     return leaves
 
 
-def check_resumable(config: TrainerConfig, checkpoint: Path) -> None:
-    """Raises ConfigError when the checkpoint is of a later step than the run has."""
+def to_resume(config: TrainerConfig) -> Path:
+    """The run's newest checkpoint.
+
+    Raises CheckpointError when there is none, ConfigError when it is of a later step than the run
+    has.
+    """
+    checkpoint = latest(config.run.checkpoints)
     if (done := step_of(checkpoint)) > config.run.steps:
         raise ConfigError(f"run.steps is {config.run.steps}, but {checkpoint} is of step {done}")
+    return checkpoint
 
 
 def warnings(
