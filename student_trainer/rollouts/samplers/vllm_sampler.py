@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -36,39 +37,25 @@ MAX_SOCKET_FOLDER_BYTES = 70
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
 
 
+@dataclass(kw_only=True, eq=False)
 class VllmSampler:
     """A Sampler over one vLLM engine."""
 
-    def __init__(
-        self,
-        *,
-        model: str,
-        dtype: str,
-        max_context: int,
-        max_num_topk: int,
-        max_num_seqs: int,
-        stream_interval: int,
-        kv_cache_gib: float,
-        gpu_memory_utilization: float,
-        enforce_eager: bool,
-        cpu_cores: str,
-        seed: int,
-    ) -> None:
-        self._model = model
-        self._dtype = dtype
-        self._max_context = max_context
-        self._max_num_topk = max_num_topk
-        self._max_num_seqs = max_num_seqs
-        self._stream_interval = stream_interval
-        self._kv_cache_gib = kv_cache_gib
-        self._gpu_memory_utilization = gpu_memory_utilization
-        self._enforce_eager = enforce_eager
-        self._cpu_cores = cpu_cores
-        self._seed = seed
-        self._engine: AsyncLLM | None = None
-        self._output: Path | None = None
-        """What the engine's processes print."""
-        self._keep_output = False
+    model: str
+    dtype: str
+    max_context: int
+    max_num_topk: int
+    max_num_seqs: int
+    stream_interval: int
+    kv_cache_gib: float
+    gpu_memory_utilization: float
+    enforce_eager: bool
+    cpu_cores: str
+    seed: int
+    _engine: AsyncLLM | None = field(default=None, init=False)
+    _output: Path | None = field(default=None, init=False)
+    """What the engine's processes print."""
+    _keep_output: bool = field(default=False, init=False)
 
     async def start(self) -> None:
         """Loads the model into vLLM; tens of seconds. Raises SamplerError."""
@@ -85,14 +72,14 @@ class VllmSampler:
         # Whatever the model's code raises, and vLLM's own checks.
         except Exception as error:
             raise SamplerError(
-                f"vLLM cannot generate with {self._model}: {self._why(error)}"
+                f"vLLM cannot generate with {self.model}: {self._why(error)}"
             ) from error
 
     def _build(self, output: Path) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self._kv_cache_gib)))
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self.kv_cache_gib)))
         # The engine core is spawned, not forked: this process holds gRPC objects.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -100,15 +87,15 @@ class VllmSampler:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = AsyncEngineArgs(
-            model=self._model,
-            dtype=cast("ModelDType", self._dtype),
-            max_model_len=self._max_context,
-            max_logprobs=max(1, self._max_num_topk),
-            max_num_seqs=self._max_num_seqs,
+            model=self.model,
+            dtype=cast("ModelDType", self.dtype),
+            max_model_len=self.max_context,
+            max_logprobs=max(1, self.max_num_topk),
+            max_num_seqs=self.max_num_seqs,
             logprobs_mode="processed_logprobs",
-            stream_interval=self._stream_interval,
-            gpu_memory_utilization=self._gpu_memory_utilization,
-            enforce_eager=self._enforce_eager,
+            stream_interval=self.stream_interval,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            enforce_eager=self.enforce_eager,
             enable_prefix_caching=True,
             # On a CPU a prompt with a seed that is computed in parts ends vLLM 0.32: it winds the
             # generator back, which torch's on a CPU refuses. None is vLLM's own choice.
@@ -116,10 +103,10 @@ class VllmSampler:
             skip_tokenizer_init=True,
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            seed=self._seed,
-            distributed_executor_backend=executor_on(self._cpu_cores),
+            seed=self.seed,
+            distributed_executor_backend=executor_on(self.cpu_cores),
         )
-        with children_on(self._cpu_cores), children_end_with_us(), children_write_to(output):
+        with children_on(self.cpu_cores), children_end_with_us(), children_write_to(output):
             self._engine = AsyncLLM.from_engine_args(args)
 
     async def generate(
