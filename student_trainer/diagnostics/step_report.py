@@ -139,11 +139,9 @@ class StepReport:
     @classmethod
     def from_values(cls, step: int, values: Mapping[str, Any]) -> StepReport:
         """The step that wrote these values. Raises KeyError naming those that are missing."""
-        return replace(
-            cls.skipped_from_values(step, values),
-            learning=_read(LearnReport, values),
-            generation=_read(RolloutReport, values),
-        )
+        learning, generation = _read(LearnReport, values), _read(RolloutReport, values)
+        skipped = cls.skipped_from_values(step, values)
+        return replace(skipped, learning=learning, generation=generation)
 
     @classmethod
     def skipped_from_values(cls, step: int, values: Mapping[str, Any]) -> StepReport:
