@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MAX_SOCKET_FOLDER_BYTES = 70
 """Of the 107 of a socket's name 37 are the name that vLLM makes."""
+_NO_COMPILER = "TORCH_COMPILE_DISABLE"
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
 
 
@@ -106,7 +107,13 @@ class VllmSampler:
             seed=self.seed,
             distributed_executor_backend=executor_on(self.cpu_cores),
         )
-        with children_on(self.cpu_cores), children_end_with_us(), children_write_to(output):
+        eager = self.enforce_eager and current_platform.is_cpu()
+        with (
+            children_on(self.cpu_cores),
+            children_end_with_us(),
+            children_write_to(output),
+            _children_compile_nothing() if eager else nullcontext(),
+        ):
             self._engine = AsyncLLM.from_engine_args(args)
 
     async def generate(
@@ -183,6 +190,20 @@ def _check_socket_folder() -> None:
             f"vLLM makes sockets in {folder}, whose name may have at most "
             f"{MAX_SOCKET_FOLDER_BYTES} bytes: set TMPDIR to a shorter one"
         )
+
+
+@contextmanager
+def _children_compile_nothing() -> Iterator[None]:
+    """For processes started within. vLLM compiles two small functions of its sampling even where
+    the model is not compiled: seconds of a C++ compiler, once more for each shape of the batch."""
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_NO_COMPILER)
+        if before is not None:
+            os.environ[_NO_COMPILER] = before
 
 
 def _delta(output: CompletionOutput, num_topk: int) -> Delta:

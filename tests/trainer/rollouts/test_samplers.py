@@ -236,6 +236,13 @@ async def test_budget_and_end_token_end_a_generation(sampler: VllmSampler) -> No
     assert finishes == {Finish.STOP, Finish.LENGTH}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU compiled sampling is worth it")
+async def test_an_eager_engine_compiles_nothing(sampler: VllmSampler) -> None:
+    """Neither the model nor, once more for each shape of a batch, the counting of ranks."""
+    (engine,) = engines(os.getpid())
+    assert b"TORCH_COMPILE_DISABLE=1" in (engine / "environ").read_bytes().split(b"\0")
+
+
 # Before last: it leaves other weights behind.
 async def test_changed_weights_arrive_exactly_and_other_ones_are_noticed(
     sampler: VllmSampler, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
