@@ -31,6 +31,7 @@ from benchmarks.measuring import (
     turned,
     write,
 )
+from benchmarks.models import checkpoint
 from benchmarks.processes import what_failed
 from benchmarks.progress import Progress
 from benchmarks.trainer_load import Append
@@ -278,6 +279,7 @@ def test_what_failed_is_the_line_that_names_the_error(tmp_path: Path) -> None:
 @pytest.mark.e2e
 def test_verdict_runs_with_a_tiny_model(tmp_path: Path) -> None:
     path = tmp_path / "verdict.json"
+    checkpoint("tiny")  # here, where transformers is imported, it takes no seconds
     command = [sys.executable, "-m", "benchmarks.verdict", "--quick", "--model", "tiny", "--eager"]
     command += ["--dtype", "float32", "--arms", *ROUNDS.verdict_arms, "--repeats", "2"]
     command += [

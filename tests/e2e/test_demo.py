@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {
     "run.steps": "2",
-    "rollout.prompts_per_step": "24",
+    "rollout.prompts_per_step": "12",
     "eval.num_prompts": "8",
     "eval.pass_k": "2",
     "eval.every_steps": "100",

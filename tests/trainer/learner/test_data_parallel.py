@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import multiprocessing
 
 from student_trainer.learner.optim import Optimizer
 from student_trainer.losses.objective import StepSums, sum_over_processes
@@ -69,7 +70,6 @@ def updated(rollouts: list[Rollout]) -> dict[str, Any]:
 
 def worker(rank: int, folder: Path) -> None:
     """One of two processes; writes what it found to the folder."""
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(OURS)
     )
@@ -99,6 +99,12 @@ def worker(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def both_workers(folder: Path) -> None:
+    """Forked, so that the imports are made once."""
+    torch.set_num_threads(1)
+    multiprocessing.start_processes(worker, (folder,), nprocs=len(OURS), start_method="fork")
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes found."""
@@ -106,27 +112,18 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from tests.trainer.learner.test_data_parallel import worker\n"
-        "worker(int(sys.argv[1]), Path(sys.argv[2]))"
+        "from tests.trainer.learner.test_data_parallel import both_workers\n"
+        "both_workers(Path(sys.argv[1]))"
     )
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(folder)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in OURS
-    ]
-    try:
-        for process in running:
-            output, _ = process.communicate(timeout=LIMIT_S)
-            assert process.returncode == 0, output
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
+    # Not forked from this process, which may have threads.
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"rank{rank}.pt") for rank in OURS]
 
 
