@@ -1,6 +1,9 @@
-"""For all tests: gRPC is told to be quiet before a test imports it, and long files begin first."""
+"""For all tests: gRPC is told to be quiet before a test imports it, long files begin first, and
+imports are made without looking for garbage."""
 
 from __future__ import annotations
+
+import gc
 
 import pytest
 
@@ -10,18 +13,19 @@ LONGEST_FIRST = (
     "e2e/test_demo.py",
     "benchmarks/test_measuring.py",
     "faults/test_kill_vllm.py",
+    "faults/test_stop_trainer.py",
+    "faults/test_signal_at_start.py",
     "teacher/engine/test_engines.py",
-    "faults/test_lifecycle.py",
-    "trainer/rollouts/test_samplers.py",
     "faults/test_kill_teacher.py",
-    "faults/test_channel_options.py",
     "faults/test_fuzz.py",
+    "trainer/rollouts/test_samplers.py",
+    "teacher/process/test_server_process.py",
+    "faults/test_lifecycle.py",
     "faults/test_fair_shares.py",
     "faults/test_thousand_kills.py",
     "faults/test_slow_readers.py",
-    "faults/test_stop_trainer.py",
-    "faults/test_signal_at_start.py",
-    "teacher/process/test_server_process.py",
+    "faults/test_channel_options.py",
+    "trainer/learner/test_data_parallel.py",
     "trainer/test_failures.py",
     "trainer/test_train.py",
     "trainer/test_stopping.py",
@@ -35,3 +39,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST_FIRST.index(path) if path in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=place)
+
+
+gc.disable()
+"""While tests are collected: torch and transformers are imported then, and a third of the time that
+takes would go into looking for garbage among what stays to the end."""
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries complain that it was left behind
