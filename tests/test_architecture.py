@@ -117,8 +117,11 @@ RULES = [
     ),
     Rule(modules="student_trainer.records", never=f"{TORCH} grpc", why="numpy until the learner"),
     *(
-        Rule(modules=f"student_trainer.{name}", only="typing", why="everybody may know it")
-        for name in ("diagnostics.step_report", "process.stopping")
+        Rule(modules=f"student_trainer.{name}", only=known, why="everybody may know it")
+        for name, known in (
+            ("diagnostics.step_report", "typing"),
+            ("process.stopping", "vllm_process.children"),
+        )
     ),
     Rule(
         modules="student_trainer.train_state",
