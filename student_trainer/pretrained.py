@@ -13,7 +13,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from student_trainer.errors import CheckpointError
+from student_trainer.errors import CheckpointError, ConfigError
+from student_trainer.learner.families import (
+    Attention,
+    attention_for,
+    check_family,
+    dropouts,
+    without_randomness,
+)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -26,20 +33,44 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{path}: cannot load a tokenizer: {reason}") from error
 
 
-def load_student(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A causal language model in training mode. Raises CheckpointError naming the path."""
+def load_student(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: Attention = "auto",
+    gradient_checkpointing: bool = False,
+    computes_in: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """A causal language model in training mode, without dropout. `dtype` is that of its weights.
+
+    With float32 weights it is proven that the learner's log-probs are the model's own. Raises
+    CheckpointError naming the path, ConfigError for an attention that cannot be had.
+    """
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json, not a Hugging Face checkpoint")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = without_randomness(AutoConfig.from_pretrained(path))
+        kind = attention_for(config, attention, dtype=computes_in or dtype, device=device)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype
+            path, config=config, dtype=dtype, attn_implementation=kind
         )
+    except ConfigError:
+        raise
     # Whatever a checkpoint's files and the model's code make of them.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: cannot load a student: {reason}") from error
     torch.nn.Module.to(model, device)
     model.train()
+    for dropout in dropouts(model):
+        dropout.p = 0.0
+    if dtype == torch.float32:
+        try:
+            check_family(model)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -26,7 +26,6 @@ class Batch:
     """Some rollouts as tensors; row t of every [B, T, ...] tensor belongs to response token t."""
 
     input_ids_BS: Tensor
-    attention_mask_BS: Tensor
     prompt_lengths_B: Tensor
     response_ids_BT: Tensor
     response_mask_BT: Tensor
@@ -44,17 +43,19 @@ class Batch:
     teacher_entropies_BT: Tensor | None
     bad_events_BT: Tensor | None
 
-    def forward(self, model: PreTrainedModel, *, temperature: float) -> Gathered:
+    def forward(
+        self, model: PreTrainedModel, *, temperature: float, dtype: torch.dtype = torch.float32
+    ) -> Gathered:
         """The student at the response tokens, at the teacher's top-k and at its own top-k."""
         return student_forward(
             model,
             self.input_ids_BS,
-            self.attention_mask_BS,
             self.prompt_lengths_B,
             self.response_ids_BT,
             self.response_mask_BT,
             (self.teacher_topk_ids_BTK, self.student_topk_ids_BTJ),
             temperature=temperature,
+            dtype=dtype,
         )
 
     def loss_inputs(self, gathered: Gathered) -> LossInputs:
@@ -126,10 +127,8 @@ def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
         present = [array for array in arrays if array is not None]
         return padded(present, dtype) if len(present) == len(arrays) else None
 
-    ones = [np.ones(len(sequence), np.bool_) for sequence in sequences]
     return Batch(
         input_ids_BS=padded(sequences, torch.long),
-        attention_mask_BS=padded(ones, torch.long),
         prompt_lengths_B=torch.tensor([len(r.prompt.token_ids) for r in rollouts], device=device),
         response_ids_BT=padded([r.response_ids for r in rollouts], torch.long),
         response_mask_BT=padded([np.ones(len(r), np.bool_) for r in rollouts], torch.bool),
@@ -183,6 +182,7 @@ def recompute_behavior(
     micro_batch_tokens: int,
     temperature: float,
     device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Rollout]:
     """The rollouts with behavior log-probs from the learner, over the full vocabulary.
 
@@ -192,7 +192,8 @@ def recompute_behavior(
     recomputed = []
     for part in split_micro(rollouts, micro_batch_tokens):
         with torch.no_grad():
-            gathered = collate(part, device).forward(model, temperature=temperature)
+            batch = collate(part, device)
+            gathered = batch.forward(model, temperature=temperature, dtype=dtype)
         own = gathered.logprobs_BT.cpu().numpy()
         at_teacher_topk, at_student_topk = (at.cpu().numpy() for at in gathered.logprobs_at_BTN)
         for row, rollout in enumerate(part):

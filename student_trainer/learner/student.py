@@ -13,16 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-HEAD_CHUNK_LOGITS = 1 << 26
-"""Logits held at once, in elements (256 MiB of float32); longer lists of rows are recomputed in
-chunks during the backward pass."""
+from student_trainer.learner.families import decoder_of, head_of
+from student_trainer.learner.head import head_logprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,22 +37,27 @@ class Gathered:
 def student_forward(
     model: PreTrainedModel,
     input_ids_BS: Tensor,
-    attention_mask_BS: Tensor,
     prompt_lengths_B: Tensor,
     response_ids_BT: Tensor,
     response_mask_BT: Tensor,
     gather_ids_BTN: Sequence[Tensor],
     *,
     temperature: float,
+    dtype: torch.dtype = torch.float32,
 ) -> Gathered:
     """Log-probs of the response tokens and of further ids at every response position.
 
-    Sequences are padded on the right. Normalised over the full vocabulary at `temperature`, in
-    float32 whatever the model computes in. `response_mask_BT` is True for real response tokens.
+    Sequences are padded on the right and the model is causal, so that nothing real sees padding: a
+    mask would only rule out the fused attention. Normalised over the full vocabulary at
+    `temperature`, in float32 whatever `dtype` the model computes in; its weights stay as they are.
+    `response_mask_BT` is True for real response tokens.
     """
-    hidden_BSD = model.model(
-        input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False
-    ).last_hidden_state
+    # Without the cache of autocast: it would hold a copy of every weight until the end.
+    with torch.autocast(
+        input_ids_BS.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
+    ):
+        output = decoder_of(model)(input_ids=input_ids_BS, use_cache=False)
+    hidden_BSD: Tensor = output.last_hidden_state
     hidden_RD = response_hidden(hidden_BSD, prompt_lengths_B, response_mask_BT)
     ids_RN = torch.cat(
         [
@@ -64,7 +66,9 @@ def student_forward(
         ],
         dim=-1,
     )
-    logprobs_RN, entropy_R = _chunked_head(model.lm_head, hidden_RD, ids_RN, temperature)
+    logprobs_RN, entropy_R = head_logprobs(
+        head_of(model), hidden_RD, ids_RN, temperature=temperature, dtype=dtype
+    )
 
     def unpack(rows: Tensor) -> Tensor:
         padded = rows.new_zeros(*response_mask_BT.shape, *rows.shape[1:])
@@ -89,38 +93,3 @@ def response_hidden(
     """[R, D] hidden states that predict the response tokens, row by row. THE shift by one."""
     sequences, positions = response_mask_BT.nonzero(as_tuple=True)
     return hidden_BSD[sequences, prompt_lengths_B[sequences] + positions - 1]
-
-
-def _chunked_head(
-    head: torch.nn.Module, hidden_RD: Tensor, ids_RN: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probs [R, N] at ids and entropies [R], without ever holding all [R, V] logits."""
-    num_rows, vocab_size = len(hidden_RD), cast("Tensor", head.weight).shape[0]
-    chunk = max(1, HEAD_CHUNK_LOGITS // vocab_size)
-    if num_rows <= chunk:
-        return _head_rows(head, hidden_RD, ids_RN, temperature)
-    parts = [
-        checkpoint(
-            _head_rows,
-            head,
-            hidden_RD[start : start + chunk],
-            ids_RN[start : start + chunk],
-            temperature,
-            use_reentrant=False,
-        )
-        for start in range(0, num_rows, chunk)
-    ]
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
-
-
-def _head_rows(
-    head: torch.nn.Module, hidden_RD: Tensor, ids_RN: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    logits_RV = head(hidden_RD).float() / temperature
-    lse_R = torch.logsumexp(logits_RV, dim=-1)
-    logprobs_RN = logits_RV.gather(-1, ids_RN) - lse_R.unsqueeze(-1)
-    with torch.no_grad():
-        probs_RV = torch.exp(logits_RV - lse_R.unsqueeze(-1))
-        entropy_R = torch.special.entr(probs_RV).sum(-1)  # 0 where a logit is -inf
-    return logprobs_RN, entropy_R

@@ -84,7 +84,6 @@ def same(tensor: Tensor | None, expected: object) -> bool:
 def test_row_t_of_every_tensor_belongs_to_response_token_t() -> None:
     batch = collate([golden([5, 6, 7], [8, 9], 1.0), golden([10], [11, 12, 13], 4.0)], CPU)
     assert batch.input_ids_BS.tolist() == [[5, 6, 7, 8, 9], [10, 11, 12, 13, 0]]
-    assert batch.attention_mask_BS.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
     assert batch.prompt_lengths_B.tolist() == [3, 1]
     assert batch.response_ids_BT.tolist() == [[8, 9, 0], [11, 12, 13]]
     assert batch.response_mask_BT.tolist() == [[True, True, False], [True, True, True]]

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from student_trainer.errors import CheckpointError
-from student_trainer.learner import student as student_module
 from student_trainer.learner.student import Gathered, student_forward
 from student_trainer.pretrained import load_student
 from tests.trainer.learner.tiny_student import VOCAB_SIZE, tiny_student, write_tiny_student
@@ -40,11 +39,10 @@ def run(
     width = max(map(len, rows)) + extra_padding
     longest = max(RESPONSE_LENGTHS) + extra_padding
     input_ids = torch.zeros(3, width, dtype=torch.long)
-    attention = torch.zeros(3, width, dtype=torch.long)
     response = torch.zeros(3, longest, dtype=torch.long)
     mask = torch.zeros(3, longest, dtype=torch.bool)
     for b, row in enumerate(rows):
-        input_ids[b, : len(row)], attention[b, : len(row)] = row, 1
+        input_ids[b, : len(row)] = row
         response[b, : RESPONSE_LENGTHS[b]] = row[PROMPT_LENGTHS[b] :]
         mask[b, : RESPONSE_LENGTHS[b]] = True
     generator = torch.Generator().manual_seed(1)
@@ -54,7 +52,6 @@ def run(
     return student_forward(
         model,
         input_ids,
-        attention,
         torch.tensor(PROMPT_LENGTHS),
         response,
         mask,
@@ -107,42 +104,6 @@ def test_padding_on_the_right_changes_nothing() -> None:
     torch.testing.assert_close(
         loose.logprobs_at_BTN[0][:, :width], tight.logprobs_at_BTN[0], **CLOSE
     )
-
-
-def gradients(model: Qwen3ForCausalLM) -> list[Tensor]:
-    """Of a loss that weighs every gathered number differently."""
-    model.zero_grad()
-    gathered = run(model, temperature=0.7)
-    loss = torch.zeros(())
-    for tensor in (gathered.logprobs_BT, *gathered.logprobs_at_BTN):
-        loss = loss + (tensor * torch.arange(1, 1 + tensor.numel()).view(tensor.shape)).sum()
-    loss.backward()
-    return [gathered.logprobs_BT.detach(), gathered.entropy_BT] + [
-        p.grad.clone() for p in model.parameters() if p.grad is not None
-    ]
-
-
-@pytest.mark.parametrize("rows", [1, 3, 4])
-def test_chunked_head_equals_the_whole_one_with_its_gradients(
-    monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
-    model = tiny_student()
-    whole = gradients(model)
-    calls = []
-    original = student_module._head_rows
-
-    def counted(head, hidden, ids, temperature):  # type: ignore[no-untyped-def]
-        calls.append(len(hidden))
-        return original(head, hidden, ids, temperature)
-
-    monkeypatch.setattr(student_module, "_head_rows", counted)
-    monkeypatch.setattr(student_module, "HEAD_CHUNK_LOGITS", rows * VOCAB_SIZE)
-    chunked = gradients(model)
-    assert max(calls) == rows
-    assert len(chunked) == len(whole) > 10
-    for left, right in zip(chunked, whole, strict=True):
-        # Relative to the tensor: the sums run in another order.
-        torch.testing.assert_close(left, right, atol=1e-5 * right.abs().max().item(), rtol=0)
 
 
 def test_entropy_carries_no_gradient() -> None:

@@ -1,0 +1,285 @@
+"""The language-model head: log-probs at a few ids of every row, without all logits at once.
+
+Legend: R = rows, D = hidden size, V = vocabulary, N = ids a row.
+
+Two passes. The first, without gradient, goes over blocks of rows and, within them, blocks of the
+vocabulary, and keeps a running maximum, sum and entropy of the softmax; only hidden states, ids and
+one number a row outlive it. The second makes every block again, turns it into its own gradient, and
+adds the gradients of head and hidden state in place. A block is small enough to stay in a cache, so
+that the memory needed does not grow with R or V.
+
+The gradient of the head is added to `weight.grad` by the second pass itself: a second [V, D] for
+autograd to add would be the largest tensor of a training step. `torch.autograd.grad` does not see
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = {"cpu": (1024, 1024), "other": (4096, 4096)}
+"""Rows and ids of a block: 4 MiB of float32 logits, for a CPU's cache; 64 MiB for a GPU."""
+LOWEST = -1e4
+"""Nats below the maximum of what counts as nought: a logit of -inf has no entropy, and no NaN."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitTransform:
+    """What a family does to the head's product: cap * tanh(scale * product / cap)."""
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def apply_(self, logits: Tensor, temperature: float) -> Tensor:
+        """In place, and divided by the temperature."""
+        if self.soft_cap is None:
+            return _scaled_(logits, self.scale / temperature)
+        logits.mul_(self.scale / self.soft_cap).tanh_()
+        return logits.mul_(self.soft_cap / temperature)
+
+    def add_slope_(self, gradient: Tensor, logits: Tensor, temperature: float) -> Tensor:
+        """The gradient of `logits`, which is what `apply_` made, becomes that of the product."""
+        if self.soft_cap is not None:
+            tanh = logits.mul_(temperature / self.soft_cap)
+            gradient.addcmul_(gradient, tanh.square_(), value=-1)
+        return _scaled_(gradient, self.scale / temperature)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """A linear head and its transform. The weight is a leaf: its gradient is added in place."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    transform: LogitTransform = field(default_factory=LogitTransform)
+
+
+def head_logprobs(
+    head: Head,
+    hidden_RD: Tensor,
+    ids_RN: Tensor,
+    *,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [R, N] at ids, with gradient, and entropies [R] in nats, without. Both float32.
+
+    `dtype` is that of the products; the softmax is in float32 whatever it is.
+    """
+    logprobs_RN, entropy_R = _TwoPasses.apply(
+        hidden_RD, head.weight_VD, head.bias_V, ids_RN, head.transform, temperature, dtype
+    )
+    return logprobs_RN, entropy_R
+
+
+def reference_logprobs(
+    head: Head,
+    hidden_RD: Tensor,
+    ids_RN: Tensor,
+    *,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """The same, obvious and slow: all logits at once. `head_logprobs` is tested against it."""
+    weight, transform = _rounded(head.weight_VD, dtype), head.transform
+    logits_RV = _rounded(hidden_RD, dtype).float() @ weight.float().T
+    if head.bias_V is not None:
+        logits_RV = logits_RV + head.bias_V
+    logits_RV = logits_RV * transform.scale
+    if transform.soft_cap is not None:
+        logits_RV = transform.soft_cap * torch.tanh(logits_RV / transform.soft_cap)
+    logits_RV = logits_RV / temperature
+    lse_R = torch.logsumexp(logits_RV, dim=-1)
+    logprobs_RN = logits_RV.gather(-1, ids_RN) - lse_R.unsqueeze(-1)
+    with torch.no_grad():
+        probs_RV = torch.exp(logits_RV - lse_R.unsqueeze(-1))
+        entropy_R = torch.special.entr(probs_RV).sum(-1)  # 0 where a logit is -inf
+    return logprobs_RN, entropy_R
+
+
+class _TwoPasses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        ids_RN: Tensor,
+        transform: LogitTransform,
+        temperature: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        assert weight_VD.is_leaf, "the gradient is added to the weight's own"
+        ctx.weight, ctx.bias = weight_VD, bias_V
+        head = Head(weight_VD=weight_VD.detach(), bias_V=bias_V, transform=transform)
+        blocks = _Blocks(head, hidden_RD.detach(), ids_RN, temperature, dtype)
+        with torch.autocast(hidden_RD.device.type, enabled=False):
+            logprobs_RN, lse_R, entropy_R = blocks.first_pass()
+        ctx.blocks = blocks
+        # Not by ctx.save_for_backward: the blocks hold hidden states and ids already.
+        ctx.lse_R = lse_R
+        ctx.mark_non_differentiable(entropy_R)
+        return logprobs_RN, entropy_R
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        blocks: _Blocks = ctx.blocks
+        hidden_grad_RD = torch.zeros_like(blocks.hidden_RD, dtype=torch.float32)
+        with torch.no_grad(), torch.autocast(blocks.hidden_RD.device.type, enabled=False):
+            blocks.second_pass(
+                gradients[0].float(),
+                ctx.lse_R,
+                hidden_grad_RD if needs_hidden else None,
+                _gradient(ctx.weight) if needs_weight else None,
+                _gradient(ctx.bias) if needs_bias else None,
+            )
+        grad = hidden_grad_RD.to(blocks.hidden_RD.dtype) if needs_hidden else None
+        return grad, None, None, None, None, None, None
+
+
+class _Blocks:
+    """The [R, V] logits, cut into blocks, and the ids asked for that fall into each."""
+
+    def __init__(
+        self, head: Head, hidden_RD: Tensor, ids_RN: Tensor, temperature: float, dtype: torch.dtype
+    ) -> None:
+        self.hidden_RD = hidden_RD
+        self._head, self._temperature, self._dtype = head, temperature, dtype
+        kind = "cpu" if hidden_RD.device.type == "cpu" else "other"
+        num_rows, width = BLOCK[kind]
+        vocab_size, num_ids = len(head.weight_VD), ids_RN.shape[1]
+        width = min(width, vocab_size)
+        self._row_slices = _slices(len(hidden_RD), num_rows)
+        self._vocab_slices = _slices(vocab_size, width)
+        # Sorted by block, so that those of one are a slice of the list.
+        flat = ids_RN.flatten()
+        row = torch.arange(len(hidden_RD), device=flat.device).repeat_interleave(num_ids)
+        block = (row // num_rows) * len(self._vocab_slices) + flat // width
+        self._order = block.argsort()
+        counts = block.bincount(minlength=len(self._row_slices) * len(self._vocab_slices))
+        self._ends = counts.cumsum(0).tolist()
+        self._offsets = ((row % num_rows) * width + flat % width)[self._order]
+        self._shape = ids_RN.shape
+
+    def _asked(self, i: int, j: int, width: int) -> tuple[Tensor, Tensor]:
+        """Places in the flat [R, N] of the ids in a block, and in the flat block itself."""
+        number = i * len(self._vocab_slices) + j
+        places = slice(self._ends[number - 1] if number else 0, self._ends[number])
+        offsets, full = self._offsets[places], self._vocab_slices[0].stop
+        if width != full:  # the last block is narrower
+            offsets = offsets // full * width + offsets % full
+        return self._order[places], offsets
+
+    def _logits(self, hidden_rD: Tensor, vocab: slice) -> Tensor:
+        """float32 [rows, ids] of a block, transformed and at the temperature."""
+        logits = _product(hidden_rD, _rounded(self._head.weight_VD[vocab], self._dtype).T)
+        if self._head.bias_V is not None:
+            logits += self._head.bias_V[vocab]
+        return self._head.transform.apply_(logits, self._temperature)
+
+    def _each(self) -> Iterator[tuple[int, slice, int, slice, Tensor]]:
+        for i, rows in enumerate(self._row_slices):
+            hidden_rD = _rounded(self.hidden_RD[rows], self._dtype)
+            for j, vocab in enumerate(self._vocab_slices):
+                yield i, rows, j, vocab, hidden_rD
+
+    def first_pass(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs [R, N], log-sum-exp [R] and entropies [R]."""
+        new = self.hidden_RD.new_zeros
+        picked_RN = new(self._shape, dtype=torch.float32)
+        total_R = new(len(self.hidden_RD), dtype=torch.float32)
+        peak_R, moment_R = torch.full_like(total_R, -torch.inf), torch.zeros_like(total_R)
+        for i, rows, j, vocab, hidden_rD in self._each():
+            logits = self._logits(hidden_rD, vocab)
+            places, offsets = self._asked(i, j, logits.shape[1])
+            picked_RN.view(-1)[places] = logits.view(-1)[offsets]
+            _add_block(peak_R[rows], total_R[rows], moment_R[rows], logits)
+        log_total_R = total_R.log()
+        lse_R = peak_R + log_total_R
+        return picked_RN - lse_R.unsqueeze(1), lse_R, log_total_R - moment_R / total_R
+
+    def second_pass(
+        self,
+        grad_RN: Tensor,
+        lse_R: Tensor,
+        hidden_grad_RD: Tensor | None,
+        weight_grad_VD: Tensor | None,
+        bias_grad_V: Tensor | None,
+    ) -> None:
+        """Adds the gradients to those that are given: of logits, at the ids and -p everywhere."""
+        sums_R1, grad_flat = grad_RN.sum(1, keepdim=True), grad_RN.reshape(-1)
+        capped = self._head.transform.soft_cap is not None
+        for i, rows, j, vocab, hidden_rD in self._each():
+            logits = self._logits(hidden_rD, vocab)
+            places, offsets = self._asked(i, j, logits.shape[1])
+            gradient = logits.clone() if capped else logits
+            gradient.sub_(lse_R[rows].unsqueeze(1)).exp_().mul_(-sums_R1[rows])
+            gradient.view(-1).index_add_(0, offsets, grad_flat[places])
+            self._head.transform.add_slope_(gradient, logits, self._temperature)
+            if bias_grad_V is not None:
+                bias_grad_V[vocab] += gradient.sum(0)
+            gradient = _rounded(gradient, self._dtype, for_product=True)
+            if hidden_grad_RD is not None:
+                weight = _rounded(self._head.weight_VD[vocab], self._dtype)
+                _add_product(hidden_grad_RD[rows], gradient, weight)
+            if weight_grad_VD is not None:
+                _add_product(weight_grad_VD[vocab], gradient.T, hidden_rD)
+
+
+def _add_block(peak_r: Tensor, total_r: Tensor, moment_r: Tensor, logits: Tensor) -> None:
+    """Running softmax: sum of e = exp(logit - peak), and of e * (logit - peak), in place."""
+    new_peak_r = torch.maximum(peak_r, logits.amax(1))
+    shift_r = (peak_r - new_peak_r).clamp_(min=LOWEST)
+    carried_r = total_r * shift_r.exp()
+    moment_r.mul_(shift_r.exp()).add_(carried_r * shift_r)
+    below = (logits - new_peak_r.unsqueeze(1)).clamp_(min=LOWEST)
+    exps = below.exp()
+    total_r.copy_(carried_r).add_(exps.sum(1))
+    moment_r.add_(exps.mul_(below).sum(1))
+    peak_r.copy_(new_peak_r)
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _scaled_(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1.0 else tensor.mul_(factor)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype, *, for_product: bool = False) -> Tensor:
+    """As the operand of a product in `dtype` with a float32 sum.
+
+    A CPU multiplies in float32 what was rounded to `dtype`: the same numbers, and far faster than
+    its arithmetic of 16 bits, which few have. There a gradient need not be rounded at all.
+    """
+    if tensor.device.type != "cpu":
+        return tensor.to(dtype)
+    return tensor.float() if for_product else tensor.to(dtype).float()
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """float32, whatever the operands."""
+    if left.dtype == torch.float32:
+        return left @ right
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    if out.dtype == left.dtype:
+        out.addmm_(left, right)
+    else:
+        out += _product(left, right)

@@ -1,0 +1,192 @@
+"""The head in two passes against all logits at once: pytest tests/trainer/learner/test_head.py
+
+Gradients to 1e-5 of the largest: float32, the same sums in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from student_trainer.learner import head as head_module
+from student_trainer.learner.head import (
+    Head,
+    LogitTransform,
+    head_logprobs,
+    reference_logprobs,
+)
+
+LIMIT = 1e-5
+TRANSFORMS = {
+    "plain": LogitTransform(),
+    "scaled": LogitTransform(scale=0.25),
+    "capped": LogitTransform(soft_cap=3.0),
+    "both": LogitTransform(scale=2.0, soft_cap=5.0),
+}
+Way = Callable[..., tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that rows and vocabulary are several blocks, the last of each narrower."""
+    torch.set_num_threads(1)
+    monkeypatch.setitem(head_module.BLOCK, "cpu", (16, 32))
+
+
+def made(num_rows: int = 50, vocab_size: int = 77, num_ids: int = 9) -> dict[str, Tensor]:
+    """Weight, bias, hidden states, ids with repeats within a row, and what the loss weighs."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (num_rows, num_ids), generator=draw)
+    ids[:, -1] = ids[:, 0]
+    return {
+        "weight": torch.randn(vocab_size, 24, generator=draw) * 0.5,
+        "bias": torch.randn(vocab_size, generator=draw),
+        "hidden": torch.randn(num_rows, 24, generator=draw),
+        "ids": ids,
+        "factor": torch.randn(num_rows, num_ids, generator=draw),
+    }
+
+
+def found(way: Way, tensors: dict[str, Tensor], head: dict[str, Any], **options: Any) -> Any:
+    """Log-probs, entropies and the three gradients."""
+    weight, bias, hidden = (
+        tensors[name].clone().requires_grad_() for name in ("weight", "bias", "hidden")
+    )
+    logprobs, entropies = way(
+        Head(weight_VD=weight, bias_V=bias, **head), hidden, tensors["ids"], **options
+    )
+    (logprobs * tensors["factor"]).sum().backward()
+    return [logprobs.detach(), entropies, hidden.grad, weight.grad, bias.grad]
+
+
+def assert_close(left: list[Tensor], right: list[Tensor], limit: float = LIMIT) -> None:
+    for one, other in zip(left, right, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).abs().max() <= limit * other.abs().max()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_two_passes_equal_all_logits_at_once(transform: LogitTransform, temperature: float) -> None:
+    options: dict[str, Any] = {"temperature": temperature}
+    ours = found(head_logprobs, made(), {"transform": transform}, **options)
+    assert_close(ours, found(reference_logprobs, made(), {"transform": transform}, **options))
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    num_rows=st.integers(0, 40),
+    vocab_size=st.integers(2, 100),
+    num_ids=st.integers(0, 5),
+)
+def test_any_shape_equals_all_logits_at_once(num_rows: int, vocab_size: int, num_ids: int) -> None:
+    draw = torch.Generator().manual_seed(num_rows)
+    tensors = made(50, vocab_size, 9) | {
+        "hidden": torch.randn(num_rows, 24, generator=draw),
+        "ids": torch.randint(vocab_size, (num_rows, num_ids), generator=draw),
+        "factor": torch.randn(num_rows, num_ids, generator=draw),
+    }
+    for one, other in zip(
+        found(head_logprobs, tensors, {}), found(reference_logprobs, tensors, {}), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+
+
+def test_products_in_bfloat16_round_their_operands_alone() -> None:
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    ours = found(head_logprobs, made(), {}, **options)
+    reference = found(reference_logprobs, made(), {}, **options)
+    assert_close(ours[:2], reference[:2])
+    # The reference's gradients pass the rounding itself, 8 bits.
+    assert_close(ours[2:], reference[2:], 2**-7)
+    exact = found(reference_logprobs, made(), {})
+    assert not torch.allclose(ours[0], exact[0], atol=1e-4)
+    assert all(tensor.dtype == torch.float32 for tensor in ours)
+
+
+def test_hidden_states_of_16_bits_get_gradients_of_16_bits() -> None:
+    tensors = made()
+    hidden = tensors["hidden"].bfloat16().requires_grad_()
+    weight = tensors["weight"].clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, _ = head_logprobs(
+            Head(weight_VD=weight), hidden, tensors["ids"], dtype=torch.bfloat16
+        )
+    (logprobs * tensors["factor"]).sum().backward()
+    assert logprobs.dtype == weight.grad.dtype == torch.float32  # type: ignore[union-attr]
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
+
+
+def test_a_logit_of_minus_infinity_takes_no_part() -> None:
+    tensors = made()
+    tensors["bias"][[3, 40]] = -torch.inf
+    tensors["ids"] = tensors["ids"].clamp(min=4) % 40 + 0  # none of the two is asked for
+    tensors["ids"][tensors["ids"] == 3] = 5
+    ours = found(head_logprobs, tensors, {})
+    assert all(tensor.isfinite().all() for tensor in ours)
+    assert_close(ours, found(reference_logprobs, tensors, {}))
+    weight, bias, hidden = (tensors[name] for name in ("weight", "bias", "hidden"))
+    asked = torch.full((len(hidden), 1), 40)
+    logprobs, _ = head_logprobs(Head(weight_VD=weight, bias_V=bias), hidden, asked)
+    assert (logprobs == -torch.inf).all()
+
+
+def test_entropy_has_no_gradient() -> None:
+    tensors = made()
+    hidden = tensors["hidden"].requires_grad_()
+    _, entropies = head_logprobs(Head(weight_VD=tensors["weight"]), hidden, tensors["ids"])
+    assert not entropies.requires_grad
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "hidden"])
+def test_what_is_frozen_gets_no_gradient_and_the_others_theirs(frozen: str) -> None:
+    tensors = made()
+    leaves = {
+        name: tensors[name].clone().requires_grad_(name != frozen)
+        for name in ("weight", "bias", "hidden")
+    }
+    head = Head(weight_VD=leaves["weight"], bias_V=leaves["bias"])
+    logprobs, _ = head_logprobs(head, leaves["hidden"], tensors["ids"])
+    (logprobs * tensors["factor"]).sum().backward()
+    expected = dict(
+        zip(("hidden", "weight", "bias"), found(reference_logprobs, made(), {})[2:], strict=True)
+    )
+    assert leaves[frozen].grad is None
+    for name in expected.keys() - {frozen}:
+        assert_close([leaves[name].grad], [expected[name]])  # type: ignore[list-item]
+
+
+def test_gradients_of_several_passes_add_up_in_the_tensor_that_is_there() -> None:
+    tensors = made()
+    weight = tensors["weight"].clone().requires_grad_()
+    weight.grad = start = torch.ones_like(weight)
+    for _ in range(2):
+        logprobs, _ = head_logprobs(Head(weight_VD=weight), tensors["hidden"], tensors["ids"])
+        (logprobs * tensors["factor"]).sum().backward()
+    assert weight.grad is start
+    plain = tensors["weight"].clone().requires_grad_()
+    logprobs, _ = reference_logprobs(Head(weight_VD=plain), tensors["hidden"], tensors["ids"])
+    (2 * logprobs * tensors["factor"]).sum().backward()
+    assert_close([weight.grad - 1], [plain.grad])  # type: ignore[list-item]
+
+
+def test_a_tied_embedding_gets_both_gradients() -> None:
+    tensors = made()
+    inputs = torch.randint(77, (50,), generator=torch.Generator().manual_seed(5))
+
+    def gradient(way: Way) -> Tensor:
+        weight = tensors["weight"].clone().requires_grad_()
+        hidden = torch.nn.functional.embedding(inputs, weight).tanh()
+        logprobs, _ = way(Head(weight_VD=weight), hidden, tensors["ids"])
+        (logprobs * tensors["factor"]).sum().backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    assert_close([gradient(head_logprobs)], [gradient(reference_logprobs)])
