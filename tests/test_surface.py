@@ -31,7 +31,7 @@ TRAINER_SETTINGS = {
         "tail weight_mode"
     ),
     "optim": (
-        "betas epochs final_learning_rate learning_rate max_grad_norm max_sync_gap_nats "
+        "betas epochs final_learning_rate kind learning_rate max_grad_norm max_sync_gap_nats "
         "micro_batch_tokens updates_per_epoch warmup_steps weight_decay"
     ),
     "rollout": (
@@ -44,7 +44,7 @@ TRAINER_SETTINGS = {
         "max_num_seqs stream_interval"
     ),
     "special_tokens": "occurrences tokens",
-    "student": "device dtype model",
+    "student": "attention device dtype gradient_checkpointing model",
     "teacher": (
         "connect_timeout_s endpoints k logprob_dtype on_absent tls_ca tls_cert tls_key token_file"
     ),

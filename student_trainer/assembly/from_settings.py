@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from student_trainer.data import load_prompts
 from student_trainer.errors import ConfigError
 from student_trainer.eval import Grader
+from student_trainer.learner.memory import free_memory, refuse_too_large
 from student_trainer.learner.optim import Optimizer
 from student_trainer.records import Prompt, SamplingOptions
 from student_trainer.rollouts.rollout import RolloutRules
@@ -19,7 +20,7 @@ from student_trainer.rollouts.samplers.base import Sampler
 from student_trainer.rollouts.samplers.hf_sampler import HfSampler
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from student_trainer.settings.config import TrainerConfig
-from student_trainer.settings.sampler import HfSamplerSettings
+from student_trainer.settings.sampler import HfSamplerSettings, VllmSamplerSettings
 from student_trainer.special_tokens import SpecialTokens
 from teacher_client.access import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, TeacherAccess
 from teacher_client.client import TeacherClient
@@ -107,6 +108,47 @@ def device(config: TrainerConfig) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"student.device is {name!r}: {reason}") from None
     return torch.device(name)
+
+
+def dtype(config: TrainerConfig) -> torch.dtype:
+    """The learner's arithmetic."""
+    found: torch.dtype = getattr(torch, config.student.dtype)
+    return found
+
+
+def check_memory(config: TrainerConfig, model: str) -> str | None:
+    """Raises ConfigError for a student that cannot fit where the learner runs, before it is loaded.
+
+    Returns a warning for one that fits only with gradient checkpointing and is trained without.
+    """
+    where = device(config)
+    if (free_bytes := free_memory(where)) is None:
+        return None
+    rollout, optim = config.rollout, config.optim
+    rollouts = -(-rollout.prompts_per_step * rollout.rollouts_per_prompt // optim.updates_per_epoch)
+    longest = rollout.max_context
+    return refuse_too_large(
+        model,
+        free_bytes=free_bytes - _sampler_bytes(config, where),
+        where="this machine" if where.type == "cpu" else str(where),
+        dtype=dtype(config),
+        optimizer=optim.kind,
+        tokens=max(longest, min(optim.micro_batch_tokens, rollouts * longest)),
+        longest=longest,
+        gradient_checkpointing=config.student.gradient_checkpointing,
+        device=where,
+    )
+
+
+def _sampler_bytes(config: TrainerConfig, where: torch.device) -> float:
+    """What a sampler beside the learner, not started yet, will take of the same memory."""
+    if not isinstance(config.sampler, VllmSamplerSettings):
+        return 0.0
+    if where.type == "cpu":
+        return config.sampler.kv_cache_gib * 2**30
+    if where.type == "cuda" and where.index in (None, 0):
+        return config.sampler.gpu_memory_utilization * torch.cuda.mem_get_info(where)[1]
+    return 0.0
 
 
 async def connect(
@@ -228,7 +270,7 @@ def grader(config: TrainerConfig) -> Grader:
 
 
 def optimizer(config: TrainerConfig, model: PreTrainedModel) -> Optimizer:
-    """AdamW over the whole run."""
+    """AdamW over the whole run. Raises ConfigError for a kind that is not installed."""
     optim = config.optim
     updates_per_step = optim.epochs * optim.updates_per_epoch
     return Optimizer(
@@ -240,4 +282,5 @@ def optimizer(config: TrainerConfig, model: PreTrainedModel) -> Optimizer:
         betas=optim.betas,
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
+        kind=optim.kind,
     )

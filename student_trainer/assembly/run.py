@@ -189,6 +189,7 @@ def _assemble(
     if checkpoint is None:
         refuse_older(config.run.checkpoints)
     start_from = config.student.model if checkpoint is None else str(checkpoint)
+    tight = from_settings.check_memory(config, start_from)
     learner = _learner(config, problems.tokenizer, start_from, stop)
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
     client = loop.run(from_settings.connect(config, learner.vocab_size, problems.tokenizer))
@@ -197,7 +198,8 @@ def _assemble(
     sampler = running.sampler if running else from_settings.sampler(config, start_from)
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), client, bars)
     state = checkpoints.train_state(config, learner, stream)
-    for warning in checkpoints.warnings(config, learner, state, checkpoint):
+    warned = checkpoints.warnings(config, learner, state, checkpoint)
+    for warning in [*([tight] if tight else []), *warned]:
         bars.console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
     recorder = Recorder(
         config.run.out,
@@ -239,8 +241,15 @@ def _learner(
 ) -> Learner:
     weights = methods.weights(config, newline_ids=from_settings.newline_ids(config, tokenizer))
     torch.manual_seed(config.run.seed)
-    dtype = getattr(torch, config.student.dtype)
-    model = load_student(start_from, dtype=dtype, device=from_settings.device(config))
+    dtype = from_settings.dtype(config)
+    model = load_student(
+        start_from,
+        dtype=torch.float32,
+        device=from_settings.device(config),
+        attention=config.student.attention,
+        gradient_checkpointing=config.student.gradient_checkpointing,
+        computes_in=dtype,
+    )
     return Learner(
         model,
         tokenizer,
@@ -252,6 +261,7 @@ def _learner(
         micro_batch_tokens=config.optim.micro_batch_tokens,
         temperature=config.rollout.temperature,
         seed=config.run.seed,
+        dtype=dtype,
         recomputes_behavior=config.needs_learner_behavior,
         stop=stop,
     )

@@ -49,8 +49,8 @@ def head_of(model: PreTrainedModel) -> Head:
     if module is None or type(module).forward is not nn.Linear.forward:
         found = "none" if module is None else type(module).__name__
         raise CheckpointError(
-            f"{_family(model)}: the head is {found}, and must be a torch.nn.Linear: its gradient is "
-            "made in blocks"
+            f"{_family(model)}: the head is {found}, and must be a torch.nn.Linear, whose gradient "
+            "can be made in blocks"
         )
     return Head(
         weight_VD=module.weight, bias_V=module.bias, transform=logit_transform(model.config)
@@ -181,9 +181,9 @@ def _likely_cause(model: PreTrainedModel, hidden_BSD: Tensor, plain_SV: Tensor) 
     fields = [name for name in text.to_dict() if re.search(r"logit|scal|cap", name)]
     named = f"; its config has {', '.join(sorted(fields))}" if fields else ""
     return (
-        f"its logits are about {ratio:.3g} times the head's product, so that they are scaled, capped"
-        f" or come from another hidden state, or its attention is not what eager attention gives"
-        f"{named}"
+        f"its logits are about {ratio:.3g} times the head's product, so that they are scaled, "
+        "capped or come from another hidden state, or training mode is random, or its attention is "
+        f"not what eager attention gives{named}"
     )
 
 

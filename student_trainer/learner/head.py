@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 import torch
@@ -72,7 +71,7 @@ def head_logprobs(
 
     `dtype` is that of the products; the softmax is in float32 whatever it is.
     """
-    logprobs_RN, entropy_R = _TwoPasses.apply(
+    logprobs_RN, entropy_R = _TwoPasses.apply(  # type: ignore[no-untyped-call]
         hidden_RD, head.weight_VD, head.bias_V, ids_RN, head.transform, temperature, dtype
     )
     return logprobs_RN, entropy_R

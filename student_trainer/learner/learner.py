@@ -34,9 +34,6 @@ from student_trainer.losses.weight_choice import PositionWeight
 from student_trainer.process.stopping import StopRequest
 from student_trainer.records import Rollout
 
-MOMENTS = 2
-"""Of AdamW, each as large as the parameters."""
-
 
 class Learner:
     """The student under training."""
@@ -54,10 +51,12 @@ class Learner:
         micro_batch_tokens: int,
         temperature: float,
         seed: int,
+        dtype: torch.dtype = torch.float32,
         recomputes_behavior: bool = False,
         stop: StopRequest | None = None,
     ) -> None:
-        """`recomputes_behavior`: behavior log-probs are the learner's own, not the sampler's."""
+        """`dtype`: of the arithmetic; the weights are float32 whatever it is.
+        `recomputes_behavior`: behavior log-probs are the learner's own, not the sampler's."""
         self._model = model
         self._tokenizer = tokenizer
         self._optimizer = optimizer
@@ -68,6 +67,7 @@ class Learner:
         self._micro_batch_tokens = micro_batch_tokens
         self._temperature = temperature
         self._seed = seed
+        self._dtype = dtype
         self._recomputes_behavior = recomputes_behavior
         self._stop = stop or StopRequest()
         self._device = next(model.parameters()).device
@@ -79,8 +79,11 @@ class Learner:
     @property
     def checkpoint_bytes(self) -> int:
         """Of the weights and the optimiser's state, nearly all that a checkpoint holds."""
-        sizes = [(p, p.numel() * p.element_size()) for p in self._model.parameters()]
-        return sum(size * (1 + MOMENTS * p.requires_grad) for p, size in sizes)
+        moments = self._optimizer.bytes_per_parameter
+        return sum(
+            p.numel() * (p.element_size() + int(moments * p.requires_grad))
+            for p in self._model.parameters()
+        )
 
     def learn(self, rollouts: Sequence[Rollout], step: int) -> LearnReport:
         """All optimiser updates of one step.
@@ -94,16 +97,18 @@ class Learner:
             rollouts = self._with_behavior(rollouts)
         all_sums: list[StepSums] = []
         grad_norms: list[float] = []
+        learning_rate = self._optimizer.learning_rate
         for update in self._updates(rollouts, step):
             with nullcontext() if grad_norms else self._stop.may_give_up():
                 totals = self._accumulate(update)
+            learning_rate = self._optimizer.learning_rate
             scale = step_scale(totals.weight_sum.item(), totals.num_tokens.item(), normalize)
             grad_norms.append(self._optimizer.step(scale))
             all_sums.append(totals)
         return LearnReport(
             **merge(all_sums).metrics(normalize=normalize),
             grad_norm=sum(grad_norms) / len(grad_norms),
-            learning_rate=self._optimizer.learning_rate,
+            learning_rate=learning_rate,
             updates=len(grad_norms),
         )
 
@@ -116,6 +121,7 @@ class Learner:
             micro_batch_tokens=self._micro_batch_tokens,
             temperature=self._temperature,
             device=self._device,
+            dtype=self._dtype,
         )
 
     def _updates(self, rollouts: Sequence[Rollout], step: int) -> Iterator[list[Rollout]]:
@@ -128,7 +134,7 @@ class Learner:
         parts: list[StepSums] = []
         for micro in split_micro(rollouts, self._micro_batch_tokens):
             batch = collate(micro, self._device)
-            gathered = batch.forward(self._model, temperature=self._temperature)
+            gathered = batch.forward(self._model, temperature=self._temperature, dtype=self._dtype)
             inputs = batch.loss_inputs(gathered)
             sums = objective(inputs, divergence=self._divergence, weights=self._weights)
             sums.loss_sum.backward()
@@ -145,12 +151,12 @@ class Learner:
             gathered = student_forward(
                 self._model,
                 sequence,
-                torch.ones_like(sequence),
                 torch.tensor([len(prompt)], device=self._device),
                 response.unsqueeze(0).to(self._device),
                 torch.ones(1, len(response), dtype=torch.bool, device=self._device),
                 (),
                 temperature=1.0,
+                dtype=self._dtype,
             )
         logprobs: NDArray[np.float32] = gathered.logprobs_BT[0].cpu().numpy()
         return logprobs

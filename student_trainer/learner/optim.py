@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from student_trainer.errors import NonFiniteLossError
+from student_trainer.errors import ConfigError, NonFiniteLossError
+
+OptimizerKind = Literal["adamw", "adamw_8bit"]
+STATE_BYTES: dict[OptimizerKind, float] = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
+"""Of the two running means, a parameter: float32, or a byte and a scale for 256."""
 
 
 class Optimizer:
-    """AdamW with warm-up and a cosine to the final learning rate over `total_updates`."""
+    """AdamW with warm-up and a cosine to the final learning rate over `total_updates`.
+
+    Weights and gradients are float32, whatever the arithmetic; so are its two running means, or a
+    byte each with `adamw_8bit`.
+    """
 
     def __init__(
         self,
@@ -27,11 +37,13 @@ class Optimizer:
         betas: tuple[float, float],
         weight_decay: float,
         max_grad_norm: float,
+        kind: OptimizerKind = "adamw",
     ) -> None:
+        """Raises ConfigError for a kind whose library is not installed."""
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._adamw = torch.optim.AdamW(
-            self._parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay
-        )
+        self._kind = kind
+        made = _adamw_8bit if kind == "adamw_8bit" else _adamw
+        self._adamw = made(self._parameters, learning_rate, betas, weight_decay)
         self._max_grad_norm = max_grad_norm
         self._learning_rate, self._final_learning_rate = learning_rate, final_learning_rate
         self._warmup_updates, self._total_updates = warmup_updates, total_updates
@@ -47,6 +59,11 @@ class Optimizer:
         floor = self._final_learning_rate / self._learning_rate
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         return self._learning_rate * (floor + (1 - floor) * cosine)
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Of its state."""
+        return STATE_BYTES[self._kind]
 
     def step(self, scale: float) -> float:
         """Applies the accumulated gradients times `scale`; returns their norm before clipping.
@@ -68,7 +85,10 @@ class Optimizer:
                 f"the gradient norm is {norm}; the weights are left as they were"
             )
         for group in self._adamw.param_groups:
-            group["lr"] = self.learning_rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.learning_rate)
+            else:
+                group["lr"] = self.learning_rate
         self._adamw.step()
         self._num_updates += 1
         self._adamw.zero_grad(set_to_none=True)
@@ -89,10 +109,47 @@ class Optimizer:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs: the moments, and how many updates there were."""
-        return {"moments": self._adamw.state_dict()["state"], "updates": self._num_updates}
+        moments = self._adamw.state_dict()["state"]
+        return {"kind": self._kind, "moments": moments, "updates": self._num_updates}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there with the settings of this optimiser, should they have changed."""
+        """Goes on from there with the settings of this optimiser, should they have changed.
+
+        Raises ValueError for the moments of another kind.
+        """
+        if (kind := state.get("kind", "adamw")) != self._kind:
+            raise ValueError(f"optim.kind was {kind!r} and is {self._kind!r}")
         groups = self._adamw.state_dict()["param_groups"]
         self._adamw.load_state_dict({"state": state["moments"], "param_groups": groups})
         self._num_updates = state["updates"]
+
+
+def _adamw(
+    parameters: list[torch.nn.Parameter],
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    # Fused where there is a kernel: on two cores a ninth of the time, and no temporary tensors.
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    return torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused
+    )
+
+
+def _adamw_8bit(
+    parameters: list[torch.nn.Parameter],
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    if find_spec("torchao") is None:
+        raise ConfigError(
+            "optim.kind is 'adamw_8bit', which needs torchao: pip install 'driftline[eightbit]'"
+        )
+    from torchao.optim import AdamW8bit
+
+    made: torch.optim.Optimizer = AdamW8bit(
+        parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay
+    )
+    return made

@@ -80,9 +80,16 @@ class StudentSettings(Section):
     model: str
     """Folder or name of a Hugging Face checkpoint, with its tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights, gradients and the optimizer's state; bfloat16 loses small updates."""
+    """Arithmetic of the learner. Weights, gradients and the optimizer's state are float32 with
+    either, so that bfloat16 loses no update."""
     device: str = "auto"
     """Where the learner runs: "cpu", "cuda", "cuda:1"; "auto" takes CUDA when there is one."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention of the learner: PyTorch's fused one (sdpa), the plain one, or the package
+    flash-attn with bfloat16. "auto" is sdpa wherever it is right for the model."""
+    gradient_checkpointing: bool = False
+    """Keeps the input of each layer alone for the backward pass and makes the rest again: the same
+    gradient, a fraction of the memory, a third more time."""
 
 
 class RolloutSettings(Section):
@@ -159,6 +166,9 @@ class SpecialTokenSettings(Section):
 class OptimSettings(Section):
     """How the student learns from a batch of rollouts: AdamW."""
 
+    kind: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps AdamW's two running means in a byte each, 2 bytes a weight for 8 (needs the
+    extra `eightbit`)."""
     learning_rate: float = Field(gt=0)
     """After the warm-up."""
     final_learning_rate: float = Field(0.0, ge=0)

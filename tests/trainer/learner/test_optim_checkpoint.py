@@ -61,7 +61,8 @@ def test_step_is_adamw_on_the_scaled_and_clipped_gradient(max_norm: float) -> No
     # clip_grad_norm_ divides by norm + 1e-6.
     plain.weight.grad = scaled * min(1.0, max_norm / (5.0 + 1e-6))
     adamw.step()
-    assert torch.equal(model.weight, plain.weight)
+    # The fused kernel rounds in another order.
+    torch.testing.assert_close(model.weight, plain.weight, atol=0, rtol=1e-6)
     assert model.weight.grad is None
 
 

@@ -62,11 +62,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_config(family: str) -> transformers.PretrainedConfig:
+def tiny_config(family: str, **changes: Any) -> transformers.PretrainedConfig:
     """Of a family of FAMILIES."""
     name, own = FAMILIES[family]
     prefix = "Gemma3Text" if name == "Gemma3" else name
-    config: transformers.PretrainedConfig = getattr(transformers, f"{prefix}Config")(**SHAPE | own)
+    config: transformers.PretrainedConfig = getattr(transformers, f"{prefix}Config")(
+        **SHAPE | own | changes
+    )
     return config
 
 

@@ -1,0 +1,193 @@
+"""How much memory a learner takes, by arithmetic, before anything is loaded.
+
+Bytes a token and layer were counted with `torch.autograd.graph.saved_tensors_hooks` on models of
+several families, and a test holds the formula against such a count. It is meant to be right to a
+fifth, and to be read: what does not fit is refused with its terms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from student_trainer.errors import ConfigError
+from student_trainer.learner.families import attention_for
+from student_trainer.learner.head import BLOCK
+from student_trainer.learner.optim import STATE_BYTES, OptimizerKind
+
+GB = 1e9
+BACKWARD_OF_A_LAYER = 0.5
+"""Gradients under way while a layer is gone back through, of what the layer keeps."""
+HEAD_BLOCKS = 4
+"""Blocks of logits alive at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerMemory:
+    """Bytes, by what they are for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Kept for the backward pass of the largest micro-batch."""
+    rounded_weights: float
+    """Copies of weights in the arithmetic's 16 bits."""
+    head: float
+    """Blocks of the head's logits."""
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __str__(self) -> str:
+        terms = [
+            f"{field.name.replace('_', ' ')} {getattr(self, field.name) / GB:.1f}"
+            for field in fields(self)
+            if getattr(self, field.name) >= 0.05 * GB
+        ]
+        return f"{self.total / GB:.1f} GB" + (f" ({' + '.join(terms)})" if terms else "")
+
+
+def learner_memory(
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    optimizer: OptimizerKind,
+    tokens: int,
+    longest: int,
+    gradient_checkpointing: bool,
+    device: torch.device,
+) -> LearnerMemory:
+    """For micro-batches of up to `tokens`, a longest sequence of `longest`, all weights trained."""
+    text = config.get_text_config(decoder=True)
+    parameters, in_layers = parameter_counts(config)
+    layers, hidden = text.num_hidden_layers, text.hidden_size
+    a_layer = tokens * _layer_bytes_per_token(config, dtype, longest, device)
+    if gradient_checkpointing:
+        kept = layers * tokens * 4 * hidden + a_layer * (1 + BACKWARD_OF_A_LAYER)
+    else:
+        kept = a_layer * (layers + BACKWARD_OF_A_LAYER)
+    rounded = 0 if dtype == torch.float32 else 2 * in_layers
+    rows, ids = BLOCK["cpu" if device.type == "cpu" else "other"]
+    return LearnerMemory(
+        weights=4 * parameters,
+        gradients=4 * parameters,
+        optimizer=STATE_BYTES[optimizer] * parameters,
+        activations=kept + tokens * 24 * hidden,
+        rounded_weights=rounded / (layers if gradient_checkpointing else 1),
+        head=HEAD_BLOCKS * 4 * min(rows, tokens) * min(ids, text.vocab_size),
+    )
+
+
+def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
+    """All parameters, and those but embedding and head. Takes no memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    return everything, everything - sum(parameter.numel() for parameter in ends)
+
+
+def _layer_bytes_per_token(
+    config: PretrainedConfig, dtype: torch.dtype, longest: int, device: torch.device
+) -> float:
+    """What one layer keeps of a token: inputs of norms, projections, attention and MLP."""
+    text = config.get_text_config(decoder=True)
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    query = heads * head_dim
+    key = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+    inner = text.intermediate_size
+    if experts := getattr(text, "num_experts_per_tok", None):
+        inner = experts * (getattr(text, "moe_intermediate_size", None) or inner)
+    if dtype == torch.float32:
+        found = 24 * hidden + 20 * inner + 24 * query + 8 * key
+    else:
+        found = 26 * hidden + 10 * inner + 10 * query + 10 * key
+    if attention_for(config, "auto", dtype=dtype, device=device) == "eager":
+        found += 12 * heads * longest  # the scores, before and after the softmax
+    return found
+
+
+def refuse_too_large(
+    path: str,
+    *,
+    free_bytes: float,
+    where: str,
+    dtype: torch.dtype,
+    optimizer: OptimizerKind,
+    tokens: int,
+    longest: int,
+    gradient_checkpointing: bool,
+    device: torch.device,
+) -> str | None:
+    """Raises ConfigError for a student that cannot fit even with checkpointing.
+
+    Returns a sentence for one that fits only with it and is trained without, else None. A folder
+    whose configuration cannot be read is left to whoever loads it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with_it, as_set = (
+            learner_memory(
+                config,
+                dtype=dtype,
+                optimizer=optimizer,
+                tokens=tokens,
+                longest=longest,
+                gradient_checkpointing=checkpointing,
+                device=device,
+            )
+            for checkpointing in (True, gradient_checkpointing)
+        )
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        return None
+    name = Path(path).name
+    about = f"the student {name} takes about"
+    has = f"{where} has {free_bytes / GB:.1f} GB free for it"
+    if with_it.total > free_bytes:
+        raise ConfigError(
+            f"{about} {with_it} with gradient checkpointing and micro-batches of {tokens:,} "
+            f"tokens, and {has}: a smaller optim.micro_batch_tokens or rollout.max_context, "
+            "student.dtype 'bfloat16', optim.kind 'adamw_8bit', or a smaller student"
+        )
+    if as_set.total > free_bytes:
+        return (
+            f"{about} {as_set} at its longest micro-batch, and {has}: with "
+            f"student.gradient_checkpointing = true it takes {with_it.total / GB:.1f} GB"
+        )
+    return None
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that are free where the learner runs; None where nothing says so."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return float(free)
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return min(float(found["MemAvailable"]), _left_in_control_group())
+
+
+def _left_in_control_group(folder: Path = Path("/sys/fs/cgroup")) -> float:
+    """What a container may still take; infinite without a limit."""
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        reclaimable = sum(
+            int(line.split()[1])
+            for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+            if line.split()[0] in ("inactive_file", "active_file")
+        )
+    except (OSError, ValueError):
+        return float("inf")
+    return float("inf") if limit == "max" else float(limit) - used + reclaimable
