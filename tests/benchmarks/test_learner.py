@@ -36,7 +36,7 @@ def test_a_child_measures_and_an_arm_that_fails_says_why() -> None:
     sample = asyncio.run(learner.measurement(["head", "--arm", "driftline", *SIZES])(0))
     assert sample.seconds > 0
     assert sample.figures.keys() == {"cpu_seconds", "extra_gib"}
-    with pytest.raises(RuntimeError, match="exit code 2: .*invalid choice"):
+    with pytest.raises(RuntimeError, match=r"exit code 2: .*invalid choice"):
         asyncio.run(learner.measurement(["head", "--arm", "none"])(0))
 
 
