@@ -18,7 +18,7 @@ from student_trainer.learner.families import (
     Attention,
     attention_for,
     check_family,
-    dropouts,
+    turn_dropout_off,
     without_randomness,
 )
 
@@ -64,8 +64,7 @@ def load_student(
         raise CheckpointError(f"{path}: cannot load a student: {reason}") from error
     torch.nn.Module.to(model, device)
     model.train()
-    for dropout in dropouts(model):
-        dropout.p = 0.0
+    turn_dropout_off(model)
     if dtype == torch.float32:
         try:
             check_family(model)

@@ -116,18 +116,18 @@ def dtype(config: TrainerConfig) -> torch.dtype:
     return found
 
 
-def check_memory(config: TrainerConfig, model: str) -> str | None:
+def check_memory(config: TrainerConfig, model: str) -> list[str]:
     """Raises ConfigError for a student that cannot fit where the learner runs, before it is loaded.
 
     Returns a warning for one that fits only with gradient checkpointing and is trained without.
     """
     where = device(config)
     if (free_bytes := free_memory(where)) is None:
-        return None
+        return []
     rollout, optim = config.rollout, config.optim
     rollouts = -(-rollout.prompts_per_step * rollout.rollouts_per_prompt // optim.updates_per_epoch)
     longest = rollout.max_context
-    return refuse_too_large(
+    tight = refuse_too_large(
         model,
         free_bytes=free_bytes - _sampler_bytes(config, where),
         where="this machine" if where.type == "cpu" else str(where),
@@ -138,6 +138,7 @@ def check_memory(config: TrainerConfig, model: str) -> str | None:
         gradient_checkpointing=config.student.gradient_checkpointing,
         device=where,
     )
+    return [tight] if tight else []
 
 
 def _sampler_bytes(config: TrainerConfig, where: torch.device) -> float:

@@ -198,8 +198,7 @@ def _assemble(
     sampler = running.sampler if running else from_settings.sampler(config, start_from)
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), client, bars)
     state = checkpoints.train_state(config, learner, stream)
-    warned = checkpoints.warnings(config, learner, state, checkpoint)
-    for warning in [*([tight] if tight else []), *warned]:
+    for warning in [*tight, *checkpoints.warnings(config, learner, state, checkpoint)]:
         bars.console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
     recorder = Recorder(
         config.run.out,

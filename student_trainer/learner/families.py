@@ -8,9 +8,7 @@ state, head and transform against the model's own logits.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -114,11 +112,11 @@ def without_randomness(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def dropouts(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules that drop something in training mode."""
+def turn_dropout_off(model: nn.Module) -> None:
+    """Of modules with a rate of their own, which no config field names."""
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            yield module
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
 
 
 def check_family(model: PreTrainedModel) -> None:
@@ -203,7 +201,9 @@ def _repeated_heads(
     **options: Any,
 ) -> tuple[Tensor, None]:
     groups = getattr(module, "num_key_value_groups", 1)
-    plain = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+    # A module without groups, so that nothing is grouped again.
+    plain = nn.Identity()
+    plain.is_causal = getattr(module, "is_causal", True)
     found: tuple[Tensor, None] = sdpa_attention_forward(
         plain, query, repeat_kv(key, groups), repeat_kv(value, groups), mask, **options
     )

@@ -41,7 +41,7 @@ class LearnerMemory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return float(sum(getattr(self, field.name) for field in fields(self)))
 
     def __str__(self) -> str:
         terms = [
@@ -110,7 +110,7 @@ def _layer_bytes_per_token(
         found = 26 * hidden + 10 * inner + 10 * query + 10 * key
     if attention_for(config, "auto", dtype=dtype, device=device) == "eager":
         found += 12 * heads * longest  # the scores, before and after the softmax
-    return found
+    return float(found)
 
 
 def refuse_too_large(

@@ -279,6 +279,18 @@ def test_split_padding_and_order_leave_the_gradient_of_a_step_unchanged(
         assert gap <= (3e-6 if way == "wider" else 1e-6), f"{way}: {gap}"
 
 
+@pytest.mark.parametrize("max_tokens", [1, 12, 20, 33, 1000])
+def test_any_budget_of_tokens_gives_the_same_gradient(max_tokens: int) -> None:
+    model, divergence = tiny_student(), next(iter(DIVERGENCES.values()))
+    rng = np.random.default_rng(3)
+    shapes = [(3, 5), (1, 9), (6, 2), (2, 7), (4, 4)]
+    rollouts = [random_rollout(rng, num_prompt=p, num_response=r) for p, r in shapes]
+    whole = step_gradient(model, [collate(rollouts, CPU)], divergence, [])
+    parts = split_micro(rollouts, max_tokens)
+    found = step_gradient(model, [collate(part, CPU) for part in parts], divergence, [])
+    assert (found - whole).norm() <= 3e-6 * whole.norm()
+
+
 def test_recomputed_behavior_is_the_learners_at_the_temperature_of_the_rollout() -> None:
     model = tiny_student()
     rng = np.random.default_rng(0)

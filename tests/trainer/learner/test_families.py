@@ -14,7 +14,12 @@ from transformers import PreTrainedModel
 
 from student_trainer.errors import CheckpointError, ConfigError
 from student_trainer.learner import families
-from student_trainer.learner.families import attention_for, check_family, logit_transform
+from student_trainer.learner.families import (
+    attention_for,
+    check_family,
+    logit_transform,
+    turn_dropout_off,
+)
 from student_trainer.learner.head import LogitTransform
 from student_trainer.learner.student import Gathered, student_forward
 from student_trainer.pretrained import load_student
@@ -112,6 +117,12 @@ def test_checkpointing_gives_the_same_gradient(family: str, frozen: bool, tmp_pa
     assert len(left) > 10
     for name, tensor in left.items():
         torch.testing.assert_close(right[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_dropout_of_modules_is_off_too() -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Sequential(torch.nn.Dropout1d(0.1)))
+    turn_dropout_off(model)
+    assert torch.equal(model(torch.ones(1, 9, 9)), torch.ones(1, 9, 9))
 
 
 def test_transforms_of_the_families() -> None:

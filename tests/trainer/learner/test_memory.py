@@ -182,7 +182,7 @@ def test_a_run_is_refused_before_its_student_is_loaded(
 ) -> None:
     write_tiny_student(tmp_path)
     config = load_config(ROOT / "configs" / "trainer-demo.toml", ["student.device=cpu"])
-    assert from_settings.check_memory(config, str(tmp_path)) is None
+    assert from_settings.check_memory(config, str(tmp_path)) == []
     monkeypatch.setattr(from_settings, "free_memory", lambda device: 1.08e9)
     with pytest.raises(ConfigError, match=r"this machine has 0\.0 GB free"):
         from_settings.check_memory(config, str(tmp_path))
@@ -222,3 +222,24 @@ def test_a_configuration_states_the_memory_of_its_learner(path: Path) -> None:
     assert f"learner {found}" in text
     sampler = config.sampler.gpu_memory_utilization * 80e9  # type: ignore[union-attr]
     assert found.total + sampler < 78e9
+
+
+def test_the_table_of_the_docs_is_the_arithmetic() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if "| adamw" in line]
+    assert len(rows) == 12
+    for name, dtype, checkpointing, optimizer, *figures in rows:
+        found = learner_memory(
+            qwen3(name.lower()),
+            dtype=getattr(torch, dtype),
+            optimizer=optimizer,  # type: ignore[arg-type]
+            tokens=16384,
+            longest=16384,
+            gradient_checkpointing=checkpointing == "yes",
+            device=CUDA,
+        )
+        state = found.weights + found.gradients, found.optimizer
+        parts = (*state, found.activations, found.rounded_weights, found.total)
+        digits = (0, 1, 1, 1, 0)
+        expected = [f"{part / 1e9:.{n}f}" for part, n in zip(parts, digits, strict=True)]
+        assert figures == expected, name

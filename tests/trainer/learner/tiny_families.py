@@ -51,6 +51,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3",
         {"head_dim": 16, "sliding_window": WINDOW, "layer_types": SLIDING_AND_FULL},
     ),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 16, "sliding_window": WINDOW, "layer_types": SLIDING_AND_FULL},
+    ),
     "phi3": ("Phi3", {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attention_dropout": 0.1}),
     "granite": ("Granite", {"logits_scaling": 8.0, "embedding_multiplier": 12.0}),
     "cohere2": (
@@ -62,13 +66,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
 def tiny_config(family: str, **changes: Any) -> transformers.PretrainedConfig:
     """Of a family of FAMILIES."""
     name, own = FAMILIES[family]
-    prefix = "Gemma3Text" if name == "Gemma3" else name
-    config: transformers.PretrainedConfig = getattr(transformers, f"{prefix}Config")(
-        **SHAPE | own | changes
-    )
+    fields = SHAPE | own | changes
+    if family == "gemma3":  # with its vision tower around it
+        return transformers.Gemma3Config(
+            text_config=fields, vision_config=VISION, mm_tokens_per_image=4, image_token_index=95
+        )
+    prefix = "Gemma3Text" if family == "gemma3_text" else name
+    config: transformers.PretrainedConfig = getattr(transformers, f"{prefix}Config")(**fields)
     return config
 
 
