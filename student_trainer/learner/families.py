@@ -192,6 +192,14 @@ def _family(model: PreTrainedModel) -> str:
 REPEATED_HEADS = "sdpa_with_repeated_heads"
 
 
+class _WithoutGroups(nn.Module):
+    """In place of the attention's module, so that nothing is grouped again."""
+
+    def __init__(self, *, is_causal: bool) -> None:
+        super().__init__()
+        self.is_causal = is_causal
+
+
 def _repeated_heads(
     module: nn.Module,
     query: Tensor,
@@ -201,9 +209,7 @@ def _repeated_heads(
     **options: Any,
 ) -> tuple[Tensor, None]:
     groups = getattr(module, "num_key_value_groups", 1)
-    # A module without groups, so that nothing is grouped again.
-    plain = nn.Identity()
-    plain.is_causal = getattr(module, "is_causal", True)
+    plain = _WithoutGroups(is_causal=getattr(module, "is_causal", True))
     found: tuple[Tensor, None] = sdpa_attention_forward(
         plain, query, repeat_kv(key, groups), repeat_kv(value, groups), mask, **options
     )
