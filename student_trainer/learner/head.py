@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = {"cpu": (1024, 1024), "other": (4096, 4096)}
-"""Rows and ids of a block: 4 MiB of float32 logits, for a CPU's cache; 64 MiB for a GPU."""
+BLOCK = {"cpu": (512, 1024), "other": (4096, 4096)}
+"""Rows and ids of a block: 2 MiB of float32 logits, for a CPU's cache; 64 MiB for a GPU."""
 LOWEST = -1e4
 """Nats below the maximum of what counts as nought: a logit of -inf has no entropy, and no NaN."""
 
@@ -199,7 +199,8 @@ class _Blocks:
             logits = self._logits(hidden_rD, vocab)
             places, offsets = self._asked(i, j, logits.shape[1])
             picked_RN.view(-1)[places] = logits.view(-1)[offsets]
-            _add_block(peak_R[rows], total_R[rows], moment_R[rows], logits)
+            biased = self._head.bias_V is not None
+            _add_block_(peak_R[rows], total_R[rows], moment_R[rows], logits, may_be_nought=biased)
         log_total_R = total_R.log()
         lse_R = peak_R + log_total_R
         return picked_RN - lse_R.unsqueeze(1), lse_R, log_total_R - moment_R / total_R
@@ -232,13 +233,20 @@ class _Blocks:
                 _add_product(weight_grad_VD[vocab], gradient.T, hidden_rD)
 
 
-def _add_block(peak_r: Tensor, total_r: Tensor, moment_r: Tensor, logits: Tensor) -> None:
-    """Running softmax: sum of e = exp(logit - peak), and of e * (logit - peak), in place."""
+def _add_block_(
+    peak_r: Tensor, total_r: Tensor, moment_r: Tensor, logits: Tensor, *, may_be_nought: bool
+) -> None:
+    """Running softmax: sum of e = exp(logit - peak), and of e * (logit - peak).
+
+    In place, the logits too. They are -inf where a bias is, and only there.
+    """
     new_peak_r = torch.maximum(peak_r, logits.amax(1))
     shift_r = (peak_r - new_peak_r).clamp_(min=LOWEST)
     carried_r = total_r * shift_r.exp()
     moment_r.mul_(shift_r.exp()).add_(carried_r * shift_r)
-    below = (logits - new_peak_r.unsqueeze(1)).clamp_(min=LOWEST)
+    below = logits.sub_(new_peak_r.unsqueeze(1))
+    if may_be_nought:
+        below.clamp_(min=LOWEST)
     exps = below.exp()
     total_r.copy_(carried_r).add_(exps.sum(1))
     moment_r.add_(exps.mul_(below).sum(1))
