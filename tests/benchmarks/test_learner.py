@@ -40,6 +40,13 @@ def test_a_child_measures_and_an_arm_that_fails_says_why() -> None:
         asyncio.run(learner.measurement(["head", "--arm", "none"])(0))
 
 
+def test_the_head_never_holds_all_logits() -> None:
+    sizes = {"rows": 512, "vocab": 131_072, "hidden": 16}
+    found = learner_child.head("driftline", **sizes, device="cpu")  # type: ignore[arg-type]
+    all_logits_gib = 512 * 131_072 * 4 / 2**30
+    assert found["extra_gib"] < all_logits_gib / 4
+
+
 @pytest.mark.parametrize("arm", learner.LEARNERS)
 def test_a_whole_student_is_measured(arm: str) -> None:
     found = learner_child.learner(arm, sequences=2, tokens=32, shape="tiny", device="cpu")

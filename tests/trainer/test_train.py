@@ -382,6 +382,29 @@ def test_learning_is_the_same_whatever_the_micro_batch(
     assert moved > 1
 
 
+def test_learning_is_the_same_with_checkpointing_and_follows_it_in_bfloat16(
+    folder: Path, client: InMemoryClient
+) -> None:
+    results = []
+    for number, overrides in enumerate(
+        ([], ["student.gradient_checkpointing=true"], ["student.dtype=bfloat16"])
+    ):
+        config = configured(folder, *overrides, f"run.out={folder}/{number}")
+        with assembled(config) as run:
+            results.append(learnt(run, taken_by(run).rollouts))
+    plain, saving, rounded = results
+    start = tiny_student().state_dict()
+    for name, tensor in plain.items():
+        assert (saving[name] - tensor).abs().median() < 1e-6, name
+        assert rounded[name].dtype == torch.float32
+    exact, other = (
+        torch.cat([(result[name] - start[name]).flatten() for name in start])
+        for result in (plain, rounded)
+    )
+    assert torch.cosine_similarity(exact, other, dim=0) > 0.95
+    assert not torch.equal(exact, other)
+
+
 def test_gradient_is_a_mean_over_tokens_and_not_a_sum(folder: Path, client: InMemoryClient) -> None:
     config = configured(folder, "optim.updates_per_epoch=1")
     norms = []
