@@ -386,9 +386,8 @@ def test_learning_is_the_same_with_checkpointing_and_follows_it_in_bfloat16(
     folder: Path, client: InMemoryClient
 ) -> None:
     results = []
-    for number, overrides in enumerate(
-        ([], ["student.gradient_checkpointing=true"], ["student.dtype=bfloat16"])
-    ):
+    saves = "student.gradient_checkpointing=true"
+    for number, overrides in enumerate(([], [saves], [saves, "student.dtype=bfloat16"])):
         config = configured(folder, *overrides, f"run.out={folder}/{number}")
         with assembled(config) as run:
             results.append(learnt(run, taken_by(run).rollouts))
