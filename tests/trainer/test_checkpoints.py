@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,10 @@ def test_resumed_run_names_the_settings_that_changed_and_follows_them(
     said = " ".join(capsys.readouterr().out.split())
     named = "optim.learning_rate 0.003 -> 0.001, run.steps 2 -> 4 (settings "
     assert f"warning: these settings changed since step 2: {named}" in said
-    # Two updates a step; the cosine over eight updates is at nought after the last.
+    # Two updates a step, of eight by a cosine: that of the step's second one.
     rates = [step["learning_rate"] for step in records(config, "step")]
-    assert rates[2] == pytest.approx(0.001 * 0.5 * (1 + 2**-0.5 * -1), rel=1e-6)
-    assert rates[3] == pytest.approx(0.0, abs=1e-12)
+    assert rates[2] == pytest.approx(0.001 * 0.5 * (1 + math.cos(math.pi * 5 / 8)), rel=1e-6)
+    assert rates[3] == pytest.approx(0.001 * 0.5 * (1 + math.cos(math.pi * 7 / 8)), rel=1e-6)
 
 
 def test_fewer_steps_than_are_done_are_refused(folder: Path, client: InMemoryClient) -> None:
