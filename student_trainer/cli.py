@@ -23,7 +23,7 @@ from student_trainer.settings.reference import reference
 from student_trainer.settings.warnings import warnings
 from student_trainer.train_state import complete_checkpoints, step_of
 from teacher_wire import tracing
-from vllm_process.children import kill_children
+from vllm_process.children import kill_engines
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -147,7 +147,7 @@ def _train(arguments: argparse.Namespace) -> int:
             stop.say_last_words()
             return EXIT_TERMINATED
         finally:
-            kill_children()
+            kill_engines()
     return 0
 
 

@@ -34,14 +34,15 @@ def children_end_with_us() -> Iterator[None]:
         del os.environ[_VARIABLE]
 
 
-def kill_children() -> None:
-    """Ends at once what this process started through multiprocessing, a starting engine too.
+def kill_engines() -> None:
+    """Ends at once the engine cores that this process has, one that is starting too.
 
     For the end of a process: an engine core waits minutes for one that went while it started, since
     vLLM runs no plugin before it has shaken hands.
     """
     for child in multiprocessing.active_children():
-        child.kill()
+        if child.name.startswith("EngineCore"):
+            child.kill()
 
 
 def end_with_parent() -> None:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from vllm_process.children import kill_children
+from vllm_process.children import kill_engines
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 """What a shell reports for a process that SIGTERM ended."""
@@ -100,5 +100,5 @@ class StopRequest:
     def _out_of_time(self) -> None:
         with self._whole:
             self.say_last_words()
-            kill_children()
+            kill_engines()
             os._exit(EXIT_TERMINATED)

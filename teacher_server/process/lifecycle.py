@@ -16,7 +16,7 @@ from enum import Enum
 from typing import NoReturn
 
 from teacher_server.process import signals
-from vllm_process.children import kill_children
+from vllm_process.children import kill_engines
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Lifecycle:
 
 def leave(exit_code: int) -> NoReturn:
     """Ends the process without waiting for threads, and with it the processes it started."""
-    kill_children()
+    kill_engines()
     logging.shutdown()
     with suppress(OSError):  # a disk that is full
         sys.stdout.flush()

@@ -1,14 +1,19 @@
-"""transformers 5.19: Gemma 2 with sdpa, its default, has no soft-cap of the attention's scores.
-
-It says nothing.
-
-What is done: one small random Gemma 2 with `attn_logit_softcapping`, the same weights with sdpa and
-with eager attention. `Gemma2Attention` passes `softcap` on; `sdpa_attention_forward` takes it into
-its keyword arguments and does nothing with it.
-Seen: log-probs that differ by far more than rounding; without the cap both agree to 1e-5.
-Exits with 0 while that is so, with 1 when it changes.
-"""
-
+#!/usr/bin/env bash
+# transformers 5.19.0 with torch 2.13.0: Gemma 2 with sdpa, its default, has no soft-cap of the attention's
+# scores, and says nothing.
+#
+# What is done: one small random Gemma 2 with `attn_logit_softcapping`, the same weights with sdpa and with eager
+# attention. The model passes `softcap` on; the function of sdpa takes it into its keyword arguments and does
+# nothing with it.
+# Seen: log-probs that differ by 0.1 nats; without the cap both agree to 1e-5.
+# Exits with 0 while that is so, with 1 when it changes.
+set -euo pipefail
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$folder"
+python3 -m venv env
+env/bin/pip install -q --disable-pip-version-check torch==2.13.0 transformers==5.19.0 numpy
+cat >gap.py <<'PY'
 import sys
 
 import torch
@@ -42,3 +47,5 @@ def gap(cap: float | None) -> float:
 
 
 sys.exit(0 if gap(2.0) > 1e-3 and gap(None) < 1e-4 else 1)
+PY
+env/bin/python gap.py
