@@ -18,10 +18,16 @@ TEST_PROCESSES ?= $(if $(filter cuda,$(ACCELERATOR)),1,logical)
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --maxprocesses 4 --dist loadfile \
 	--no-loadscope-reorder
 
-.PHONY: demo test check faults try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
+.PHONY: demo demo-language test test-language check faults try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
+
+demo-language: $(VENV)/.language  ## distil a pruned SmolLM2-135M-Instruct: a real model, in half an hour
+	$(BIN)/python -m examples.language
+
+test-language: $(VENV)/.language  ## the same in three steps, on fewer prompts: does it move the right way
+	$(BIN)/python -m pytest -q tests/language/try_language.py
 
 test: setup  ## the whole test suite, a process a core (at most 4)
 	$(PYTEST)
@@ -84,6 +90,10 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml proto/pyproject.toml scripts/setup_venv.py
 	$(PYTHON) scripts/setup_venv.py --venv $(VENV) --accelerator $(ACCELERATOR) \
 	    --torch-index "$(TORCH_INDEX)" --installer $(INSTALLER)
+	touch $@
+
+$(VENV)/.language: $(VENV)/.ready
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet -e ".[language]"
 	touch $@
 
 clean:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+READY_FILE = "teacher.ready.json"
 TRAINER_CONFIG = ROOT / "configs" / "trainer-demo.toml"
 TEACHER_CONFIG = ROOT / "configs" / "teacher-demo.toml"
 START_TIMEOUT_S = 600.0
@@ -45,15 +46,31 @@ def main() -> int:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored in a shell's background
-        signal.signal(number, _interrupt)
     console.print(WHAT_COMES, highlight=False, soft_wrap=True)
     console.print(f"logs: {out}/teacher.log and trainer.log", highlight=False, soft_wrap=True)
-    overrides = [f"run.out={out}", *arguments.set]
-    try:
+    command = [sys.executable, "-m", "examples.demo_trainer"]
+    command += ["--teacher-ready-file", str(out / READY_FILE)]
+    command += [part for each in (f"run.out={out}", *arguments.set) for part in ("--set", each)]
+
+    def distil() -> None:
         with starting_teacher(out) as teacher:
-            _train(teacher, overrides, out / "trainer.log")
+            trained_beside(teacher, command, out / "trainer.log")
             console.print("ending the teacher server", highlight=False)
+
+    if code := exit_code_of(distil, console):
+        return code
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    console.print(f"trained student: {out / 'student'}", highlight=False, soft_wrap=True)
+    console.print(f"whole demo: {minutes} min {seconds} s", highlight=False)
+    return 0
+
+
+def exit_code_of(work: Callable[[], None], console: Console) -> int:
+    """0 when it has been done; Ctrl-C, SIGTERM and DemoError end it with a line and another code."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored in a shell's background
+        signal.signal(number, _interrupt)
+    try:
+        work()
     except KeyboardInterrupt:
         console.print("interrupted; everything that was started has been ended")
         return 130
@@ -62,9 +79,6 @@ def main() -> int:
         return 1
     finally:
         console.show_cursor()  # a trainer that was ended while it drew bars has left it hidden
-    minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    console.print(f"trained student: {out / 'student'}", highlight=False, soft_wrap=True)
-    console.print(f"whole demo: {minutes} min {seconds} s", highlight=False)
     return 0
 
 
@@ -95,11 +109,13 @@ class Teacher:
 
 
 @contextmanager
-def starting_teacher(out: Path, flags: Sequence[str] = ()) -> Iterator[Teacher]:
-    """The playground's teacher on free loopback ports, with further flags; not ready yet."""
-    ready_file, log_file = out / "teacher.ready.json", out / "teacher.log"
+def starting_teacher(
+    out: Path, flags: Sequence[str] = (), *, config: Path = TEACHER_CONFIG
+) -> Iterator[Teacher]:
+    """A teacher on free loopback ports, with further flags; the playground's. Not ready yet."""
+    ready_file, log_file = out / READY_FILE, out / "teacher.log"
     ready_file.unlink(missing_ok=True)
-    command = [str(BIN / "teacher-server"), "serve", "--config", str(TEACHER_CONFIG)]
+    command = [str(BIN / "teacher-server"), "serve", "--config", str(config)]
     command += ["--ready-file", str(ready_file), "--grpc-port", "0", "--http-port", "0"]
     # Two engines on one machine: each has its own core, or every step of one waits for the other.
     command += ["--cpu-cores", str((os.cpu_count() or 1) - 1), *flags]
@@ -113,13 +129,18 @@ def starting_teacher(out: Path, flags: Sequence[str] = ()) -> Iterator[Teacher]:
 @contextmanager
 def teacher_server(out: Path, console: Console, flags: Sequence[str] = ()) -> Iterator[str]:
     """The same, waited for; yields its address."""
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn()
     with starting_teacher(out, flags) as teacher:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            progress.add_task("teacher server: loading and self-test", total=None)
-            while not teacher.ready():
-                time.sleep(POLL_S)
-        yield address_in(teacher.ready_file)
+        yield address_once_ready(teacher, console)
+
+
+def address_once_ready(teacher: Teacher, console: Console) -> str:
+    """Where it is reached by gRPC, once it serves. Raises DemoError."""
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        progress.add_task("teacher server: loading and self-test", total=None)
+        while not teacher.ready():
+            time.sleep(POLL_S)
+    return address_in(teacher.ready_file)
 
 
 def address_in(ready_file: Path) -> str:
@@ -128,11 +149,8 @@ def address_in(ready_file: Path) -> str:
     return address
 
 
-def _train(teacher: Teacher, overrides: Sequence[str], log_file: Path) -> None:
-    """The trainer, from its start to its end, for as long as the teacher is there."""
-    command = [sys.executable, "-m", "examples.demo_trainer"]
-    command += ["--teacher-ready-file", str(teacher.ready_file)]
-    command += [part for override in overrides for part in ("--set", override)]
+def trained_beside(teacher: Teacher, command: Sequence[str], log_file: Path) -> None:
+    """A trainer, from its start to its end, for as long as the teacher is there."""
     # What libraries say on stderr goes to the log.
     with log_file.open("w") as log, process(command, stderr=log) as trainer:
         while trainer.poll() is None:

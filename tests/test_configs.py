@@ -30,7 +30,10 @@ from tests.trainer.learner.tiny_student import character_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = sorted((ROOT / "configs").glob("trainer-*.toml"))
 TEACHERS = sorted((ROOT / "configs").glob("teacher-*.toml"))
-TEACHER_OF = {"trainer-demo.toml": "teacher-demo.toml"}
+TEACHER_OF = {
+    "trainer-demo.toml": "teacher-demo.toml",
+    "trainer-language.toml": "teacher-language.toml",
+}
 """Which teacher a trainer was written for, where it is not that of the papers' experiments."""
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
@@ -99,7 +102,7 @@ def test_the_data_of_a_configuration_is_here_or_described(path: Path) -> None:
             continue
         assert f"`configs/{path.name}`" in DATA or f"`{path.name}`" in DATA
         assert re.search(rf"^## .*{re.escape(name.name)}", DATA, re.MULTILINE)
-        if not (ROOT / name).is_file():
+        if not (ROOT / name).is_file() and name.parts[0] != "runs":
             assert f'open("{name}", "w", encoding="utf-8")' in DATA
 
 
