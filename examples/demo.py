@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def exit_code_of(work: Callable[[], None], console: Console) -> int:
-    """0 when it has been done; Ctrl-C, SIGTERM and DemoError end it with a line and another code."""
+    """0 when it is done; Ctrl-C, SIGTERM and DemoError end it with a line and another code."""
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored in a shell's background
         signal.signal(number, _interrupt)
     try:

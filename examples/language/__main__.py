@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "language")
     parser.add_argument("--set", action="append", default=[], help="trainer setting, key=value")
     parser.add_argument("--part", choices=["heldout", "tune"], default="heldout")
+    parser.add_argument("--prepare", action="store_true", help="models and prompts, no more")
     parser.add_argument("--prompts", type=int, help="measure on so many of them only")
     arguments = parser.parse_args()
     console = Console()
@@ -48,9 +49,10 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     """Every stage, in order. Raises DemoError."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise DemoError(f"{', '.join(missing)}: not installed; `make demo-language` does that")
+    from transformers.utils import logging
+
     from examples.language import report, stages
     from student_trainer.settings.config import load_config
-    from transformers.utils import logging
 
     logging.disable_progress_bar()
     out: Path = arguments.out
@@ -71,6 +73,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     )
     out.mkdir(parents=True, exist_ok=True)
     stages.prepared(plan, console)
+    if arguments.prepare:
+        return
     teacher = stages.measured(plan, console, "teacher", plan.teacher)
     before = stages.measured(plan, console, "before", plan.student)
     console.print(report.table(teacher, before, before))

@@ -108,7 +108,9 @@ def markdown(teacher: dict[str, Any], before: dict[str, Any], after: dict[str, A
         for name, title in ROWS.items():
             values = [f"{figures[name]:.3f}" for figures in of]
             if name == "reverse_kl":
-                values = [f"{figures[name]:.2f} ± {figures['reverse_kl_error']:.2f}" for figures in of]
+                values = [
+                    f"{figures[name]:.2f} ± {figures['reverse_kl_error']:.2f}" for figures in of
+                ]
             lines.append(f"| {title} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
 

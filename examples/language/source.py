@@ -94,8 +94,8 @@ def check_digest(path: Path, sha256: str) -> None:
             digest.update(part)
     if digest.hexdigest() != sha256:
         raise DemoError(
-            f"{path}: the sha256 is {digest.hexdigest()}, must be {sha256}; remove the file, and if "
-            "it comes again the package is not the one that this was written for"
+            f"{path}: the sha256 is {digest.hexdigest()}, must be {sha256}; remove it, and if it "
+            "comes again the package is not the one that this was written for"
         )
 
 

@@ -76,14 +76,16 @@ def prepared(plan: Plan, console: Console) -> None:
     made_of = {"kept": NUM_KEPT, **CALIBRATION}
     path = plan.out / "pruning.json"
     if not plan.student.is_dir() or _made(path, made_of) is None:
-        with waiting(console, f"student: {NUM_KEPT} of its layers, chosen on the teacher's answers"):
+        with waiting(
+            console, f"student: {NUM_KEPT} of its layers, chosen on the teacher's answers"
+        ):
             _write(path, made_of, _prune(plan))
     written = json.loads(path.read_text())
-    left_out = ", ".join(map(str, written["left_out"]))
+    left_out, changes = ", ".join(map(str, written["left_out"])), written["changes_left_out"]
     console.print(
         f"student: {written['parameters'] / 1e6:.1f} M parameters, without layers {left_out} "
-        f"(change of the residual stream {written['changes_left_out'][0]:.3f} to "
-        f"{written['changes_left_out'][-1]:.3f}; of those kept {written['least_kept']:.3f} or more)",
+        f"(change of the residual stream {changes[0]:.3f} to {changes[-1]:.3f}; of those kept "
+        f"{written['least_kept']:.3f} or more)",
         highlight=False,
         soft_wrap=True,
     )

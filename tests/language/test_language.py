@@ -26,7 +26,9 @@ from student_trainer.records import Prompt
 from tests.trainer.learner.tiny_student import character_tokenizer
 
 END, NUM_LAYERS = 1, 5
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
 BYTES = sorted(set(re.findall(".", "".join(map(chr, [*range(33, 127), *range(161, 173)])))))
 TOKENS = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", *BYTES, "Ġ", "Ċ", "ĠĠ", "ĊĊ", "12", "ab"]
 
@@ -139,9 +141,12 @@ def test_a_converted_tokenizer_splits_digits_and_keeps_template_and_special_toke
     pieces = tokenizer.convert_ids_to_tokens(ids)
     # GPT-2's rules alone would make one token of 12, and two of the newlines before a digit.
     assert pieces == ["ab", "Ġ", "1", "2", "ĊĊ", "1", "<|im_end|>"]
-    assert ids == Tokenizer.from_file(str(converted / "tokenizer.json")).encode(
-        "ab 12\n\n1<|im_end|>", add_special_tokens=False
-    ).ids
+    assert (
+        ids
+        == Tokenizer.from_file(str(converted / "tokenizer.json"))
+        .encode("ab 12\n\n1<|im_end|>", add_special_tokens=False)
+        .ids
+    )
     assert tokenizer.decode(ids) == "ab 12\n\n1<|im_end|>"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "ab 12\n\n1"
     assert tokenizer.eos_token_id == END
@@ -166,7 +171,7 @@ def test_a_file_of_another_digest_is_refused_with_both(tmp_path: Path) -> None:
     (tmp_path / source.GGUF_NAME).write_bytes(b"weights")
     right = sha256(b"weights").hexdigest()
     source.check_digest(tmp_path / source.GGUF_NAME, right)
-    with pytest.raises(DemoError, match=f"{right}, must be {source.GGUF_SHA256}; remove the file"):
+    with pytest.raises(DemoError, match=f"{right}, must be {source.GGUF_SHA256}; remove it"):
         source.fetch(tmp_path)
 
 
@@ -212,7 +217,9 @@ def test_the_change_of_a_layer_is_of_the_positions_that_count() -> None:
     assert changes[1] == pytest.approx(1.0 - float(cosine.mean()), abs=1e-5)
 
 
-def answer(response: list[int], *, prompt: list[int] | None = None, **more: Any) -> measuring.Response:
+def answer(
+    response: list[int], *, prompt: list[int] | None = None, **more: Any
+) -> measuring.Response:
     fields = {"prompt_id": "p", "sample": 0, "ended": False, **more}
     return measuring.Response(prompt_ids=prompt or [5, 6, 7], response_ids=response, **fields)
 
@@ -225,7 +232,9 @@ def test_compared_positions_equal_the_definition_written_out() -> None:
     for place, token in enumerate(response):
         with torch.no_grad():
             p, q = (
-                torch.softmax(model(torch.tensor([prefix])).logits[0, -1].double() / temperature, -1)
+                torch.softmax(
+                    model(torch.tensor([prefix])).logits[0, -1].double() / temperature, -1
+                )
                 for model in (student, teacher)
             )
         kl = sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p, q, strict=True))
@@ -250,14 +259,18 @@ def test_a_model_against_itself_differs_in_nothing() -> None:
 def test_sampled_answers_stop_at_the_end_token_and_repeat_by_seed() -> None:
     model, tokenizer = llama(), character_tokenizer()
     prompts = [
-        Prompt(prompt_id=str(n), text="", token_ids=np.arange(2, 4 + n, dtype=np.int32), answer=None)
+        Prompt(
+            prompt_id=str(n), text="", token_ids=np.arange(2, 4 + n, dtype=np.int32), answer=None
+        )
         for n in range(6)
     ]
     options: dict[str, Any] = {"num_samples": 3, "max_tokens": 12, "temperature": 1.5}
     first = measuring.sampled(model, tokenizer, prompts, seed=3, **options)
     assert first == measuring.sampled(model, tokenizer, prompts, seed=3, **options)
     assert first != measuring.sampled(model, tokenizer, prompts, seed=4, **options)
-    assert [(r.prompt_id, r.sample) for r in first] == [(str(n), s) for n in range(6) for s in range(3)]
+    assert [(r.prompt_id, r.sample) for r in first] == [
+        (str(n), s) for n in range(6) for s in range(3)
+    ]
     assert {r.ended for r in first} == {True, False}
     for response in first:
         assert response.prompt_ids == prompts[int(response.prompt_id)].token_ids.tolist()
