@@ -25,7 +25,7 @@ from student_trainer.data import load_prompts
 from student_trainer.pretrained import load_tokenizer
 from student_trainer.records import Prompt
 from student_trainer.settings.config import TrainerConfig
-from student_trainer.train_state import checkpoints
+from student_trainer.train_state import complete_checkpoints
 
 NUM_KEPT = 24
 """Of the teacher's 30 layers: the student writes broken sentences, and no layer more is needed."""
@@ -213,7 +213,7 @@ def train(plan: Plan, console: Console) -> None:
         overrides = [*plan.overrides, f'teacher.endpoints=["{address}"]']
         command = [str(BIN / "student-trainer"), "train", "--config", str(plan.config_file)]
         command += [part for override in overrides for part in ("--set", override)]
-        command += ["--resume"] * any(checkpoints(run / "checkpoints"))
+        command += ["--resume"] * any(complete_checkpoints(run / "checkpoints"))
         trained_beside(teacher, command, plan.out / "trainer.log")
         console.print("ending the teacher server", highlight=False)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)  # a gigabyte that nobody goes on from
