@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -78,12 +79,14 @@ class Figures:
     loop_rate: float
     """Share of a response's tokens in a loop, mean over responses: student_trainer's definition."""
     repeated_rate: float
-    """Share of a response's runs of REPEATED_GRAM tokens that it has said before, mean over those
-    responses that have one."""
+    """Share of the tokens that end a run of REPEATED_GRAM tokens said before, mean over responses;
+    of longer ones more, so models of other lengths are compared by `at_positions_of`."""
     num_responses: int
     num_tokens: int
     overlap_by_position: list[float]
     """Mean overlap at each position, over the responses that reach it."""
+    repeated_by_position: list[float]
+    """Share of those whose last REPEATED_GRAM tokens stand earlier in the same response."""
     responses_by_position: list[int]
 
     def values(self) -> dict[str, Any]:
@@ -174,32 +177,56 @@ def figures(responses: Sequence[Response], compared: Sequence[Positions]) -> Fig
     """Sums up responses and what was compared at their tokens."""
     names = [field.name for field in fields(Positions)]
     joined = {name: torch.cat([getattr(p, name) for p in compared]) for name in names}
-    longest = max(len(p.overlap) for p in compared)
-    sums, counts = np.zeros(longest), np.zeros(longest, np.int64)
-    for p in compared:
-        sums[: len(p.overlap)] += p.overlap.numpy()
-        counts[: len(p.overlap)] += 1
     ids = [np.asarray(response.response_ids, np.int32) for response in responses]
-    repeated = [rate for row in ids if (rate := repeated_grams(row)) is not None]
+    repeated = [repeats(row) for row in ids]
     return Figures(
         **{name: float(values.double().mean()) for name, values in joined.items()},
         reverse_kl_error=_error(responses, [p.reverse_kl for p in compared]),
         length=float(np.mean([len(row) for row in ids])),
         end_rate=float(np.mean([response.ended for response in responses])),
         loop_rate=float(np.mean([repetition_rate(row) for row in ids])),
-        repeated_rate=float(np.mean(repeated)) if repeated else 0.0,
+        repeated_rate=float(np.mean([row.mean() for row in repeated])),
         num_responses=len(responses),
         num_tokens=len(joined["overlap"]),
-        overlap_by_position=[round(float(value), 4) for value in sums / counts],
-        responses_by_position=counts.tolist(),
+        overlap_by_position=_by_position([p.overlap.numpy() for p in compared]),
+        repeated_by_position=_by_position(repeated),
+        responses_by_position=[
+            sum(len(row) > position for row in ids) for position in range(max(map(len, ids)))
+        ],
     )
 
 
-def repeated_grams(ids: np.ndarray) -> float | None:
-    """Share of the runs of REPEATED_GRAM tokens that stand earlier in the same response; None for
-    a response too short to have two."""
-    grams = [tuple(ids[i : i + REPEATED_GRAM]) for i in range(len(ids) - REPEATED_GRAM + 1)]
-    return 1.0 - len(set(grams)) / len(grams) if len(grams) > 1 else None
+def repeats(ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """[T] True where the last REPEATED_GRAM tokens stand earlier in the same response."""
+    said, found = set(), np.zeros(len(ids), np.bool_)
+    for end in range(REPEATED_GRAM, len(ids) + 1):
+        gram = tuple(ids[end - REPEATED_GRAM : end].tolist())
+        found[end - 1] = gram in said
+        said.add(gram)
+    return found
+
+
+def at_positions_of(
+    weights: Sequence[int], by_position: Sequence[float], responses: Sequence[int]
+) -> float:
+    """A rate by position as the mean that it would have with another model's lengths.
+
+    Args:
+        weights: how many of that model's responses reach each position.
+        by_position: the rate at each position.
+        responses: how many responses it is of; positions that none reaches count nowhere.
+    """
+    both = min(len(weights), len(responses))
+    return float(np.average(by_position[:both], weights=weights[:both]))
+
+
+def _by_position(rows: Sequence[NDArray[Any]]) -> list[float]:
+    """Mean at each position over the rows that reach it."""
+    sums, counts = np.zeros(max(map(len, rows))), np.zeros(max(map(len, rows)))
+    for row in rows:
+        sums[: len(row)] += row
+        counts[: len(row)] += 1
+    return [round(float(value), 4) for value in sums / counts]
 
 
 def _error(responses: Sequence[Response], values: Sequence[Tensor]) -> float:

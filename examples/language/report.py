@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from examples.language.measuring import at_positions_of
+
 NUM_PAIRS = 10
 PAIRS_SEED = 0
 BAND_TOKENS = 4
@@ -28,8 +30,32 @@ ROWS = {
     "length": "tokens of a response",
     "end_rate": "ended by itself",
     "repeated_rate": "repeated runs of four tokens",
+    "repeated_alike": "the same, at the lengths of before",
     "loop_rate": "tokens in a loop",
 }
+
+
+Models = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+"""What was measured of the teacher, of the untrained and of the trained student."""
+
+
+def with_rates_alike(teacher: Any, before: Any, after: Any) -> Models:
+    """The same with `repeated_alike`: repetition at the lengths of the untrained student's answers.
+
+    A text repeats more the longer it is, and the untrained student stops after a few words.
+    """
+    made = []
+    for model in (teacher, before, after):
+        groups = {}
+        for group, figures in model["figures"].items():
+            rate = at_positions_of(
+                before["figures"][group]["responses_by_position"],
+                figures["repeated_by_position"],
+                figures["responses_by_position"],
+            )
+            groups[group] = {**figures, "repeated_alike": rate}
+        made.append({**model, "figures": groups})
+    return made[0], made[1], made[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +91,10 @@ def verdicts(
             lambda old, new, own: new > old,
         ),
         "end_rate": ("the share that ends by itself is nearer to the teacher's", nearer),
-        "repeated_rate": ("repetition is nearer to the teacher's", nearer),
+        "repeated_alike": (
+            "it repeats itself less, at the lengths of before",
+            lambda old, new, own: new < old,
+        ),
     }
     found = []
     for name, (claim, test) in tests.items():

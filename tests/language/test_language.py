@@ -302,14 +302,22 @@ def test_figures_are_means_over_tokens_and_over_responses() -> None:
     assert found.responses_by_position == [3, 2, 2] + [1] * 37
     assert found.overlap_by_position[:3] == [pytest.approx(1 / 3, abs=1e-4), 0.5, 0.625]
     assert found.loop_rate == pytest.approx((39 / 40) / 3)
-    assert found.repeated_rate == pytest.approx(36 / 37)  # the others are too short for two runs
+    assert found.repeated_rate == pytest.approx(36 / 40 / 3)
+    assert found.repeated_by_position == [0.0] * 4 + [1.0] * 36
     assert found.reverse_kl_error > 0
 
 
 def test_repeated_runs_are_those_that_were_said_before() -> None:
-    assert measuring.repeated_grams(np.array([1, 2, 3, 4])) is None
-    assert measuring.repeated_grams(np.array([1, 2, 3, 4, 5])) == 0.0
-    assert measuring.repeated_grams(np.array([1, 2, 3, 4, 1, 2, 3, 4])) == pytest.approx(1 / 5)
+    assert measuring.repeats(np.array([1, 2, 3], np.int32)).tolist() == [False] * 3
+    ids = np.array([1, 2, 3, 4, 1, 2, 3, 4, 1, 9], np.int32)
+    assert np.flatnonzero(measuring.repeats(ids)).tolist() == [7, 8]
+
+
+def test_a_rate_is_compared_at_the_lengths_of_another_model() -> None:
+    by_position, responses = [0.0, 0.2, 0.6], [4, 4, 1]
+    assert measuring.at_positions_of([4, 4, 1], by_position, responses) == pytest.approx(1.4 / 9)
+    assert measuring.at_positions_of([2, 1], by_position, responses) == pytest.approx(0.2 / 3)
+    assert measuring.at_positions_of([1, 1, 1, 5], by_position, responses) == pytest.approx(0.8 / 3)
 
 
 def test_instructions_are_prompts_and_no_part_has_anothers() -> None:
@@ -347,10 +355,10 @@ def measured(**figures: float) -> dict[str, Any]:
 
 
 def test_a_verdict_is_about_half_of_the_kl_and_about_nearness_to_the_teacher() -> None:
-    teacher = measured(reverse_kl=0.0, teacher_logprob=-1.0, end_rate=0.4, repeated_rate=0.05)
-    before = measured(reverse_kl=2.0, teacher_logprob=-4.0, end_rate=0.9, repeated_rate=0.0)
-    good = measured(reverse_kl=1.0, teacher_logprob=-3.0, end_rate=0.2, repeated_rate=0.08)
-    bad = measured(reverse_kl=1.01, teacher_logprob=-4.0, end_rate=0.9, repeated_rate=0.10)
+    teacher = measured(reverse_kl=0.0, teacher_logprob=-1.0, end_rate=0.4, repeated_alike=0.01)
+    before = measured(reverse_kl=2.0, teacher_logprob=-4.0, end_rate=0.9, repeated_alike=0.05)
+    good = measured(reverse_kl=1.0, teacher_logprob=-3.0, end_rate=0.2, repeated_alike=0.04)
+    bad = measured(reverse_kl=1.01, teacher_logprob=-4.0, end_rate=0.9, repeated_alike=0.05)
     assert [v.holds for v in report.verdicts(teacher, before, good)] == [True] * 4
     assert [v.holds for v in report.verdicts(teacher, before, bad)] == [False] * 4
 
