@@ -26,6 +26,8 @@ BIN = Path(sys.executable).parent
 READY_FILE = "teacher.ready.json"
 TRAINER_CONFIG = ROOT / "configs" / "trainer-demo.toml"
 TEACHER_CONFIG = ROOT / "configs" / "teacher-demo.toml"
+OUT = ROOT / "runs" / "demo"
+"""The demo's own folder: each takes the place of the one before."""
 START_TIMEOUT_S = 600.0
 """For a start that hangs, on a busy machine too; one that fails is noticed at once."""
 STOP_TIMEOUT_S = 20.0
@@ -39,7 +41,7 @@ Both engines start (40 s); then an evaluation, 16 steps with three more, and a l
 def main() -> int:
     """Runs the demo; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo")
+    parser.add_argument("--out", type=Path, default=OUT, help="an earlier run there is refused")
     parser.add_argument("--set", action="append", default=[], help="trainer setting, key=value")
     arguments = parser.parse_args()
     console = Console()
@@ -51,6 +53,7 @@ def main() -> int:
     command = [sys.executable, "-m", "examples.demo_trainer"]
     command += ["--teacher-ready-file", str(out / READY_FILE)]
     command += [part for each in (f"run.out={out}", *arguments.set) for part in ("--set", each)]
+    command += ["--overwrite"] * (out == OUT)
 
     def distil() -> None:
         with starting_teacher(out) as teacher:

@@ -38,24 +38,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--set", action="append", default=[], help="trainer setting, key=value")
     parser.add_argument("--teacher-ready-file", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true")
     arguments = parser.parse_args(argv)
     try:
-        out = distil(arguments.set, arguments.teacher_ready_file, Console())
+        out = distil(
+            arguments.set, arguments.teacher_ready_file, Console(), overwrite=arguments.overwrite
+        )
         return report(out)
     except (TrainerError, TeacherError, AccessError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
 
 
-def distil(overrides: list[str], teacher_ready_file: Path, console: Console) -> Path:
+def distil(
+    overrides: list[str], teacher_ready_file: Path, console: Console, *, overwrite: bool
+) -> Path:
     """Trains; returns the run's folder. Raises TrainerError and TeacherError."""
     with ExitStack() as stack:
         with waiting(console, "sampler: loading vLLM and the student"):
             from student_trainer.assembly.run import assembled, running_sampler
+            from student_trainer.recording.run_folder import refuse_occupied
             from student_trainer.settings.config import load_config
             from student_trainer.train import train
 
             config = load_config(TRAINER_CONFIG, overrides)
+            refuse_occupied(config.run.out, overwrite=overwrite)
             running = stack.enter_context(running_sampler(config, config.student.model))
         with waiting(console, "teacher server: loading and self-test"):
             while not teacher_ready_file.exists():
@@ -64,7 +71,7 @@ def distil(overrides: list[str], teacher_ready_file: Path, console: Console) -> 
         config = load_config(TRAINER_CONFIG, [*overrides, endpoint])
         # A run has files to remove; what only loads may be ended as it is.
         signal.signal(signal.SIGTERM, _interrupt)
-        with assembled(config, running=running) as run:
+        with assembled(config, overwrite=overwrite, running=running) as run:
             measuring = run.running.loop.start(
                 asyncio.to_thread(teacher_accuracy, run.problems.heldout)
             )

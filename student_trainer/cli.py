@@ -1,4 +1,4 @@
-"""`student-trainer train | eval | report | show-config | settings | check-loss`."""
+"""`student-trainer train | eval | report | push | show-config | settings | check-loss`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,27 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="distil a student", description=TRAIN)
     _config_arguments(train)
-    train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    start = train.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_auto,
+        metavar="auto",
+        help="go on from the run's last checkpoint; `auto`: begin where there is none",
+    )
+    start.add_argument(
+        "--overwrite", action="store_true", help="delete the earlier run in run.out and begin again"
+    )
+    train.add_argument(
+        "--accept-changes",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="setting, or group of settings, that may change on a resume although it changes what "
+        "is learnt; may be repeated",
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("eval", help="exact match and pass@k of a checkpoint")
@@ -98,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
+    push = commands.add_parser("push", help="upload the trained student to a hub")
+    push.add_argument("folder", type=Path, help="the run's folder")
+    push.add_argument("--repo", required=True, metavar="ORG/NAME", help="made where there is none")
+    push.add_argument("--private", action="store_true", help="if it is made")
+    push.set_defaults(run=_push)
+
     show = commands.add_parser("show-config", help="the resolved configuration as JSON")
     _config_arguments(show)
     show.set_defaults(run=_show_config)
@@ -111,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("section", nargs="?", default="", help="such as budget or rollout.top_p")
     settings.set_defaults(run=_settings)
     return parser
+
+
+def _auto(text: str) -> str:
+    if text != "auto":
+        raise argparse.ArgumentTypeError(f"takes nothing or `auto`, not {text!r}")
+    return text
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +174,7 @@ def _train(arguments: argparse.Namespace) -> int:
     stop = StopRequest()
     with stop.on_sigterm(lambda: _last_words(config, arguments)):
         try:
-            _train_until_stopped(config, arguments.resume, stop)
+            _train_until_stopped(config, arguments, stop)
         except Stopped:
             stop.say_last_words()
             return EXIT_TERMINATED
@@ -151,13 +183,21 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _train_until_stopped(config: TrainerConfig, resume: bool, stop: StopRequest) -> None:
+def _train_until_stopped(
+    config: TrainerConfig, arguments: argparse.Namespace, stop: StopRequest
+) -> None:
     with stop.may_give_up():
         _quiet_libraries()
         from student_trainer.assembly.run import assembled
         from student_trainer.train import train
 
-    with assembled(config, resume=resume, stop=stop) as run:
+    with assembled(
+        config,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        accept_changes=arguments.accept_changes,
+        stop=stop,
+    ) as run:
         try:
             train(run)
         except Stopped:
@@ -169,9 +209,14 @@ def _train_until_stopped(config: TrainerConfig, resume: bool, stop: StopRequest)
 def _last_words(config: TrainerConfig, arguments: argparse.Namespace) -> str:
     """How far a run that SIGTERM ended is saved, and the command that goes on."""
     saved = complete_checkpoints(config.run.checkpoints)
-    command = shlex.join(
-        [*arguments.command, *["--resume"] * (not arguments.resume and any(saved))]
-    )
+    words = list(arguments.command)
+    if saved and not arguments.resume:
+        # A prefix of the flag is the flag.
+        words = [
+            word for word in words if not (word[:4] == "--ov" and "--overwrite".startswith(word))
+        ]
+        words.append("--resume")
+    command = shlex.join(words)
     if not saved:
         return f"SIGTERM: no finished step is saved; the run begins again with\n  {command}"
     done, planned = step_of(saved[-1]), config.run.steps
@@ -223,6 +268,13 @@ def _report(arguments: argparse.Namespace) -> int:
         console.print(line, style="yellow", highlight=False, markup=False)
     console.print(f"{write_summary(arguments.folder, summary)}", highlight=False)
     console.print(f"{draw(arguments.folder, summary)}", highlight=False)
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from student_trainer.hub import push
+
+    print(push(arguments.folder, arguments.repo, private=arguments.private))
     return 0
 
 

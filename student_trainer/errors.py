@@ -4,6 +4,7 @@ TrainerError
 ├── ConfigError       a setting is unknown, out of range, or does not fit another one
 ├── LossError         a loss of your own cannot be imported, or breaks a law
 ├── CheckpointError   a checkpoint does not exist, cannot be loaded or cannot be written
+├── HubError          a student cannot be uploaded to a hub
 ├── DatasetError      a dataset does not exist, or a line of it is malformed
 ├── SamplerError      the generating engine does not start, or has died
 ├── WeightSyncError   the sampler's log-probs differ from the learner's after a sync
@@ -27,6 +28,10 @@ class LossError(TrainerError, ValueError):
 
 class CheckpointError(TrainerError, OSError):
     """A checkpoint does not exist, cannot be loaded or cannot be written."""
+
+
+class HubError(TrainerError, RuntimeError):
+    """A student cannot be uploaded to a hub."""
 
 
 class DatasetError(TrainerError, ValueError):

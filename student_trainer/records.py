@@ -125,3 +125,17 @@ class Rollout:
     def overshoot_tokens(self) -> int:
         """Tokens generated past the point where the drift policy stopped the rollout."""
         return self.num_generated - len(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFormat:
+    """How the learner's weights are written for a sampler."""
+
+    dtype: str | None = None
+    """Of the parameters, such as "bfloat16"; None leaves them as the learner has them."""
+    with_tied_head: bool = True
+    """Whether a head that is the embedding is written a second time."""
+
+
+AS_LEARNT = WeightFormat()
+"""As the learner has them, every name."""

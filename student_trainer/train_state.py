@@ -6,12 +6,10 @@ that half loads. Old ones go after the new one is there. Knows no part: each has
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,6 +20,8 @@ from student_trainer.process.writing import writing_to
 
 STATE_FILE = "trainer_state.pt"
 REMEDY = "make room or choose another run.out; `train --resume` goes on from the last whole one"
+MAX_SHARE = 1 / 20
+"""Of the wall time, for checkpoints that come by the clock."""
 PROBE_BYTES = 64 << 20
 SLOWEST_DISK = 10 << 20
 """Bytes a second that any disk manages: below what this writes in time nothing is measured."""
@@ -49,7 +49,7 @@ class TrainState:
         parts: Mapping[str, Part],
         settings: Mapping[str, str],
     ) -> None:
-        """`settings` are those that determine a run, by their dotted names."""
+        """`settings` of the run, by their dotted names, are kept for whoever goes on from it."""
         self._folder = folder
         self._keep = keep
         self._save_weights = save_weights
@@ -57,11 +57,14 @@ class TrainState:
         self._settings = dict(settings)
         self.step = 0
         """Finished steps."""
+        self._saved_at = time.monotonic()
+        self._save_took_s = 0.0
 
     def save(self) -> Path:
         """Writes a checkpoint and drops the oldest ones beyond `keep`."""
         import torch
 
+        began = time.monotonic()
         final = self._folder / f"step-{self.step:06d}"
         with replaced(final) as partial:
             self._save_weights(partial)
@@ -70,23 +73,38 @@ class TrainState:
             torch.save(written, partial / STATE_FILE)
         for old in complete_checkpoints(self._folder)[: -self._keep]:
             shutil.rmtree(old)
+        self._saved_at = time.monotonic()
+        self._save_took_s = self._saved_at - began
         return final
 
-    def load(self, folder: Path) -> str | None:
-        """Goes on from a checkpoint; in words, which settings differ from those it was made with.
+    def is_due(self, every_steps: int | None, every_minutes: float | None) -> bool:
+        """Every so many steps, else after so many minutes, and MAX_SHARE of the time at most."""
+        if every_steps is not None:
+            return self.step % every_steps == 0
+        if every_minutes is None:
+            return False
+        wait_s = max(60 * every_minutes, self._save_took_s / MAX_SHARE)
+        return time.monotonic() - self._saved_at >= wait_s
 
-        Raises CheckpointError when it cannot be read, or a part cannot go on from it.
+    def load(self, folder: Path, *, may_begin_anew: Collection[str] = ()) -> list[str]:
+        """Goes on from a checkpoint; names the parts that began anew because they could not.
+
+        Raises CheckpointError when it cannot be read, or another part cannot go on from it.
         """
         written = read_state(folder)
+        anew = []
         for name, part in self._parts.items():
             try:
                 part.load(written[name])
             except (KeyError, ValueError) as error:
+                if name in may_begin_anew:
+                    anew.append(name)
+                    continue
                 raise CheckpointError(
                     f"{folder}: the state of {name} does not fit the settings of this run: {error}"
                 ) from error
         self.step = written["step"]
-        return _differences(written["settings"], self._settings)
+        return anew
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -106,32 +124,40 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def refuse_older(folder: Path) -> None:
-    """Raises CheckpointError when an earlier run left checkpoints: a new one, which starts from
-    step 0 again, would drop its own as the oldest."""
-    if complete := complete_checkpoints(folder):
-        raise CheckpointError(
-            f"{complete[-1]} is of an earlier run: continue it with --resume, or choose another "
-            "run.out"
-        )
-
-
 @contextmanager
 def replaced(final: Path) -> Iterator[Path]:
     """A folder to fill, which takes the name `final` when the block ends without an error.
 
+    With an error, such as of a full disk, nothing of it is left and `final` stays what it was.
     Raises CheckpointError where the disk refuses.
     """
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with writing_to(final, CheckpointError, remedy=REMEDY):
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+    partial, old = (final.with_name(f".{final.name}.{part}") for part in ("partial", "old"))
+    _remove(partial, old)
+    try:
+        with writing_to(final, CheckpointError, remedy=REMEDY):
+            partial.mkdir(parents=True)
+            yield partial
+            if final.exists():
+                final.rename(old)
+            partial.rename(final)
+    finally:
+        _remove(partial, old)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def settings_of(folder: Path) -> dict[str, str]:
+    """The settings that a checkpoint was made with, without reading a tensor into memory.
+
+    Raises CheckpointError.
+    """
+    return dict(read_state(folder, lazily=True)["settings"])
+
+
+def read_state(folder: Path, *, lazily: bool = False) -> dict[str, Any]:
     """What stands beside the weights: `step`, `settings`, and a state for each part.
 
     Raises CheckpointError.
@@ -139,24 +165,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     import torch
 
     try:
-        return dict(torch.load(folder / STATE_FILE, weights_only=True))
+        return dict(torch.load(folder / STATE_FILE, weights_only=True, mmap=lazily))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {STATE_FILE}, not a checkpoint of a run") from None
     except (EOFError, RuntimeError, UnpicklingError) as error:
         raise CheckpointError(f"{folder}: cannot read {STATE_FILE}: {error}") from error
-
-
-def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if not names:
-        return None
-    changes = (f"{name} {before.get(name, 'unset')} -> {now.get(name, 'unset')}" for name in names)
-    return f"{', '.join(changes)} (settings {_fingerprint(before)} -> {_fingerprint(now)})"
-
-
-def _fingerprint(settings: Mapping[str, str]) -> str:
-    """Eight hexadecimal digits that tell one set of settings from another."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def seconds_to_write(folder: Path, num_bytes: int, *, limit_s: float) -> float | None:

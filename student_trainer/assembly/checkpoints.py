@@ -1,28 +1,25 @@
-"""What of a run goes into a checkpoint, and whether it may go on from one."""
+"""What of a run goes into a checkpoint, and whether and as what it may go on from one."""
 
 from __future__ import annotations
 
-import json
+import shutil
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from student_trainer.errors import ConfigError
 from student_trainer.learner.learner import Learner
 from student_trainer.process.stopping import LIMIT_S
 from student_trainer.rollouts.stream import RolloutStream
+from student_trainer.settings.changes import Change, changes, written
 from student_trainer.settings.config import TrainerConfig
-from student_trainer.train_state import TrainState, latest, seconds_to_write, step_of
-
-ELSEWHERE = (
-    "run.out",
-    "run.otlp_endpoint",
-    "checkpoint.",
-    "teacher.endpoints",
-    "teacher.token_file",
-    "teacher.tls_",
-    "teacher.connect_timeout_s",
+from student_trainer.train_state import (
+    TrainState,
+    complete_checkpoints,
+    seconds_to_write,
+    settings_of,
+    step_of,
 )
-"""Beginnings of the settings that say where things are and who is asked, not what is learnt."""
 
 
 def train_state(config: TrainerConfig, learner: Learner, stream: RolloutStream) -> TrainState:
@@ -32,50 +29,86 @@ def train_state(config: TrainerConfig, learner: Learner, stream: RolloutStream) 
         keep=config.checkpoint.keep,
         save_weights=learner.save,
         parts={"learner": learner, "budget": stream.budget, "stream": stream},
-        settings=determining_settings(config),
+        settings=written(config),
     )
 
 
-def determining_settings(config: TrainerConfig) -> dict[str, str]:
-    """Dotted name -> JSON of every setting that the outcome of a run depends on."""
-    leaves: dict[str, str] = {}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoesOn:
+    """From which checkpoint a run goes on, and with which settings that are not the old ones."""
 
-    def walk(node: dict[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            name = f"{prefix}{key}"
-            if isinstance(value, dict):
-                walk(value, f"{name}.")
-            elif not name.startswith(ELSEWHERE):
-                leaves[name] = json.dumps(value)
+    checkpoint: Path
+    changes: tuple[Change, ...]
 
-    walk(config.model_dump(mode="json"), "")
-    return leaves
+    @property
+    def may_begin_anew(self) -> Collection[str]:
+        """Parts whose settings were meant to change, so that their old state may not fit."""
+        accepted = [change for change in self.changes if not change.harmless]
+        return {"budget"} if any(change.is_within({"budget"}) for change in accepted) else ()
+
+    def lines(self) -> Iterator[str]:
+        """What a person is told of it."""
+        step = step_of(self.checkpoint)
+        for change in self.changes:
+            effect = "" if change.harmless else " (accepted)"
+            if change.name == "run.steps":
+                effect += ": the learning rate's schedule ends there now"
+            elif change.name == "student.model":
+                effect += ": the weights stay those of the checkpoint"
+            yield f"changed since step {step}: {change}{effect}"
 
 
-def to_resume(config: TrainerConfig) -> Path:
-    """The run's newest checkpoint.
+def goes_on(config: TrainerConfig, checkpoint: Path, accepted: Collection[str]) -> GoesOn:
+    """Compares the settings with those of the checkpoint, before anything is loaded.
 
-    Raises CheckpointError when there is none, ConfigError when it is of a later step than the run
-    has.
+    `accepted` are names of settings, or of groups of them, that may change what is learnt. Raises
+    ConfigError naming every other one that would, with both values; and for steps that are done.
     """
-    checkpoint = latest(config.run.checkpoints)
     if (done := step_of(checkpoint)) > config.run.steps:
         raise ConfigError(f"run.steps is {config.run.steps}, but {checkpoint} is of step {done}")
-    return checkpoint
+    before = settings_of(checkpoint)
+    found = changes(before, config)
+    known = {*before, *written(config)}
+    for key in accepted:
+        if not any(f"{name}.".startswith(f"{key}.") for name in known):
+            raise ConfigError(f"--accept-changes {key}: there is no such setting")
+    refused = [c for c in found if not c.harmless and not c.is_within(accepted)]
+    if refused:
+        listed = "".join(f"\n  {change}" for change in refused)
+        flags = " ".join(f"--accept-changes {change.name}" for change in refused)
+        raise ConfigError(
+            f"{checkpoint} was made with other settings, and these change what is learnt:{listed}\n"
+            f"give the old values again, begin a new run, or say that it is meant: {flags}"
+        )
+    return GoesOn(checkpoint=checkpoint, changes=tuple(found))
 
 
-def warnings(
-    config: TrainerConfig, learner: Learner, state: TrainState, checkpoint: Path | None
-) -> list[str]:
-    """Goes on from a checkpoint, if there is one, and says what to know before the first step."""
-    found = []
-    if checkpoint is not None and (changes := state.load(checkpoint)) is not None:
-        found.append(f"these settings changed since step {state.step}: {changes}")
+def gone_on(state: TrainState, goes_on: GoesOn | None) -> Iterator[str]:
+    """Goes on from a checkpoint, if there is one, and says with what."""
+    if goes_on is None:
+        return
+    anew = state.load(goes_on.checkpoint, may_begin_anew=goes_on.may_begin_anew)
+    yield from goes_on.lines()
+    for name in anew:
+        yield f"the {name} begins anew: its old state does not fit these settings"
+
+
+def warnings(config: TrainerConfig, learner: Learner) -> Iterator[str]:
+    """What to know of checkpoints before the first step."""
     size = learner.checkpoint_bytes
     if (seconds := seconds_to_write(config.run.out, size, limit_s=LIMIT_S)) is not None:
-        found.append(
+        yield (
             f"a checkpoint of {size / 1e9:.0f} GB takes about {seconds:.0f} s to write to "
             f"{config.run.out} (measured), so SIGTERM ends this run after that long and not within "
             f"{LIMIT_S:.0f} s. Give it that time before SIGKILL, or set checkpoint.every_steps"
         )
-    return found
+    if config.checkpoint.every_steps is None and config.checkpoint.every_minutes is None:
+        return
+    config.run.out.mkdir(parents=True, exist_ok=True)
+    more = max(1, config.checkpoint.keep + 1 - len(complete_checkpoints(config.run.checkpoints)))
+    if (room := shutil.disk_usage(config.run.out).free) < more * size:
+        yield (
+            f"{more} more checkpoints of {size / 1e9:.1f} GB will be in {config.run.out} at once "
+            f"(checkpoint.keep {config.checkpoint.keep}, and one while it is written), and "
+            f"{room / 1e9:.1f} GB are free: make room, or lower checkpoint.keep"
+        )

@@ -14,7 +14,7 @@ from student_trainer.errors import ConfigError
 from student_trainer.eval import Grader
 from student_trainer.learner.memory import free_memory, refuse_too_large
 from student_trainer.learner.optim import Optimizer
-from student_trainer.records import Prompt, SamplingOptions
+from student_trainer.records import Prompt, SamplingOptions, WeightFormat
 from student_trainer.rollouts.rollout import RolloutRules
 from student_trainer.rollouts.samplers.base import Sampler
 from student_trainer.rollouts.samplers.hf_sampler import HfSampler
@@ -193,7 +193,7 @@ def check_limits(config: TrainerConfig, info: TeacherInfo) -> None:
     """Raises ConfigError for a setting beyond what the teacher serves."""
     asked = {
         "teacher.k": (config.teacher.k, info.max_k),
-        "rollout.student_topk": (config.rollout.student_topk, info.max_k),
+        "rollout.student_topk": (config.collected_topk, info.max_k),
         "rollout.max_context": (config.rollout.max_context, info.max_context),
         "rollout.chunk_tokens": (config.rollout.chunk_tokens, info.max_append_tokens),
     }
@@ -241,8 +241,26 @@ def sampling_options(config: TrainerConfig, max_tokens: int) -> SamplingOptions:
         max_tokens=max_tokens,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
-        num_topk=config.rollout.student_topk,
+        num_topk=config.collected_topk,
     )
+
+
+def sampler_dtype(config: TrainerConfig) -> str:
+    """Arithmetic of the sampler's copy of the student."""
+    settings = config.sampler
+    if settings.dtype != "auto":
+        return settings.dtype
+    return "float32" if isinstance(settings, HfSamplerSettings) else config.student.dtype
+
+
+def weight_format(config: TrainerConfig) -> WeightFormat:
+    """How weights are written for the sampler.
+
+    vLLM on a CPU repacks the head when it loads, and from a file without it silently keeps the old
+    one; on a GPU it was not tried. So a tied head is left out for the reference sampler alone.
+    """
+    is_vllm = not isinstance(config.sampler, HfSamplerSettings)
+    return WeightFormat(dtype=sampler_dtype(config), with_tied_head=is_vllm)
 
 
 def sampler(config: TrainerConfig, model: str) -> Sampler:
@@ -252,9 +270,9 @@ def sampler(config: TrainerConfig, model: str) -> Sampler:
         return HfSampler(model=model, dtype=settings.dtype, device=device(config))
     return VllmSampler(
         model=model,
-        dtype=config.student.dtype if settings.dtype == "auto" else settings.dtype,
+        dtype=sampler_dtype(config),
         max_context=config.rollout.max_context,
-        max_num_topk=config.rollout.student_topk,
+        max_num_topk=config.collected_topk,
         max_num_seqs=settings.max_num_seqs,
         stream_interval=settings.stream_interval,
         kv_cache_gib=settings.kv_cache_gib,

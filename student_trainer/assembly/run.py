@@ -6,9 +6,10 @@ teacher), then the learner, and the sampler, which takes tens of seconds, last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,28 +17,31 @@ from transformers import PreTrainedTokenizerBase
 from student_trainer.assembly import checkpoints, from_settings, methods
 from student_trainer.assembly.from_settings import Problems
 from student_trainer.assembly.own_loss import with_declared_needs
+from student_trainer.assembly.recording import recorded, warn
 from student_trainer.data import PromptOrder
 from student_trainer.diagnostics.step_report import EvalReport
 from student_trainer.eval import EvalResult, evaluate
 from student_trainer.learner.learner import Learner
 from student_trainer.pretrained import load_student, load_tokenizer
 from student_trainer.process.stopping import Stopped, StopRequest
+from student_trainer.recording.model_card import write_model_card
 from student_trainer.recording.recorder import Recorder
+from student_trainer.recording.run_folder import (
+    STUDENT,
+    Resume,
+    RunRecord,
+    checkpoint_to_resume,
+)
 from student_trainer.recording.summary import write_progress
 from student_trainer.recording.terminal import Bars
 from student_trainer.records import Prompt
 from student_trainer.rollouts.samplers.base import Sampler
 from student_trainer.rollouts.stream import LoopThread, RolloutStream
 from student_trainer.rollouts.weight_sync import WeightSync
+from student_trainer.saved_student import check_saveable, save_or_rescue
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.special_tokens import SpecialTokens
-from student_trainer.train_state import (
-    TrainState,
-    complete_checkpoints,
-    refuse_older,
-    replaced,
-    step_of,
-)
+from student_trainer.train_state import TrainState, complete_checkpoints, step_of
 from teacher_client.client import TeacherClient
 
 NUM_PROBE_PROMPTS = 2
@@ -59,6 +63,7 @@ class Run:
     learner: Learner
     stream: RolloutStream
     recorder: Recorder
+    record: RunRecord
     state: TrainState
     problems: Problems
     sync: WeightSync
@@ -68,7 +73,7 @@ class Run:
     @property
     def overlap_k(self) -> int | None:
         """Entries compared by the overlap; None when no candidates are sent."""
-        return self.config.drift.k if self.config.rollout.student_topk > 0 else None
+        return self.config.drift.k if self.config.collected_topk > 0 else None
 
     def swap_weights(self, version: int) -> float | None:
         """Moves the learner's weights into the sampler; returns the log-prob gap, in nats.
@@ -115,14 +120,20 @@ class Run:
         )
 
     def checkpoint_due(self) -> bool:
-        every = self.config.checkpoint.every_steps
-        return every is not None and self.state.step % every == 0
+        settings = self.config.checkpoint
+        return self.state.is_due(settings.every_steps, settings.every_minutes)
 
     def finish(self) -> None:
-        """Saves the trained student, in Hugging Face format, and says that the run is finished."""
-        with self.stop.whole(), replaced(self.config.run.out / "student") as folder:
-            self.learner.save(folder)
-        self._write_progress(finished=True)
+        """Saves the trained student, in Hugging Face format, and says that the run is finished.
+
+        Raises CheckpointError, which says where its weights are, when it cannot be saved.
+        """
+        folder = self.config.run.out
+        with self.stop.whole():
+            save_or_rescue(folder / STUDENT, self.learner.save, self.learner.save_what_can_be)
+            self._write_progress(finished=True)
+            self.record.finish()
+            write_model_card(folder)
 
     def give_up(self) -> None:
         """Saves what the finished steps came to, for a run that was asked to stop."""
@@ -160,66 +171,83 @@ def running_sampler(config: TrainerConfig, model: str) -> Iterator[RunningSample
 def assembled(
     config: TrainerConfig,
     *,
-    resume: bool = False,
+    resume: Resume = False,
+    overwrite: bool = False,
+    accept_changes: Collection[str] = (),
     running: RunningSampler | None = None,
     stop: StopRequest | None = None,
 ) -> Iterator[Run]:
     """A run ready for its first step; ends everything it started when the block is left.
 
-    A sampler that is `running` already is given the run's weights and left running.
+    It goes on where its folder has a checkpoint and `resume` says so ("auto": if there is one),
+    with the settings of then but for the harmless ones and `accept_changes`; it takes the place of
+    an earlier run only to `overwrite` it. A sampler that is `running` already is given the run's
+    weights and left running.
     """
     config = with_declared_needs(config)
     stop = stop or StopRequest()
+    checkpoint = checkpoint_to_resume(config.run.out, resume=resume, overwrite=overwrite)
+    goes_on = (
+        None if checkpoint is None else checkpoints.goes_on(config, checkpoint, accept_changes)
+    )
     with ExitStack() as stack:
         with stop.may_give_up():
-            run = _assemble(config, stack, resume, running, stop)
+            run = _assemble(config, stack, goes_on, overwrite or resume == "auto", running, stop)
         yield run
 
 
 def _assemble(
     config: TrainerConfig,
     stack: ExitStack,
-    resumed: bool,
+    goes_on: checkpoints.GoesOn | None,
+    overwrite: bool,
     running: RunningSampler | None,
     stop: StopRequest,
 ) -> Run:
+    bars = stack.enter_context(Bars())
+    say = partial(warn, bars.console)
     problems = from_settings.problems(config, load_tokenizer(config.student.model))
     specials = from_settings.special_tokens(config, problems.tokenizer)
-    checkpoint = checkpoints.to_resume(config) if resumed else None
-    if checkpoint is None:
-        refuse_older(config.run.checkpoints)
-    start_from = config.student.model if checkpoint is None else str(checkpoint)
-    tight = from_settings.check_memory(config, start_from)
-    learner = _learner(config, problems.tokenizer, start_from, stop)
+    start_from = config.student.model if goes_on is None else str(goes_on.checkpoint)
+    for line in from_settings.check_memory(config, start_from):
+        say(line)
+    learner = _learner(config, problems.tokenizer, start_from, stop, say)
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
     client = loop.run(from_settings.connect(config, learner.vocab_size, problems.tokenizer))
     stack.callback(lambda: loop.run(client.aclose()))
-    bars = stack.enter_context(Bars())
     sampler = running.sampler if running else from_settings.sampler(config, start_from)
-    stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), client, bars)
-    state = checkpoints.train_state(config, learner, stream)
-    for warning in [*tight, *checkpoints.warnings(config, learner, state, checkpoint)]:
-        bars.console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
-    recorder = Recorder(
-        config.run.out,
-        bars,
-        resume_from=state.step if resumed else None,
-        decode=lambda token_id: str(problems.tokenizer.decode(token_id)),
-    )
-    stack.callback(recorder.close)
-    write_progress(config.run.out, finished=False, steps_planned=config.run.steps)
-    if running is None:
-        bars.update("sampler", 0, 1, f"starting {config.sampler.kind}")
-        stack.enter_context(started(sampler, loop))
-        bars.update("sampler", 1, 1, "ready")
     sync = WeightSync(
         learner,
         sampler,
         probe_prompts=[prompt.token_ids for prompt in problems.train[:NUM_PROBE_PROMPTS]],
         max_logprob_gap=config.optim.max_sync_gap_nats,
+        written=from_settings.weight_format(config),
+        folder=config.sampler.weights_dir,
+        say=say,
     )
     stack.callback(sync.close)
-    if running is not None:
+    stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), client, bars)
+    state = checkpoints.train_state(config, learner, stream)
+    for line in checkpoints.gone_on(state, goes_on):
+        bars.console.print(line, highlight=False, markup=False)
+    for line in checkpoints.warnings(config, learner):
+        say(line)
+    recorder, record = stack.enter_context(
+        recorded(
+            config,
+            bars,
+            goes_on=goes_on,
+            overwrite=overwrite,
+            teacher=client.info,
+            decode=lambda token_id: str(problems.tokenizer.decode(token_id)),
+        )
+    )
+    write_progress(config.run.out, finished=False, steps_planned=config.run.steps)
+    if running is None:
+        bars.update("sampler", 0, 1, f"starting {config.sampler.kind}")
+        stack.enter_context(started(sampler, loop))
+        bars.update("sampler", 1, 1, "ready")
+    else:
         loop.run(sync.push(state.step))
     stack.callback(stream.close)
     return Run(
@@ -227,6 +255,7 @@ def _assemble(
         learner=learner,
         stream=stream,
         recorder=recorder,
+        record=record,
         state=state,
         problems=problems,
         sync=sync,
@@ -236,7 +265,11 @@ def _assemble(
 
 
 def _learner(
-    config: TrainerConfig, tokenizer: PreTrainedTokenizerBase, start_from: str, stop: StopRequest
+    config: TrainerConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    start_from: str,
+    stop: StopRequest,
+    say: Callable[[str], None],
 ) -> Learner:
     weights = methods.weights(config, newline_ids=from_settings.newline_ids(config, tokenizer))
     torch.manual_seed(config.run.seed)
@@ -249,6 +282,8 @@ def _learner(
         gradient_checkpointing=config.student.gradient_checkpointing,
         computes_in=dtype,
     )
+    if mended := check_saveable(model, tokenizer, start_from):
+        say(mended)
     return Learner(
         model,
         tokenizer,

@@ -6,7 +6,7 @@ is under them, for whoever checks that they arrived. Knows no sampler, no teache
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from student_trainer.losses.objective import (
 )
 from student_trainer.losses.weight_choice import PositionWeight
 from student_trainer.process.stopping import StopRequest
-from student_trainer.records import Rollout
+from student_trainer.records import AS_LEARNT, Rollout, WeightFormat
+from student_trainer.saved_student import save_around, save_student
 
 
 class Learner:
@@ -53,10 +54,12 @@ class Learner:
         seed: int,
         dtype: torch.dtype = torch.float32,
         recomputes_behavior: bool = False,
+        stop_ids: Collection[int] = (),
         stop: StopRequest | None = None,
     ) -> None:
         """`dtype`: of the arithmetic; the weights are float32 whatever it is.
-        `recomputes_behavior`: behavior log-probs are the learner's own, not the sampler's."""
+        `recomputes_behavior`: behavior log-probs are the learner's own, not the sampler's.
+        `stop_ids` end the student's responses, besides what its generation config says."""
         self._model = model
         self._tokenizer = tokenizer
         self._optimizer = optimizer
@@ -69,6 +72,7 @@ class Learner:
         self._seed = seed
         self._dtype = dtype
         self._recomputes_behavior = recomputes_behavior
+        self._stop_ids = stop_ids
         self._stop = stop or StopRequest()
         self._device = next(model.parameters()).device
 
@@ -161,22 +165,44 @@ class Learner:
         logprobs: NDArray[np.float32] = gathered.logprobs_BT[0].cpu().numpy()
         return logprobs
 
-    def export_weights(self, to: Path) -> None:
-        """Writes the weights as safetensors into a folder, for a sampler to load.
-
-        The head is written even when it is tied to the embedding: vLLM on CPU repacks the head when
-        it loads, and from a file without it silently keeps the old one.
-        """
-        state = {
-            name: tensor.detach().to("cpu").contiguous().clone()
-            for name, tensor in self._model.state_dict().items()
-        }
+    def export_weights(self, to: Path, written: WeightFormat = AS_LEARNT) -> None:
+        """Writes the weights as safetensors into a folder, for a sampler to load."""
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor, dtype, is_again in self._exported(written):
+            kept = tensor.to("cpu", dtype).contiguous()
+            # safetensors refuses tensors that share memory.
+            state[name] = (
+                kept.clone() if is_again and kept.data_ptr() == tensor.data_ptr() else kept
+            )
         save_file(state, to / "model.safetensors", metadata={"format": "pt"})
+
+    def export_bytes(self, written: WeightFormat = AS_LEARNT) -> int:
+        """Of the tensors that `export_weights` writes."""
+        return sum(t.numel() * dtype.itemsize for _, t, dtype, _ in self._exported(written))
+
+    def _exported(
+        self, written: WeightFormat
+    ) -> Iterator[tuple[str, torch.Tensor, torch.dtype, bool]]:
+        """Name, tensor, how it is written, and whether it came before under another name (a tied
+        head). What is no parameter, such as a router's correction, keeps its own arithmetic."""
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        seen: set[int] = set()
+        for name, tensor in self._model.state_dict().items():
+            is_again = tensor.data_ptr() in seen
+            seen.add(tensor.data_ptr())
+            is_converted = written.dtype is not None and name in parameters
+            dtype = getattr(torch, str(written.dtype)) if is_converted else tensor.dtype
+            if written.with_tied_head or not is_again:
+                yield name, tensor.detach(), dtype, is_again
 
     def save(self, folder: Path) -> None:
         """The student in Hugging Face format, with its tokenizer."""
-        self._model.save_pretrained(folder)
-        self._tokenizer.save_pretrained(folder)
+        save_student(self._model, self._tokenizer, folder, stop_ids=self._stop_ids)
+
+    def save_what_can_be(self, folder: Path) -> None:
+        """The bare weights, and what of the rest can be written: for when `save` has failed."""
+        self.export_weights(folder)
+        save_around(self._model, self._tokenizer, folder)
 
     def state(self) -> dict[str, Any]:
         """What a resumed learner needs beside the weights."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -16,7 +16,7 @@ from student_trainer.diagnostics.alarms import Alarm, warnings_of
 from student_trainer.diagnostics.step_report import EvalReport, StepReport
 from student_trainer.errors import ConfigError
 from student_trainer.recording.json_lines import JsonLines, drop_later, read_run
-from student_trainer.recording.tensorboard import TensorBoard
+from student_trainer.recording.run_folder import clear, refuse_occupied
 from student_trainer.recording.terminal import Bars, Terminal
 
 LOCK_FILE = ".lock"
@@ -39,7 +39,7 @@ class Sink(Protocol):
 
 
 class Recorder:
-    """Reports of one run to a folder and the terminal, and to `more` sinks.
+    """Reports of one run to a folder and the terminal, and to the sinks that are added.
 
     With `resume_from` it goes on after that step: what was written of later ones, which are done
     again, is dropped.
@@ -51,11 +51,12 @@ class Recorder:
         bars: Bars,
         *,
         resume_from: int | None = None,
+        overwrite: bool = False,
         decode: Callable[[int], str] = str,
-        more: Sequence[Sink] = (),
     ) -> None:
-        """Raises ConfigError when another run writes to the folder, DatasetError when what a
-        resumed run wrote cannot be read. `decode` gives the text of a token id."""
+        """Raises ConfigError when another run writes to the folder, or one that begins would
+        `overwrite` an earlier one; DatasetError when what a resumed run wrote cannot be read.
+        `decode` gives the text of a token id."""
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(folder)
         self._decode = decode
@@ -64,17 +65,18 @@ class Recorder:
         """The first step that learnt; None before it."""
         self.last_evaluation: int | None = None
         """Steps before the last evaluation; None when there was none."""
-        if resume_from is not None:
-            try:
+        try:
+            if resume_from is not None:
                 self._go_on_after(folder, resume_from)
-            except BaseException:
-                self._lock.close()
-                raise
+            else:
+                refuse_occupied(folder, overwrite=overwrite)
+                clear(folder)
+        except BaseException:
+            self._lock.close()
+            raise
         self._sinks: list[Sink] = [
             JsonLines(folder, append=resume_from is not None),
-            TensorBoard(folder, resume_from=resume_from),
             Terminal(bars),
-            *more,
         ]
 
     def _go_on_after(self, folder: Path, step: int) -> None:
@@ -82,6 +84,10 @@ class Recorder:
         kept = read_run(folder)
         self.first_step = next(iter(kept.steps), None)
         self.last_evaluation = kept.evaluations[-1].step if kept.evaluations else None
+
+    def add(self, sink: Sink) -> None:
+        """One more that is told from here on, and closed with the rest."""
+        self._sinks.append(sink)
 
     def step(self, report: StepReport) -> None:
         """Writes a step down, and what is wrong with it."""

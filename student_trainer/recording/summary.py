@@ -20,7 +20,7 @@ SUMMARY_FILE = "summary.json"
 
 def write_progress(folder: Path, *, finished: bool, steps_planned: int) -> None:
     """The run's own word, with the figures of the steps that it has finished."""
-    write_summary(folder, _figures(read_run(folder), finished, steps_planned))
+    write_summary(folder, figures(read_run(folder), finished, steps_planned))
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> Path:
@@ -40,13 +40,14 @@ def summarize(folder: Path, extra: dict[str, Any] | None = None) -> dict[str, An
     written = read_run(folder)
     if not written.steps:
         raise DatasetError(f"{folder / METRICS_FILE}: no step was finished")
-    told = _told(folder)
-    return _figures(written, told.get("finished"), told.get("steps_planned")) | (extra or {})
+    said = told(folder)
+    return figures(written, said.get("finished"), said.get("steps_planned")) | (extra or {})
 
 
-def _figures(
+def figures(
     written: WrittenRun, finished: bool | None, steps_planned: int | None
 ) -> dict[str, Any]:
+    """What summary.json holds of a run that may have finished no step."""
     summary: dict[str, Any] = {
         "finished": finished,
         "steps_done": written.steps_done,
@@ -59,15 +60,16 @@ def _figures(
     return summary
 
 
-def _told(folder: Path) -> dict[str, Any]:
+def told(folder: Path) -> dict[str, Any]:
+    """What summary.json says; empty where there is none. Raises DatasetError."""
     path = folder / SUMMARY_FILE
     if not path.is_file():
         return {}
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DatasetError(f"{path}: not JSON: {error}") from None
-    return told if isinstance(told, dict) else {}
+    return said if isinstance(said, dict) else {}
 
 
 def _of_steps(steps: list[StepReport]) -> dict[str, Any]:

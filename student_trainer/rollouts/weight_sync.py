@@ -1,15 +1,13 @@
 """Puts the learner's weights into the sampler, and proves that they arrived.
 
-The weights travel as safetensors in a RAM-backed folder and vLLM reloads them in place: exact, and
-about 40 ms for a small model. Knows no model: the learner says what its log-probs are.
+The weights travel as safetensors in a RAM-backed folder, in the sampler's own arithmetic, and vLLM
+reloads them in place: about 40 ms for a small model. Knows no model: the learner says what its
+log-probs are.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +16,9 @@ from numpy.typing import NDArray
 
 from student_trainer.errors import WeightSyncError
 from student_trainer.process.writing import writing_to
-from student_trainer.records import Delta, SamplingOptions
+from student_trainer.records import AS_LEARNT, Delta, SamplingOptions, WeightFormat
 from student_trainer.rollouts.samplers.base import Sampler
+from student_trainer.rollouts.weight_folder import weight_folder
 
 PROBE_TOKENS = 8
 
@@ -27,8 +26,11 @@ PROBE_TOKENS = 8
 class WeightOwner(Protocol):
     """Whose weights travel."""
 
-    def export_weights(self, to: Path) -> None:
+    def export_weights(self, to: Path, written: WeightFormat) -> None:
         """Writes them as safetensors into a folder."""
+
+    def export_bytes(self, written: WeightFormat) -> int:
+        """How many bytes of tensors that will be."""
 
     def logprobs(
         self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32]
@@ -46,29 +48,33 @@ class WeightSync:
         *,
         probe_prompts: Sequence[NDArray[np.int32]],
         max_logprob_gap: float,
+        written: WeightFormat = AS_LEARNT,
+        folder: Path | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
-        """The gap is in nats; it is measured on a few tokens sampled after each probe prompt."""
+        """The gap is in nats; it is measured on a few tokens sampled after each probe prompt.
+
+        `folder` is where the weights pass through; None chooses. Raises ConfigError and
+        WeightSyncError when they have no room there.
+        """
         self._learner = learner
         self._sampler = sampler
         self._probe_prompts = probe_prompts
         self._max_logprob_gap = max_logprob_gap
-        shared_memory = Path("/dev/shm")
-        self._folder = Path(
-            tempfile.mkdtemp(
-                prefix="driftline-weights-",
-                dir=shared_memory if os.access(shared_memory, os.W_OK) else None,
-            )
-        )
+        self._written = written
+        self._folder = weight_folder(learner.export_bytes(written), folder, say)
 
     async def push(self, version: int) -> float:
         """Loads the learner's weights into the sampler and returns the largest log-prob gap.
 
         Raises WeightSyncError when it passes `max_logprob_gap`.
         """
-        remedy = "give it room for one copy of the weights (docker: --shm-size)"
-        with writing_to(self._folder, WeightSyncError, remedy=remedy):
-            self._learner.export_weights(self._folder)
-        await self._sampler.load_weights(self._folder)
+        path = self._folder.path
+        with writing_to(
+            path, WeightSyncError, remedy="make room there, or set sampler.weights_dir"
+        ):
+            self._learner.export_weights(path, self._written)
+        await self._sampler.load_weights(path)
         gaps = []
         for index, prompt_ids in enumerate(self._probe_prompts):
             tokens, logprobs = await self._sampled(f"probe-{version}-{index}", prompt_ids)
@@ -84,7 +90,7 @@ class WeightSync:
 
     def close(self) -> None:
         """Removes the folder of weights."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.close()
 
     async def _sampled(
         self, request_id: str, prompt_ids: NDArray[np.int32]

@@ -31,8 +31,9 @@ from student_trainer.settings.budget import (
 from student_trainer.settings.drift import DriftSettings, OverlapRatioSettings
 from student_trainer.settings.loss import ImportedLossSettings, LossSettings, Needs
 from student_trainer.settings.problems import explain
+from student_trainer.settings.run import CheckpointSettings, RunSettings, TrackerSettings
 from student_trainer.settings.sampler import SamplerSettings, VllmSamplerSettings
-from student_trainer.settings.section import Section
+from student_trainer.settings.section import MayChange, Section
 from student_trainer.settings.weights import WeightSettings
 from teacher_wire.drift_metrics import METRICS
 
@@ -43,37 +44,6 @@ LOSSES_WITH_A_RATIO = ("sampled_reverse_kl", "student_topk_reverse_kl")
 """Their surrogate holds p_student / p_behavior."""
 
 
-class RunSettings(Section):
-    """What a run is called, how long it lasts, and what is the same when it is done again."""
-
-    out: Path
-    """Folder of everything the run writes; its name is the run's name at the teacher."""
-    seed: int = 0
-    """Of the order of the problems, of sampling, and of the updates within a step."""
-    steps: int = Field(gt=0)
-    """Optimisation rounds: one batch of rollouts each."""
-    queue_depth: int = Field(0, ge=0)
-    """Steps whose rollouts are generated ahead of the learner: 0 generates when asked, 1 while the
-    learner works, with weights one step old. More is refused."""
-    otlp_endpoint: str = Field("", pattern="^(https?://.+)?$")
-    """OTLP/HTTP address that traces are sent to (needs the extra `otel`); empty for none."""
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the run's checkpoints."""
-        return self.out / "checkpoints"
-
-    @field_validator("queue_depth")
-    @classmethod
-    def _not_older_for_nothing(cls, depth: int) -> int:
-        if depth > 1:
-            raise ValueError(
-                "1 is the most: sampler and learner are both busy then, and deeper is no faster "
-                "but learns from older rollouts"
-            )
-        return depth
-
-
 class StudentSettings(Section):
     """The model that learns."""
 
@@ -82,12 +52,12 @@ class StudentSettings(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the learner. Weights, gradients and the optimizer's state are float32 with
     either, so that bfloat16 loses no update."""
-    device: str = "auto"
+    device: Annotated[str, MayChange()] = "auto"
     """Where the learner runs: "cpu", "cuda", "cuda:1"; "auto" takes CUDA when there is one."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention of the learner: PyTorch's fused one (sdpa), the plain one, or the package
     flash-attn with bfloat16. "auto" is sdpa wherever it is right for the model."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, MayChange()] = False
     """Keeps the input of each layer alone for the backward pass and makes the rest again: the same
     gradient, a fraction of the memory, a third more time."""
 
@@ -114,26 +84,26 @@ class RolloutSettings(Section):
 class TeacherSettings(Section):
     """Where the teacher is, and what it is asked for."""
 
-    endpoints: tuple[str, ...] = Field(min_length=1)
+    endpoints: Annotated[tuple[str, ...], MayChange()] = Field(min_length=1)
     """host:port of each replica; all serve the same weights, sessions spread over those that are
     up."""
     k: int = Field(16, gt=0)
     """Size of the teacher's top-k in every row (K)."""
     logprob_dtype: Literal["f16", "f32"] = "f32"
     """Of the log-probs on the wire; f16 halves their bytes and rounds them."""
-    connect_timeout_s: float = Field(60.0, gt=0)
+    connect_timeout_s: Annotated[float, MayChange()] = Field(60.0, gt=0)
     """Seconds a teacher may be away before the run does not start, or on_absent applies."""
     on_absent: Literal["wait", "finish_unscored", "fail"] = "wait"
     """When every replica stays away: wait for one; end the rollouts without the scores that are
     missing, and learn from what was scored; or end the run."""
-    token_file: Path | None = None
+    token_file: Annotated[Path | None, MayChange()] = None
     """File with the bearer token alone. Without it DRIFTLINE_TEACHER_TOKEN_FILE names the file, or
     DRIFTLINE_TEACHER_TOKEN holds the token."""
-    tls_ca: Path | None = None
+    tls_ca: Annotated[Path | None, MayChange()] = None
     """PEM file of the CA of the teacher's certificate; without it there is no TLS."""
-    tls_cert: Path | None = None
+    tls_cert: Annotated[Path | None, MayChange()] = None
     """PEM file of the trainer's own certificate, for a teacher with mutual TLS."""
-    tls_key: Path | None = None
+    tls_key: Annotated[Path | None, MayChange()] = None
     """PEM file of its private key."""
 
     @field_validator("endpoints")
@@ -185,9 +155,9 @@ class OptimSettings(Section):
     """Passes over one batch of rollouts."""
     updates_per_epoch: int = Field(1, gt=0)
     """Optimiser steps a pass."""
-    micro_batch_tokens: int = Field(16384, gt=0)
+    micro_batch_tokens: Annotated[int, MayChange()] = Field(16384, gt=0)
     """Padded tokens in one forward pass; changes memory, not the gradient."""
-    max_sync_gap_nats: float = Field(1e-3, gt=0)
+    max_sync_gap_nats: Annotated[float, MayChange()] = Field(1e-3, gt=0)
     """Largest difference between the sampler's and the learner's log-probs after a sync, nats."""
 
 
@@ -205,7 +175,7 @@ class DataSettings(Section):
 class EvalSettings(Section):
     """How the held-out problems are graded; without `data.heldout` nothing is."""
 
-    every_steps: int = Field(10, gt=0)
+    every_steps: Annotated[int, MayChange()] = Field(10, gt=0)
     """Steps between evaluations; before the first and after the last step there is one too."""
     num_prompts: int = Field(128, gt=0)
     """Problems evaluated: the first so many."""
@@ -232,15 +202,6 @@ class EvalSettings(Section):
         return pattern
 
 
-class CheckpointSettings(Section):
-    """What a run that was cut off goes on from."""
-
-    every_steps: int | None = Field(None, gt=0)
-    """Steps between checkpoints; none: a run that is killed begins again."""
-    keep: int = Field(2, gt=0)
-    """Checkpoints kept; older ones are deleted."""
-
-
 class TrainerConfig(Section):
     """Everything a run depends on."""
 
@@ -263,7 +224,8 @@ class TrainerConfig(Section):
     special_tokens: SpecialTokenSettings = SpecialTokenSettings()
     optim: OptimSettings
     eval: EvalSettings = EvalSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
+    checkpoint: Annotated[CheckpointSettings, MayChange()] = CheckpointSettings()
+    trackers: Annotated[TrackerSettings, MayChange()] = TrackerSettings()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -339,6 +301,12 @@ class TrainerConfig(Section):
         return config
 
     @property
+    def collected_topk(self) -> int:
+        """How many of the student's candidates travel with every token: none under top-p, where
+        those outside the nucleus are arbitrary, and whatever compares candidates is refused."""
+        return self.rollout.student_topk if self.rollout.top_p == 1.0 else 0
+
+    @property
     def longest_response(self) -> int:
         """The most tokens that the budget may ever give a rollout."""
         return self.budget.max_tokens if self.budget.kind == "fixed" else self.budget.maximum
@@ -361,16 +329,21 @@ class TrainerConfig(Section):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainerConfig:
     """Reads a TOML file, applies `section.key=value` overrides, checks everything.
 
-    A value is JSON where it parses as JSON, else a string. Raises ConfigError.
+    The config.json of a run is taken too. A value is JSON where it parses as JSON, else a string.
+    Raises ConfigError.
     """
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise ConfigError(f"{path}: not {kind}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be an object of settings")
     for override in overrides:
         _apply_override(tree, override)
     try:

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from student_trainer.errors import ConfigError
-from student_trainer.settings.section import alternatives, groups, read_by
+from student_trainer.settings.section import alternatives, groups, may_change, read_by
 
 WIDTH = 100
 _WORDS: dict[object, str] = {
@@ -31,6 +31,7 @@ _WORDS: dict[object, str] = {
     str: "text",
     NoneType: "none",
 }
+_MAY_CHANGE = {False: "A resumed run may change it.", True: "A resumed run may raise it."}
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
@@ -73,7 +74,9 @@ class Table:
         return "\n\n".join(filter(None, (title, about, items))) + "\n"
 
 
-def tables(root: type[BaseModel], name: str = "", about: str = "") -> Iterator[Table]:
+def tables(
+    root: type[BaseModel], name: str = "", about: str = "", *, resumed: str = ""
+) -> Iterator[Table]:
     """The tables of a model in the order of the file, each kind of a union as one."""
     prefix = f"{name}." * bool(name)
     leaves = {
@@ -82,15 +85,16 @@ def tables(root: type[BaseModel], name: str = "", about: str = "") -> Iterator[T
     if name or leaves:
         yield Table(
             name=name,
-            about=_sentences(about, _about(root) if name else ""),
+            about=_sentences(about, _about(root) if name else "", resumed),
             settings=tuple(setting(key, field) for key, field in leaves.items()),
         )
     for key, field in root.model_fields.items():
         if kinds := alternatives(field):
             yield from _kinds(f"{prefix}{key}", field, kinds)
             continue
+        resumed = "A resumed run may change all of it." if may_change(field) else ""
         for group in groups(field.annotation):
-            yield from tables(group, f"{prefix}{key}", field.description or "")
+            yield from tables(group, f"{prefix}{key}", field.description or "", resumed=resumed)
 
 
 def _kinds(name: str, field: FieldInfo, kinds: dict[str, type[BaseModel]]) -> Iterator[Table]:
@@ -144,11 +148,12 @@ def setting(name: str, field: FieldInfo) -> Setting:
     """One field of a model."""
     rule = read_by(field)
     only = f"Only with {rule.selector} {_or(rule.kinds)}." if rule else ""
+    resumed = _MAY_CHANGE[mark.only_upward] if (mark := may_change(field)) else ""
     return Setting(
         name=name,
         values=_values(field.annotation, field.metadata),
         default="required" if field.is_required() else f"default {_default(field.get_default())}",
-        effect=_sentences(field.description or "", only),
+        effect=_sentences(field.description or "", only, resumed),
     )
 
 

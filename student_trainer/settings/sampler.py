@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from student_trainer.settings.section import Section, default_kind
+from student_trainer.settings.section import MayChange, Section, default_kind
 from vllm_process.cores import CORES_PATTERN
 
 SamplerDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -19,18 +20,21 @@ class VllmSamplerSettings(Section):
     """The engine."""
     dtype: SamplerDtype = "auto"
     """Arithmetic of the sampler's copy of the student; auto is `student.dtype`."""
-    max_num_seqs: int = Field(64, gt=0)
+    max_num_seqs: Annotated[int, MayChange()] = Field(64, gt=0)
     """Rollouts generated at once; more wait."""
-    stream_interval: int = Field(8, gt=0)
+    stream_interval: Annotated[int, MayChange()] = Field(8, gt=0)
     """Tokens a rollout hands out at once: fewer are judged sooner and cost more processor time."""
-    kv_cache_gib: float = Field(1.0, gt=0)
+    kv_cache_gib: Annotated[float, MayChange()] = Field(1.0, gt=0)
     """Memory of the KV cache on a CPU, in GiB, rounded to whole ones."""
-    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
+    gpu_memory_utilization: Annotated[float, MayChange()] = Field(0.5, gt=0, le=1)
     """Share of a GPU's memory that weights and KV cache may take; the learner needs the rest."""
-    enforce_eager: bool = True
+    enforce_eager: Annotated[bool, MayChange()] = True
     """Without compiled graphs: starts sooner, generates slower."""
-    cpu_cores: str = Field("auto", pattern=CORES_PATTERN)
+    cpu_cores: Annotated[str, MayChange()] = Field("auto", pattern=CORES_PATTERN)
     """Cores of the engine on a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares."""
+    weights_dir: Annotated[Path | None, MayChange()] = None
+    """Folder that the learner's weights pass through on their way to the sampler; none: /dev/shm,
+    and where that is too small the folder of temporary files."""
 
 
 class HfSamplerSettings(Section):
@@ -39,6 +43,9 @@ class HfSamplerSettings(Section):
     kind: Literal["hf"]
     dtype: SamplerDtype = "auto"
     """Arithmetic of the sampler's copy of the student; auto is float32."""
+    weights_dir: Annotated[Path | None, MayChange()] = None
+    """Folder that the learner's weights pass through on their way to the sampler; none: /dev/shm,
+    and where that is too small the folder of temporary files."""
 
 
 SamplerSettings = Annotated[

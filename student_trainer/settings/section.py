@@ -34,6 +34,14 @@ class ReadBy:
         object.__setattr__(self, "kinds", kinds)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MayChange:
+    """Marks a setting or a whole group, within Annotated, that a resumed run may change: it says
+    where things are, who is told, or what a step costs, and not what is learnt."""
+
+    only_upward: bool = False
+
+
 class Section(BaseModel):
     """A group of settings."""
 
@@ -58,6 +66,24 @@ class Section(BaseModel):
 def read_by(field: FieldInfo) -> ReadBy | None:
     """The mark of a setting; None for one that is always read."""
     return next((rule for rule in field.metadata if isinstance(rule, ReadBy)), None)
+
+
+def may_change(field: FieldInfo) -> MayChange | None:
+    """The mark of a setting that a resumed run may change; None for one that it may not."""
+    return next((rule for rule in field.metadata if isinstance(rule, MayChange)), None)
+
+
+def resolved(section: BaseModel) -> dict[str, Any]:
+    """A group with every default, as JSON; without what its kind does not read, so that it may be
+    read again."""
+    found: dict[str, Any] = {}
+    dumped = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value, rule = getattr(section, name), read_by(field)
+        if rule is not None and getattr(section, rule.selector) not in rule.kinds:
+            continue
+        found[name] = resolved(value) if isinstance(value, BaseModel) else dumped[name]
+    return found
 
 
 def unread(selector: str, kinds: typing.Sequence[str], chosen: str) -> str:

@@ -25,8 +25,21 @@ def _about_nothing_to_do(config: TrainerConfig) -> Iterator[str]:
     if not config.special_tokens.tokens and config.special_tokens.model_fields_set:
         yield "special_tokens: without special_tokens.tokens nothing is masked"
     every, steps = config.checkpoint.every_steps, config.run.steps
-    if every is None and "keep" in config.checkpoint.model_fields_set:
-        yield "checkpoint.keep: without checkpoint.every_steps none is written as the run goes"
+    of_checkpoint = config.checkpoint.model_fields_set
+    if every is None and config.checkpoint.every_minutes is None and "keep" in of_checkpoint:
+        yield (
+            "checkpoint.keep: without checkpoint.every_steps and checkpoint.every_minutes none is "
+            "written as the run goes"
+        )
+    if every is not None and "every_minutes" in of_checkpoint:
+        yield f"checkpoint.every_minutes: checkpoint.every_steps is {every}, and it alone counts"
+    rollout = config.rollout
+    if rollout.top_p < 1.0 and "student_topk" in rollout.model_fields_set and rollout.student_topk:
+        yield (
+            f"rollout.student_topk is {rollout.student_topk}: with rollout.top_p "
+            f"{rollout.top_p} the student's candidates outside its nucleus are arbitrary, "
+            "and none are collected"
+        )
     if every is not None and every > steps:
         yield f"checkpoint.every_steps is {every} and run.steps {steps}: none is due"
     if config.optim.warmup_steps >= steps:

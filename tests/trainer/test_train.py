@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,9 +188,9 @@ def configured(folder: Path, *overrides: str) -> TrainerConfig:
     return load_config(folder / "trainer.toml", overrides)
 
 
-def run_through(config: TrainerConfig, *, resume: bool = False) -> dict[str, torch.Tensor]:
-    """Trains and returns the weights that were saved."""
-    with assembled(config, resume=resume) as run:
+def run_through(config: TrainerConfig, **start: Any) -> dict[str, torch.Tensor]:
+    """Trains, started as `assembled` is told, and returns the weights that were saved."""
+    with assembled(config, **start) as run:
         train(run)
         run.finish()
     return load_file(config.run.out / "student" / "model.safetensors")
@@ -314,17 +315,6 @@ def test_run_that_died_and_was_resumed_equals_one_that_did_not(
     assert [s["step"] for s in steps] == [1, 2, 3, 4]
     for name in ("loss", "grad_norm", "learning_rate", "kept_tokens", "reverse_kl"):
         assert [s[name] for s in steps] == [s[name] for s in expected]
-
-
-def test_new_run_in_a_folder_with_checkpoints_is_refused(
-    folder: Path, client: InMemoryClient
-) -> None:
-    config = configured(folder, "run.steps=2")
-    run_through(config)
-    before = (config.run.out / "metrics.jsonl").read_text()
-    with pytest.raises(CheckpointError, match="--resume"):
-        run_through(config)
-    assert (config.run.out / "metrics.jsonl").read_text() == before
 
 
 def test_resuming_without_a_checkpoint_is_refused(folder: Path, client: InMemoryClient) -> None:

@@ -76,7 +76,13 @@ class HfSampler:
         self._aborted.update(self._running.intersection(request_ids))
 
     async def load_weights(self, folder: Path) -> None:
-        self._model().load_state_dict(load_file(folder / "model.safetensors"))
+        model = self._model()
+        given = load_file(folder / "model.safetensors")
+        own = model.state_dict()
+        shared = {own[name].data_ptr() for name in given.keys() & own.keys()}
+        # A tied head need not be written: it is the embedding.
+        tied = {name: t for name, t in own.items() if name not in given and t.data_ptr() in shared}
+        model.load_state_dict({**tied, **given})
 
     async def close(self) -> None:
         self._loaded = None

@@ -20,8 +20,8 @@ from student_trainer.train_state import (
     TrainState,
     latest,
     read_state,
-    refuse_older,
     seconds_to_write,
+    settings_of,
     step_of,
 )
 from tests.trainer.learner.made_learners import learner_of
@@ -171,7 +171,7 @@ def test_resumed_training_is_bit_identical(tmp_path: Path, tied: bool) -> None:
     resumed = load_student(str(folder), dtype=torch.float32, device=torch.device("cpu"))
     resumed_optim = optimizer(resumed, **settings)
     state = train_state(tmp_path, learner=learner_of(resumed, resumed_optim))
-    assert state.load(folder) is None
+    assert state.load(folder) == []
     assert state.step == 2
     assert read_state(folder)["counting"] == {"number": 7}
     for number in (2, 3):
@@ -242,20 +242,55 @@ def test_nothing_to_resume_from_is_an_error_naming_the_folder(tmp_path: Path) ->
         latest(tmp_path / "none")
 
 
-def test_new_run_does_not_mix_its_checkpoints_with_older_ones(tmp_path: Path) -> None:
-    refuse_older(tmp_path)
-    save(train_state(tmp_path), 40)
-    with pytest.raises(CheckpointError, match=r"step-000040.*--resume.*run\.out"):
-        refuse_older(tmp_path)
+def test_settings_are_read_without_the_tensors_beside_them(tmp_path: Path) -> None:
+    folder = save(train_state(tmp_path, rate="0.1", seed="3"), 5)
+    assert settings_of(folder) == {"rate": "0.1", "seed": "3"}
 
 
-def test_settings_that_changed_are_named_with_both_values(tmp_path: Path) -> None:
-    save(train_state(tmp_path, rate="0.1", seed="3", gone="1"), 5)
-    same = train_state(tmp_path, gone="1", seed="3", rate="0.1")
-    assert same.load(latest(tmp_path)) is None
-    changes = train_state(tmp_path, rate="0.2", seed="3", new="2").load(latest(tmp_path))
-    assert changes is not None
-    assert changes.startswith("gone 1 -> unset, new unset -> 2, rate 0.1 -> 0.2 (settings ")
+@pytest.mark.parametrize(
+    ("every_steps", "every_minutes", "due"),
+    [
+        (3, None, [3, 6]),
+        (3, 1.0, [3, 6]),
+        (None, None, []),
+        (None, 10.0, [3, 6]),
+        (None, 1.0, [1, 2, 4, 6]),
+    ],
+)
+def test_checkpoints_come_by_steps_or_by_the_clock_and_take_a_twentieth_of_it_at_most(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    every_steps: int | None,
+    every_minutes: float | None,
+    due: list[int],
+) -> None:
+    """Steps of 200 s. The first checkpoint takes 1 s to write, those that follow 15 s."""
+    clock = [0.0]
+    monkeypatch.setattr("student_trainer.train_state.time.monotonic", lambda: clock[0])
+    state = train_state(tmp_path)
+    took: list[float] = []
+
+    def save_weights(folder: Path) -> None:
+        took.append(15.0 if took else 1.0)
+        clock[0] += took[-1]
+
+    state._save_weights = save_weights
+    saved = []
+    for step in range(1, 7):
+        clock[0] += 200.0
+        state.step = step
+        if state.is_due(every_steps, every_minutes):
+            state.save()
+            saved.append(step)
+    # After one of 15 s the next is due 300 s later: after two steps, not after one.
+    assert saved == due
+
+
+def test_a_part_that_may_begins_anew(tmp_path: Path) -> None:
+    state = train_state(tmp_path)
+    state._parts["counting"].number = 12  # type: ignore[index,attr-defined]
+    folder = save(state, 5)
+    assert train_state(tmp_path).load(folder, may_begin_anew=["counting"]) == ["counting"]
 
 
 def test_part_that_cannot_go_on_is_named(tmp_path: Path) -> None:

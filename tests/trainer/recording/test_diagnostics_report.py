@@ -139,11 +139,12 @@ def test_clock_adds_up_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def recorder(
-    folder: Path, *, resume_from: int | None = None
+    folder: Path, *, resume_from: int | None = None, overwrite: bool = False
 ) -> Iterator[tuple[Recorder, StringIO]]:
     """A recorder with a console that is no terminal."""
     output = StringIO()
-    made = Recorder(folder, Bars(Console(file=output, width=200)), resume_from=resume_from)
+    bars = Bars(Console(file=output, width=200))
+    made = Recorder(folder, bars, resume_from=resume_from, overwrite=overwrite)
     try:
         yield made, output
     finally:
@@ -327,7 +328,7 @@ def test_resumed_run_drops_a_line_that_was_cut_short(tmp_path: Path) -> None:
 
 def test_new_run_starts_its_record_anew(tmp_path: Path) -> None:
     write_run(tmp_path)
-    with recorder(tmp_path):
+    with recorder(tmp_path, overwrite=True):
         pass
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
@@ -415,7 +416,8 @@ def test_every_sink_is_told_everything(tmp_path: Path) -> None:
         def close(self) -> None:
             told.append("closed")
 
-    run = Recorder(tmp_path, Bars(Console(file=StringIO())), more=[Listener()])
+    run = Recorder(tmp_path, Bars(Console(file=StringIO())))
+    run.add(Listener())
     run.step(step_report(1, unscored_rollouts=1))
     run.evaluation(EvalReport(step=1, accuracy=0.5))
     run.close()
@@ -430,7 +432,9 @@ def test_only_the_run_itself_says_that_it_is_finished(tmp_path: Path) -> None:
     with recorder(tmp_path):
         write_progress(tmp_path, finished=False, steps_planned=4)
     assert said() == (False, 0, 4)
+    before = (tmp_path / "summary.json").read_text()
     write_run(tmp_path)
+    (tmp_path / "summary.json").write_text(before)
     # The report keeps the run's word, and counts for itself.
     write_summary(tmp_path, summarize(tmp_path))
     assert said() == (False, 2, 4)

@@ -157,7 +157,19 @@ def test_newlines_are_the_tokens_whose_text_holds_one(path: Path) -> None:
             ["eval.temperature: it is that of pass@k, and eval.pass_k is 0"],
         ),
         (["special_tokens.occurrences=all"], ["special_tokens: without special_tokens.tokens"]),
-        (["checkpoint.keep=5"], ["checkpoint.keep: without checkpoint.every_steps"]),
+        (["checkpoint.keep=5"], []),
+        (
+            ["checkpoint.keep=5", "checkpoint.every_minutes=null"],
+            ["checkpoint.keep: without checkpoint.every_steps and checkpoint.every_minutes"],
+        ),
+        (
+            ["checkpoint.every_minutes=5", "checkpoint.every_steps=3"],
+            ["checkpoint.every_minutes: checkpoint.every_steps is 3, and it alone counts"],
+        ),
+        (
+            [*NUCLEUS, "rollout.student_topk=4"],
+            ["rollout.student_topk is 4: with rollout.top_p"],
+        ),
         (["checkpoint.keep=5", "checkpoint.every_steps=3"], []),
         (["checkpoint.every_steps=4"], ["checkpoint.every_steps is 4 and run.steps 3"]),
         (["optim.warmup_steps=2"], []),

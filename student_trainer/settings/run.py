@@ -1,0 +1,68 @@
+"""Settings of a run as such: its folder and length, what it goes on from, and who is told of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from student_trainer.settings.section import MayChange, Section
+
+
+class RunSettings(Section):
+    """What a run is called, how long it lasts, and what is the same when it is done again."""
+
+    out: Annotated[Path, MayChange()]
+    """Folder of everything the run writes; its name is the run's name at the teacher."""
+    seed: int = 0
+    """Of the order of the problems, of sampling, and of the updates within a step."""
+    steps: Annotated[int, MayChange(only_upward=True)] = Field(gt=0)
+    """Optimisation rounds: one batch of rollouts each."""
+    queue_depth: int = Field(0, ge=0)
+    """Steps whose rollouts are generated ahead of the learner: 0 generates when asked, 1 while the
+    learner works, with weights one step old. More is refused."""
+    otlp_endpoint: Annotated[str, MayChange()] = Field("", pattern="^(https?://.+)?$")
+    """OTLP/HTTP address that traces are sent to (needs the extra `otel`); empty for none."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.out / "checkpoints"
+
+    @field_validator("queue_depth")
+    @classmethod
+    def _not_older_for_nothing(cls, depth: int) -> int:
+        if depth > 1:
+            raise ValueError(
+                "1 is the most: sampler and learner are both busy then, and deeper is no faster "
+                "but learns from older rollouts"
+            )
+        return depth
+
+
+class CheckpointSettings(Section):
+    """What a run that was cut off goes on from."""
+
+    every_steps: int | None = Field(None, gt=0)
+    """Steps between checkpoints; none: by the clock."""
+    every_minutes: float | None = Field(10.0, gt=0)
+    """Without every_steps: minutes between checkpoints, and twenty times what the last one took to
+    write, so that at most a twentieth of a run goes into them. None: a run that is killed begins
+    again."""
+    keep: int = Field(2, gt=0)
+    """Checkpoints kept; older ones are deleted."""
+
+
+class TrackerSettings(Section):
+    """Who is told a run's figures besides its folder. One that fails ends no run."""
+
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """TensorBoard files in the run's folder, Weights & Biases, trackio; the last two need the extra
+    of their name."""
+    project: str = Field("driftline", min_length=1)
+    """Of Weights & Biases and trackio."""
+    name: str = ""
+    """Of the run there; empty: the name of `run.out`."""
+    entity: str = ""
+    """User or team at Weights & Biases; empty: the account's own."""
