@@ -20,7 +20,7 @@ TRAINER_SETTINGS = {
         "boundary every_steps hit_ratio increment initial kind margin max_tokens maximum "
         "minimum patience quantile rate"
     ),
-    "checkpoint": "every_steps keep",
+    "checkpoint": "every_minutes every_steps keep",
     "data": "answer_field heldout train",
     "drift": "k metric stop_in_flight threshold top_p w_drop",
     "eval": (
@@ -41,13 +41,14 @@ TRAINER_SETTINGS = {
     "run": "otlp_endpoint out queue_depth seed steps",
     "sampler": (
         "cpu_cores dtype enforce_eager gpu_memory_utilization kind kv_cache_gib "
-        "max_num_seqs stream_interval"
+        "max_num_seqs stream_interval weights_dir"
     ),
     "special_tokens": "occurrences tokens",
     "student": "attention device dtype gradient_checkpointing model",
     "teacher": (
         "connect_timeout_s endpoints k logprob_dtype on_absent tls_ca tls_cert tls_key token_file"
     ),
+    "trackers": "entity name project report_to",
     "weights.block_gate": "aggregate block_size granularity max_span min_span newline_tokens tau",
     "weights.entropy_top": "ratio",
     "weights.importance_ratio": "granularity max_ratio min_ratio mode",

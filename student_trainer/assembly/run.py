@@ -216,16 +216,7 @@ def _assemble(
     client = loop.run(from_settings.connect(config, learner.vocab_size, problems.tokenizer))
     stack.callback(lambda: loop.run(client.aclose()))
     sampler = running.sampler if running else from_settings.sampler(config, start_from)
-    sync = WeightSync(
-        learner,
-        sampler,
-        probe_prompts=[prompt.token_ids for prompt in problems.train[:NUM_PROBE_PROMPTS]],
-        max_logprob_gap=config.optim.max_sync_gap_nats,
-        written=from_settings.weight_format(config),
-        folder=config.sampler.weights_dir,
-        say=say,
-    )
-    stack.callback(sync.close)
+    sync = stack.enter_context(closing(_sync(config, learner, sampler, problems, say)))
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), client, bars)
     state = checkpoints.train_state(config, learner, stream)
     for line in checkpoints.gone_on(state, goes_on):
@@ -298,6 +289,24 @@ def _learner(
         dtype=dtype,
         recomputes_behavior=config.needs_learner_behavior,
         stop=stop,
+    )
+
+
+def _sync(
+    config: TrainerConfig,
+    learner: Learner,
+    sampler: Sampler,
+    problems: Problems,
+    say: Callable[[str], None],
+) -> WeightSync:
+    return WeightSync(
+        learner,
+        sampler,
+        probe_prompts=[prompt.token_ids for prompt in problems.train[:NUM_PROBE_PROMPTS]],
+        max_logprob_gap=config.optim.max_sync_gap_nats,
+        written=from_settings.weight_format(config),
+        folder=config.sampler.weights_dir,
+        say=say,
     )
 
 

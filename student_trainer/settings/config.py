@@ -112,7 +112,11 @@ class TeacherSettings(Section):
         for endpoint in endpoints:
             match = ENDPOINT.fullmatch(endpoint)
             if match is None or not 1 <= int(match[2]) <= 65535:
-                raise ValueError(f"{endpoint!r} must be host:port, such as 127.0.0.1:50051")
+                scheme = ", without a scheme: it is gRPC, and tls_ca alone makes it TLS"
+                raise ValueError(
+                    f"{endpoint!r} must be host:port, such as 127.0.0.1:50051"
+                    f"{scheme if '://' in endpoint else ''}"
+                )
         return endpoints
 
     @model_validator(mode="after")

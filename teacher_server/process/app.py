@@ -276,5 +276,7 @@ async def serve(config: TeacherConfig) -> int:
         info = await asyncio.to_thread(describe, config, engine, tokenizer)
     except (TeacherError, OSError, ValueError) as error:
         told = " ".join(str(error).split())
+        if isinstance(error, PermissionError):
+            told += "; let the user that serves read it (chmod a+r)"
         raise StartError(f"cannot read the checkpoint {config.model!r}: {told}") from error
     return await TeacherApp(config, engine, info, tokenizer, access).run()

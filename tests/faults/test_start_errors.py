@@ -52,6 +52,24 @@ def test_what_the_operator_can_mend_is_one_line(arguments: str, tmp_path: Path) 
     assert REFUSED[arguments].format(folder=tmp_path) in line
 
 
+def test_a_weight_file_that_the_user_may_not_read_is_named_in_one_line(tmp_path: Path) -> None:
+    """A student that another user saved. Here root gives up what lets it read any file."""
+    model = write_tiny_model(tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.chmod(0)
+    command = [*CLI, "--engine", "hf", "--model", str(model)]
+    if os.geteuid() == 0:
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert line == (
+        f"teacher-server: cannot read the checkpoint '{model}': [Errno 13] Permission denied: "
+        f"'{weights}'; let the user that serves read it (chmod a+r)"
+    )
+
+
 def test_weights_that_cannot_be_read_end_the_start_with_1_and_one_line_for_it(
     tmp_path: Path,
 ) -> None:

@@ -188,6 +188,7 @@ def test_a_device_that_is_not_there_is_named(
     ("override", "name"),
     [
         ('teacher.endpoints=["http://teacher:1"]', "teacher.endpoints: 'http://teacher:1' must be"),
+        ('teacher.endpoints=["https://teacher:1"]', "such as 127.0.0.1:50051, without a scheme"),
         ("run.otlp_endpoint=collector:4318", "run.otlp_endpoint: "),
     ],
 )

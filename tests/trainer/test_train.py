@@ -71,8 +71,6 @@ class ModelSession(ScriptedSession):
             logits = self._model(torch.tensor([self._sequence])).logits[0, start:-1]
         logprobs = torch.log_softmax(logits / self._options.temperature, -1)
         topk = logprobs.topk(self._options.k)
-        assert span.candidate_ids is not None
-        candidates = torch.from_numpy(span.candidate_ids).long()
         rows = replace(
             scores.rows,
             topk_ids=topk.indices.int().numpy(),
@@ -80,7 +78,9 @@ class ModelSession(ScriptedSession):
             token_logprobs=logprobs.gather(1, torch.from_numpy(span.token_ids).long()[:, None])[
                 :, 0
             ].numpy(),
-            candidate_logprobs=logprobs.gather(1, candidates).numpy(),
+            candidate_logprobs=None
+            if span.candidate_ids is None
+            else logprobs.gather(1, torch.from_numpy(span.candidate_ids).long()).numpy(),
             entropies=torch.special.entr(logprobs.exp()).sum(-1).numpy()
             if self._options.want_entropy
             else None,
@@ -392,6 +392,41 @@ def test_learning_is_the_same_with_checkpointing_and_follows_it_in_bfloat16(
     )
     assert torch.cosine_similarity(exact, other, dim=0) > 0.95
     assert not torch.equal(exact, other)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        '{"kind":"local_support_matching"}',
+        '{"kind":"local_support_matching","support":"teacher_topk_and_sampled"}',
+        '{"kind":"truncated_reverse_kl","tail":true}',
+        '{"kind":"forward_kl"}',
+        '{"kind":"generalized_jsd"}',
+        '{"kind":"entropy_aware_kl"}',
+        '{"kind":"sampled_reverse_kl"}',
+        '{"kind":"student_topk_reverse_kl","support":"only_tch"}',
+    ],
+)
+def test_a_nucleus_smaller_than_the_candidates_collects_none(
+    folder: Path, client: InMemoryClient, loss: str
+) -> None:
+    """At 0.1 a nucleus holds one or two tokens, and the default asks for sixteen."""
+    config = configured(
+        folder,
+        f"loss={loss}",
+        "rollout.top_p=0.1",
+        "rollout.student_topk=16",
+        'drift={"metric":"teacher_top_p_accept","k":4,"top_p":0.9}',
+        "run.steps=1",
+        "data.heldout=null",
+    )
+    with assembled(config) as run:
+        train(run)
+    (step,) = records(config, "step")
+    assert step["kept_tokens"] > 0
+    spans = [span for session in client.sessions for span in session.spans]
+    assert spans
+    assert all(span.candidate_ids is None for span in spans)
 
 
 def test_gradient_is_a_mean_over_tokens_and_not_a_sum(folder: Path, client: InMemoryClient) -> None:

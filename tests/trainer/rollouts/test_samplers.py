@@ -30,7 +30,7 @@ from student_trainer.rollouts.weight_sync import WeightSync
 from tests.cores import own_core
 from tests.faults.engine_processes import engines
 from tests.trainer.learner.made_learners import learner_of
-from tests.trainer.learner.tiny_student import EOS_ID, VOCAB_SIZE, tiny_student, write_tiny_student
+from tests.trainer.learner.tiny_student import EOS_ID, VOCAB_SIZE, tiny_student
 
 pytestmark = [
     pytest.mark.vllm,
@@ -48,7 +48,10 @@ TIED = True
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_student(tmp_path_factory.mktemp("student"), tied=TIED)
+    """As a run saves it."""
+    folder = tmp_path_factory.mktemp("student")
+    learner_of(tiny_student(tied=TIED)).save(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
