@@ -82,27 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="distil a student", description=TRAIN)
     _config_arguments(train)
-    start = train.add_mutually_exclusive_group()
-    start.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=False,
-        type=_auto,
-        metavar="auto",
-        help="go on from the run's last checkpoint; `auto`: begin where there is none",
-    )
-    start.add_argument(
-        "--overwrite", action="store_true", help="delete the earlier run in run.out and begin again"
-    )
-    train.add_argument(
-        "--accept-changes",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="setting, or group of settings, that may change on a resume although it changes what "
-        "is learnt; may be repeated",
-    )
+    _start_arguments(train)
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("eval", help="exact match and pass@k of a checkpoint")
@@ -137,6 +117,31 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("section", nargs="?", default="", help="such as budget or rollout.top_p")
     settings.set_defaults(run=_settings)
     return parser
+
+
+def _start_arguments(train: argparse.ArgumentParser) -> None:
+    """How a run begins where one was before."""
+    start = train.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_auto,
+        metavar="auto",
+        help="go on from the run's last checkpoint; `auto`: begin where there is none",
+    )
+    start.add_argument(
+        "--overwrite", action="store_true", help="delete the earlier run in run.out and begin again"
+    )
+    train.add_argument(
+        "--accept-changes",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="setting, or group of settings, that may change on a resume although it changes what "
+        "is learnt; may be repeated",
+    )
 
 
 def _auto(text: str) -> str:

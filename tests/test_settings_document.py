@@ -63,7 +63,10 @@ def test_every_setting_is_in_the_document() -> None:
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
-        ("checkpoint", "## [checkpoint]\n\nWhat a run that was cut off goes on from.\n\n- `every"),
+        (
+            "checkpoint",
+            "## [checkpoint]\n\nWhat a run that was cut off goes on from. A resumed run may ",
+        ),
         (
             "budget.patience",
             '[budget] kind = "prune"\n- `patience` (integer above 0; default `3`): Steps in a row '

@@ -121,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._reply({"error": "no such endpoint"}, 404)
 
     def do_GET(self) -> None:
-        self.server.unknown.append(self.path)
+        """What the client would like to know of itself; nothing that it needs."""
         self._reply({"error": "no such endpoint"}, 404)
 
     def _uploads(self, asked: dict[str, Any]) -> list[dict[str, Any]]:
