@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from student_trainer.errors import ConfigError, WeightSyncError
 from student_trainer.records import AS_LEARNT, WeightFormat
 from student_trainer.rollouts import weight_folder as module
-from student_trainer.rollouts.samplers.base import WeightFolder as Source
 from student_trainer.rollouts.weight_folder import PREFIX, sweep, weight_folder
 from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import tiny_student, write_tiny_student
@@ -130,7 +129,7 @@ async def test_a_tied_head_that_was_not_written_is_the_new_embedding(tmp_path: P
     change(learner, 1)
     (tmp_path / "weights").mkdir()
     learner_of(learner).export_weights(tmp_path / "weights", WeightFormat(with_tied_head=False))
-    await sampler.load_weights(Source(tmp_path / "weights"))
+    await sampler.load_weights(tmp_path / "weights")
     head = sampler._model().lm_head.weight
     assert (head == learner.model.embed_tokens.weight).all()
     sync = sync_of(learner, sampler)
