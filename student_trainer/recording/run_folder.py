@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -129,7 +130,9 @@ class RunRecord:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         failed = kind is not None and issubclass(kind, Exception)
-        self._end("failed" if failed else "stopped")
+        # What ended the run, a full disk perhaps, is not to be hidden by what follows from it.
+        with suppress(OSError) if failed else nullcontext():
+            self._end("failed" if failed else "stopped")
 
     def finish(self) -> None:
         """The trained student is saved."""

@@ -74,7 +74,8 @@ class RolloutSettings(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus of sampling, as a share of probability; 1 samples from the whole distribution."""
     student_topk: int = Field(16, ge=0)
-    """The student's own top-k that is sent to the teacher with every token (J); 0 sends none."""
+    """The student's own top-k that is sent to the teacher with every token (J); 0 sends none,
+    and so does a `top_p` below 1, outside of which candidates are arbitrary."""
     chunk_tokens: int = Field(32, gt=0)
     """Tokens a rollout gathers before they are sent to be scored."""
     max_context: int = Field(gt=1)

@@ -16,6 +16,7 @@ import pytest
 from student_trainer import cli
 from student_trainer.errors import CheckpointError, ConfigError
 from student_trainer.recording.run_folder import (
+    RunRecord,
     checkpoint_to_resume,
     clear,
     git_commit,
@@ -162,6 +163,24 @@ def test_a_start_that_failed_says_so(folder: Path, monkeypatch: pytest.MonkeyPat
         run_through(config)
     (start,) = json.loads((config.run.out / "run.json").read_text())["starts"]
     assert start["outcome"] == "failed"
+
+
+def recorded_where_nothing_can_be_written(out: Path, error: Exception | None) -> None:
+    """A start whose folder goes away, ended by an error if there is one."""
+    out.mkdir()
+    with RunRecord(out, config={}, resumed=False, about={}):
+        clear(out)
+        out.rmdir()
+        if error is not None:
+            raise error
+
+
+def test_what_ended_a_run_is_not_hidden_by_a_record_that_cannot_be_written(tmp_path: Path) -> None:
+    full = CheckpointError("the disk is full")
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        recorded_where_nothing_can_be_written(tmp_path / "run", full)
+    with pytest.raises(FileNotFoundError):
+        recorded_where_nothing_can_be_written(tmp_path / "run", None)
 
 
 def test_the_commit_of_a_work_tree_is_known_and_whether_files_have_changed(tmp_path: Path) -> None:
