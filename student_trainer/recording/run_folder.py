@@ -86,11 +86,11 @@ def _held(folder: Path) -> str:
     found = []
     try:
         steps = read_run(folder).steps_done if (folder / METRICS_FILE).is_file() else 0
-        found += [f"{steps} finished steps"] * (steps > 0)
+        found += [f"finished steps: {steps}"] * (steps > 0)
     except DatasetError:
         found.append(f"a {METRICS_FILE} that cannot be read")
     saved = complete_checkpoints(folder / CHECKPOINTS)
-    found += [f"{len(saved)} checkpoints"] * bool(saved)
+    found += [f"checkpoints: {len(saved)}"] * bool(saved)
     found += ["a trained student"] * (folder / STUDENT).is_dir()
     return ", ".join(found)
 

@@ -58,8 +58,8 @@ def holding(folder: Path, *parts: str) -> Path:
 
 SAVED = "checkpoints/step-000007"
 REFUSED = {
-    ("metrics",): r"7 finished steps\): it has no checkpoint to go on from",
-    (SAVED,): r"1 checkpoints\): --resume goes on from step-000007",
+    ("metrics",): r"finished steps: 7\): it has no checkpoint to go on from",
+    (SAVED,): r"checkpoints: 1\): --resume goes on from step-000007",
     ("student",): r"a trained student\)",
     ("broken",): r"a metrics.jsonl that cannot be read\)",
 }
@@ -118,7 +118,7 @@ def test_a_second_run_touches_nothing_unless_it_is_told_to_overwrite(
     config = configured(folder, "run.steps=2", "checkpoint.every_steps=null")
     run_through(config)
     written = {path: path.read_bytes() for path in config.run.out.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match=r"2 finished steps, a trained student"):
+    with pytest.raises(ConfigError, match=r"finished steps: 2, a trained student"):
         run_through(config)
     assert {p: p.read_bytes() for p in config.run.out.rglob("*") if p.is_file()} == written
     (config.run.out / "notes.txt").write_text("mine")
