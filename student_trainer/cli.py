@@ -26,10 +26,17 @@ from teacher_wire import tracing
 from vllm_process.children import kill_engines
 
 EXIT_FAILED = 1
+PAIRS_WRITTEN = 10
+PAIRS_SHOWN = 3
+"""Of responses before and after, in a report."""
 EXIT_INTERRUPTED = 130
 TRAIN = (
     "Distil a student. SIGTERM gives up the step under way, writes a checkpoint of the last "
     "finished one and prints the command that goes on; a second SIGTERM ends the run at once."
+)
+EVAL = (
+    "Greedy accuracy, avg@k and pass@k by the answers of the held-out problems; held-out "
+    "divergences by the teacher. The result is JSON."
 )
 EXIT_CODES = f"""\
 exit codes:
@@ -85,9 +92,23 @@ def _parser() -> argparse.ArgumentParser:
     _start_arguments(train)
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("eval", help="exact match and pass@k of a checkpoint")
-    _config_arguments(evaluate)
-    evaluate.add_argument("--model", help="checkpoint to evaluate; default: the configured student")
+    evaluate = commands.add_parser(
+        "eval", help="what any checkpoint makes of the held-out problems", description=EVAL
+    )
+    evaluate.add_argument("config_path", nargs="?", type=Path, metavar="CONFIG", help="TOML file")
+    _config_arguments(evaluate, required=False)
+    evaluate.add_argument(
+        "--checkpoint",
+        "--model",
+        metavar="DIR",
+        help="folder or name of a checkpoint; default: the configured student",
+    )
+    evaluate.add_argument(
+        "--teacher",
+        choices=("auto", "required", "none"),
+        default="auto",
+        help="ask it for held-out divergences: if it answers within 5 s (default), in any case, no",
+    )
     evaluate.add_argument("--json", type=Path, help="write the result here instead")
     evaluate.set_defaults(run=_eval)
 
@@ -150,8 +171,8 @@ def _auto(text: str) -> str:
     return text
 
 
-def _config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="TOML file")
+def _config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument("--config", type=Path, required=required, help="TOML file")
     parser.add_argument(
         "--set",
         action="append",
@@ -237,25 +258,32 @@ def _quiet_libraries() -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    if (arguments.config is None) == (arguments.config_path is None):
+        raise ConfigError("eval needs one configuration: `student-trainer eval CONFIG`")
+    arguments.config = arguments.config or arguments.config_path
     config = _config(arguments)
     _quiet_libraries()
-    from student_trainer.assembly.run import evaluate_checkpoint
+    from student_trainer.assembly.checkpoint_eval import evaluate_checkpoint
 
-    result = evaluate_checkpoint(config, arguments.model or config.student.model)
+    model = arguments.checkpoint or config.student.model
+    result = evaluate_checkpoint(config, model, teacher=arguments.teacher)
     text = json.dumps(result, indent=2)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(text + "\n", encoding="utf-8")
     else:
         print(text)
+    if (absent := result["without_teacher"]) and arguments.teacher != "none":
+        print(f"warning: no held-out divergences without a teacher: {absent}", file=sys.stderr)
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from student_trainer.recording.report import draw, summary_table, warning_lines
+    from student_trainer.recording.report import draw, summary_table, text_table, warning_lines
     from student_trainer.recording.summary import summarize, write_summary
+    from student_trainer.recording.texts import pairs, write_side_by_side
 
     extra: dict[str, Any] = {}
     if arguments.teacher_eval:
@@ -271,6 +299,9 @@ def _report(arguments: argparse.Namespace) -> int:
     console.print(summary_table(summary))
     for line in warning_lines(summary):
         console.print(line, style="yellow", highlight=False, markup=False)
+    if drawn := pairs(arguments.folder, count=PAIRS_WRITTEN):
+        console.print(text_table(drawn[:PAIRS_SHOWN]))
+        console.print(f"{write_side_by_side(arguments.folder, drawn)}", highlight=False)
     console.print(f"{write_summary(arguments.folder, summary)}", highlight=False)
     console.print(f"{draw(arguments.folder, summary)}", highlight=False)
     return 0

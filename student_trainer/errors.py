@@ -7,6 +7,7 @@ TrainerError
 ├── HubError          a student cannot be uploaded to a hub
 ├── DatasetError      a dataset does not exist, or a line of it is malformed
 ├── SamplerError      the generating engine does not start, or has died
+├── GraderError       the processes that compare mathematics do not start
 ├── WeightSyncError   the sampler's log-probs differ from the learner's after a sync
 └── NonFiniteLossError a loss or a gradient is NaN or infinite; the weights are left as they were
 """
@@ -40,6 +41,10 @@ class DatasetError(TrainerError, ValueError):
 
 class SamplerError(TrainerError, RuntimeError):
     """The generating engine does not start, or has died."""
+
+
+class GraderError(TrainerError, RuntimeError):
+    """The processes that compare mathematics do not start."""
 
 
 class WeightSyncError(TrainerError, RuntimeError):

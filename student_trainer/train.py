@@ -70,4 +70,5 @@ def take_step(run: Run, step: int) -> StepReport:
             sync=clock.seconds["sync"],
         ),
         profile=step_profile(rollouts, overlap_k=run.overlap_k),
+        samples=run.texts(rollouts),
     )

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_trainer.data import load_prompts
 from student_trainer.errors import ConfigError
-from student_trainer.eval import Grader
 from student_trainer.learner.memory import free_memory, refuse_too_large
 from student_trainer.learner.optim import Optimizer
 from student_trainer.records import Prompt, SamplingOptions, WeightFormat
@@ -47,20 +46,23 @@ class Problems:
 
 def problems(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> Problems:
     """The problems of a run. Raises DatasetError."""
-    context = config.rollout.max_context
-    train = load_prompts(
-        config.data.train, tokenizer, max_prompt_tokens=context - config.longest_response
+    room = config.rollout.max_context - config.longest_response
+    train = load_prompts(config.data.train, tokenizer, max_prompt_tokens=room)
+    heldout = heldout_problems(config, tokenizer)
+    return Problems(tokenizer=tokenizer, train=train, heldout=heldout)
+
+
+def heldout_problems(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The problems that are evaluated; none without data.heldout. Raises DatasetError."""
+    if config.data.heldout is None:
+        return []
+    heldout = load_prompts(
+        config.data.heldout,
+        tokenizer,
+        max_prompt_tokens=config.rollout.max_context - config.eval.max_tokens,
+        answer_field=config.data.answer_field,
     )
-    heldout: list[Prompt] = []
-    if config.data.heldout is not None:
-        heldout = load_prompts(
-            config.data.heldout,
-            tokenizer,
-            max_prompt_tokens=context - config.eval.max_tokens,
-            answer_field=config.data.answer_field,
-        )
-    used = heldout[: config.eval.num_prompts]
-    return Problems(tokenizer=tokenizer, train=train, heldout=used)
+    return heldout[: config.eval.num_prompts]
 
 
 def special_tokens(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
@@ -281,11 +283,6 @@ def sampler(config: TrainerConfig, model: str) -> Sampler:
         cpu_cores=settings.cpu_cores,
         seed=config.run.seed,
     )
-
-
-def grader(config: TrainerConfig) -> Grader:
-    """What makes an answer right."""
-    return Grader(config.eval.answer_pattern, unicode_normalize=config.eval.unicode_normalize)
 
 
 def optimizer(config: TrainerConfig, model: PreTrainedModel) -> Optimizer:

@@ -6,21 +6,22 @@ teacher), then the learner, and the sampler, which takes tens of seconds, last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.assembly import checkpoints, from_settings, methods
+from student_trainer.assembly import checkpoints, evaluating, from_settings, methods
+from student_trainer.assembly.evaluating import Evaluator
 from student_trainer.assembly.from_settings import Problems
 from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.recording import recorded, warn
 from student_trainer.data import PromptOrder
-from student_trainer.diagnostics.step_report import EvalReport
-from student_trainer.eval import EvalResult, evaluate
+from student_trainer.diagnostics.step_report import SampleText
+from student_trainer.evaluation.evaluate import rollout_text
 from student_trainer.learner.learner import Learner
 from student_trainer.pretrained import load_student, load_tokenizer
 from student_trainer.process.stopping import Stopped, StopRequest
@@ -34,7 +35,7 @@ from student_trainer.recording.run_folder import (
 )
 from student_trainer.recording.summary import write_progress
 from student_trainer.recording.terminal import Bars
-from student_trainer.records import Prompt
+from student_trainer.records import Prompt, Rollout
 from student_trainer.rollouts.samplers.base import Sampler
 from student_trainer.rollouts.stream import LoopThread, RolloutStream
 from student_trainer.rollouts.weight_sync import WeightSync
@@ -66,6 +67,7 @@ class Run:
     record: RunRecord
     state: TrainState
     problems: Problems
+    evaluator: Evaluator
     sync: WeightSync
     running: RunningSampler
     stop: StopRequest
@@ -97,26 +99,24 @@ class Run:
         return due and self.recorder.last_evaluation != step
 
     def evaluate(self) -> None:
-        """Greedy accuracy of the sampler's weights; the first and the last time also pass@k."""
+        """What the sampler's weights make of the held-out problems; at both ends with samples."""
         step, ends = self.state.step, (0, self.config.run.steps)
         with self.stop.may_give_up():
             self.stream.wait_until_idle()
-            result = evaluated(
-                self.config,
-                self.running,
-                self.problems,
-                name=f"step{step}",
-                num_samples=self.config.eval.pass_k if step in ends else 0,
+            report = self.evaluator.report(
+                self.running.loop,
+                self.running.sampler,
+                step=step,
+                with_samples=step in ends,
                 progress=lambda done, total: self.recorder.progress("evaluation", done, total),
             )
-        self.recorder.evaluation(
-            EvalReport(
-                step=step,
-                accuracy=result.accuracy,
-                pass_at_1=result.pass_at_1,
-                pass_at_k=result.pass_at_k,
-                mean_tokens=result.mean_tokens,
-            )
+        self.recorder.evaluation(report)
+
+    def texts(self, rollouts: Sequence[Rollout]) -> tuple[SampleText, ...]:
+        """The first few of a step's rollouts, for a person to read."""
+        return tuple(
+            rollout_text(rollout, number, self.config.rollout.temperature, self.evaluator.decode)
+            for number, rollout in enumerate(rollouts[: self.config.run.texts])
         )
 
     def checkpoint_due(self) -> bool:
@@ -208,6 +208,8 @@ def _assemble(
     say = partial(warn, bars.console)
     problems = from_settings.problems(config, load_tokenizer(config.student.model))
     specials = from_settings.special_tokens(config, problems.tokenizer)
+    heldout = problems.heldout
+    grader = evaluating.checked_grader(config, heldout, stack)
     start_from = config.student.model if goes_on is None else str(goes_on.checkpoint)
     for line in from_settings.check_memory(config, start_from):
         say(line)
@@ -215,6 +217,7 @@ def _assemble(
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
     client = loop.run(from_settings.connect(config, learner.vocab_size, problems.tokenizer))
     stack.callback(lambda: loop.run(client.aclose()))
+    evaluator = evaluating.evaluator(config, heldout, grader, problems.tokenizer, client)
     sampler = running.sampler if running else from_settings.sampler(config, start_from)
     sync = stack.enter_context(closing(_sync(config, learner, sampler, problems, say)))
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), client, bars)
@@ -249,6 +252,7 @@ def _assemble(
         record=record,
         state=state,
         problems=problems,
+        evaluator=evaluator,
         sync=sync,
         running=RunningSampler(loop, sampler),
         stop=stop,
@@ -335,46 +339,3 @@ def _stream(
         num_steps=config.run.steps,
         progress=lambda done, total: bars.update("rollouts", done, total),
     )
-
-
-def evaluated(
-    config: TrainerConfig,
-    running: RunningSampler,
-    problems: Problems,
-    *,
-    name: str,
-    num_samples: int,
-    progress: Callable[[int, int], None],
-) -> EvalResult:
-    """What the weights in a running sampler make of the held-out problems.
-
-    `name` differs from that of every other evaluation under way.
-    """
-    return running.loop.run(
-        evaluate(
-            running.sampler,
-            problems.heldout,
-            from_settings.grader(config),
-            problems.tokenizer,
-            name=name,
-            max_tokens=config.eval.max_tokens,
-            num_samples=num_samples,
-            temperature=config.eval.temperature,
-            progress=progress,
-        )
-    )
-
-
-def evaluate_checkpoint(config: TrainerConfig, model: str) -> dict[str, float | int | None]:
-    """Exact match and pass@k of any checkpoint on the held-out problems, without a teacher."""
-    problems = from_settings.problems(config, load_tokenizer(model))
-    with running_sampler(config, model) as running, Bars() as bars:
-        result = evaluated(
-            config,
-            running,
-            problems,
-            name="checkpoint",
-            num_samples=config.eval.pass_k,
-            progress=lambda done, total: bars.update("evaluation", done, total),
-        )
-    return asdict(result)

@@ -55,6 +55,7 @@ def rollout_report(rollouts: Sequence[Rollout], *, overlap_k: int | None) -> Rol
         reverse_kl_first_third=first,
         reverse_kl_middle_third=middle,
         reverse_kl_last_third=last,
+        behavior_entropy=_behavior_entropy(rollouts),
         abs_advantage_per_response=absolute / len(rollouts),
         mismatched_token_ids=len(mismatched_tokens(rollouts)),
         repetition_rate=float(np.mean(rates)),
@@ -116,6 +117,12 @@ def _overlap(rollouts: Sequence[Rollout], overlap_k: int | None) -> float | None
     if overlap_k is None or not any(map(len, rollouts)):
         return None
     return float(np.mean(_joined(rollouts, "overlap_counts"))) / overlap_k
+
+
+def _behavior_entropy(rollouts: Sequence[Rollout]) -> float | None:
+    """Mean of -log p_behavior of the sampled tokens that count: an estimate, without bias."""
+    logprobs = np.concatenate([r.behavior_logprobs[r.mask] for r in rollouts])
+    return -float(logprobs.mean(dtype=np.float64)) if len(logprobs) else None
 
 
 def _bad_event_rate(rollouts: Sequence[Rollout]) -> float | None:

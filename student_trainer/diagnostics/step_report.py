@@ -6,11 +6,12 @@ nothing about is None here and absent there. Knows neither how a value came abou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, TypedDict, TypeVar
 
-Record = TypeVar("Record", "LearnReport", "RolloutReport", "StepReport", "EvalReport")
+Record = TypeVar("Record", "LearnReport", "RolloutReport", "StepReport", "HeldoutReport")
 
 
 class MismatchedToken(TypedDict):
@@ -73,6 +74,7 @@ class RolloutReport:
     reverse_kl_first_third: float | None = None
     reverse_kl_middle_third: float | None = None
     reverse_kl_last_third: float | None = None
+    behavior_entropy: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,8 @@ class PhaseSeconds:
 
 
 PHASES = tuple(entry.name for entry in fields(PhaseSeconds))
+HELDOUT = "heldout_"
+AT_K = ("avg_at", "pass_at")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +113,25 @@ class StepProfile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampleText:
+    """One response as a person reads it; a line of a file in samples/."""
+
+    prompt_id: str
+    sample: int
+    """Which of the responses to the prompt; 0 is the greedy one in an evaluation."""
+    prompt: str
+    response: str
+    tokens: int
+    finish: str
+    temperature: float
+    answer: str | None = None
+    correct: bool | None = None
+    """None for what has no answer, and for one that could not be graded."""
+    teacher_logprob: float | None = None
+    """Mean of its tokens, nats; None where the teacher did not score it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
     """One step; of one that the teacher scored nothing of, `learning` and `generation` are None."""
 
@@ -123,6 +146,7 @@ class StepReport:
     budget_hit_share: float | None = None
     generation_span_s: float | None = None
     profile: StepProfile | None = None
+    samples: tuple[SampleText, ...] = field(default=(), compare=False)
 
     @property
     def kind(self) -> str:
@@ -151,23 +175,94 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldoutReport:
+    """Sampled responses to held-out prompts, as the teacher sees them. In nats a token, with the
+    standard errors; evaluation/divergence.py defines the estimates. Names get a `heldout_` in front
+    when they are written."""
+
+    responses: int
+    tokens: int
+    """Counted ones, without masked special tokens."""
+    unscored: int
+    """Responses of which the teacher did not score everything; they are in no figure."""
+    length: float | None = None
+    end_rate: float | None = None
+    repetition_rate: float | None = None
+    reverse_kl: float | None = None
+    reverse_kl_se: float | None = None
+    sampled_reverse_kl: float | None = None
+    sampled_reverse_kl_se: float | None = None
+    forward_kl: float | None = None
+    forward_kl_se: float | None = None
+    teacher_logprob: float | None = None
+    teacher_logprob_se: float | None = None
+    student_entropy: float | None = None
+    student_mass: float | None = None
+    teacher_mass: float | None = None
+    overlap: float | None = None
+    band_tokens: int | None = None
+    overlap_by_band: list[float] | None = None
+    responses_by_band: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
     """One evaluation of the weights after `step` steps."""
 
     step: int
-    accuracy: float
-    pass_at_1: float | None = None
-    pass_at_k: float | None = None
+    accuracy: float | None = None
+    """Of greedy responses; None where no problem has an answer."""
     mean_tokens: float | None = None
+    """Length of a greedy response."""
+    ungraded: int | None = None
+    """Responses whose answer could not be graded; they are in no figure."""
+    avg_at_k: Mapping[int, float] = field(default_factory=dict)
+    """k -> share of k samples a problem that are right."""
+    pass_at_k: Mapping[int, float] = field(default_factory=dict)
+    """k -> chance that one of k samples is right."""
+    heldout: HeldoutReport | None = None
+    samples: tuple[SampleText, ...] = field(default=(), compare=False)
 
     def values(self) -> dict[str, float]:
-        """Name -> value of every result that is there."""
-        return _present(self)
+        """Name -> value of every scalar that is there."""
+        at_k = {
+            f"{name}_{k}": value
+            for name in AT_K
+            for k, value in sorted(getattr(self, f"{name}_k").items())
+        }
+        heldout = _present(self.heldout) if self.heldout is not None else {}
+        return _present(self) | at_k | {f"{HELDOUT}{name}": v for name, v in heldout.items()}
+
+    def written(self) -> dict[str, Any]:
+        """The same with what is no scalar, but for the texts."""
+        there = {} if self.heldout is None else asdict(self.heldout)
+        lists = {f"{HELDOUT}{n}": value for n, value in there.items() if isinstance(value, list)}
+        return {**self.values(), **lists}
 
     @classmethod
     def from_values(cls, step: int, values: Mapping[str, Any]) -> EvalReport:
-        """The evaluation that wrote these values. Raises KeyError naming those that are missing."""
-        return _read(cls, {**values, "step": step})
+        """The evaluation that wrote these values. Raises KeyError when it says nothing."""
+        heldout = {
+            name.removeprefix(HELDOUT): value
+            for name, value in values.items()
+            if name.startswith(HELDOUT)
+        }
+        if not heldout and values.get("accuracy") is None and values.get("ungraded") is None:
+            raise KeyError("accuracy")
+        at_k = {
+            f"{name}_k": {
+                int(key.removeprefix(f"{name}_")): value
+                for key, value in values.items()
+                if re.fullmatch(rf"{name}_\d+", key)
+            }
+            for name in AT_K
+        }
+        found: dict[str, Any] = {
+            **{name: values.get(name) for name in ("accuracy", "mean_tokens", "ungraded")},
+            **at_k,
+            "heldout": _read(HeldoutReport, heldout) if heldout else None,
+        }
+        return cls(step=step, **found)
 
 
 def _read(kind: type[Record], values: Mapping[str, Any]) -> Record:

@@ -36,7 +36,7 @@ class JsonLines:
             self._profiles.flush()
 
     def evaluation(self, report: EvalReport) -> None:
-        self._write("eval", report.step, report.values())
+        self._write("eval", report.step, report.written())
 
     def alarm(self, step: int, alarm: Alarm) -> None:
         self._write("warning", step, {"warning": alarm.kind, "message": alarm.message})
@@ -45,7 +45,7 @@ class JsonLines:
         self._metrics.close()
         self._profiles.close()
 
-    def _write(self, kind: str, step: int, values: Mapping[str, float | str]) -> None:
+    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._metrics.flush()
 
@@ -115,7 +115,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def drop_later(folder: Path, step: int) -> None:
     """Keeps what was written up to a step; a killed run may have left the last line incomplete."""
-    for path in (folder / METRICS_FILE, folder / PROFILES_FILE):
+    texts = sorted(folder.glob("samples/*.jsonl"))
+    for path in (folder / METRICS_FILE, folder / PROFILES_FILE, *texts):
         kept = []
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
         for number, line in enumerate(lines, start=1):

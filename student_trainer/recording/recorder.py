@@ -18,6 +18,7 @@ from student_trainer.errors import ConfigError
 from student_trainer.recording.json_lines import JsonLines, drop_later, read_run
 from student_trainer.recording.run_folder import clear, refuse_occupied
 from student_trainer.recording.terminal import Bars, Terminal
+from student_trainer.recording.texts import Texts
 
 LOCK_FILE = ".lock"
 
@@ -76,6 +77,7 @@ class Recorder:
             raise
         self._sinks: list[Sink] = [
             JsonLines(folder, append=resume_from is not None),
+            Texts(folder, append=resume_from is not None),
             Terminal(bars),
         ]
 

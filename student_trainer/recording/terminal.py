@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -92,7 +93,7 @@ class Terminal:
         )
 
     def evaluation(self, report: EvalReport) -> None:
-        self._print(f"step {report.step:>3}  accuracy {report.accuracy:.1%}", style="bold")
+        self._print(f"step {report.step:>3}  {'  '.join(_figures(report))}", style="bold")
 
     def alarm(self, step: int, alarm: Alarm) -> None:
         """Printed when new, and now and then while it lasts."""
@@ -105,3 +106,19 @@ class Terminal:
 
     def _print(self, text: str, style: str | None = None) -> None:
         self._console.print(text, style=style, highlight=False, markup=False)
+
+
+def _figures(report: EvalReport) -> Iterator[str]:
+    if report.accuracy is not None:
+        yield f"accuracy {report.accuracy:.1%}"
+    if report.ungraded:
+        yield f"not graded {report.ungraded}"
+    if (heldout := report.heldout) is None:
+        return
+    if heldout.reverse_kl is not None and heldout.teacher_logprob is not None:
+        yield (
+            f"held out: reverse KL {heldout.reverse_kl:.3f}  "
+            f"teacher log-prob {heldout.teacher_logprob:.3f}"
+        )
+    if heldout.unscored:
+        yield f"not scored {heldout.unscored}"

@@ -29,6 +29,7 @@ from student_trainer.settings.budget import (
     QuantileBudgetSettings,
 )
 from student_trainer.settings.drift import DriftSettings, OverlapRatioSettings
+from student_trainer.settings.evaluation import EvalSettings
 from student_trainer.settings.loss import ImportedLossSettings, LossSettings, Needs
 from student_trainer.settings.problems import explain
 from student_trainer.settings.run import CheckpointSettings, RunSettings, TrackerSettings
@@ -172,39 +173,10 @@ class DataSettings(Section):
     train: Path
     """JSON lines with `prompt` (text) or `messages` (chat), and optionally `id`."""
     heldout: Path | None = None
-    """JSON lines of the problems that are evaluated, with answers; none: nothing is evaluated."""
+    """JSON lines of the problems that are evaluated, all with answers or all without; none: nothing
+    is evaluated."""
     answer_field: str = "answer"
     """Field that holds what the graded part of a response must equal."""
-
-
-class EvalSettings(Section):
-    """How the held-out problems are graded; without `data.heldout` nothing is."""
-
-    every_steps: Annotated[int, MayChange()] = Field(10, gt=0)
-    """Steps between evaluations; before the first and after the last step there is one too."""
-    num_prompts: int = Field(128, gt=0)
-    """Problems evaluated: the first so many."""
-    pass_k: int = Field(4, ge=0)
-    """Samples a prompt for pass@k in the first and the last evaluation; 0 for none."""
-    temperature: float = Field(1.0, gt=0)
-    """Of the samples for pass@k; accuracy is greedy."""
-    max_tokens: int = Field(512, gt=0)
-    """Tokens a response may have."""
-    answer_pattern: str = r"\\boxed\{([^{}]*)\}"
-    """Regular expression; the last match's first group is the answer."""
-    unicode_normalize: bool = False
-    """Compare after Unicode NFKC normalisation."""
-
-    @field_validator("answer_pattern")
-    @classmethod
-    def _has_a_group(cls, pattern: str) -> str:
-        try:
-            num_groups = re.compile(pattern).groups
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        if num_groups == 0:
-            raise ValueError("the pattern needs a group: that is the answer")
-        return pattern
 
 
 class TrainerConfig(Section):

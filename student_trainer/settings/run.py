@@ -19,6 +19,8 @@ class RunSettings(Section):
     """Of the order of the problems, of sampling, and of the updates within a step."""
     steps: Annotated[int, MayChange(only_upward=True)] = Field(gt=0)
     """Optimisation rounds: one batch of rollouts each."""
+    texts: Annotated[int, MayChange()] = Field(4, ge=0)
+    """Rollouts a step whose text is kept in the run's folder."""
     queue_depth: int = Field(0, ge=0)
     """Steps whose rollouts are generated ahead of the learner: 0 generates when asked, 1 while the
     learner works, with weights one step old. More is refused."""
