@@ -156,6 +156,35 @@ RULES = [
         why="assembly chooses implementations",
     ),
     Rule(
+        modules="student_trainer.evaluation.*",
+        never=f"{TORCH} grpc teacher_client teacher_wire.pb teacher_wire.codec "
+        "student_trainer.learner student_trainer.losses student_trainer.recording",
+        why="it is given a sampler, sessions and a tokenizer",
+    ),
+    *(
+        Rule(modules=f"student_trainer.evaluation.{name}", only=only, why=why)
+        for name, only, why in (
+            ("answers", "typing", "pure"),
+            ("passes", "numpy", "pure"),
+            (
+                "math_answers",
+                "math_verify student_trainer.evaluation.answers",
+                "it runs in a process that imports nothing else",
+            ),
+            (
+                "math_worker",
+                "math_verify student_trainer.evaluation.math_answers",
+                "likewise",
+            ),
+        )
+    ),
+    Rule(
+        modules="*",
+        never="math_verify",
+        but="student_trainer.evaluation.math_answers student_trainer.evaluation.math_worker",
+        why="two files know math-verify",
+    ),
+    Rule(
         modules="student_trainer.recording.*",
         never="grpc teacher_client student_trainer.learner student_trainer.rollouts",
         why="it is told, it does not ask",

@@ -24,7 +24,8 @@ TRAINER_SETTINGS = {
     "data": "answer_field heldout train",
     "drift": "k metric stop_in_flight threshold top_p w_drop",
     "eval": (
-        "answer_pattern every_steps max_tokens num_prompts pass_k temperature unicode_normalize"
+        "answer_pattern every_steps grader max_tokens num_prompts pass_k teacher_samples "
+        "temperature texts unicode_normalize"
     ),
     "loss": (
         "beta clip_epsilon clip_log_ratio dual_clip entropy_threshold kind options path support "
@@ -38,7 +39,7 @@ TRAINER_SETTINGS = {
         "chunk_tokens max_context prompts_per_step rollouts_per_prompt student_topk "
         "temperature top_p"
     ),
-    "run": "otlp_endpoint out queue_depth seed steps",
+    "run": "otlp_endpoint out queue_depth seed steps texts",
     "sampler": (
         "cpu_cores dtype enforce_eager gpu_memory_utilization kind kv_cache_gib "
         "max_num_seqs stream_interval weights_dir"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from typing import Any, Literal
 
 from rich.console import Console
@@ -65,6 +66,7 @@ def evaluate_checkpoint(
         "num_prompts": len(problems),
         "accuracy": report.accuracy,
         **report.written(),
+        "texts": [asdict(sample) for sample in report.samples],
     }
 
 

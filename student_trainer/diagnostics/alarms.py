@@ -32,6 +32,11 @@ MAX_WEIGHT_RATIO = 100.0
 MAX_WEIGHT_OVER_MEAN = 20.0
 """With a smallest weight of 0 the ratio says nothing; this does."""
 MAX_TOKENS_NAMED = 5
+MIN_ENTROPY_RISE = 0.05
+"""Share of the first step's. A step's entropy has a standard error of 0.03 to 0.1 nats."""
+MIN_MASS_LOSS = 0.03
+"""Of the student's own top-k, beyond what the teacher's lost; a language model's went 0.93 to 0.87
+in nine steps of a loss that spreads it out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +61,8 @@ def warnings_of(
         found += [*_support(learning, before), *_learning(learning)]
     if report.generation is not None:
         found += _drift(report.generation)
+    if first is not None:
+        found += _spread(report, first)
     found += _teacher(report)
     if report.profile is not None and (mismatched := report.profile.mismatched_tokens):
         found.append(Alarm(kind="mismatched_tokens", message=_mismatch(mismatched, decode)))
@@ -104,6 +111,47 @@ def _drift(rollouts: RolloutReport) -> Iterator[Alarm]:
             message=f"{rate:.0%} of the tokens continue a loop: look at the responses before "
             "trusting a falling loss; a teacher agrees with a loop once it is in one",
         )
+
+
+def _spread(report: StepReport, first: StepReport) -> Iterator[Alarm]:
+    """Entropy rises and the student's own top-k loses mass while the overlap improves: each alone
+    has other reasons, and loss and reverse KL go on falling meanwhile."""
+    before, now = _breadth(first), _breadth(report)
+    if before is None or now is None:
+        return
+    lost = before.own_mass - now.own_mass
+    wider = now.entropy > (1 + MIN_ENTROPY_RISE) * before.entropy and lost > MIN_MASS_LOSS
+    if wider and now.overlap > before.overlap:
+        yield Alarm(
+            kind="spreading",
+            message=f"the student spreads out: its entropy went from {before.entropy:.2f} to "
+            f"{now.entropy:.2f} nats and its own top-k lost {lost:.2f} of mass against the "
+            "teacher's, while the overlap improves. See whether the teacher's log-prob of its "
+            "responses falls; on language prefer truncated_reverse_kl with loss.tail, or "
+            "local_support_matching",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Breadth:
+    """How broad the student's distribution is, and how it fits the teacher's."""
+
+    entropy: float
+    own_mass: float
+    """On its own top-k, above the teacher's on its own."""
+    overlap: float
+
+
+def _breadth(report: StepReport) -> _Breadth | None:
+    """None where a step says too little."""
+    learning, rollouts = report.learning, report.generation
+    if learning is None or rollouts is None:
+        return None
+    student, teacher = learning.behavior_mass_at_student_topk, learning.teacher_mass_at_teacher_topk
+    entropy, overlap = rollouts.behavior_entropy, rollouts.overlap
+    if student is None or teacher is None or entropy is None or overlap is None:
+        return None
+    return _Breadth(entropy, student - teacher, overlap)
 
 
 def _learning(learning: LearnReport) -> Iterator[Alarm]:

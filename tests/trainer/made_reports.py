@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from student_trainer.diagnostics.step import step_profile
-from student_trainer.diagnostics.step_report import MismatchedToken, StepProfile, StepReport
+from student_trainer.diagnostics.step_report import (
+    MismatchedToken,
+    SampleText,
+    StepProfile,
+    StepReport,
+)
 from student_trainer.records import Rollout
 
 VALUES: dict[str, float | None] = {
@@ -52,10 +57,13 @@ VALUES: dict[str, float | None] = {
 
 
 def step_report(
-    step: int = 1, rollouts: list[Rollout] | None = None, **changes: float | None
+    step: int = 1,
+    rollouts: list[Rollout] | None = None,
+    samples: tuple[SampleText, ...] = (),
+    **changes: float | None,
 ) -> StepReport:
     """The healthy step with changes by field, and with the profile of rollouts if there are any."""
-    report = StepReport.from_values(step, VALUES | changes)
+    report = replace(StepReport.from_values(step, VALUES | changes), samples=samples)
     if rollouts is None:
         return report
     with_overlap = all(rollout.teacher.overlap_counts is not None for rollout in rollouts)

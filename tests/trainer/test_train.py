@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from student_trainer.assembly import from_settings
-from student_trainer.assembly.run import Run, assembled, evaluate_checkpoint
+from student_trainer.assembly.run import Run, assembled
 from student_trainer.errors import CheckpointError, ConfigError, DatasetError
 from student_trainer.recording.json_lines import read_lines
 from student_trainer.records import Rollout
@@ -206,8 +206,9 @@ def test_run_learns_and_writes_everything_down(folder: Path, client: InMemoryCli
     steps, evals = records(config, "step"), records(config, "eval")
     assert [s["step"] for s in steps] == list(range(1, 13))
     assert [e["step"] for e in evals] == [0, 2, 4, 6, 8, 10, 12]
-    assert {"pass_at_1", "pass_at_k"} <= evals[0].keys() & evals[-1].keys()
-    assert "pass_at_k" not in evals[1]
+    assert {"avg_at_2", "pass_at_2"} <= evals[0].keys() & evals[-1].keys()
+    assert "pass_at_2" not in evals[1]
+    assert all(e["heldout_responses"] == 2 and e["heldout_unscored"] == 0 for e in evals)
     # The student comes nearer to the teacher; by how much is a matter of the learning rate.
     losses = [s["loss"] for s in steps]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
@@ -217,7 +218,7 @@ def test_run_learns_and_writes_everything_down(folder: Path, client: InMemoryCli
     assert all(s["staleness_min_version"] == s["step"] - 1 for s in steps)
     assert len(read_lines(config.run.out / "profiles.jsonl")) == 12
     assert client.closed
-    assert len(client.sessions) == 12 * 6
+    assert len(client.sessions) == 12 * 6 + 7 * 2
     assert all(session.num_closed == 1 for session in client.sessions)
     spans = [len(span) for session in client.sessions for span in session.spans]
     assert max(spans) <= INFO.max_append_tokens
@@ -264,11 +265,17 @@ def test_every_logged_metric_is_explained_and_every_explained_one_is_logged(
     path.write_text(path.read_text().replace(fixed, prune))
     weights = ("weights.prune.w_base=0.5", "weights.prefix_importance.gamma=0.5")
     methods = logged(configured(folder, "run.steps=2", f"run.out={folder}/methods", *weights))
+    plain, methods = ([_named(record) for record in records] for records in (plain, methods))
     always, ever = (set[str]().union(*records) for records in (plain, [*plain, *methods]))
     assert sorted(ever - explained.keys()) == []
     assert sorted(explained.keys() - ever) == []
     assert sorted(name for name in explained if not explained[name] and name not in always) == []
     assert any(record.get("kind") == "warning" for record in methods)
+
+
+def _named(record: dict[str, object]) -> dict[str, object]:
+    """As the documentation has it: `pass_at_k` for every k."""
+    return {re.sub(r"_at_\d+$", "_at_k", name): value for name, value in record.items()}
 
 
 def test_rollouts_that_the_teacher_missed_are_counted_and_warned_of(
@@ -290,7 +297,8 @@ def test_queue_of_one_is_one_step_stale_and_generates_no_more(
     config = configured(folder, "run.queue_depth=1")
     run_through(config)
     assert [s["staleness_min_version"] for s in records(config, "step")] == [0, 0, 1, 2]
-    assert len(client.sessions) == 4 * 6
+    # Three evaluations beside them.
+    assert len(client.sessions) == 4 * 6 + 3 * 2
 
 
 def test_run_that_died_and_was_resumed_equals_one_that_did_not(
@@ -301,7 +309,7 @@ def test_run_that_died_and_was_resumed_equals_one_that_did_not(
     straight = run_through(straight_config)
 
     config = configured(folder)
-    connect_to(InMemoryClient(fail_at=3 * 6 + 2), monkeypatch)
+    connect_to(InMemoryClient(fail_at=2 + 2 * 6 + 2 + 6 + 2), monkeypatch)
     with pytest.raises(EngineError, match="the teacher died"):
         run_through(config)
     assert [s["step"] for s in records(config, "step")] == [1, 2, 3]
@@ -440,17 +448,42 @@ def test_gradient_is_a_mean_over_tokens_and_not_a_sum(folder: Path, client: InMe
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
-def test_evaluation_of_a_checkpoint_needs_no_teacher(folder: Path) -> None:
-    result = evaluate_checkpoint(configured(folder), str(folder / "student"))
-    assert result["num_prompts"] == 2
-    assert 0 <= result["accuracy"] <= 1  # type: ignore[operator]
+def test_texts_without_answers_are_evaluated_by_the_teacher(
+    folder: Path, client: InMemoryClient
+) -> None:
+    rows = [json.dumps({"prompt": f"say {i} "}) for i in range(3)]
+    (folder / "heldout.jsonl").write_text("\n".join(rows))
+    config = configured(folder, f"data.heldout={folder}/heldout.jsonl", "run.steps=2")
+    run_through(config)
+    evals = records(config, "eval")
+    assert [e["step"] for e in evals] == [0, 2]
+    assert not any("accuracy" in e or "pass_at_2" in e for e in evals)
+    assert all(e["heldout_responses"] == 2 and e["heldout_forward_kl"] > 0 for e in evals)
+    texts = read_lines(config.run.out / "samples" / "evaluations.jsonl")
+    assert [(t["step"], t["prompt"]) for t in texts] == [
+        (step, f"say {i} ") for step in (0, 2) for i in (0, 1)
+    ]
+    assert all(t["teacher_logprob"] < 0 for t in texts)
+    rollouts = read_lines(config.run.out / "samples" / "rollouts.jsonl")
+    assert [t["step"] for t in rollouts] == [1] * 4 + [2] * 4
 
 
-def test_evaluation_without_heldout_problems_says_so(folder: Path) -> None:
-    path = folder / "trainer.toml"
-    path.write_text("\n".join(r for r in path.read_text().splitlines() if "heldout" not in r))
-    with pytest.raises(DatasetError, match=r"data\.heldout"):
-        evaluate_checkpoint(configured(folder), str(folder / "student"))
+def test_answers_that_cannot_be_right_are_named_before_anything_is_loaded(folder: Path) -> None:
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "44", "id": "row 2"}]
+    (folder / "heldout.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = configured(
+        folder, f"data.heldout={folder}/heldout.jsonl", f"student.model={folder}/student"
+    )
+    (folder / "student" / "model.safetensors").unlink()
+    with pytest.raises(DatasetError, match=r"^row 2: the answer '44' .*eval\.answer_pattern"):
+        run_through(config)
+
+
+def test_problems_that_nobody_could_judge_are_refused(folder: Path) -> None:
+    (folder / "heldout.jsonl").write_text(json.dumps({"prompt": "1"}))
+    config = configured(folder, f"data.heldout={folder}/heldout.jsonl", "eval.teacher_samples=0")
+    with pytest.raises(ConfigError, match=r"heldout\.jsonl:1: .*eval\.teacher_samples is 0"):
+        run_through(config)
 
 
 def test_prompt_that_leaves_no_room_for_the_budget_is_refused(folder: Path) -> None:

@@ -413,3 +413,53 @@ def test_a_step_that_says_little_gives_no_warning() -> None:
         ("bad_event_rate", "exhausted_rate", "unreliable_share", "weight_min", "weight_max")
     )
     assert warnings_of(step_report(**absent), first=None) == []
+
+
+SPREAD_BEFORE = {
+    "behavior_entropy": 2.16,
+    "behavior_mass_at_student_topk": 0.93,
+    "teacher_mass_at_teacher_topk": 0.976,
+    "overlap": 0.49,
+}
+"""A language model of 24 of 30 layers against the whole one."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "spreads"),
+    [
+        # student_topk_reverse_kl after ten steps, and after five; local_support_matching;
+        # truncated_reverse_kl with a tail.
+        ({"behavior_entropy": 2.35, "behavior_mass_at_student_topk": 0.87, "overlap": 0.58}, True),
+        ({"behavior_entropy": 2.10, "behavior_mass_at_student_topk": 0.91, "overlap": 0.57}, False),
+        ({"behavior_entropy": 1.95, "behavior_mass_at_student_topk": 0.94, "overlap": 0.60}, False),
+        ({"behavior_entropy": 1.50, "behavior_mass_at_student_topk": 0.96, "overlap": 0.59}, False),
+        # The teacher's own mass fell as much: other prompts; the overlap fell: plain drift.
+        (
+            {
+                "behavior_entropy": 2.35,
+                "behavior_mass_at_student_topk": 0.87,
+                "teacher_mass_at_teacher_topk": 0.916,
+                "overlap": 0.58,
+            },
+            False,
+        ),
+        ({"behavior_entropy": 2.35, "behavior_mass_at_student_topk": 0.87, "overlap": 0.45}, False),
+        ({"behavior_entropy": 2.35, "behavior_mass_at_student_topk": None, "overlap": 0.58}, False),
+    ],
+)
+def test_a_student_that_spreads_out_while_overlap_improves_is_warned_of(
+    changes: dict[str, float | None], spreads: bool
+) -> None:
+    first = step_report(1, **SPREAD_BEFORE)
+    assert warnings_of(first, first=first) == []
+    found = warnings_of(step_report(10, **(SPREAD_BEFORE | changes)), first=first)
+    assert [alarm.kind for alarm in found] == ["spreading"] * spreads
+    if spreads:
+        assert "2.16 to 2.35 nats and its own top-k lost 0.06 of mass" in found[0].message
+
+
+def test_entropy_of_a_step_is_that_of_the_tokens_that_count() -> None:
+    made = responded([5, 6, 7], behavior=[-1.0, -3.0, -9.0], mask=[1, 1, 0])
+    assert rollout_report([made], overlap_k=4).behavior_entropy == 2.0
+    masked = responded([5], behavior=[-1.0], mask=[0])
+    assert rollout_report([masked], overlap_k=4).behavior_entropy is None

@@ -23,7 +23,13 @@ from student_trainer.diagnostics.step import (
     rollout_report,
     step_profile,
 )
-from student_trainer.diagnostics.step_report import EvalReport, PhaseSeconds, StepReport
+from student_trainer.diagnostics.step_report import (
+    EvalReport,
+    HeldoutReport,
+    PhaseSeconds,
+    SampleText,
+    StepReport,
+)
 from student_trainer.errors import ConfigError, DatasetError
 from student_trainer.recording.json_lines import read_lines, read_profiles, read_run
 from student_trainer.recording.phase_clock import PhaseClock
@@ -164,14 +170,54 @@ def stopped(truncated: int, *, overshoot: int) -> dict[str, float]:
     return changes
 
 
+FAR = HeldoutReport(
+    responses=4,
+    tokens=60,
+    unscored=0,
+    reverse_kl=2.25,
+    reverse_kl_se=0.125,
+    teacher_logprob=-4.5,
+    end_rate=0.25,
+    band_tokens=16,
+    overlap_by_band=[0.5, 0.25],
+    responses_by_band=[4, 2],
+)
+NEAR = replace(FAR, reverse_kl=1.25, reverse_kl_se=None, teacher_logprob=-3.0, end_rate=0.5)
+
+
+def text(response: str, *, prompt_id: str = "q1", sample: int = 1) -> SampleText:
+    return SampleText(
+        prompt_id=prompt_id,
+        sample=sample,
+        prompt="Say it",
+        response=response,
+        tokens=3,
+        finish="stop",
+        temperature=0.5,
+    )
+
+
+BEFORE = (text("broken | pieces"), text("only before", prompt_id="q2"), text("greedy", sample=0))
+AFTER = (text("a whole sentence"), text("greedy too", sample=0))
+
+
 def write_run(folder: Path) -> None:
     """Two steps between two evaluations."""
     with recorder(folder) as (run, _):
-        run.evaluation(EvalReport(step=0, accuracy=0.1, pass_at_1=0.05, pass_at_k=0.2))
+        run.evaluation(
+            EvalReport(
+                step=0,
+                accuracy=0.1,
+                avg_at_k={4: 0.05},
+                pass_at_k={4: 0.2},
+                heldout=FAR,
+                samples=BEFORE,
+            )
+        )
         for step, (truncated, overshoot) in enumerate([(3, 30), (1, 6)], start=1):
             changes = stopped(truncated, overshoot=overshoot)
             run.step(step_report(step, [STOPPED, ENDED], **changes))
-        run.evaluation(EvalReport(step=2, accuracy=0.9))
+        run.evaluation(EvalReport(step=2, accuracy=0.9, heldout=NEAR, samples=AFTER))
 
 
 def test_summary_of_a_run_has_every_figure(tmp_path: Path) -> None:
@@ -192,15 +238,19 @@ def test_summary_of_a_run_has_every_figure(tmp_path: Path) -> None:
         "overshoot_mean": 9.0,
         "overshoot_bound_mean": 12.0,
         "sync_gap_nats_max": 4e-6,
-        "pass_at_k_before": 0.2,
-        "pass_at_k_after": None,
+        "avg_at_4_before": 0.05,
+        "pass_at_4_before": 0.2,
+        "pass_at_4_after": None,
+        "heldout_reverse_kl_before": 2.25,
+        "heldout_reverse_kl_after": 1.25,
+        "heldout_end_rate_after": 0.5,
     }
     assert {name: summary[name] for name in expected} == expected
     path = write_summary(tmp_path, summary)
     assert json.loads(path.read_text()) == summary
     output = StringIO()
     Console(file=output, width=100).print(summary_table(summary))
-    for shown in ("10.0% → 90.0%", "95.0%", "3 of 4", "1 of 4", "12.5%"):
+    for shown in ("10.0% → 90.0%", "95.0%", "3 of 4", "1 of 4", "12.5%", "2.250 ± 0.125 → 1.250"):
         assert shown in output.getvalue()
 
 
@@ -385,7 +435,15 @@ def test_first_step_is_known_after_a_resume(tmp_path: Path) -> None:
 def test_what_was_written_is_read_back_as_the_same_report(tmp_path: Path) -> None:
     report = step_report(1, [STOPPED, ENDED], **stopped(2, overshoot=9))
     skipped = StepReport(step=2, unscored_rollouts=4, seconds=PhaseSeconds(teacher_wait=1.5))
-    evaluation = EvalReport(step=2, accuracy=0.5, mean_tokens=7.0)
+    evaluation = EvalReport(
+        step=2,
+        accuracy=0.5,
+        mean_tokens=7.0,
+        ungraded=3,
+        avg_at_k={8: 0.25},
+        pass_at_k={1: 0.25, 8: 0.75},
+        heldout=FAR,
+    )
     with recorder(tmp_path) as (run, _):
         run.step(report)
         run.step(skipped)

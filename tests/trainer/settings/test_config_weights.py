@@ -156,6 +156,12 @@ def test_newlines_are_the_tokens_whose_text_holds_one(path: Path) -> None:
             ["data.heldout=h", "eval.max_tokens=9", "eval.pass_k=0", "eval.temperature=2"],
             ["eval.temperature: it is that of pass@k, and eval.pass_k is 0"],
         ),
+        (
+            ["rollout.student_topk=16", "drift.k=16", "drift.threshold=0.99"],
+            ["one differing entry of 16 is a bad event. A model against itself in bfloat16 has"],
+        ),
+        (["rollout.student_topk=16", "drift.k=16", "drift.threshold=0.93"], []),
+        (["drift.k=4", "drift.threshold=1"], []),
         (["special_tokens.occurrences=all"], ["special_tokens: without special_tokens.tokens"]),
         (["checkpoint.keep=5"], []),
         (

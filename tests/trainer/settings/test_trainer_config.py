@@ -271,6 +271,9 @@ def test_missing_setting_is_named(smallest: Path) -> None:
         (["drift.threshold=1e-12"], r"drift\.threshold: .*0\.000000001 \(got 1e-12\)"),
         (["eval.answer_pattern=#("], r"eval\.answer_pattern: .*not a regular expression"),
         (["eval.answer_pattern=#[0-9]+"], r"eval\.answer_pattern: .*needs a group"),
+        (["eval.pass_k=[2,0]"], r"eval\.pass_k\.1: .*greater than 0"),
+        (["eval.pass_k=-1"], r"eval\.pass_k\.0: .*greater than 0"),
+        (["eval.grader=sympy"], r"eval\.grader: .*'auto', 'exact' or 'math'"),
     ],
 )
 def test_combination_that_cannot_work_is_refused_with_its_reason(
@@ -384,3 +387,27 @@ def test_behavior_is_recomputed_only_where_the_samplers_will_not_do(
 ) -> None:
     config = load_config(smallest, ["drift.metric=teacher_top_p_accept", *overrides])
     assert config.needs_learner_behavior is needed
+
+
+@pytest.mark.parametrize(
+    ("given", "pass_k"), [("0", ()), ("4", (4,)), ("[1,8]", (1, 8)), ("[]", ())]
+)
+def test_pass_k_is_one_k_or_several(path: Path, given: str, pass_k: tuple[int, ...]) -> None:
+    settings = load_config(path, [f"eval.pass_k={given}"]).eval
+    assert settings.pass_k == pass_k
+    assert settings.num_samples == max(pass_k, default=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mathematics"),
+    [
+        ([], True),
+        (["eval.answer_pattern=#(.+)"], False),
+        (["eval.answer_pattern=#(.+)", "eval.grader=math"], True),
+        (["eval.grader=exact"], False),
+    ],
+)
+def test_auto_compares_mathematics_in_boxes(
+    path: Path, overrides: list[str], mathematics: bool
+) -> None:
+    assert load_config(path, overrides).eval.compares_mathematics is mathematics
