@@ -12,12 +12,15 @@ w = p(y_t) / q(y_t).
     reverse KL               sum over J of q (log q - log p) + [y_t not in J] (log q - log p)(y_t)
         Unbiased too, since y_t falls outside J as often as q says: the sum over J is exact, and
         only the rest is sampled. Without J (student_topk 0) it is the line above.
-    forward KL               sum over J of p (log p - log q) + P log(P / Q)
-        with P, Q the probability that teacher and student leave to all other tokens, as if they
-        were one. A lower bound of KL(p || q) at every position (data processing), so biased
-        downwards: by P times the divergence between the two within the rest. Not estimated with w,
-        which is unbiased on paper: what the teacher wants and the student never says is not in any
-        sample, and the estimate is then too low by an amount that nothing shows.
+    forward KL               sum over J of p (log p - log q) + the least that all others can add
+        A lower bound of KL(p || q) at every position. Outside of J no q is known but that it is at
+        most the smallest within, c, and that all of them add up to Q; p is known of the teacher's
+        own top-k, and adds up to P. By data processing the tokens that neither names count as one;
+        of the q that are left the most favourable are taken: in proportion to p, and none above c
+        (`_least_outside`). So it is biased downwards, by little where J holds what the teacher
+        wants, and up to a third between strangers. Not estimated with w, which is unbiased on
+        paper: what the teacher wants and the student never says is in no sample, and the estimate
+        is then too low by an amount that nothing shows.
 
 Nothing here is clipped but P and Q, at 1e-7, the rounding of a float32 that is near 1; log-probs
 that travelled as float16 (`teacher.logprob_dtype`) add their rounding, up to 0.004 nats at -8.
@@ -68,14 +71,36 @@ def reverse_kl(rollout: Rollout) -> Floats:
 
 
 def forward_kl(rollout: Rollout) -> Floats:
-    """[T] on the student's top-k and one entry for the rest: a lower bound. Needs a top-k."""
+    """[T] exact on the student's top-k, the least elsewhere: a lower bound. Needs a top-k."""
     student, teacher = _on_support(rollout)
     exact: Floats = (np.exp(teacher) * (teacher - student)).sum(axis=1)
-    rest_q, rest_p = (
-        np.maximum(1.0 - np.exp(logprobs).sum(axis=1), MIN_TAIL) for logprobs in (student, teacher)
+    named = (rollout.teacher.topk_ids[:, :, None] == rollout.student_topk_ids[:, None]).any(axis=2)
+    known = np.where(named, 0.0, np.exp(rollout.teacher.topk_logprobs.astype(np.float64)))
+    rest_p, rest_q = (
+        np.maximum(1.0 - np.exp(logprobs).sum(axis=1), MIN_TAIL) for logprobs in (teacher, student)
     )
-    bound: Floats = exact + rest_p * np.log(rest_p / rest_q)
-    return bound
+    return exact + _least_outside(known, rest_p, rest_q, np.exp(student.min(axis=1)))
+
+
+def _least_outside(known_p: Floats, rest_p: Floats, rest_q: Floats, cap: Floats) -> Floats:
+    """[T] least sum of p log(p / q) over tokens whose p adds up to rest_p [T] and whose q to rest_q
+    [T]; of some p is known, [T, K], and their q are at most cap [T].
+
+    In proportion to p is best; where that is above the cap, the largest p first, the cap is taken,
+    and the others share what is left.
+    """
+    p = -np.sort(-known_p, axis=1)
+    shares = np.arange(p.shape[1] + 1)
+    left_p = np.maximum(rest_p[:, None] - np.pad(p.cumsum(axis=1), ((0, 0), (1, 0))), MIN_TAIL)
+    left_q = np.maximum(rest_q[:, None] - shares * cap[:, None], MIN_TAIL)
+    below = np.pad(p, ((0, 0), (0, 1))) * left_q <= cap[:, None] * left_p
+    num_capped = below.argmax(axis=1)
+    capped = shares[:-1] < num_capped[:, None]
+    at_cap = np.where(capped, p * np.log(np.maximum(p, MIN_TAIL) / cap[:, None]), 0.0)
+    rows = np.arange(len(p))
+    shared_p, shared_q = left_p[rows, num_capped], left_q[rows, num_capped]
+    least: Floats = at_cap.sum(axis=1) + shared_p * np.log(shared_p / shared_q)
+    return least
 
 
 def mean_over_tokens(values: Sequence[Floats], owners: Sequence[object]) -> Estimate | None:

@@ -5,7 +5,6 @@ Run: python -m pytest tests/trainer/evaluation/test_divergence.py
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 
 from student_trainer.evaluation.divergence import (
     Floats,
+    _least_outside,
     forward_kl,
     mean_over_tokens,
     reverse_kl,
@@ -33,10 +33,11 @@ def two_policies(seed: int, scale: float = 2.0) -> tuple[Floats, Floats]:
     return q.astype(np.float32).astype(np.float64), p.astype(np.float32).astype(np.float64)
 
 
-def every_token(q: Floats, p: Floats, num_topk: int) -> Rollout:
+def every_token(q: Floats, p: Floats, num_topk: int, teacher_k: int = 4) -> Rollout:
     """A response that holds each token of the vocabulary once, all at the same prefix."""
     made = random_rollout(np.random.default_rng(0), num_response=V, j=num_topk)
     top = np.argsort(-q)[:num_topk].astype(np.int32)
+    teacher_top = np.argsort(-p)[:teacher_k].astype(np.int32)
     return replace(
         made,
         response_ids=np.arange(V, dtype=np.int32),
@@ -45,6 +46,8 @@ def every_token(q: Floats, p: Floats, num_topk: int) -> Rollout:
         student_topk_logprobs=np.tile(q[top].astype(np.float32), (V, 1)),
         teacher=replace(
             made.teacher,
+            topk_ids=np.tile(teacher_top, (V, 1)),
+            topk_logprobs=np.tile(p[teacher_top].astype(np.float32), (V, 1)),
             token_logprobs=p.astype(np.float32),
             candidate_logprobs=np.tile(p[top].astype(np.float32), (V, 1)) if num_topk else None,
         ),
@@ -75,13 +78,36 @@ def test_more_of_the_top_k_leaves_less_to_chance(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_forward_kl_is_a_lower_bound_that_grows_with_the_support(seed: int) -> None:
+def test_forward_kl_is_a_lower_bound_that_grows_with_either_support(seed: int) -> None:
     q, p = two_policies(seed)
     exact = float((np.exp(p) * (p - q)).sum())
-    bounds = [forward_kl(every_token(q, p, num_topk))[0] for num_topk in (1, 5, 20, V)]
-    assert all(a <= b + 1e-6 for a, b in itertools.pairwise(bounds))
-    assert 0 <= bounds[0] < bounds[1] < exact
-    assert bounds[-1] == pytest.approx(exact, abs=1e-5)
+    bounds = np.array(
+        [[forward_kl(every_token(q, p, j, k))[0] for k in (1, 4, 16, V)] for j in (1, 5, 20, V)]
+    )
+    assert (np.diff(bounds, axis=0) >= -1e-6).all()
+    assert (np.diff(bounds, axis=1) >= -1e-6).all()
+    assert (bounds <= exact + 1e-6).all()
+    assert (bounds > 0.0).all()
+    assert (bounds[:, 2] > bounds[:, 0]).any()
+    assert bounds[-1] == pytest.approx(np.full(4, exact), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_least_outside_is_that_of_no_other_division(seed: int) -> None:
+    """Against random divisions of what is left among tokens below the cap and the rest."""
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet(np.ones(5)) * 0.6
+    rest_q, cap = 0.4, 0.4 * rng.uniform(0.1, 0.9)
+    least = float(
+        _least_outside(p[None, :4], np.array([0.6]), np.array([rest_q]), np.array([cap]))[0]
+    )
+    for _ in range(2000):
+        q = rng.dirichlet(rng.uniform(0.1, 5, 5)) * rest_q
+        if (q[:4] <= cap).all():
+            assert (p * np.log(p / q)).sum() >= least - 1e-9
+    near = np.minimum(p[:4] * rest_q / 0.6, cap)
+    q = np.append(near, rest_q - near.sum())
+    assert (p * np.log(p / q)).sum() >= least - 1e-9
 
 
 def test_policies_that_are_one_have_no_divergence() -> None:

@@ -392,8 +392,8 @@ def test_behavior_is_recomputed_only_where_the_samplers_will_not_do(
 @pytest.mark.parametrize(
     ("given", "pass_k"), [("0", ()), ("4", (4,)), ("[1,8]", (1, 8)), ("[]", ())]
 )
-def test_pass_k_is_one_k_or_several(path: Path, given: str, pass_k: tuple[int, ...]) -> None:
-    settings = load_config(path, [f"eval.pass_k={given}"]).eval
+def test_pass_k_is_one_k_or_several(smallest: Path, given: str, pass_k: tuple[int, ...]) -> None:
+    settings = load_config(smallest, [f"eval.pass_k={given}"]).eval
     assert settings.pass_k == pass_k
     assert settings.num_samples == max(pass_k, default=0)
 
@@ -408,6 +408,6 @@ def test_pass_k_is_one_k_or_several(path: Path, given: str, pass_k: tuple[int, .
     ],
 )
 def test_auto_compares_mathematics_in_boxes(
-    path: Path, overrides: list[str], mathematics: bool
+    smallest: Path, overrides: list[str], mathematics: bool
 ) -> None:
-    assert load_config(path, overrides).eval.compares_mathematics is mathematics
+    assert load_config(smallest, overrides).eval.compares_mathematics is mathematics
