@@ -17,10 +17,11 @@ w = p(y_t) / q(y_t).
         most the smallest within, c, and that all of them add up to Q; p is known of the teacher's
         own top-k, and adds up to P. By data processing the tokens that neither names count as one;
         of the q that are left the most favourable are taken: in proportion to p, and none above c
-        (`_least_outside`). So it is biased downwards, by little where J holds what the teacher
-        wants, and up to a third between strangers. Not estimated with w, which is unbiased on
-        paper: what the teacher wants and the student never says is in no sample, and the estimate
-        is then too low by an amount that nothing shows.
+        (`_least_outside`). So it is biased downwards: SmolLM2-135M with 24 of 30 layers against the
+        whole one has 1.41 over the vocabulary, 1.09 at 16 and 1.28 at 64 of either; two random
+        models of 50 tokens have 2.37, 0.85 at 5, 1.74 at 20. Not estimated with w, which is
+        unbiased on paper: what the teacher wants and the student never says is in no sample, and
+        the estimate is then too low by an amount that nothing shows.
 
 Nothing here is clipped but P and Q, at 1e-7, the rounding of a float32 that is near 1; log-probs
 that travelled as float16 (`teacher.logprob_dtype`) add their rounding, up to 0.004 nats at -8.
