@@ -208,8 +208,7 @@ def _assemble(
     say = partial(warn, bars.console)
     problems = from_settings.problems(config, load_tokenizer(config.student.model))
     specials = from_settings.special_tokens(config, problems.tokenizer)
-    heldout = problems.heldout
-    grader = evaluating.checked_grader(config, heldout, stack)
+    grader = evaluating.checked_grader(config, problems.heldout, stack)
     start_from = config.student.model if goes_on is None else str(goes_on.checkpoint)
     for line in from_settings.check_memory(config, start_from):
         say(line)
@@ -217,7 +216,7 @@ def _assemble(
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
     client = loop.run(from_settings.connect(config, learner.vocab_size, problems.tokenizer))
     stack.callback(lambda: loop.run(client.aclose()))
-    evaluator = evaluating.evaluator(config, heldout, grader, problems.tokenizer, client)
+    evaluator = evaluating.evaluator(config, problems.heldout, grader, problems.tokenizer, client)
     sampler = running.sampler if running else from_settings.sampler(config, start_from)
     sync = stack.enter_context(closing(_sync(config, learner, sampler, problems, say)))
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), client, bars)
