@@ -112,13 +112,15 @@ def run(depth: int) -> Steps:
             sampler=WaitingSampler(),
             open_session=lambda _: InstantSession(),
             prompts=PromptOrder(prompts, prompts_per_step=NUM_ROLLOUTS, seed=0),
-            rules=RolloutRules(
-                chunk_tokens=NUM_TOKENS,
-                max_span_tokens=NUM_TOKENS,
-                block_tokens=1,
-                specials=SpecialTokens((), first_only=True),
-                finish_when_absent=False,
-            ),
+            rules={
+                None: RolloutRules(
+                    chunk_tokens=NUM_TOKENS,
+                    max_span_tokens=NUM_TOKENS,
+                    block_tokens=1,
+                    specials=SpecialTokens((), first_only=True),
+                    finish_when_absent=False,
+                )
+            },
             budget=FixedBudget(FixedBudgetSettings(max_tokens=NUM_TOKENS)),
             options=lambda max_tokens: SamplingOptions(max_tokens=max_tokens),
             rollouts_per_prompt=1,

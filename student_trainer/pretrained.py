@@ -9,9 +9,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.utils.hub import cached_file
 
 from student_trainer.errors import CheckpointError, ConfigError
 from student_trainer.learner.families import (
@@ -21,16 +24,41 @@ from student_trainer.learner.families import (
     turn_dropout_off,
     without_randomness,
 )
+from teacher_wire.tokenizer_file import faithful
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint. Raises CheckpointError naming the path."""
+    """The tokenizer of a checkpoint, of its file whatever class it names.
+
+    Raises CheckpointError naming the path.
+    """
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+        return faithful(
+            tokenizer,
+            Path(file) if file else None,
+            lambda: PreTrainedTokenizerFast.from_pretrained(path),
+        )
     # A malformed file is whatever the library that reads it makes of it.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: cannot load a tokenizer: {reason}") from error
+
+
+def load_generation_config(path: str) -> GenerationConfig:
+    """What a checkpoint says of how it ends; of its config, where it has no file for that.
+
+    Raises CheckpointError naming the path.
+    """
+    try:
+        if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
+            return GenerationConfig.from_pretrained(path)
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
+    # A malformed file is whatever the library that reads it makes of it.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: cannot read its generation_config: {reason}") from error
 
 
 def load_student(

@@ -43,6 +43,15 @@ class Prompt:
     """[p]"""
     answer: str | None
     """What the graded part of a response must equal."""
+    teacher: str | None = None
+    """Which of several teachers scores it; None for the one without a name."""
+    teacher_token_ids: NDArray[np.int32] | None = None
+    """[p'] what the teacher is given instead of `token_ids`; None: the same."""
+
+    @property
+    def teacher_prompt_ids(self) -> NDArray[np.int32]:
+        """What the teacher is given before the response."""
+        return self.token_ids if self.teacher_token_ids is None else self.teacher_token_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +126,8 @@ class Rollout:
     times: RolloutTimes
     behavior_logprobs_at_teacher_topk: NDArray[np.float32] | None = None
     """[T, K] of the learner before its first update; None unless recomputed."""
+    loss_weight: float = 1.0
+    """What its tokens count in the loss; that of its teacher."""
 
     def __len__(self) -> int:
         return len(self.response_ids)

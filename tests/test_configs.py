@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from student_trainer import cli as trainer_cli
-from student_trainer.assembly.from_settings import check_limits
+from student_trainer.assembly.teachers import check_limits
 from student_trainer.data import load_prompts
 from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.settings.warnings import warnings
@@ -25,7 +25,7 @@ from teacher_server import cli as teacher_cli
 from teacher_server.settings import TeacherConfig
 from teacher_server.settings import load_config as load_teacher_config
 from teacher_wire.records import TeacherInfo
-from tests.trainer.learner.tiny_student import character_tokenizer
+from tests.trainer.data.made_tokenizers import byte_level
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = sorted((ROOT / "configs").glob("trainer-*.toml"))
@@ -168,7 +168,7 @@ def test_a_recipe_writes_what_a_run_reads(
     monkeypatch.setitem(sys.modules, "datasets", hub)
     monkeypatch.chdir(tmp_path)
     exec(compile(program, "docs/data.md", "exec"), {})
-    tokenizer = character_tokenizer()
+    tokenizer = byte_level()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     prompts = load_prompts(tmp_path / name, tokenizer, max_prompt_tokens=200)
     assert len(prompts) == 2

@@ -21,7 +21,11 @@ TRAINER_SETTINGS = {
         "minimum patience quantile rate"
     ),
     "checkpoint": "every_minutes every_steps keep",
-    "data": "answer_field heldout train",
+    "data": (
+        "add_bos answer_field chat_template chat_template_kwargs final_assistant heldout "
+        "heldout_split max_lossy_share max_skipped_share prompt_field subset system "
+        "teacher_chat_template too_long train train_split"
+    ),
     "drift": "k metric stop_in_flight threshold top_p w_drop",
     "eval": (
         "answer_pattern every_steps grader max_tokens num_prompts pass_k teacher_samples "
@@ -36,8 +40,8 @@ TRAINER_SETTINGS = {
         "micro_batch_tokens updates_per_epoch warmup_steps weight_decay"
     ),
     "rollout": (
-        "chunk_tokens max_context prompts_per_step rollouts_per_prompt student_topk "
-        "temperature top_p"
+        "chunk_tokens max_context prompts_per_step rollouts_per_prompt stop_strings stop_tokens "
+        "student_topk temperature top_p"
     ),
     "run": "otlp_endpoint out queue_depth seed steps texts",
     "sampler": (
@@ -49,6 +53,12 @@ TRAINER_SETTINGS = {
     "teacher": (
         "connect_timeout_s endpoints k logprob_dtype on_absent tls_ca tls_cert tls_key token_file"
     ),
+    # Of each [teachers.NAME].
+    "teachers": (
+        "connect_timeout_s endpoints k logprob_dtype loss_weight on_absent tls_ca tls_cert "
+        "tls_key token_file"
+    ),
+    "teachers.drift": "k metric stop_in_flight threshold top_p w_drop",
     "trackers": "entity name project report_to",
     "weights.block_gate": "aggregate block_size granularity max_span min_span newline_tokens tau",
     "weights.entropy_top": "ratio",
@@ -103,7 +113,8 @@ MESSAGES = {
         "model_id=1 revision=2 weights_digest=3 dtype=4 vocab_size=5 "
         "tokenizer_fingerprint=6 special_token_ids=7 max_k=8 max_context=9 engine=10 "
         "engine_version=11 instance_id=12 max_sessions=13 max_append_tokens=14 "
-        "protocol_version=15 server_version=16 block_tokens=17"
+        "protocol_version=15 server_version=16 block_tokens=17 "
+        "end_token_ids=18"
     ),
     "TeacherTopPAccept": "k=1 top_p=2",
     "Timing": "queue_us=1 engine_us=2 computed_tokens=3",

@@ -362,5 +362,6 @@ def encode_info(info: TeacherInfo) -> pb.TeacherInfo:
 
 def decode_info(message: pb.TeacherInfo) -> TeacherInfo:
     fields = {name: getattr(message, name) for name in TeacherInfo.__dataclass_fields__}
-    fields["special_token_ids"] = tuple(message.special_token_ids)
+    for name in ("special_token_ids", "end_token_ids"):
+        fields[name] = tuple(fields[name])
     return TeacherInfo(**fields)

@@ -226,6 +226,8 @@ class TeacherInfo:
     block_tokens: int = 1
     """An append that ends where prompt plus response is a multiple of this lets the next one begin
     without computing a token again."""
+    end_token_ids: tuple[int, ...] = ()
+    """With which the model ends a response by its own configuration; empty: it names none."""
 
 
 def flags_for(columns: Collection[str]) -> dict[str, Any]:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
-from student_trainer.assembly import evaluating, from_settings
+from student_trainer.assembly import evaluating, from_settings, teachers
 from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.run import started
+from student_trainer.assembly.teachers import Clients
 from student_trainer.errors import CheckpointError, DatasetError
 from student_trainer.pretrained import load_tokenizer
 from student_trainer.recording.terminal import Bars
 from student_trainer.rollouts.stream import LoopThread
 from student_trainer.settings.config import TrainerConfig
-from teacher_client.client import TeacherClient
+from student_trainer.settings.teacher import TeacherSettings
 from teacher_wire.errors import NotReadyError
 
 TeacherUse = Literal["auto", "required", "none"]
+Teacher = TypeVar("Teacher", bound=TeacherSettings)
 PATIENCE_S = 5.0
 """Seconds that a teacher nobody insists on may take to answer."""
 
@@ -42,14 +44,20 @@ def evaluate_checkpoint(
     with ExitStack() as stack:
         grader = evaluating.checked_grader(config, problems, stack)
         loop = stack.enter_context(closing(LoopThread()))
-        client, absent = None, "not asked for"
+        clients: Clients = {}
+        absent = "not asked for"
         if teacher != "none" and config.eval.teacher_samples:
             needed = teacher == "required" or problems[0].answer is None
-            client, absent = _client(config, model, tokenizer, loop, needed)
-        if client is not None:
-            stack.callback(lambda connected: loop.run(connected.aclose()), client)
-        evaluator = evaluating.evaluator(config, problems, grader, tokenizer, client)
-        sampler = from_settings.sampler(config, model)
+            patient = config if needed else _in_short(config)
+            connected = teachers.connected(patient, loop, problems, _vocab_size(model), tokenizer)
+            try:
+                clients, absent = stack.enter_context(connected), ""
+            except NotReadyError as error:
+                if needed:
+                    raise
+                absent = str(error)
+        evaluator = evaluating.evaluator(config, problems, grader, tokenizer, clients)
+        sampler = from_settings.sampler(config, model, tokenizer)
         stack.enter_context(started(sampler, loop))
         bars = stack.enter_context(Bars(Console(stderr=True)))
         report = evaluator.report(
@@ -61,7 +69,7 @@ def evaluate_checkpoint(
         )
     return {
         "checkpoint": model,
-        "teacher": None if client is None else client.info.model_id,
+        "teacher": ", ".join(client.info.model_id for client in clients.values()) or None,
         "without_teacher": absent or None,
         "num_prompts": len(problems),
         "accuracy": report.accuracy,
@@ -70,24 +78,15 @@ def evaluate_checkpoint(
     }
 
 
-def _client(
-    config: TrainerConfig,
-    model: str,
-    tokenizer: PreTrainedTokenizerBase,
-    loop: LoopThread,
-    needed: bool,
-) -> tuple[TeacherClient | None, str]:
-    """The teacher, or why there is none."""
-    if not needed:
-        patience_s = min(PATIENCE_S, config.teacher.connect_timeout_s)
-        in_short = config.teacher.model_copy(update={"connect_timeout_s": patience_s})
-        config = config.model_copy(update={"teacher": in_short})
-    try:
-        return loop.run(from_settings.connect(config, _vocab_size(model), tokenizer)), ""
-    except NotReadyError as error:
-        if needed:
-            raise
-        return None, str(error)
+def _in_short(config: TrainerConfig) -> TrainerConfig:
+    """The same, without patience for its teachers."""
+
+    def hurried(settings: Teacher) -> Teacher:
+        patience_s = min(PATIENCE_S, settings.connect_timeout_s)
+        return settings.model_copy(update={"connect_timeout_s": patience_s})
+
+    named = {name: hurried(settings) for name, settings in config.teachers.items()}
+    return config.model_copy(update={"teacher": hurried(config.teacher), "teachers": named})
 
 
 def _vocab_size(model: str) -> int:

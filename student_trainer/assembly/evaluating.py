@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.assembly import from_settings
+from student_trainer.assembly import from_settings, teachers
+from student_trainer.assembly.teachers import Clients
 from student_trainer.diagnostics.step_report import EvalReport
 from student_trainer.errors import ConfigError
 from student_trainer.evaluation.answers import AnswerFinder
@@ -20,7 +21,6 @@ from student_trainer.rollouts.samplers.base import Sampler
 from student_trainer.rollouts.stream import LoopThread
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.special_tokens import SpecialTokens
-from teacher_client.client import TeacherClient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +100,9 @@ def evaluator(
     problems: Sequence[Prompt],
     grader: Grader,
     tokenizer: PreTrainedTokenizerBase,
-    client: TeacherClient | None,
+    clients: Clients,
 ) -> Evaluator:
-    """Evaluations as the settings want them, by the teacher too where there is one."""
+    """Evaluations as the settings want them, by the teachers too where there are some."""
     return Evaluator(
         problems=problems,
         grader=grader,
@@ -115,20 +115,18 @@ def evaluator(
         ),
         pass_k=config.eval.pass_k,
         num_texts=config.eval.texts,
-        scoring=None
-        if client is None
-        else scoring(config, from_settings.special_tokens(config, tokenizer), client),
+        scoring=scoring(config, from_settings.special_tokens(config, tokenizer), clients)
+        if clients
+        else None,
     )
 
 
-def scoring(config: TrainerConfig, specials: SpecialTokens, client: TeacherClient) -> Scoring:
+def scoring(config: TrainerConfig, specials: SpecialTokens, clients: Clients) -> Scoring:
     """As in training, but the drift policy only observes."""
-    asked = from_settings.score_options(config)
-    policy = replace(from_settings.drift_policy(config), stop_in_flight=False)
     num_topk = from_settings.sampling_options(config, config.eval.max_tokens).num_topk
     return Scoring(
-        open_session=lambda prompt: client.open(prompt.token_ids, asked, policy),
-        rules=from_settings.rollout_rules(config, specials, client.info),
+        open_session=teachers.sessions(config, clients, only_observes=True),
+        rules=teachers.rules(config, specials, clients),
         temperature=config.rollout.temperature,
         num_topk=num_topk,
         overlap_k=config.drift.k if num_topk else None,

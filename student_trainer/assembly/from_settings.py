@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from student_trainer.data import load_prompts
+from student_trainer.data import Limits, PromptFormat, RowFields, Source, load_prompts
+from student_trainer.data.templates import template_of
 from student_trainer.errors import ConfigError
 from student_trainer.learner.memory import free_memory, refuse_too_large
 from student_trainer.learner.optim import Optimizer
+from student_trainer.pretrained import load_generation_config, load_tokenizer
 from student_trainer.records import Prompt, SamplingOptions, WeightFormat
-from student_trainer.rollouts.rollout import RolloutRules
 from student_trainer.rollouts.samplers.base import Sampler
 from student_trainer.rollouts.samplers.hf_sampler import HfSampler
+from student_trainer.rollouts.samplers.stop_strings import StopStringSampler
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.settings.sampler import HfSamplerSettings, VllmSamplerSettings
 from student_trainer.special_tokens import SpecialTokens
-from teacher_client.access import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, TeacherAccess
-from teacher_client.client import TeacherClient
-from teacher_wire.drift_metrics import METRICS
-from teacher_wire.fingerprint import tokenizer_fingerprint
-from teacher_wire.records import (
-    DriftPolicy,
-    LogprobDtype,
-    ScoreOptions,
-    TeacherInfo,
-    flags_for,
-)
+from student_trainer.stop_tokens import stop_token_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,26 +34,66 @@ class Problems:
     heldout: list[Prompt]
     """Those that are evaluated."""
 
+    @property
+    def all(self) -> list[Prompt]:
+        return self.train + self.heldout
+
 
 def problems(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> Problems:
     """The problems of a run. Raises DatasetError."""
-    room = config.rollout.max_context - config.longest_response
-    train = load_prompts(config.data.train, tokenizer, max_prompt_tokens=room)
+    data = config.data
+    train = load_prompts(
+        Source(path=data.train, subset=data.subset, split=data.train_split),
+        tokenizer,
+        max_prompt_tokens=config.rollout.max_context - config.longest_response,
+        form=prompt_format(config),
+        limits=data_limits(config),
+    )
     heldout = heldout_problems(config, tokenizer)
     return Problems(tokenizer=tokenizer, train=train, heldout=heldout)
 
 
 def heldout_problems(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The problems that are evaluated; none without data.heldout. Raises DatasetError."""
-    if config.data.heldout is None:
+    data = config.data
+    if data.heldout is None:
         return []
     heldout = load_prompts(
-        config.data.heldout,
+        Source(path=data.heldout, subset=data.subset, split=data.heldout_split),
         tokenizer,
         max_prompt_tokens=config.rollout.max_context - config.eval.max_tokens,
-        answer_field=config.data.answer_field,
+        form=prompt_format(config),
+        limits=data_limits(config),
     )
     return heldout[: config.eval.num_prompts]
+
+
+def prompt_format(config: TrainerConfig) -> PromptFormat:
+    """How a row becomes a prompt. Raises DatasetError for a chat template that cannot be read."""
+    data = config.data
+
+    def template(path: Path | None) -> str | None:
+        return None if path is None else template_of(path)
+
+    return PromptFormat(
+        fields=RowFields(prompt=data.prompt_field, answer=data.answer_field),
+        system=data.system,
+        chat_template=template(data.chat_template),
+        teacher_chat_template=template(data.teacher_chat_template),
+        template_kwargs=data.chat_template_kwargs,
+        add_bos=data.add_bos,
+        final_assistant=data.final_assistant,
+        teachers=config.teachers,
+    )
+
+
+def data_limits(config: TrainerConfig) -> Limits:
+    """When too much of a data set is wanting."""
+    return Limits(
+        too_long=config.data.too_long,
+        max_skipped_share=config.data.max_skipped_share,
+        max_lossy_share=config.data.max_lossy_share,
+    )
 
 
 def special_tokens(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
@@ -154,89 +185,6 @@ def _sampler_bytes(config: TrainerConfig, where: torch.device) -> float:
     return 0.0
 
 
-async def connect(
-    config: TrainerConfig, vocab_size: int, tokenizer: PreTrainedTokenizerBase
-) -> TeacherClient:
-    """A teacher that speaks of the same tokens and whose limits hold what the run asks for.
-
-    Raises NotReadyError when none answers, FingerprintMismatchError or ConfigError when it does not
-    fit, before any work is done.
-    """
-    client = await TeacherClient.connect(
-        config.teacher.endpoints,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        vocab_size=vocab_size,
-        run_id=config.run.out.name,
-        connect_timeout_s=config.teacher.connect_timeout_s,
-        on_absent="wait" if config.teacher.on_absent == "wait" else "fail",
-        access=teacher_access(config),
-    )
-    try:
-        check_limits(config, client.info)
-    except ConfigError:
-        await client.aclose()
-        raise
-    return client
-
-
-def teacher_access(config: TrainerConfig) -> TeacherAccess:
-    """Token and certificates; nothing is read yet but the environment."""
-    token_file = os.environ.get(TOKEN_FILE_VARIABLE)
-    return TeacherAccess(
-        token_file=config.teacher.token_file or (Path(token_file) if token_file else None),
-        token=os.environ.get(TOKEN_VARIABLE, ""),
-        tls_ca=config.teacher.tls_ca,
-        tls_cert=config.teacher.tls_cert,
-        tls_key=config.teacher.tls_key,
-    )
-
-
-def check_limits(config: TrainerConfig, info: TeacherInfo) -> None:
-    """Raises ConfigError for a setting beyond what the teacher serves."""
-    asked = {
-        "teacher.k": (config.teacher.k, info.max_k),
-        "rollout.student_topk": (config.collected_topk, info.max_k),
-        "rollout.max_context": (config.rollout.max_context, info.max_context),
-        "rollout.chunk_tokens": (config.rollout.chunk_tokens, info.max_append_tokens),
-    }
-    for name, (value, limit) in asked.items():
-        if value > limit:
-            raise ConfigError(f"{name} is {value}, the teacher {info.model_id} allows {limit}")
-
-
-def score_options(config: TrainerConfig) -> ScoreOptions:
-    """What the teacher returns; at the student's temperature, so that both sides compare."""
-    return ScoreOptions(
-        k=config.teacher.k,
-        temperature=config.rollout.temperature,
-        logprob_dtype=LogprobDtype(config.teacher.logprob_dtype),
-        **flags_for(config.loss.needs.teacher_columns),
-    )
-
-
-def drift_policy(config: TrainerConfig) -> DriftPolicy:
-    """The rule that travels to the teacher with every session."""
-    drift, kind = config.drift, METRICS[config.drift.metric]
-    return DriftPolicy(
-        metric=kind(**{field.name: getattr(drift, field.name) for field in fields(kind)}),
-        w_drop=drift.w_drop,
-        stop_in_flight=drift.stop_in_flight,
-    )
-
-
-def rollout_rules(
-    config: TrainerConfig, specials: SpecialTokens, info: TeacherInfo
-) -> RolloutRules:
-    """What all rollouts of the run share."""
-    return RolloutRules(
-        chunk_tokens=config.rollout.chunk_tokens,
-        max_span_tokens=info.max_append_tokens,
-        block_tokens=max(1, info.block_tokens),
-        specials=specials,
-        finish_when_absent=config.teacher.on_absent == "finish_unscored",
-    )
-
-
 def sampling_options(config: TrainerConfig, max_tokens: int) -> SamplingOptions:
     """How the behavior policy samples, within the budget of the step."""
     return SamplingOptions(
@@ -265,11 +213,33 @@ def weight_format(config: TrainerConfig) -> WeightFormat:
     return WeightFormat(dtype=sampler_dtype(config), with_tied_head=is_vllm)
 
 
-def sampler(config: TrainerConfig, model: str) -> Sampler:
-    """The generating engine, not started."""
+def stop_ids(
+    config: TrainerConfig, model: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Ids at which the rollouts of a student end. The generation_config of the student that is
+    saved lists them as `eos_token_id`. Raises ConfigError, CheckpointError."""
+    return stop_token_ids(tokenizer, load_generation_config(model), config.rollout.stop_tokens)
+
+
+def sampler(
+    config: TrainerConfig, model: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Sampler:
+    """The generating engine, not started; None for the checkpoint's own tokenizer."""
+    tokenizer = tokenizer or load_tokenizer(model)
+    engine = _engine(config, model, stop_ids(config, model, tokenizer))
+    if not config.rollout.stop_strings:
+        return engine
+
+    def decoded(token_ids: list[int]) -> str:
+        return str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
+
+    return StopStringSampler(engine, config.rollout.stop_strings, decoded)
+
+
+def _engine(config: TrainerConfig, model: str, stop: tuple[int, ...]) -> Sampler:
     settings = config.sampler
     if isinstance(settings, HfSamplerSettings):
-        return HfSampler(model=model, dtype=settings.dtype, device=device(config))
+        return HfSampler(model=model, dtype=settings.dtype, device=device(config), stop_ids=stop)
     return VllmSampler(
         model=model,
         dtype=sampler_dtype(config),
@@ -282,6 +252,7 @@ def sampler(config: TrainerConfig, model: str) -> Sampler:
         enforce_eager=settings.enforce_eager,
         cpu_cores=settings.cpu_cores,
         seed=config.run.seed,
+        stop_ids=stop,
     )
 
 

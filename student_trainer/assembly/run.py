@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.assembly import checkpoints, evaluating, from_settings, methods
+from student_trainer.assembly import checkpoints, evaluating, from_settings, methods, teachers
 from student_trainer.assembly.evaluating import Evaluator
 from student_trainer.assembly.from_settings import Problems
 from student_trainer.assembly.own_loss import with_declared_needs
@@ -43,7 +43,6 @@ from student_trainer.saved_student import check_saveable, save_or_rescue
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.special_tokens import SpecialTokens
 from student_trainer.train_state import TrainState, complete_checkpoints, step_of
-from teacher_client.client import TeacherClient
 
 NUM_PROBE_PROMPTS = 2
 
@@ -214,16 +213,19 @@ def _assemble(
         say(line)
     learner = _learner(config, problems.tokenizer, start_from, stop, say)
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
-    client = loop.run(from_settings.connect(config, learner.vocab_size, problems.tokenizer))
-    stack.callback(lambda: loop.run(client.aclose()))
-    evaluator = evaluating.evaluator(config, problems.heldout, grader, problems.tokenizer, client)
-    sampler = running.sampler if running else from_settings.sampler(config, start_from)
+    clients = stack.enter_context(
+        teachers.connected(config, loop, problems.all, learner.vocab_size, problems.tokenizer)
+    )
+    evaluator = evaluating.evaluator(config, problems.heldout, grader, problems.tokenizer, clients)
+    engine = from_settings.sampler(config, start_from, problems.tokenizer)
+    sampler = running.sampler if running else engine
     sync = stack.enter_context(closing(_sync(config, learner, sampler, problems, say)))
-    stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), client, bars)
+    stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), clients, bars)
     state = checkpoints.train_state(config, learner, stream)
     for line in checkpoints.gone_on(state, goes_on):
         bars.console.print(line, highlight=False, markup=False)
-    for line in checkpoints.warnings(config, learner):
+    said = teachers.warnings(config, start_from, problems.tokenizer, clients)
+    for line in (*checkpoints.warnings(config, learner), *said):
         say(line)
     recorder, record = stack.enter_context(
         recorded(
@@ -231,7 +233,7 @@ def _assemble(
             bars,
             goes_on=goes_on,
             overwrite=overwrite,
-            teacher=client.info,
+            teacher=next(iter(clients.values())).info,
             decode=lambda token_id: str(problems.tokenizer.decode(token_id)),
         )
     )
@@ -291,6 +293,7 @@ def _learner(
         seed=config.run.seed,
         dtype=dtype,
         recomputes_behavior=config.needs_learner_behavior,
+        stop_ids=from_settings.stop_ids(config, start_from, tokenizer),
         stop=stop,
     )
 
@@ -318,18 +321,17 @@ def _stream(
     prompts: list[Prompt],
     specials: SpecialTokens,
     running: RunningSampler,
-    client: TeacherClient,
+    clients: teachers.Clients,
     bars: Bars,
 ) -> RolloutStream:
-    asked, policy = from_settings.score_options(config), from_settings.drift_policy(config)
     return RolloutStream(
         loop=running.loop,
         sampler=running.sampler,
-        open_session=lambda prompt_ids: client.open(prompt_ids, asked, policy),
+        open_session=teachers.sessions(config, clients),
         prompts=PromptOrder(
             prompts, prompts_per_step=config.rollout.prompts_per_step, seed=config.run.seed
         ),
-        rules=from_settings.rollout_rules(config, specials, client.info),
+        rules=teachers.rules(config, specials, clients),
         budget=methods.budget(config),
         options=lambda max_tokens: from_settings.sampling_options(config, max_tokens),
         rollouts_per_prompt=config.rollout.rollouts_per_prompt,

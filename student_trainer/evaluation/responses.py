@@ -4,7 +4,7 @@ with the teacher's scores as training does."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +22,8 @@ class Scoring:
     """How the teacher scores a response: as in training, with a policy that never stops one."""
 
     open_session: Callable[[Prompt], TeacherSession]
-    rules: RolloutRules
+    rules: Mapping[str | None, RolloutRules]
+    """By what a problem calls its teacher."""
     temperature: float
     """Of the sampling, and of the teacher's log-probs."""
     num_topk: int
@@ -152,7 +153,7 @@ async def _scored(
         options=replace(options, num_topk=scoring.num_topk),
         sampler=sampler,
         session=scoring.open_session(request.problem),
-        rules=scoring.rules,
+        rules=scoring.rules[request.problem.teacher],
         policy_version=0,
     )
     return Response(

@@ -42,6 +42,8 @@ class Batch:
     behavior_logprobs_at_teacher_topk_BTK: Tensor | None
     teacher_entropies_BT: Tensor | None
     bad_events_BT: Tensor | None
+    loss_weights_B: Tensor
+    """What a token of each rollout counts in the loss."""
 
     def forward(
         self, model: PreTrainedModel, *, temperature: float, dtype: torch.dtype = torch.float32
@@ -151,6 +153,7 @@ def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
         ),
         teacher_entropies_BT=optional([r.teacher.entropies for r in rollouts], torch.float32),
         bad_events_BT=optional([r.teacher.bad_events for r in rollouts], torch.bool),
+        loss_weights_B=torch.tensor([r.loss_weight for r in rollouts], device=device),
     )
 
 
@@ -163,12 +166,17 @@ def split_updates(
 
 
 def split_micro(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
-    """Parts whose padded size is at most `max_tokens`, a longer rollout alone; short with short."""
+    """Parts whose padded size is at most `max_tokens`, a longer rollout alone; short with short.
+
+    The rollouts of a part have a teacher's top-k of one size: none is padded with what no teacher
+    said.
+    """
     parts: list[list[Rollout]] = []
     longest = 0
-    for rollout in sorted(rollouts, key=_sequence_length):
+    for rollout in sorted(rollouts, key=lambda r: (_teacher_k(r), _sequence_length(r))):
         length = _sequence_length(rollout)
-        if not parts or max(longest, length) * (len(parts[-1]) + 1) > max_tokens:
+        fits = bool(parts) and max(longest, length) * (len(parts[-1]) + 1) <= max_tokens
+        if not fits or _teacher_k(parts[-1][0]) != _teacher_k(rollout):
             parts.append([])
         parts[-1].append(rollout)
         longest = length
@@ -207,6 +215,10 @@ def recompute_behavior(
                 )
             )
     return recomputed
+
+
+def _teacher_k(rollout: Rollout) -> int:
+    return int(rollout.teacher.topk_ids.shape[1])
 
 
 def _sequence_length(rollout: Rollout) -> int:

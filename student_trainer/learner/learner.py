@@ -140,7 +140,12 @@ class Learner:
             batch = collate(micro, self._device)
             gathered = batch.forward(self._model, temperature=self._temperature, dtype=self._dtype)
             inputs = batch.loss_inputs(gathered)
-            sums = objective(inputs, divergence=self._divergence, weights=self._weights)
+            sums = objective(
+                inputs,
+                divergence=self._divergence,
+                weights=self._weights,
+                loss_weights_B=batch.loss_weights_B,
+            )
             sums.loss_sum.backward()
             parts.append(sums.detached())
         return sum_over_processes(merge(parts))

@@ -181,10 +181,13 @@ def objective(
     *,
     divergence: Divergence,
     weights: Sequence[PositionWeight] = (),
+    loss_weights_B: Tensor | None = None,
 ) -> StepSums:
     """The micro-batch's sums of m w l, m w and m, and what to log; call `.loss_sum.backward()`.
 
-    With no valid token, or weights that are all zero, loss_sum is 0.0 with zero gradients.
+    `loss_weights_B` multiply l, sequence by sequence, and nothing else: how much a teacher counts
+    against another. With no valid token, or weights that are all zero, loss_sum is 0.0 with zero
+    gradients.
 
     Raises:
         ValueError: a tensor that the divergence or a weight needs is absent, or shapes disagree.
@@ -200,6 +203,8 @@ def objective(
             raise ValueError(
                 f"{name} returned {tuple(tensor.shape)}, mask_BT has {tuple(mask_BT.shape)}"
             )
+    if loss_weights_B is not None:
+        loss_BT = loss_BT * loss_weights_B.to(loss_BT.dtype).unsqueeze(-1)
     weight_BT = weight_BT.to(loss_BT.dtype)
     infinity = weight_BT.new_full((1,), math.inf)
     low = torch.where(mask_BT, weight_BT, math.inf).flatten()

@@ -45,6 +45,7 @@ class GrowingResponse:
     def __init__(self, options: SamplingOptions, *, num_prompt: int) -> None:
         room, num_topk = options.max_tokens, options.num_topk
         self.num_prompt = num_prompt
+        """What the teacher was given before the response."""
         self.token_ids = np.empty(room, np.int32)
         self.logprobs = np.empty(room, np.float32)
         self.topk_ids = np.empty((room, num_topk), np.int32)
@@ -93,7 +94,7 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutRules:
-    """What all rollouts of a run share."""
+    """What all rollouts of one teacher share."""
 
     chunk_tokens: int
     """Tokens gathered before an append, unless generation ends."""
@@ -103,6 +104,8 @@ class RolloutRules:
     """An append ends where prompt plus response is a multiple of this, where it can."""
     specials: SpecialTokens
     finish_when_absent: bool
+    loss_weight: float = 1.0
+    """What their tokens count in the loss."""
 
 
 async def run_rollout(
@@ -120,7 +123,7 @@ async def run_rollout(
     Raises TeacherError when the teacher fails.
     """
     started_s = time.monotonic()
-    growing = GrowingResponse(options, num_prompt=len(prompt.token_ids))
+    growing = GrowingResponse(options, num_prompt=len(prompt.teacher_prompt_ids))
     judge = asyncio.create_task(_judge(growing, session, sampler, request_id, rules))
     try:
         await _generate(prompt, request_id, options, sampler, growing)
@@ -251,4 +254,5 @@ def _rollout(
         num_generated=growing.num_tokens,
         policy_version=policy_version,
         times=times,
+        loss_weight=rules.loss_weight,
     )

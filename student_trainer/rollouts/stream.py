@@ -17,11 +17,10 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import uvloop
-from numpy.typing import NDArray
 
 from student_trainer.data import PromptOrder
 from student_trainer.records import Prompt, Rollout, SamplingOptions
@@ -31,6 +30,8 @@ from student_trainer.rollouts.samplers.base import Sampler
 from teacher_wire import tracing
 
 T = TypeVar("T")
+OpenSession: TypeAlias = Callable[[Prompt], TeacherSession]
+"""A session at the teacher of a prompt, given what that teacher is to see of it."""
 CLOSE_TIMEOUT_S = 5.0
 SIGNAL_POLL_S = 0.5
 
@@ -97,9 +98,9 @@ class RolloutStream:
         *,
         loop: LoopThread,
         sampler: Sampler,
-        open_session: Callable[[NDArray[np.int32]], TeacherSession],
+        open_session: OpenSession,
         prompts: PromptOrder,
-        rules: RolloutRules,
+        rules: Mapping[str | None, RolloutRules],
         budget: LengthBudget,
         options: Callable[[int], SamplingOptions],
         rollouts_per_prompt: int,
@@ -108,7 +109,10 @@ class RolloutStream:
         num_steps: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """`options` are those of a rollout, given the most tokens that it may have."""
+        """`options` are those of a rollout, given the most tokens that it may have.
+
+        `rules` are those of each teacher, by what a prompt calls it.
+        """
         self._loop = loop
         self._sampler = sampler
         self._open_session = open_session
@@ -208,8 +212,8 @@ class RolloutStream:
                     request_id=f"step{step}-{index}",
                     options=options,
                     sampler=self._sampler,
-                    session=self._open_session(prompt.token_ids),
-                    rules=self._rules,
+                    session=self._open_session(prompt),
+                    rules=self._rules[prompt.teacher],
                     policy_version=version,
                 )
         finally:

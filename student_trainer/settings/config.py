@@ -8,7 +8,6 @@ here.
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -28,6 +26,7 @@ from student_trainer.settings.budget import (
     PruneBudgetSettings,
     QuantileBudgetSettings,
 )
+from student_trainer.settings.data import DataSettings
 from student_trainer.settings.drift import DriftSettings, OverlapRatioSettings
 from student_trainer.settings.evaluation import EvalSettings
 from student_trainer.settings.loss import ImportedLossSettings, LossSettings, Needs
@@ -35,12 +34,11 @@ from student_trainer.settings.problems import explain
 from student_trainer.settings.run import CheckpointSettings, RunSettings, TrackerSettings
 from student_trainer.settings.sampler import SamplerSettings, VllmSamplerSettings
 from student_trainer.settings.section import MayChange, Section
+from student_trainer.settings.teacher import NamedTeacherSettings, TeacherName, TeacherSettings
 from student_trainer.settings.weights import WeightSettings
 from teacher_wire.drift_metrics import METRICS
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-ENDPOINT = re.compile(r"([^\s/:\[\]]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})")
-"""host:port, an IPv6 address in brackets."""
 LOSSES_WITH_A_RATIO = ("sampled_reverse_kl", "student_topk_reverse_kl")
 """Their surrogate holds p_student / p_behavior."""
 
@@ -79,55 +77,13 @@ class RolloutSettings(Section):
     and so does a `top_p` below 1, outside of which candidates are arbitrary."""
     chunk_tokens: int = Field(32, gt=0)
     """Tokens a rollout gathers before they are sent to be scored."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a response, besides the end token of the student's tokenizer and those of its
+    generation_config."""
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Text that ends a response: the token with which one of them is complete is its last."""
     max_context: int = Field(gt=1)
     """Tokens of prompt plus response; the teacher's `max_context` must be as large."""
-
-
-class TeacherSettings(Section):
-    """Where the teacher is, and what it is asked for."""
-
-    endpoints: Annotated[tuple[str, ...], MayChange()] = Field(min_length=1)
-    """host:port of each replica; all serve the same weights, sessions spread over those that are
-    up."""
-    k: int = Field(16, gt=0)
-    """Size of the teacher's top-k in every row (K)."""
-    logprob_dtype: Literal["f16", "f32"] = "f32"
-    """Of the log-probs on the wire; f16 halves their bytes and rounds them."""
-    connect_timeout_s: Annotated[float, MayChange()] = Field(60.0, gt=0)
-    """Seconds a teacher may be away before the run does not start, or on_absent applies."""
-    on_absent: Literal["wait", "finish_unscored", "fail"] = "wait"
-    """When every replica stays away: wait for one; end the rollouts without the scores that are
-    missing, and learn from what was scored; or end the run."""
-    token_file: Annotated[Path | None, MayChange()] = None
-    """File with the bearer token alone. Without it DRIFTLINE_TEACHER_TOKEN_FILE names the file, or
-    DRIFTLINE_TEACHER_TOKEN holds the token."""
-    tls_ca: Annotated[Path | None, MayChange()] = None
-    """PEM file of the CA of the teacher's certificate; without it there is no TLS."""
-    tls_cert: Annotated[Path | None, MayChange()] = None
-    """PEM file of the trainer's own certificate, for a teacher with mutual TLS."""
-    tls_key: Annotated[Path | None, MayChange()] = None
-    """PEM file of its private key."""
-
-    @field_validator("endpoints")
-    @classmethod
-    def _are_addresses(cls, endpoints: tuple[str, ...]) -> tuple[str, ...]:
-        for endpoint in endpoints:
-            match = ENDPOINT.fullmatch(endpoint)
-            if match is None or not 1 <= int(match[2]) <= 65535:
-                scheme = ", without a scheme: it is gRPC, and tls_ca alone makes it TLS"
-                raise ValueError(
-                    f"{endpoint!r} must be host:port, such as 127.0.0.1:50051"
-                    f"{scheme if '://' in endpoint else ''}"
-                )
-        return endpoints
-
-    @model_validator(mode="after")
-    def _tls_is_whole(self) -> Self:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_cert and tls_key must be given together")
-        if self.tls_cert is not None and self.tls_ca is None:
-            raise ValueError("tls_cert needs tls_ca: without it there is no TLS")
-        return self
 
 
 class SpecialTokenSettings(Section):
@@ -167,18 +123,6 @@ class OptimSettings(Section):
     """Largest difference between the sampler's and the learner's log-probs after a sync, nats."""
 
 
-class DataSettings(Section):
-    """The problems: docs/data.md says where those of the configurations are from."""
-
-    train: Path
-    """JSON lines with `prompt` (text) or `messages` (chat), and optionally `id`."""
-    heldout: Path | None = None
-    """JSON lines of the problems that are evaluated, all with answers or all without; none: nothing
-    is evaluated."""
-    answer_field: str = "answer"
-    """Field that holds what the graded part of a response must equal."""
-
-
 class TrainerConfig(Section):
     """Everything a run depends on."""
 
@@ -188,6 +132,8 @@ class TrainerConfig(Section):
     data: DataSettings
     rollout: RolloutSettings
     teacher: TeacherSettings
+    teachers: dict[TeacherName, NamedTeacherSettings] = Field({})
+    """Further teachers by name."""
     drift: DriftSettings = OverlapRatioSettings()
     budget: Annotated[
         FixedBudgetSettings
@@ -206,21 +152,8 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        k, topk = self.drift.k, self.rollout.student_topk
-        if k > self.teacher.k:
-            raise ValueError(
-                f"drift.k is {k}, more than the teacher.k {self.teacher.k} it compares"
-            )
-        compares = METRICS[self.drift.metric].compares_candidates
-        if compares and k > topk:
-            raise ValueError(
-                f"drift.k is {k}, more than the rollout.student_topk {topk} it compares"
-            )
-        if compares and self.rollout.top_p < 1.0:
-            raise ValueError(
-                f"drift.metric {self.drift.metric} with rollout.top_p {self.rollout.top_p}: the "
-                "student's top-k outside its nucleus is arbitrary; use teacher_top_p_accept"
-            )
+        for tag, teacher in self.teachers_by_tag.items():
+            self._check_drift(tag, teacher.k)
         if self.longest_response >= self.rollout.max_context:
             raise ValueError(
                 f"the largest budget is {self.longest_response} tokens and must leave room for a "
@@ -232,6 +165,34 @@ class TrainerConfig(Section):
                 f"rollout.max_context {self.rollout.max_context}"
             )
         return self
+
+    def _check_drift(self, tag: str | None, teacher_k: int) -> None:
+        """That what a teacher's drift policy compares is there."""
+        drift, topk, top_p = self.drift_of(tag), self.rollout.student_topk, self.rollout.top_p
+        k, table = drift.k, table_of(tag)
+        name = "drift" if tag is None or self.teachers[tag].drift is None else f"{table}.drift"
+        if k > teacher_k:
+            raise ValueError(f"{name}.k is {k}, more than the {table}.k {teacher_k} it compares")
+        compares = METRICS[drift.metric].compares_candidates
+        if compares and k > topk:
+            raise ValueError(
+                f"{name}.k is {k}, more than the rollout.student_topk {topk} it compares"
+            )
+        if compares and top_p < 1.0:
+            raise ValueError(
+                f"{name}.metric {drift.metric} with rollout.top_p {top_p}: the "
+                "student's top-k outside its nucleus is arbitrary; use teacher_top_p_accept"
+            )
+        if k != self.drift.k:
+            raise ValueError(
+                f"{name}.k is {k} and drift.k {self.drift.k}: overlaps of different sizes cannot "
+                "stand in one report"
+            )
+        if self.weights.prune is not None and drift.w_drop != self.drift.w_drop:
+            raise ValueError(
+                f"{name}.w_drop is {drift.w_drop} and drift.w_drop {self.drift.w_drop}: "
+                "weights.prune takes the reliability of every token by one of them"
+            )
 
     @model_validator(mode="after")
     def _loss_fits(self) -> Self:
@@ -256,16 +217,18 @@ class TrainerConfig(Section):
                 f"distribution, but rollout.top_p is {rollout.top_p}: ids outside the nucleus are "
                 "arbitrary and have no log-prob"
             )
-        if needs.teacher_k == 2 > self.teacher.k and self.loss.kind != "import":
-            raise ValueError(
-                f"loss {name} renormalises on the teacher's top-k and is 0 on a single token: "
-                "teacher.k must be at least 2, or loss.tail true"
-            )
-        if needs.teacher_k > self.teacher.k:
-            raise ValueError(
-                f"loss {name} needs a teacher.k of at least {needs.teacher_k}, it is "
-                f"{self.teacher.k}"
-            )
+        for tag, teacher in self.teachers_by_tag.items():
+            setting = f"{table_of(tag)}.k"
+            if needs.teacher_k == 2 > teacher.k and self.loss.kind != "import":
+                raise ValueError(
+                    f"loss {name} renormalises on the teacher's top-k and is 0 on a single token: "
+                    f"{setting} must be at least 2, or loss.tail true"
+                )
+            if needs.teacher_k > teacher.k:
+                raise ValueError(
+                    f"loss {name} needs a {setting} of at least {needs.teacher_k}, it is "
+                    f"{teacher.k}"
+                )
 
     def with_needs(self, needs: Needs) -> TrainerConfig:
         """The same with an imported loss of which it is known what it needs. Raises ConfigError."""
@@ -282,6 +245,20 @@ class TrainerConfig(Section):
         """How many of the student's candidates travel with every token: none under top-p, where
         those outside the nucleus are arbitrary, and whatever compares candidates is refused."""
         return self.rollout.student_topk if self.rollout.top_p == 1.0 else 0
+
+    @property
+    def teachers_by_tag(self) -> dict[str | None, TeacherSettings]:
+        """Every teacher by what a row calls it; None: the rows that name none."""
+        return {tag: self.teacher_of(tag) for tag in (None, *self.teachers)}
+
+    def teacher_of(self, tag: str | None) -> TeacherSettings:
+        """The teacher of the rows that call it so."""
+        return self.teacher if tag is None else self.teachers[tag]
+
+    def drift_of(self, tag: str | None) -> DriftSettings:
+        """The drift policy of a teacher: its own, or the run's."""
+        own = None if tag is None else self.teachers[tag].drift
+        return self.drift if own is None else own
 
     @property
     def longest_response(self) -> int:
@@ -301,6 +278,11 @@ class TrainerConfig(Section):
         )
         nucleus = self.rollout.top_p < 1.0
         return self.loss.needs.behavior_at_teacher_topk or (compares and nucleus)
+
+
+def table_of(tag: str | None) -> str:
+    """The table in which a teacher's settings stand."""
+    return "teacher" if tag is None else f"teachers.{tag}"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainerConfig:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from student_trainer.settings.section import UNREAD, alternatives, groups, unread
+from student_trainer.settings.section import UNREAD, alternatives, groups, is_by_name, unread
 
 RENAMED: dict[str, str] = {}
 """Dotted name of a setting that is no more -> the one that took its place."""
@@ -77,7 +77,13 @@ def _place(root: type[BaseModel], location: tuple[int | str, ...]) -> _Place:
     names: list[str] = []
     kinds: Mapping[str, type[BaseModel]] = {}
     selector = chosen = ""
+    by_name = False
     for part in map(str, location):
+        if by_name:
+            names.append(part)
+            place = replace(place, name=".".join(names))
+            by_name = False
+            continue
         if group is None and part in kinds:
             group, chosen = kinds[part], part
             continue
@@ -87,6 +93,8 @@ def _place(root: type[BaseModel], location: tuple[int | str, ...]) -> _Place:
         place = _Place(".".join(names), group, kinds, selector, chosen, below)
         held = groups(field.annotation) if field is not None else []
         group = held[0] if len(held) == 1 and not below else None
+        if by_name := field is not None and is_by_name(field):
+            group = held[0]
         kinds, chosen = below, ""
         selector = str(field.discriminator) if field is not None and below else ""
     return place
@@ -127,7 +135,8 @@ def names(group: type[BaseModel], prefix: str = "") -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, field in group.model_fields.items():
         found.setdefault(name, set()).add(prefix + name)
-        for below in groups(field.annotation):
+        # What stands under a name of the user's own is a copy of what stands elsewhere.
+        for below in [] if is_by_name(field) else groups(field.annotation):
             for leaf, dotted in names(below, f"{prefix}{name}.").items():
                 found.setdefault(leaf, set()).update(dotted)
     return found

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from student_trainer.errors import ConfigError
-from student_trainer.settings.section import alternatives, groups, may_change, read_by
+from student_trainer.settings.section import alternatives, groups, is_by_name, may_change, read_by
 
 WIDTH = 100
 _WORDS: dict[object, str] = {
@@ -93,8 +93,9 @@ def tables(
             yield from _kinds(f"{prefix}{key}", field, kinds)
             continue
         resumed = "A resumed run may change all of it." if may_change(field) else ""
+        below = f"{prefix}{key}{'.NAME' * is_by_name(field)}"
         for group in groups(field.annotation):
-            yield from tables(group, f"{prefix}{key}", field.description or "", resumed=resumed)
+            yield from tables(group, below, field.description or "", resumed=resumed)
 
 
 def _kinds(name: str, field: FieldInfo, kinds: dict[str, type[BaseModel]]) -> Iterator[Table]:
@@ -105,7 +106,7 @@ def _kinds(name: str, field: FieldInfo, kinds: dict[str, type[BaseModel]]) -> It
     choice = Setting(
         name=selector,
         values=_listed(kinds),
-        default="required" if chosen is None else f"default {_default(chosen)}",
+        default="required" if field.is_required() else f"default {_default(chosen)}",
         effect=next(filter(None, told), ""),
     )
     yield Table(name=name, about=field.description or "", settings=(choice,))

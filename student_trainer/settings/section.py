@@ -109,6 +109,11 @@ def groups(annotation: object) -> list[type[BaseModel]]:
     return [group for part in typing.get_args(annotation) for group in groups(part)]
 
 
+def is_by_name(field: FieldInfo) -> bool:
+    """Whether a field holds groups under names of the user's choice."""
+    return typing.get_origin(field.annotation) is dict and bool(groups(field.annotation))
+
+
 def alternatives(field: FieldInfo) -> dict[str, type[BaseModel]]:
     """The groups of a union by what tells them apart; empty for everything else."""
     selector = field.discriminator

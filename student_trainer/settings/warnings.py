@@ -40,8 +40,8 @@ def _about_nothing_to_do(config: TrainerConfig) -> Iterator[str]:
     """Settings that are given, and that nothing in this run reads: harmless, so not refused."""
     if config.data.heldout is None:
         given = [f"eval.{name}" for name in sorted(config.eval.model_fields_set)]
-        if "answer_field" in config.data.model_fields_set:
-            given.append("data.answer_field")
+        of_heldout = ("answer_field", "heldout_split")
+        given += [f"data.{name}" for name in of_heldout if name in config.data.model_fields_set]
         if given:
             yield f"{', '.join(given)}: without data.heldout nothing is evaluated"
     elif not config.eval.pass_k and "temperature" in config.eval.model_fields_set:

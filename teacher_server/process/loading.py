@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from teacher_server.settings import TeacherConfig
 from teacher_wire import __version__
 from teacher_wire.fingerprint import tokenizer_fingerprint, weights_digest
 from teacher_wire.records import TeacherInfo
+from teacher_wire.tokenizer_file import faithful
 
 
 def build_engine(config: TeacherConfig) -> ScoringEngine:
@@ -57,9 +59,32 @@ def load_tokenizer(config: TeacherConfig) -> Any:
     name = config.tokenizer or config.model
     if not name:
         return None
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils.hub import cached_file
 
-    return AutoTokenizer.from_pretrained(name, revision=config.revision or None)
+    revision = config.revision or "main"
+    file = cached_file(
+        name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    return faithful(
+        AutoTokenizer.from_pretrained(name, revision=revision),
+        Path(file) if file else None,
+        lambda: PreTrainedTokenizerFast.from_pretrained(name, revision=revision),
+    )
+
+
+def end_token_ids(config: TeacherConfig, tokenizer: Any) -> tuple[int, ...]:
+    """The end token of the tokenizer, and those of the generation_config, where there is one."""
+    from transformers import GenerationConfig
+
+    ends = [tokenizer.eos_token_id]
+    with suppress(OSError):
+        generation = GenerationConfig.from_pretrained(
+            config.model, revision=config.revision or "main"
+        )
+        own = generation.eos_token_id
+        ends += own if isinstance(own, list) else [own]
+    return tuple(dict.fromkeys(int(token_id) for token_id in ends if token_id is not None))
 
 
 def describe(config: TeacherConfig, engine: ScoringEngine, tokenizer: Any) -> TeacherInfo:
@@ -88,4 +113,5 @@ def describe(config: TeacherConfig, engine: ScoringEngine, tokenizer: Any) -> Te
         max_append_tokens=config.max_append_tokens,
         server_version=__version__,
         block_tokens=served.block_tokens,
+        end_token_ids=end_token_ids(config, tokenizer) if tokenizer else (),
     )

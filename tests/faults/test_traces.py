@@ -12,12 +12,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from student_trainer.data import PromptOrder
-from student_trainer.records import SamplingOptions
+from student_trainer.records import Prompt, SamplingOptions
 from student_trainer.rollouts.budget import FixedBudget
 from student_trainer.rollouts.stream import LoopThread, RolloutStream
 from student_trainer.settings.budget import FixedBudgetSettings
@@ -101,7 +99,7 @@ def test_a_rollout_of_the_trainer_is_a_span_and_its_session_is_below_it(
 ) -> None:
     headers: list[str] = []
 
-    def open_session(prompt_ids: NDArray[np.int32]) -> ScriptedSession:
+    def open_session(_: Prompt) -> ScriptedSession:
         headers.append(tracing.traceparent())
         return ScriptedSession()
 
@@ -111,7 +109,7 @@ def test_a_rollout_of_the_trainer_is_a_span_and_its_session_is_below_it(
             sampler=InMemorySampler(),
             open_session=open_session,
             prompts=PromptOrder([prompt(2, 3)], prompts_per_step=1, seed=0),
-            rules=rules(),
+            rules={None: rules()},
             budget=FixedBudget(FixedBudgetSettings(max_tokens=4)),
             options=lambda max_tokens: SamplingOptions(max_tokens=max_tokens, num_topk=2),
             rollouts_per_prompt=1,

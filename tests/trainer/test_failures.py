@@ -136,7 +136,9 @@ def test_a_dataset_that_is_no_text_is_named(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "train.jsonl").write_bytes(b"PAR1\xff\xfe\x00")
-    assert "train.jsonl: not a text file in UTF-8" in failed(folder, "train", capsys=capsys)
+    assert "train.jsonl:1: byte 0xff at 5 of the line is not UTF-8" in failed(
+        folder, "train", capsys=capsys
+    )
 
 
 def test_a_broken_tokenizer_file_is_a_checkpoint_error_with_a_traceback_in_the_run(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer.assembly import from_settings
+from student_trainer.assembly import teachers
 from student_trainer.assembly.own_loss import declared_loss, imported_loss, with_declared_needs
 from student_trainer.cli import main
 from student_trainer.errors import ConfigError, LossError
@@ -224,7 +224,7 @@ def test_what_a_loss_declares_is_asked_for(here: Path) -> None:
     written(here, NEEDS.format("teacher_columns=('entropies',), behavior_at_teacher_topk=True"))
     (here / "trainer.toml").write_text(SMALLEST)
     config = with_declared_needs(load_config(here / "trainer.toml", [OWN]))
-    assert from_settings.score_options(config).want_entropy
+    assert teachers.score_options(config).want_entropy
     assert config.needs_learner_behavior
     other = load_config(here / "trainer.toml")
     assert with_declared_needs(other) is other

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from student_trainer.assembly import from_settings
+from student_trainer.assembly import from_settings, teachers
 from student_trainer.assembly.run import Run, assembled
 from student_trainer.errors import CheckpointError, ConfigError, DatasetError
 from student_trainer.recording.json_lines import read_lines
@@ -181,7 +181,7 @@ def connect_to(client: InMemoryClient, monkeypatch: pytest.MonkeyPatch) -> None:
     async def connect(*_: object) -> InMemoryClient:
         return client
 
-    monkeypatch.setattr(from_settings, "connect", connect)
+    monkeypatch.setattr(teachers, "connect", connect)
 
 
 def configured(folder: Path, *overrides: str) -> TrainerConfig:
@@ -504,9 +504,9 @@ def test_prompt_that_leaves_no_room_for_the_budget_is_refused(folder: Path) -> N
 def test_setting_beyond_the_teachers_limits_is_refused(
     folder: Path, override: str, reason: str
 ) -> None:
-    from_settings.check_limits(configured(folder), INFO)
+    teachers.check_limits(configured(folder), INFO)
     with pytest.raises(ConfigError, match=reason):
-        from_settings.check_limits(configured(folder, override), INFO)
+        teachers.check_limits(configured(folder, override), INFO)
 
 
 def test_special_token_that_the_vocabulary_lacks_is_refused(folder: Path) -> None:

@@ -36,7 +36,7 @@ class GetInfoResponse(_message.Message):
     def __init__(self, info: _Optional[_Union[TeacherInfo, _Mapping]] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("model_id", "revision", "weights_digest", "dtype", "vocab_size", "tokenizer_fingerprint", "special_token_ids", "max_k", "max_context", "engine", "engine_version", "instance_id", "max_sessions", "max_append_tokens", "protocol_version", "server_version", "block_tokens")
+    __slots__ = ("model_id", "revision", "weights_digest", "dtype", "vocab_size", "tokenizer_fingerprint", "special_token_ids", "max_k", "max_context", "engine", "engine_version", "instance_id", "max_sessions", "max_append_tokens", "protocol_version", "server_version", "block_tokens", "end_token_ids")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,7 @@ class TeacherInfo(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    END_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     revision: str
     weights_digest: str
@@ -71,7 +72,8 @@ class TeacherInfo(_message.Message):
     protocol_version: int
     server_version: str
     block_tokens: int
-    def __init__(self, model_id: _Optional[str] = ..., revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., special_token_ids: _Optional[_Iterable[int]] = ..., max_k: _Optional[int] = ..., max_context: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., instance_id: _Optional[str] = ..., max_sessions: _Optional[int] = ..., max_append_tokens: _Optional[int] = ..., protocol_version: _Optional[int] = ..., server_version: _Optional[str] = ..., block_tokens: _Optional[int] = ...) -> None: ...
+    end_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model_id: _Optional[str] = ..., revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., special_token_ids: _Optional[_Iterable[int]] = ..., max_k: _Optional[int] = ..., max_context: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., instance_id: _Optional[str] = ..., max_sessions: _Optional[int] = ..., max_append_tokens: _Optional[int] = ..., protocol_version: _Optional[int] = ..., server_version: _Optional[str] = ..., block_tokens: _Optional[int] = ..., end_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ScoreOptions(_message.Message):
     __slots__ = ("k", "temperature", "logprob_dtype", "want_entropy", "want_rank")

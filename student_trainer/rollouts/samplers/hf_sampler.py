@@ -21,12 +21,18 @@ from student_trainer.records import Delta, Finish, SamplingOptions
 
 
 class HfSampler:
-    """A Sampler over one transformers model."""
+    """A Sampler over one transformers model.
 
-    def __init__(self, *, model: str, dtype: str, device: torch.device) -> None:
+    It ends at the end tokens of the model's generation_config and at `stop_ids`.
+    """
+
+    def __init__(
+        self, *, model: str, dtype: str, device: torch.device, stop_ids: Sequence[int] = ()
+    ) -> None:
         self._path = model
         self._dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
         self._device = device
+        self._stop_ids = stop_ids
         self._loaded: PreTrainedModel | None = None
         self._running: set[str] = set()
         self._aborted: set[str] = set()
@@ -38,7 +44,7 @@ class HfSampler:
         self, request_id: str, prompt_ids: NDArray[np.int32], options: SamplingOptions
     ) -> AsyncIterator[Delta]:
         model = self._model()
-        stop_ids = _stop_ids(model)
+        stop_ids = {*_stop_ids(model), *self._stop_ids}
         generator = torch.Generator().manual_seed(options.seed or 0)
         cache = DynamicCache(config=model.config)
         step_ids = torch.from_numpy(prompt_ids).long().unsqueeze(0).to(self._device)

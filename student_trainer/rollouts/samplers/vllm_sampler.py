@@ -40,7 +40,10 @@ _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCAT
 
 @dataclass(kw_only=True, eq=False)
 class VllmSampler:
-    """A Sampler over one vLLM engine."""
+    """A Sampler over one vLLM engine.
+
+    It ends at the end tokens of the model's generation_config and at `stop_ids`.
+    """
 
     model: str
     dtype: str
@@ -53,6 +56,7 @@ class VllmSampler:
     enforce_eager: bool
     cpu_cores: str
     seed: int
+    stop_ids: tuple[int, ...] = ()
     _engine: AsyncLLM | None = field(default=None, init=False)
     _output: Path | None = field(default=None, init=False)
     """What the engine's processes print."""
@@ -130,12 +134,18 @@ class VllmSampler:
             logprobs=options.num_topk,
             flat_logprobs=True,
             detokenize=False,
+            stop_token_ids=self._possible_stop_ids(),
             output_kind=RequestOutputKind.DELTA,
         )
         prompt = TokensPrompt(prompt_token_ids=prompt_ids.tolist())
         with self._engine_lives():
             async for output in self._running().generate(prompt, params, request_id):
                 yield _delta(output.outputs[0], options.num_topk)
+
+    def _possible_stop_ids(self) -> list[int]:
+        """vLLM refuses an id that the model has no logit for, and that it can never say."""
+        num_ids = self._running().model_config.get_vocab_size()
+        return [token_id for token_id in self.stop_ids if token_id < num_ids]
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         await self._running().abort(list(request_ids))

@@ -172,6 +172,19 @@ async def test_merged_deltas_give_the_same_rows_as_prompt_ones(
     check_rows(learner, slow, 1.0)
 
 
+async def test_a_response_ends_at_a_stop_token_of_the_run(
+    sampler: VllmSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = SamplingOptions(max_tokens=60, num_topk=NUM_TOPK, seed=8)
+    whole = joined(await deltas(sampler, "whole", options), "token_ids").tolist()
+    stop_id = whole[len(whole) // 2]
+    # An id beyond the model's vocabulary can never be said, and is no error.
+    monkeypatch.setattr(sampler, "stop_ids", (stop_id, 10**6))
+    parts = await deltas(sampler, "stopped", options)
+    assert joined(parts, "token_ids").tolist() == whole[: whole.index(stop_id) + 1]
+    assert parts[-1].finish is Finish.STOP
+
+
 async def test_generation_without_topk_still_has_log_probs(sampler: VllmSampler) -> None:
     parts = await deltas(sampler, "bare", SamplingOptions(max_tokens=9, seed=1))
     assert joined(parts, "topk_ids").shape == (len(joined(parts, "token_ids")), 0)

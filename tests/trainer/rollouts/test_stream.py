@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from student_trainer.data import PromptOrder
-from student_trainer.records import SamplingOptions
+from student_trainer.records import Prompt, SamplingOptions
 from student_trainer.rollouts import stream as stream_module
 from student_trainer.rollouts.budget import FixedBudget
 from student_trainer.rollouts.stream import LoopThread, RolloutStream, Taken
@@ -37,7 +36,7 @@ def stream(
     *,
     queue_depth: int = 0,
     num_steps: int = 10,
-    open_session: Callable[[NDArray[np.int32]], ScriptedSession] = lambda _: ScriptedSession(),
+    open_session: Callable[[Prompt], ScriptedSession] = lambda _: ScriptedSession(),
     finish_when_absent: bool = False,
 ) -> RolloutStream:
     """Two rollouts of each of two prompts a step."""
@@ -46,7 +45,7 @@ def stream(
         sampler=sampler,
         open_session=open_session,
         prompts=PromptOrder(PROMPTS, prompts_per_step=2, seed=0),
-        rules=rules(finish_when_absent=finish_when_absent),
+        rules={None: rules(finish_when_absent=finish_when_absent)},
         budget=FixedBudget(FixedBudgetSettings(max_tokens=12)),
         options=lambda max_tokens: SamplingOptions(max_tokens=max_tokens, num_topk=2),
         rollouts_per_prompt=2,
@@ -121,7 +120,7 @@ def test_failed_rollout_cancels_the_others_and_is_raised(loop: LoopThread, depth
     sampler = InMemorySampler()
     sessions: list[ScriptedSession] = []
 
-    def open_session(prompt_ids: NDArray[np.int32]) -> ScriptedSession:
+    def open_session(_: Prompt) -> ScriptedSession:
         failures = {0: EngineError("boom")} if len(sessions) == 2 else {}
         pause = 0 if failures else 1_000_000
         sessions.append(ScriptedSession(failures=failures, turns_per_append=pause))
@@ -136,7 +135,7 @@ def test_failed_rollout_cancels_the_others_and_is_raised(loop: LoopThread, depth
 def test_unscored_rollouts_are_left_out_and_counted(loop: LoopThread) -> None:
     sessions: list[ScriptedSession] = []
 
-    def open_session(prompt_ids: NDArray[np.int32]) -> ScriptedSession:
+    def open_session(_: Prompt) -> ScriptedSession:
         failures = {0: NotReadyError("away")} if len(sessions) == 1 else {}
         sessions.append(ScriptedSession(failures=failures))
         return sessions[-1]
@@ -162,7 +161,7 @@ def test_closed_source_leaves_nothing_running(loop: LoopThread) -> None:
     sampler = InMemorySampler()
     sessions: list[ScriptedSession] = []
 
-    def open_session(prompt_ids: NDArray[np.int32]) -> ScriptedSession:
+    def open_session(_: Prompt) -> ScriptedSession:
         sessions.append(ScriptedSession(turns_per_append=0 if len(sessions) < 4 else 1_000_000))
         return sessions[-1]
 
@@ -188,7 +187,7 @@ def test_teacher_that_does_not_answer_does_not_keep_a_source_from_closing(
     monkeypatch.setattr(stream_module, "CLOSE_TIMEOUT_S", 0.2)
     sessions: list[ScriptedSession] = []
 
-    def open_session(prompt_ids: NDArray[np.int32]) -> ScriptedSession:
+    def open_session(_: Prompt) -> ScriptedSession:
         pause, kind = (0, ScriptedSession) if len(sessions) < 4 else (1_000_000, StuckSession)
         sessions.append(kind(turns_per_append=pause))
         return sessions[-1]

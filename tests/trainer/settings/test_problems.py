@@ -10,7 +10,7 @@ from student_trainer.errors import ConfigError
 from student_trainer.settings import problems
 from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.settings.sampler import VllmSamplerSettings
-from student_trainer.settings.section import alternatives, groups
+from student_trainer.settings.section import alternatives, groups, is_by_name
 from tests.trainer.settings.smallest_config import SMALLEST
 
 
@@ -117,7 +117,8 @@ def test_no_suggestion_is_the_word_that_was_typed(smallest: Path) -> None:
     leaves: set[str] = set()
     sections: dict[str, set[str]] = {}
     for name, field in TrainerConfig.model_fields.items():
-        known = set().union(*(group.model_fields for group in groups(field.annotation)))
+        held = [] if is_by_name(field) else groups(field.annotation)
+        known: set[str] = set().union(*(group.model_fields for group in held))
         sections[name] = known
         leaves |= known
     for name, known in sections.items():

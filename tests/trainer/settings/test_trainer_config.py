@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer.assembly.from_settings import drift_policy, score_options
 from student_trainer.assembly.methods import divergence
+from student_trainer.assembly.teachers import drift_policy, score_options
 from student_trainer.errors import ConfigError
 from student_trainer.losses.divergences import (
     EntropyAwareKL,

@@ -1,4 +1,4 @@
-"""Prompts, their order, and masks. Run: python -m pytest tests/trainer/test_data.py"""
+"""Prompts, their order, and masks. Run: python -m pytest tests/trainer/data/test_data.py"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_trainer.data import PromptOrder, load_prompts
@@ -57,7 +57,7 @@ def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
         ("[1, 2]", "must be an object"),
         ("3", "must be an object"),
         ('{"question": "1", "answer": "2"}', r"needs `prompt` .*has \['answer', 'question'\]"),
-        ('{"prompt": 5}', "needs `prompt`"),
+        ('{"prompt": 5}', "prompt must be text or a list of messages, is int 5"),
         ('{"prompt": "12345"}', "the prompt has 5 tokens, must be 1 to 4"),
         ('{"prompt": ""}', "the prompt has 0 tokens, must be 1 to 4"),
         ('{"messages": [{"role": "user", "content": "1"}]}', "chat template"),
@@ -94,6 +94,7 @@ def test_order_is_determined_by_the_seed() -> None:
     assert steps[:6] != [[p.prompt_id for p in other.step(s)] for s in range(6)]
 
 
+@settings(deadline=None)
 @given(num_prompts=st.integers(1, 12), passes=st.integers(1, 3), per_step=st.integers(1, 12))
 def test_a_pass_takes_no_prompt_twice_and_all_of_them_when_it_divides(
     num_prompts: int, passes: int, per_step: int
@@ -134,6 +135,7 @@ def test_no_special_tokens_mask_nothing() -> None:
     assert SpecialTokens([7], first_only=True).mask(np.empty(0, np.int32)).shape == (0,)
 
 
+@settings(deadline=None)
 @given(
     ids=st.lists(st.integers(0, 5), max_size=20),
     special=st.sets(st.integers(0, 5)),
