@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer.assembly.from_settings import teacher_access
+from student_trainer.assembly.teachers import teacher_access
 from student_trainer.cli import main
 from student_trainer.errors import ConfigError
 from student_trainer.settings.config import TrainerConfig, load_config
@@ -25,7 +25,7 @@ def config(folder: Path, *overrides: str) -> TrainerConfig:
 
 
 def shown(made: TrainerConfig) -> tuple[tuple[str, str], ...]:
-    return teacher_access(made).metadata()
+    return teacher_access(made.teacher).metadata()
 
 
 def test_the_file_of_the_settings_wins_over_the_environment(
@@ -53,11 +53,11 @@ def test_no_token_is_in_a_printed_configuration(
     monkeypatch.setenv("DRIFTLINE_TEACHER_TOKEN", TOKEN)
     made = config(tmp_path, f"token_file={path}")
     assert main(["show-config", "--config", str(tmp_path / "trainer.toml")]) == 0
-    assert TOKEN not in capsys.readouterr().out + repr(made) + repr(teacher_access(made))
+    assert TOKEN not in capsys.readouterr().out + repr(made) + repr(teacher_access(made.teacher))
 
 
 def test_tls_settings_reach_the_connection(tmp_path: Path) -> None:
-    access = teacher_access(config(tmp_path, "tls_ca=ca", "tls_cert=c", "tls_key=k"))
+    access = teacher_access(config(tmp_path, "tls_ca=ca", "tls_cert=c", "tls_key=k").teacher)
     assert (access.tls_ca, access.tls_cert, access.tls_key) == (Path("ca"), Path("c"), Path("k"))
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from student_trainer import cli as trainer_cli
-from student_trainer.assembly.from_settings import teacher_access
+from student_trainer.assembly.teachers import teacher_access
 from student_trainer.settings.config import load_config as load_trainer_config
 from teacher_server import cli as teacher_cli
 from teacher_server.settings import load_config as load_teacher_config
@@ -346,7 +346,9 @@ def test_tokens_are_secrets_that_the_programs_look_for(
         words = arguments(name)[1:]
         parsed = trainer_cli._parser().parse_args(words)
         config_of_trainer = load_trainer_config(ROOT / parsed.config, parsed.set)
-        assert teacher_access(config_of_trainer).metadata() == (("authorization", "Bearer abc"),)
+        assert teacher_access(config_of_trainer.teacher).metadata() == (
+            ("authorization", "Bearer abc"),
+        )
 
 
 def test_secrets_are_neither_committed_nor_sent_to_docker() -> None:
