@@ -23,6 +23,7 @@ from examples.demo import DemoError
 from examples.language import measuring, pruning, report, source, stages, tasks
 from student_trainer.data import load_prompts
 from student_trainer.records import Prompt
+from tests.trainer.data.made_tokenizers import byte_level
 from tests.trainer.learner.tiny_student import character_tokenizer
 
 END, NUM_LAYERS = 1, 5
@@ -321,7 +322,7 @@ def test_a_rate_is_compared_at_the_lengths_of_another_model() -> None:
 
 
 def test_instructions_are_prompts_and_no_part_has_anothers() -> None:
-    tokenizer = character_tokenizer()
+    tokenizer = byte_level()
     tokenizer.chat_template = TEMPLATE
     texts: list[str] = []
     for part, least in {"train": 48, "tune": 16, "heldout": 16}.items():
