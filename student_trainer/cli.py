@@ -95,21 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval", help="what any checkpoint makes of the held-out problems", description=EVAL
     )
-    evaluate.add_argument("config_path", nargs="?", type=Path, metavar="CONFIG", help="TOML file")
-    _config_arguments(evaluate, required=False)
-    evaluate.add_argument(
-        "--checkpoint",
-        "--model",
-        metavar="DIR",
-        help="folder or name of a checkpoint; default: the configured student",
-    )
-    evaluate.add_argument(
-        "--teacher",
-        choices=("auto", "required", "none"),
-        default="auto",
-        help="ask it for held-out divergences: if it answers within 5 s (default), in any case, no",
-    )
-    evaluate.add_argument("--json", type=Path, help="write the result here instead")
+    _eval_arguments(evaluate)
     evaluate.set_defaults(run=_eval)
 
     report = commands.add_parser("report", help="summary.json, report.png and a table of a run")
@@ -138,6 +124,24 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("section", nargs="?", default="", help="such as budget or rollout.top_p")
     settings.set_defaults(run=_settings)
     return parser
+
+
+def _eval_arguments(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("config_path", nargs="?", type=Path, metavar="CONFIG", help="TOML file")
+    _config_arguments(evaluate, required=False)
+    evaluate.add_argument(
+        "--checkpoint",
+        "--model",
+        metavar="DIR",
+        help="folder or name of a checkpoint; default: the configured student",
+    )
+    evaluate.add_argument(
+        "--teacher",
+        choices=("auto", "required", "none"),
+        default="auto",
+        help="ask it for held-out divergences: if it answers within 5 s (default), in any case, no",
+    )
+    evaluate.add_argument("--json", type=Path, help="write the result here instead")
 
 
 def _start_arguments(train: argparse.ArgumentParser) -> None:

@@ -38,6 +38,10 @@ class Problems:
     def all(self) -> list[Prompt]:
         return self.train + self.heldout
 
+    def decode(self, token_id: int) -> str:
+        """Of one token."""
+        return str(self.tokenizer.decode(token_id))
+
 
 def problems(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> Problems:
     """The problems of a run. Raises DatasetError."""

@@ -209,8 +209,6 @@ def _assemble(
     specials = from_settings.special_tokens(config, problems.tokenizer)
     grader = evaluating.checked_grader(config, problems.heldout, stack)
     start_from = config.student.model if goes_on is None else str(goes_on.checkpoint)
-    for line in from_settings.check_memory(config, start_from):
-        say(line)
     learner = _learner(config, problems.tokenizer, start_from, stop, say)
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
     clients = stack.enter_context(
@@ -227,14 +225,10 @@ def _assemble(
     said = teachers.warnings(config, start_from, problems.tokenizer, clients)
     for line in (*checkpoints.warnings(config, learner), *said):
         say(line)
+    info = next(iter(clients.values())).info
     recorder, record = stack.enter_context(
         recorded(
-            config,
-            bars,
-            goes_on=goes_on,
-            overwrite=overwrite,
-            teacher=next(iter(clients.values())).info,
-            decode=lambda token_id: str(problems.tokenizer.decode(token_id)),
+            config, bars, goes_on=goes_on, overwrite=overwrite, teacher=info, decode=problems.decode
         )
     )
     write_progress(config.run.out, finished=False, steps_planned=config.run.steps)
@@ -267,6 +261,8 @@ def _learner(
     stop: StopRequest,
     say: Callable[[str], None],
 ) -> Learner:
+    for line in from_settings.check_memory(config, start_from):
+        say(line)
     weights = methods.weights(config, newline_ids=from_settings.newline_ids(config, tokenizer))
     torch.manual_seed(config.run.seed)
     dtype = from_settings.dtype(config)

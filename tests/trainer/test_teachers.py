@@ -316,7 +316,7 @@ def test_a_run_says_that_end_tokens_differ_and_saves_all_of_them(
     assert "student's tokenizer ends with '<eos>' (1), its generation_config with '<pad>'" in said
     assert "[teacher]: the teacher ends with '5' (7), at which no rollout ends" in said
     saved = json.loads((config.run.out / "student" / "generation_config.json").read_text())
-    assert saved["eos_token_id"] == [1, 0]
+    assert saved["eos_token_id"] == [0, 1]
     with_name = configured(tmp_path, models, rows, own, 'rollout.stop_tokens=["5"]')
     with assembled(replace_out(with_name, tmp_path / "second")) as run:
         assert "the teacher ends" not in capsys.readouterr().out

@@ -95,7 +95,7 @@ def scoring(temperature: float, sessions: list[ScriptedSession]) -> Scoring:
         return sessions[-1]
 
     return Scoring(
-        open_session=opened, rules=rules(), temperature=temperature, num_topk=2, overlap_k=2
+        open_session=opened, rules={None: rules()}, temperature=temperature, num_topk=2, overlap_k=2
     )
 
 
@@ -206,7 +206,7 @@ async def test_a_sample_that_is_graded_is_scored_too_where_both_are_drawn_alike(
 async def test_the_teacher_that_stays_away_is_counted() -> None:
     failing = Scoring(
         open_session=lambda _: ScriptedSession(failures={0: NotReadyError("gone")}),
-        rules=rules(finish_when_absent=True),
+        rules={None: rules(finish_when_absent=True)},
         temperature=0.7,
         num_topk=2,
         overlap_k=2,

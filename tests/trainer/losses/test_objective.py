@@ -342,8 +342,3 @@ def test_a_constant_out_of_range_is_refused_with_its_name_value_and_range(
 ) -> None:
     with pytest.raises(ValidationError, match=rf"\n{setting}\n  .*{value}"):
         make()
-
-
-def test_a_reliability_that_cannot_fall_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"w_drop must be in \(0, 1\], got 1\.5"):
-        PruneWeight(w_drop=1.5)(two_tokens(bad_events_BT=torch.tensor([[False, True]])))

@@ -29,7 +29,7 @@ PROBES = [np.array([5, 6, 7], np.int32), np.array([9], np.int32)]
 
 async def started(folder: Path, sampler: type[HfSampler] = HfSampler) -> HfSampler:
     """A reference sampler over a checkpoint."""
-    made = sampler(model=str(folder), dtype="float32", device="cpu")
+    made = sampler(model=str(folder), dtype="float32", device=torch.device("cpu"))
     await made.start()
     return made
 
