@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from enum import Enum
 from typing import NoReturn
 
 from teacher_server.process import signals
-from vllm_process.children import kill_engines
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,8 @@ class Lifecycle:
 
 def leave(exit_code: int) -> NoReturn:
     """Ends the process without waiting for threads, and with it the processes it started."""
-    kill_engines()
+    for child in multiprocessing.active_children():
+        child.kill()
     logging.shutdown()
     with suppress(OSError):  # a disk that is full
         sys.stdout.flush()
