@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# math-verify 0.9.0 calls answers equal that are not.
+# math-verify 0.9.0 with sympy 1.14.0 calls answers equal that are not.
 #
 # What is done: pairs of answers, each in $...$, are parsed and verified, with the time limits off (with them on,
 # parse raises ValueError off the main thread).
@@ -11,9 +11,10 @@
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/env"
-"$folder/env/bin/pip" install -q --disable-pip-version-check math-verify==0.9.0 2>/dev/null
-"$folder/env/bin/python" - <<'PY'
+cd "$folder"
+python3 -m venv env
+env/bin/pip install -qq --disable-pip-version-check math-verify==0.9.0 sympy==1.14.0
+cat >equal.py <<'PY'
 import sys
 
 from math_verify import LatexExtractionConfig, parse, verify
@@ -38,6 +39,7 @@ def read(text):
 
 verdicts = [verify(read(a), read(b), timeout_seconds=None) for a, b in PAIRS]
 for (a, b), verdict in zip(PAIRS, verdicts):
-    print(f"{a} = {b}: {verdict}")
-sys.exit(not all(verdicts))
+    sys.stdout.write(f"{a} = {b}: {verdict}\n")
+sys.exit(0 if all(verdicts) else 1)
 PY
+env/bin/python equal.py

@@ -2,7 +2,7 @@
 
 The file is Q4_1; what is trained and served are its values in float32. Read tensor by tensor:
 transformers reads GGUF too, but refuses to save what it read, and its tokenizer leaves out that
-SmolLM's splits digits (findings/gguf-tokenizer-drops-digits.py).
+SmolLM's splits digits (findings/gguf-tokenizer-drops-digits.sh).
 """
 
 from __future__ import annotations
