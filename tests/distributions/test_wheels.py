@@ -68,7 +68,7 @@ def tracked() -> list[str]:
 
 def in_tree(package: str) -> set[str]:
     """A package's files of the kinds that are packed, as they are named in a wheel."""
-    kinds = {*MODULES, ".html", ".typed"}
+    kinds = {*MODULES, ".html", ".jinja", ".typed"}
     names = {name.removeprefix("proto/") for name in tracked() if Path(name).suffix in kinds}
     return {name for name in names if name.startswith(f"{package}/")}
 

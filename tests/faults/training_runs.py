@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from student_trainer import cli
-from student_trainer.assembly import from_settings
+from student_trainer.assembly import teachers
 from student_trainer.recording.json_lines import read_lines
 from student_trainer.records import Rollout
 from student_trainer.rollouts.stream import RolloutStream, Taken
@@ -101,7 +101,7 @@ def without_a_fingerprint() -> Iterator[None]:
     """A teacher with a tokenizer takes five seconds to start, which is the import of transformers;
     one without knows no fingerprint of the student's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(from_settings, "tokenizer_fingerprint", lambda _: "")
+        patch.setattr(teachers, "tokenizer_fingerprint", lambda _: "")
         yield
 
 
