@@ -28,6 +28,7 @@ class Rounds:
     """Whether each case starts its own process of a second and more, or one case of each kind."""
     timed: bool
     """Whether times are judged too, which other work on the machine moves."""
+    verdict_repeats: int
     verdict_arms: tuple[str, ...]
     """Each starts an engine; two of these are vLLM's."""
 
@@ -46,6 +47,7 @@ IN_TEST = Rounds(
     fuzz_cases=1_500,
     every_process=False,
     timed=False,
+    verdict_repeats=1,
     verdict_arms=("driftline", "transformers"),
 )
 LONG = Rounds(
@@ -57,6 +59,7 @@ LONG = Rounds(
     fuzz_cases=100_000,
     every_process=True,
     timed=True,
+    verdict_repeats=2,
     verdict_arms=("driftline", "transformers", "floor"),
 )
 

@@ -281,7 +281,8 @@ def test_verdict_runs_with_a_tiny_model(tmp_path: Path) -> None:
     path = tmp_path / "verdict.json"
     checkpoint("tiny")  # here, where transformers is imported, it takes no seconds
     command = [sys.executable, "-m", "benchmarks.verdict", "--quick", "--model", "tiny", "--eager"]
-    command += ["--dtype", "float32", "--arms", *ROUNDS.verdict_arms, "--repeats", "2"]
+    command += ["--dtype", "float32", "--arms", *ROUNDS.verdict_arms]
+    command += ["--repeats", str(ROUNDS.verdict_repeats)]
     command += [
         "--cores",
         own_core(),
@@ -301,7 +302,9 @@ def test_verdict_runs_with_a_tiny_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(path.read_text())
     assert list(content["arms"]) == list(ROUNDS.verdict_arms)
-    assert {len(arm["seconds"]) for arm in content["arms"].values()} == {2}, content
+    assert {len(arm["seconds"]) for arm in content["arms"].values()} == {ROUNDS.verdict_repeats}, (
+        content
+    )
     ratios = content["ratios"]
     assert ratios["transformers_over_driftline"] > 0
     assert (ratios["driftline_over_floor"] is not None) == ("floor" in ROUNDS.verdict_arms)

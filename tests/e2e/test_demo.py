@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.rounds import in_the_long_round
+
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {
     "run.steps": "2",
@@ -126,6 +128,7 @@ def test_a_short_demo_trains_reports_and_leaves_nothing_running(tmp_path: Path) 
     assert (out / "student" / "tokenizer.json").is_file()
 
 
+@in_the_long_round
 @pytest.mark.timeout(600)
 def test_an_interrupted_demo_ends_what_it_started(tmp_path: Path) -> None:
     """Interrupted in the start of its engines, which are processes of processes."""
