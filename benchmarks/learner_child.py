@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.memory_child import forget_peak, status_bytes
-from benchmarks.models import SHAPES, Shape
+from benchmarks.models import SHAPES, Shape, qwen3_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,19 +150,9 @@ def learner(arm: str, *, sequences: int, tokens: int, shape: str, device: str) -
 
 def _student(shape: Shape, positions: int, device: str) -> Any:
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
-    config = Qwen3Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=max(positions, shape.positions),
-        tie_word_embeddings=shape.tied,
-    )
+    config = qwen3_config(shape, max_position_embeddings=max(positions, shape.positions))
     torch.manual_seed(0)
     with torch.device(device):
         return Qwen3ForCausalLM(config).float().train()  # type: ignore[no-untyped-call]

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from benchmarks.processes import first_line
 from benchmarks.provenance import provenance
+from student_trainer.process.writing import write_whole
 
 TABLE_WIDTH = 110
 SAMPLE_LIMIT_S = 1800.0
@@ -210,12 +211,5 @@ def write(
         "ratios": dict(ratios),
         "arms": {name: arm.record() for name, arm in arms.items()},
     }
-    write_whole(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one go; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")

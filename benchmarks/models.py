@@ -10,8 +10,12 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.provenance import ROOT
+
+if TYPE_CHECKING:
+    from transformers import Qwen3Config
 
 FOLDER = ROOT / "runs" / "bench-models"
 SHAPE_FILE = "shape.json"
@@ -63,11 +67,11 @@ def checkpoint(name: str, folder: Path = FOLDER) -> Path:
     return path
 
 
-def _write_model(shape: Shape, folder: Path) -> None:
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def qwen3_config(shape: Shape, **others: Any) -> Qwen3Config:
+    """A configuration of this shape; other fields as they are named."""
+    from transformers import Qwen3Config
 
-    config = Qwen3Config(
+    return Qwen3Config(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -75,13 +79,17 @@ def _write_model(shape: Shape, folder: Path) -> None:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        max_position_embeddings=shape.positions,
         tie_word_embeddings=shape.tied,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        dtype=shape.dtype,
+        **{"max_position_embeddings": shape.positions, **others},
     )
+
+
+def _write_model(shape: Shape, folder: Path) -> None:
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    ends = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    config = qwen3_config(shape, **ends, dtype=shape.dtype)
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     # In its own dtype from the start: a float32 copy of an 8B model would not fit beside it.

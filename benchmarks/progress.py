@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import Measured, Sample, write_whole
+from benchmarks.measuring import Measured, Sample
 from benchmarks.provenance import commit
+from student_trainer.process.writing import write_whole
 
 
 class Progress:
@@ -34,6 +35,7 @@ class Progress:
     def keep(self, arms: Mapping[str, Measured]) -> None:
         """Writes the samples of all arms, in one go."""
         samples = {name: [asdict(sample) for sample in arm.samples] for name, arm in arms.items()}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._path, json.dumps({"of": self._of, "samples": samples}))
 
     def done(self) -> None:

@@ -15,6 +15,11 @@ TrainerError
 from __future__ import annotations
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())
+
+
 class TrainerError(Exception):
     """Root of the trainer's own errors."""
 

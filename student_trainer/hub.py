@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from student_trainer.errors import HubError
+from student_trainer.errors import HubError, one_line
 from student_trainer.recording.run_folder import STUDENT
 
 REMEDY = "see HF_TOKEN, `hf auth login`, HF_ENDPOINT; what was uploaded already is not sent again"
@@ -36,6 +36,6 @@ def push(run: Path, repo: str, *, private: bool = False) -> str:
         raise HubError(f"--repo {repo}: must be ORG/NAME: {error}") from None
     # httpx's errors and the hub's own, an unreadable file, a missing token.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise HubError(f"{student} was not pushed to {repo}: {reason}; {REMEDY}") from error
     return str(done.repo_url)

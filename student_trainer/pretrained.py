@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from student_trainer.errors import CheckpointError, ConfigError
+from student_trainer.errors import CheckpointError, ConfigError, one_line
 from student_trainer.learner.families import (
     Attention,
     attention_for,
@@ -42,7 +42,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         )
     # A malformed file is whatever the library that reads it makes of it.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise CheckpointError(f"{path}: cannot load a tokenizer: {reason}") from error
 
 
@@ -57,7 +57,7 @@ def load_generation_config(path: str) -> GenerationConfig:
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
     # A malformed file is whatever the library that reads it makes of it.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise CheckpointError(f"{path}: cannot read its generation_config: {reason}") from error
 
 
@@ -88,7 +88,7 @@ def load_student(
         raise
     # Whatever a checkpoint's files and the model's code make of them.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise CheckpointError(f"{path}: cannot load a student: {reason}") from error
     torch.nn.Module.to(model, device)
     model.train()

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from student_trainer.errors import CheckpointError
+from student_trainer.errors import CheckpointError, one_line
 from student_trainer.train_state import replaced
+from teacher_wire.end_tokens import united
 
 IDS = ("bos_token_id", "eos_token_id", "decoder_start_token_id")
 
@@ -32,7 +33,8 @@ def save_student(
     Files may be read by whom the umask lets: safetensors gives them to their owner alone.
     """
     if (config := model.generation_config) is not None:
-        config.eos_token_id = _united(config.eos_token_id, stop_ids)
+        ends = list(united(config.eos_token_id, [*stop_ids]))
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     readable = folder.stat().st_mode & 0o666
@@ -69,7 +71,7 @@ def check_saveable(
                     part.save_pretrained(folder)
     # Whatever its own code and the libraries' checks make of it.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise CheckpointError(f"{name}: could be trained but not saved: {reason}") from error
     return mended
 
@@ -93,15 +95,9 @@ def _why_invalid(config: GenerationConfig) -> str | None:
     try:
         config.validate(strict=True)
     except ValueError as error:
-        reason = " ".join(str(error).split()).removeprefix("GenerationConfig is invalid: - ")
+        reason = one_line(error).removeprefix("GenerationConfig is invalid: - ")
         return reason.partition(" -- ")[0][:200]
     return None
-
-
-def _united(present: int | list[int] | None, more: Collection[int]) -> int | list[int] | None:
-    ids = [] if present is None else present if isinstance(present, list) else [present]
-    ids = list(dict.fromkeys([*ids, *more]))
-    return ids[0] if len(ids) == 1 else ids or None
 
 
 def save_or_rescue(
@@ -116,7 +112,7 @@ def save_or_rescue(
         with replaced(final) as folder:
             save(folder)
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         where = _rescued(final, save_what_can_be)
         kept = f"its weights are in {where}" if where else "nor could its bare weights"
         raise CheckpointError(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from student_trainer.errors import ConfigError
+from teacher_wire.end_tokens import united
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -26,21 +27,23 @@ def stop_token_ids(
 
     Raises ConfigError for a name that is not one token.
     """
-    own = [tokenizer.eos_token_id, *_listed(generation.eos_token_id)]
-    vocabulary = tokenizer.get_vocab()
-    for token in stop_tokens:
+    named = tuple(stop_tokens)
+    # A dictionary of every token, made anew: not for none of them.
+    vocabulary = tokenizer.get_vocab() if named else {}
+    for token in named:
         if token not in vocabulary:
             raise ConfigError(
                 f"rollout.stop_tokens: {token!r} is not one token of the vocabulary; text of "
                 "several tokens goes into rollout.stop_strings"
             )
-        own.append(vocabulary[token])
-    return tuple(dict.fromkeys(int(token_id) for token_id in own if token_id is not None))
+    return united(
+        tokenizer.eos_token_id, generation.eos_token_id, [vocabulary[token] for token in named]
+    )
 
 
 def own_end_warnings(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig) -> list[str]:
     """What is to be said when a student's tokenizer and generation_config end differently."""
-    own, configured = tokenizer.eos_token_id, _listed(generation.eos_token_id)
+    own, configured = tokenizer.eos_token_id, united(generation.eos_token_id)
     if own is None or not configured or own in configured:
         return []
     return [
@@ -63,9 +66,3 @@ def teacher_end_warnings(
 
 def _named(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> str:
     return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in token_ids)
-
-
-def _listed(ids: int | Sequence[int] | None) -> list[int]:
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)

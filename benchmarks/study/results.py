@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.provenance import provenance
 from benchmarks.study.arms import BASE_CONFIG, Arm
+from student_trainer.process.writing import write_whole
 
 REFERENCE = {"low": "opd", "high": "high_opd"}
 """Pair -> the arm whose final accuracy is the target of all arms of the pair."""
@@ -70,9 +71,7 @@ class Results:
             "arms": self.arms,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write_whole(self.path, json.dumps(content, indent=1) + "\n")
 
 
 @dataclass(frozen=True, slots=True)

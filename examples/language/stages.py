@@ -23,6 +23,7 @@ from examples.demo_trainer import waiting
 from examples.language import measuring, pruning, source, tasks
 from student_trainer.data import load_prompts
 from student_trainer.pretrained import load_tokenizer
+from student_trainer.process.writing import write_whole
 from student_trainer.records import Prompt
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.train_state import complete_checkpoints
@@ -144,8 +145,8 @@ def measured(plan: Plan, console: Console, name: str, folder: Path) -> dict[str,
     }
     made_of = {
         **settings,
-        "prompts": _digest("\n".join(prompt.text for prompt in prompts).encode()),
-        "weights": _digest((folder / "model.safetensors").read_bytes()),
+        "prompts": sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest(),
+        "weights": source.sha256_of(folder / "model.safetensors"),
     }
     path = plan.out / "measured" / f"{name}-{plan.part}.json"
     found = _made(path, made_of)
@@ -213,10 +214,11 @@ def train(plan: Plan, console: Console) -> None:
         overrides = [*plan.overrides, f'teacher.endpoints=["{address}"]']
         command = [str(BIN / "student-trainer"), "train", "--config", str(plan.config_file)]
         command += [part for override in overrides for part in ("--set", override)]
-        command += ["--resume"] * any(complete_checkpoints(run / "checkpoints"))
+        command += ["--resume"] * any(complete_checkpoints(plan.config.run.checkpoints))
         trained_beside(teacher, command, plan.out / "trainer.log")
         console.print("ending the teacher server", highlight=False)
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # a gigabyte that nobody goes on from
+    # A gigabyte that nobody goes on from.
+    shutil.rmtree(plan.config.run.checkpoints, ignore_errors=True)
 
 
 def _made_of_a_run(plan: Plan) -> dict[str, Any]:
@@ -224,8 +226,8 @@ def _made_of_a_run(plan: Plan) -> dict[str, Any]:
     paths: Any = {"run": {"out"}, "student": {"model"}, "data": True, "teacher": {"endpoints"}}
     return {
         "settings": plan.config.model_dump(mode="json", exclude=paths),
-        "student": _digest((plan.student / "model.safetensors").read_bytes()),
-        "data": _digest(plan.config.data.train.read_bytes()),
+        "student": source.sha256_of(plan.student / "model.safetensors"),
+        "data": source.sha256_of(plan.config.data.train),
     }
 
 
@@ -240,10 +242,6 @@ def _chosen(prompts: list[Prompt], number: int | None) -> list[Prompt]:
     return [prompts[place * len(prompts) // number] for place in range(number)]
 
 
-def _digest(content: bytes) -> str:
-    return sha256(content).hexdigest()
-
-
 def _made(path: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
     """A result that was made of these things; None when there is none."""
     if not path.is_file():
@@ -253,9 +251,7 @@ def _made(path: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _write(path: Path, made_of: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"made_of": made_of, **result}
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     return whole

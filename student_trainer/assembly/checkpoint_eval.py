@@ -13,7 +13,7 @@ from student_trainer.assembly import evaluating, from_settings, teachers
 from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.run import started
 from student_trainer.assembly.teachers import Clients
-from student_trainer.errors import CheckpointError, DatasetError
+from student_trainer.errors import CheckpointError, DatasetError, one_line
 from student_trainer.pretrained import load_tokenizer
 from student_trainer.recording.terminal import Bars
 from student_trainer.rollouts.stream import LoopThread
@@ -94,5 +94,5 @@ def _vocab_size(model: str) -> int:
         return int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)
     # Whatever the library that reads it makes of a malformed file.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise CheckpointError(f"{model}: cannot read its configuration: {reason}") from error

@@ -46,13 +46,7 @@ class Problems:
 def problems(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> Problems:
     """The problems of a run. Raises DatasetError."""
     data = config.data
-    train = load_prompts(
-        Source(path=data.train, subset=data.subset, split=data.train_split),
-        tokenizer,
-        max_prompt_tokens=config.rollout.max_context - config.longest_response,
-        form=prompt_format(config),
-        limits=data_limits(config),
-    )
+    train = _read(config, tokenizer, data.train, data.train_split, room=config.longest_response)
     heldout = heldout_problems(config, tokenizer)
     return Problems(tokenizer=tokenizer, train=train, heldout=heldout)
 
@@ -62,14 +56,23 @@ def heldout_problems(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) 
     data = config.data
     if data.heldout is None:
         return []
-    heldout = load_prompts(
-        Source(path=data.heldout, subset=data.subset, split=data.heldout_split),
+    room = config.eval.max_tokens
+    return _read(config, tokenizer, data.heldout, data.heldout_split, room=room)[
+        : config.eval.num_prompts
+    ]
+
+
+def _read(
+    config: TrainerConfig, tokenizer: PreTrainedTokenizerBase, path: Path, split: str, *, room: int
+) -> list[Prompt]:
+    """Prompts that leave room for a response."""
+    return load_prompts(
+        Source(path=path, subset=config.data.subset, split=split),
         tokenizer,
-        max_prompt_tokens=config.rollout.max_context - config.eval.max_tokens,
+        max_prompt_tokens=config.rollout.max_context - room,
         form=prompt_format(config),
         limits=data_limits(config),
     )
-    return heldout[: config.eval.num_prompts]
 
 
 def prompt_format(config: TrainerConfig) -> PromptFormat:
@@ -127,7 +130,8 @@ def newline_ids(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) -> tu
 def _token_ids(
     setting: str, tokens: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
-    vocabulary = tokenizer.get_vocab()
+    # A dictionary of every token, made anew: not for none of them.
+    vocabulary = tokenizer.get_vocab() if tokens else {}
     for token in tokens:
         if token not in vocabulary:
             raise ConfigError(f"{setting}: {token!r} is not in the vocabulary")

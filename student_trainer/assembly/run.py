@@ -215,8 +215,10 @@ def _assemble(
         teachers.connected(config, loop, problems.all, learner.vocab_size, problems.tokenizer)
     )
     evaluator = evaluating.evaluator(config, problems.heldout, grader, problems.tokenizer, clients)
-    engine = from_settings.sampler(config, start_from, problems.tokenizer)
-    sampler = running.sampler if running else engine
+    if running is None:
+        sampler = from_settings.sampler(config, start_from, problems.tokenizer)
+    else:
+        sampler = running.sampler
     sync = stack.enter_context(closing(_sync(config, learner, sampler, problems, say)))
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), clients, bars)
     state = checkpoints.train_state(config, learner, stream)

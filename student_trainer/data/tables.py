@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from student_trainer.data.files import parsed
-from student_trainer.errors import DatasetError
+from student_trainer.errors import DatasetError, one_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -35,7 +35,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise
     # Whatever pyarrow makes of a file that is none.
     except Exception as error:
-        raise DatasetError(f"{path}: not a whole Parquet file: {_one_line(error)}") from error
+        raise DatasetError(f"{path}: not a whole Parquet file: {_said(error)}") from error
 
 
 def dataset_rows(name: str, *, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
@@ -70,7 +70,7 @@ def dataset_rows(name: str, *, subset: str | None, split: str) -> Iterator[tuple
                 "network, give a file, or a folder written by save_to_disk"
             )
         )
-        raise DatasetError(f"{name}: cannot be loaded: {_one_line(error)}{advice}") from error
+        raise DatasetError(f"{name}: cannot be loaded: {_said(error)}{advice}") from error
 
 
 def _numbered(
@@ -105,5 +105,5 @@ def _needs_extra(name: str) -> str:
     return f"{name}: needs the packages of the extra `data`: pip install 'driftline[data]'"
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _said(error: Exception) -> str:
+    return one_line(error) or type(error).__name__

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from student_trainer.data.messages import Message
-from student_trainer.errors import DatasetError
+from student_trainer.errors import DatasetError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +71,7 @@ def rendered(
         raise
     # A template is a program: it may raise anything.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DatasetError(f"{where}: the chat template refuses: {reason}") from error
     for number, message in enumerate(messages):
         if message["role"] in CHECKED_ROLES and message["content"].strip() not in text:

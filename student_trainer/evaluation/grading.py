@@ -47,10 +47,7 @@ class ExactGrader:
         self._finder = finder
 
     def grade(self, responses: Sequence[tuple[str, str]]) -> list[bool | None]:
-        return [
-            found is not None and answers.same(found, expected)
-            for found, expected in self.found(responses)
-        ]
+        return [exactly(found, expected) for found, expected in self.found(responses)]
 
     def found(self, responses: Sequence[tuple[str, str]]) -> list[tuple[str | None, str]]:
         """The answer in each response, and the expected one as it is compared."""
@@ -69,6 +66,11 @@ class ExactGrader:
                 )
 
 
+def exactly(found: str | None, expected: str) -> bool:
+    """Whether there is an answer, and it is the expected text or number."""
+    return found is not None and answers.same(found, expected)
+
+
 class MathGrader:
     """The answer must be the same mathematics. What is the same text or number costs nothing."""
 
@@ -80,10 +82,11 @@ class MathGrader:
         self._strict = strict
 
     def grade(self, responses: Sequence[tuple[str, str]]) -> list[bool | None]:
-        grades = self._exact.grade(responses)
+        answered = self._exact.found(responses)
+        grades: list[bool | None] = [exactly(found, expected) for found, expected in answered]
         unlike = {
             index: ("equal", found, expected)
-            for index, (found, expected) in enumerate(self._exact.found(responses))
+            for index, (found, expected) in enumerate(answered)
             if found and not grades[index]
         }
         distinct = list(dict.fromkeys(unlike.values()))

@@ -101,7 +101,6 @@ class Learner:
             rollouts = self._with_behavior(rollouts)
         all_sums: list[StepSums] = []
         grad_norms: list[float] = []
-        learning_rate = self._optimizer.learning_rate
         for update in self._updates(rollouts, step):
             with nullcontext() if grad_norms else self._stop.may_give_up():
                 totals = self._accumulate(update)

@@ -8,6 +8,7 @@ fifth, and to be read: what does not fit is refused with its terms.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,10 +62,14 @@ def learner_memory(
     longest: int,
     gradient_checkpointing: bool,
     device: torch.device,
+    counts: tuple[int, int] | None = None,
 ) -> LearnerMemory:
-    """For micro-batches of up to `tokens`, a longest sequence of `longest`, all weights trained."""
+    """For micro-batches of up to `tokens`, a longest sequence of `longest`, all weights trained.
+
+    `counts` are the `parameter_counts`; None makes the model to count them.
+    """
     text = config.get_text_config(decoder=True)
-    parameters, in_layers = parameter_counts(config)
+    parameters, in_layers = counts or parameter_counts(config)
     layers, hidden = text.num_hidden_layers, text.hidden_size
     a_layer = tokens * _layer_bytes_per_token(config, dtype, longest, device)
     if gradient_checkpointing:
@@ -132,18 +137,18 @@ def refuse_too_large(
     """
     try:
         config = AutoConfig.from_pretrained(path)
-        with_it, as_set = (
-            learner_memory(
-                config,
-                dtype=dtype,
-                optimizer=optimizer,
-                tokens=tokens,
-                longest=longest,
-                gradient_checkpointing=checkpointing,
-                device=device,
-            )
-            for checkpointing in (True, gradient_checkpointing)
+        estimate = partial(
+            learner_memory,
+            config,
+            dtype=dtype,
+            optimizer=optimizer,
+            tokens=tokens,
+            longest=longest,
+            device=device,
+            counts=parameter_counts(config),
         )
+        with_it = estimate(gradient_checkpointing=True)
+        as_set = estimate(gradient_checkpointing=gradient_checkpointing)
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return None
     name = Path(path).name

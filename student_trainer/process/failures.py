@@ -12,7 +12,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from student_trainer.errors import ConfigError, TrainerError
+from student_trainer.errors import ConfigError, TrainerError, one_line
 from teacher_client.access import AccessError
 from teacher_wire.errors import TeacherError
 
@@ -36,24 +36,24 @@ def failure_line(error: Exception) -> str:
     """One line; only a configuration's list of problems has more."""
     name = type(error).__name__
     if isinstance(error, TrainerError | TeacherError | AccessError):
-        text = str(error) if isinstance(error, ConfigError) else one_line(error)
+        text = str(error) if isinstance(error, ConfigError) else _cut(error)
         return f"{name}: {text}"
     if isinstance(error, OSError) and error.errno in _DISK:
         where = f"{error.filename}: " if error.filename else ""
         return f"{name}: {where}{error.strerror}; {_DISK[error.errno]}"
     if name == "OutOfMemoryError":  # torch's, which is not imported for its sake
         return (
-            f"{name}: {one_line(error)}; lower optim.micro_batch_tokens, the budget or "
+            f"{name}: {_cut(error)}; lower optim.micro_batch_tokens, the budget or "
             "sampler.gpu_memory_utilization"
         )
     if isinstance(error, MemoryError):
         return f"{name}: out of memory; lower optim.micro_batch_tokens or the budget"
-    return f"unexpected failure: {name}: {one_line(error)}; please report it with the traceback"
+    return f"unexpected failure: {name}: {_cut(error)}; please report it with the traceback"
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks and without the end of a very long message."""
-    text = " ".join(str(error).split())
+def _cut(error: BaseException) -> str:
+    """What an error says, in one line and without the end of a very long message."""
+    text = one_line(error)
     return text if len(text) <= 600 else f"{text[:600]} ..."
 
 

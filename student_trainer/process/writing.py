@@ -9,7 +9,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from student_trainer.errors import TrainerError
+from student_trainer.errors import TrainerError, one_line
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file in one go; its folder is there."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 @contextmanager
@@ -24,7 +31,7 @@ def writing_to(path: Path, kind: type[TrainerError], *, remedy: str) -> Iterator
     except TrainerError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise kind(f"{path}: cannot be written ({_space(path)}): {reason}; {remedy}") from error
 
 

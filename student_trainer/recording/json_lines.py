@@ -15,9 +15,12 @@ from typing import Any
 from student_trainer.diagnostics.alarms import Alarm
 from student_trainer.diagnostics.step_report import EvalReport, StepProfile, StepReport
 from student_trainer.errors import DatasetError
+from student_trainer.process.writing import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 PROFILES_FILE = "profiles.jsonl"
+SAMPLES_FOLDER = "samples"
+"""Of texts, which `texts` writes; its lines too have a step."""
 
 
 class JsonLines:
@@ -115,7 +118,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def drop_later(folder: Path, step: int) -> None:
     """Keeps what was written up to a step; a killed run may have left the last line incomplete."""
-    texts = sorted(folder.glob("samples/*.jsonl"))
+    texts = sorted((folder / SAMPLES_FOLDER).glob("*.jsonl"))
     for path in (folder / METRICS_FILE, folder / PROFILES_FILE, *texts):
         kept = []
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
@@ -123,9 +126,7 @@ def drop_later(folder: Path, step: int) -> None:
             if not line.endswith("\n") or _record(f"{path}:{number}", line)["step"] > step:
                 break
             kept.append(line)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, "".join(kept))
 
 
 def _record(where: str, line: str) -> dict[str, Any]:

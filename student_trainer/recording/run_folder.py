@@ -18,9 +18,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from student_trainer.errors import ConfigError, DatasetError
-from student_trainer.recording.json_lines import METRICS_FILE, PROFILES_FILE, read_run
+from student_trainer.process.writing import write_whole
+from student_trainer.recording.json_lines import (
+    METRICS_FILE,
+    PROFILES_FILE,
+    SAMPLES_FOLDER,
+    read_run,
+)
 from student_trainer.recording.summary import SUMMARY_FILE, told
-from student_trainer.recording.texts import SAMPLES_FOLDER, SIDE_BY_SIDE_FILE
+from student_trainer.recording.texts import SIDE_BY_SIDE_FILE
 from student_trainer.train_state import complete_checkpoints, latest
 from teacher_wire import __version__
 
@@ -177,9 +183,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: object) -> None:
     """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def git_commit(folder: Path) -> str | None:

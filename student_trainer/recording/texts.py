@@ -16,9 +16,8 @@ import numpy as np
 
 from student_trainer.diagnostics.alarms import Alarm
 from student_trainer.diagnostics.step_report import EvalReport, SampleText, StepReport
-from student_trainer.recording.json_lines import read_lines
+from student_trainer.recording.json_lines import SAMPLES_FOLDER, read_lines
 
-SAMPLES_FOLDER = "samples"
 ROLLOUTS_FILE = "rollouts.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 SIDE_BY_SIDE_FILE = "samples.md"

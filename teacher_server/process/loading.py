@@ -11,6 +11,7 @@ from teacher_server.engine.base import ScoringEngine
 from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
 from teacher_server.settings import TeacherConfig
 from teacher_wire import __version__
+from teacher_wire.end_tokens import united
 from teacher_wire.fingerprint import tokenizer_fingerprint, weights_digest
 from teacher_wire.records import TeacherInfo
 from teacher_wire.tokenizer_file import faithful
@@ -77,14 +78,12 @@ def end_token_ids(config: TeacherConfig, tokenizer: Any) -> tuple[int, ...]:
     """The end token of the tokenizer, and those of the generation_config, where there is one."""
     from transformers import GenerationConfig
 
-    ends = [tokenizer.eos_token_id]
+    own = None
     with suppress(OSError):
-        generation = GenerationConfig.from_pretrained(
+        own = GenerationConfig.from_pretrained(
             config.model, revision=config.revision or "main"
-        )
-        own = generation.eos_token_id
-        ends += own if isinstance(own, list) else [own]
-    return tuple(dict.fromkeys(int(token_id) for token_id in ends if token_id is not None))
+        ).eos_token_id
+    return united(tokenizer.eos_token_id, own)
 
 
 def describe(config: TeacherConfig, engine: ScoringEngine, tokenizer: Any) -> TeacherInfo:

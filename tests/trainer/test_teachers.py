@@ -38,40 +38,19 @@ from tests.trainer.learner.tiny_student import (
 )
 from tests.trainer.losses.loss_cases import DIVERGENCES
 from tests.trainer.made_rollouts import random_rollout
-from tests.trainer.test_train import InMemoryClient
+from tests.trainer.test_train import SETTINGS, InMemoryClient
 
 CLOSE = 1e-4
-SETTINGS = """
-[run]
-out = "{out}/run"
-steps = 2
-[student]
-model = "{out}/student"
-device = "cpu"
-[sampler]
-kind = "hf"
-[data]
-train = "{out}/train.jsonl"
-[rollout]
-prompts_per_step = 4
-student_topk = 4
-chunk_tokens = 4
-max_context = 40
-[teacher]
-endpoints = ["127.0.0.1:1"]
-k = 6
-[drift]
-k = 4
-stop_in_flight = false
-[budget]
-kind = "fixed"
-max_tokens = 10
-[loss]
-kind = "local_support_matching"
-[optim]
-learning_rate = 3e-3
-micro_batch_tokens = 40
-"""
+ALONE = (
+    "run.steps=2",
+    "data.heldout=null",
+    "rollout.prompts_per_step=4",
+    "rollout.rollouts_per_prompt=1",
+    "drift.stop_in_flight=false",
+    "optim.updates_per_epoch=1",
+    "checkpoint.every_steps=null",
+)
+"""What these runs have otherwise than those of test_train."""
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +89,7 @@ def configured(
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "trainer.toml").write_text(SETTINGS.format(out=tmp_path))
     return load_config(
-        tmp_path / "trainer.toml", [f"student.model={models / 'student'}", *overrides]
+        tmp_path / "trainer.toml", [*ALONE, f"student.model={models / 'student'}", *overrides]
     )
 
 
@@ -157,14 +136,18 @@ TAGGED: list[dict[str, object]] = [
 ]
 
 
+def at(one: str, two: str) -> tuple[str, str]:
+    """Where the teacher of the rows without a name is, and that of the others."""
+    return f'teacher.endpoints=["{one}"]', f'teachers.two.endpoints=["{two}"]'
+
+
 def test_each_row_is_scored_by_its_teacher_with_that_ones_k(tmp_path: Path, models: Path) -> None:
     with served(models / "one", models / "two") as (one, two):
         config = configured(
             tmp_path,
             models,
             TAGGED,
-            f'teacher.endpoints=["{one}"]',
-            f'teachers.two.endpoints=["{two}"]',
+            *at(one, two),
             "teachers.two.k=5",
             "teachers.two.loss_weight=3",
         )
@@ -260,8 +243,7 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_name(tmp_path: Path, model
             tmp_path,
             models,
             TAGGED,
-            f'teacher.endpoints=["{one}"]',
-            f'teachers.two.endpoints=["{two}"]',
+            *at(one, two),
         )
         with pytest.raises(FingerprintMismatchError, match=r"^\[teachers\.two\]: "):
             taken(config)
@@ -273,8 +255,7 @@ def test_limits_of_a_teacher_are_named_with_its_table(tmp_path: Path, models: Pa
             tmp_path,
             models,
             TAGGED,
-            f'teacher.endpoints=["{one}"]',
-            f'teachers.two.endpoints=["{two}"]',
+            *at(one, two),
             "teachers.two.k=9",
         )
         with pytest.raises(ConfigError, match=r"^teachers\.two\.k is 9, the teacher .* allows 8"):

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from student_trainer.diagnostics.alarms import Alarm
 from student_trainer.diagnostics.step_report import EvalReport, StepReport
+from student_trainer.errors import one_line
 
 
 class Tracker(Protocol):
@@ -63,5 +64,5 @@ class TrackerSink:
         if isinstance(error, ImportError):
             return f"{error}; pip install 'driftline[{self._name}]', the run goes on without"
         kept = "it is told no more" if self._tracker is None else "what it missed is in the folder"
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         return f"{type(error).__name__}: {reason}; the run goes on, {kept}"

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from student_trainer.errors import SamplerError
+from student_trainer.errors import SamplerError, one_line
 from student_trainer.records import Delta, Finish, SamplingOptions
 from vllm_process.children import children_end_with_us
 from vllm_process.cores import children_on, executor_on
@@ -183,7 +183,7 @@ class VllmSampler:
             return f"{said}; its output is in {self._output}"
         if isinstance(error, ValidationError):
             return "; ".join(problem["msg"] for problem in error.errors())
-        return " ".join(str(error).split())
+        return one_line(error)
 
     def _running(self) -> AsyncLLM:
         if self._engine is None:

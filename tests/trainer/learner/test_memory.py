@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from benchmarks.models import SHAPES
+from benchmarks.models import SHAPES, qwen3_config
 from student_trainer.assembly import from_settings
 from student_trainer.errors import ConfigError
 from student_trainer.learner import memory
@@ -34,17 +34,7 @@ BF16 = torch.bfloat16
 
 def qwen3(name: str) -> PretrainedConfig:
     """A published shape, by its name in the benchmarks."""
-    shape = SHAPES[name]
-    return Qwen3Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-    )
+    return qwen3_config(SHAPES[name])
 
 
 def kept_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
