@@ -26,7 +26,6 @@ from student_trainer.pretrained import load_tokenizer
 from student_trainer.process.writing import write_whole
 from student_trainer.records import Prompt
 from student_trainer.settings.config import TrainerConfig
-from student_trainer.train_state import complete_checkpoints
 
 NUM_KEPT = 24
 """Of the teacher's 30 layers: the student writes broken sentences, and no layer more is needed."""
@@ -210,15 +209,19 @@ def train(plan: Plan, console: Console) -> None:
     run.mkdir(parents=True, exist_ok=True)
     flags = ["--model", str(plan.teacher)]
     with starting_teacher(plan.out, flags, config=plan.teacher_config) as teacher:
-        address = address_once_ready(teacher, console)
-        overrides = [*plan.overrides, f'teacher.endpoints=["{address}"]']
-        command = [str(BIN / "student-trainer"), "train", "--config", str(plan.config_file)]
-        command += [part for override in overrides for part in ("--set", override)]
-        command += ["--resume"] * any(complete_checkpoints(plan.config.run.checkpoints))
+        command = trainer_command(plan, address_once_ready(teacher, console))
         trained_beside(teacher, command, plan.out / "trainer.log")
         console.print("ending the teacher server", highlight=False)
     # A gigabyte that nobody goes on from.
     shutil.rmtree(plan.config.run.checkpoints, ignore_errors=True)
+
+
+def trainer_command(plan: Plan, address: str) -> list[str]:
+    """Goes on from the last checkpoint; begins where an earlier try had not come to one."""
+    overrides = [*plan.overrides, f'teacher.endpoints=["{address}"]']
+    command = [str(BIN / "student-trainer"), "train", "--config", str(plan.config_file)]
+    command += [part for override in overrides for part in ("--set", override)]
+    return [*command, "--resume", "auto"]
 
 
 def _made_of_a_run(plan: Plan) -> dict[str, Any]:

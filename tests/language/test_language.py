@@ -19,12 +19,17 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from examples.demo import DemoError
+from examples.demo import ROOT, DemoError
 from examples.language import measuring, pruning, report, source, stages, tasks
+from student_trainer import cli
 from student_trainer.data import load_prompts
+from student_trainer.recording.json_lines import METRICS_FILE
+from student_trainer.recording.run_folder import checkpoint_to_resume
 from student_trainer.records import Prompt
+from student_trainer.settings.config import load_config
 from tests.trainer.data.made_tokenizers import byte_level
 from tests.trainer.learner.tiny_student import character_tokenizer
+from tests.trainer.made_reports import step_report
 
 END, NUM_LAYERS = 1, 5
 TEMPLATE = (
@@ -387,3 +392,25 @@ def test_a_result_is_used_again_only_for_the_same_things(tmp_path: Path) -> None
     stages._write(path, {"seed": 1}, {"value": 2.5})
     assert stages._made(path, {"seed": 1}) == {"made_of": {"seed": 1}, "value": 2.5}
     assert stages._made(path, {"seed": 2}) is None
+
+
+def test_a_try_that_was_cut_off_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    config_file = ROOT / "configs" / "trainer-language.toml"
+    overrides = (f"run.out={tmp_path / 'run'}",)
+    plan = stages.Plan(
+        out=tmp_path,
+        config_file=config_file,
+        teacher_config=ROOT / "configs" / "teacher-language.toml",
+        overrides=overrides,
+        config=load_config(config_file, overrides),
+        part="tune",
+        num_prompts=1,
+    )
+    run = plan.config.run.out
+    run.mkdir()
+    values = step_report(step=1).values()
+    (run / METRICS_FILE).write_text(json.dumps({"kind": "step", "step": 1, **values}) + "\n")
+    _, *words = stages.trainer_command(plan, "127.0.0.1:1")
+    asked = cli._parser().parse_args(words)
+    found = checkpoint_to_resume(run, resume=asked.resume, overwrite=asked.overwrite)
+    assert found is None
