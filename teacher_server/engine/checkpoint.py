@@ -32,6 +32,13 @@ def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
     return "float32" if config.dtype is None else str(config.dtype).removeprefix("torch.")
 
 
+def right_attention(config: PretrainedConfig) -> str | None:
+    """What transformers must be told to use; None for its own choice, which is sdpa and passes over
+    a soft-cap of the attention's scores without a word (Gemma 2)."""
+    text = config.get_text_config(decoder=True)
+    return None if getattr(text, "attn_logit_softcapping", None) is None else "eager"
+
+
 def warn_if_emulated(dtype: str) -> None:
     """For engines on a CPU: few have bfloat16 arithmetic, and the others take six times as long."""
     import torch

@@ -19,7 +19,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from teacher_server.engine.base import EngineInfo, EngineRows, ScoreQuery, check_finite, check_query
-from teacher_server.engine.checkpoint import read_config, resolve_dtype, warn_if_emulated
+from teacher_server.engine.checkpoint import (
+    read_config,
+    resolve_dtype,
+    right_attention,
+    warn_if_emulated,
+)
 from teacher_server.engine.extras import DEFINITIONS, Distribution
 from teacher_wire.errors import EngineError
 from teacher_wire.records import MODEL_COLUMNS, ModelRows
@@ -62,6 +67,7 @@ class HfEngine:
         self._revision = revision
         self._device = device
         self._max_sessions = max_sessions
+        self._attention = right_attention(config)
         self._info = EngineInfo(
             name="hf",
             version=metadata.version("transformers"),
@@ -92,7 +98,10 @@ class HfEngine:
         if device == "cpu":
             warn_if_emulated(self._info.dtype)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            self._model_id, revision=self._revision, dtype=self._info.dtype
+            self._model_id,
+            revision=self._revision,
+            dtype=self._info.dtype,
+            attn_implementation=self._attention,
         )
         torch.nn.Module.to(model, device)
         model.eval()
