@@ -1,6 +1,6 @@
 """The transformers engine on families whose attention is not everybody's.
 
-Run: pytest tests/teacher/engine/test_families.py
+Run: pytest tests/teacher/engine/test_soft_caps.py
 """
 
 from __future__ import annotations
