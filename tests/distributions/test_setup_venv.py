@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from scripts.setup_venv import cause, usable_uv, uv_environment, with_pip, with_uv
+from tests.rounds import in_the_long_round
 
 ROOT = Path(__file__).resolve().parents[2]
 PIP = [sys.executable, "-m", "pip"]
@@ -98,6 +99,7 @@ def test_a_failure_of_uv_is_the_last_cause_and_a_remedy() -> None:
     assert cause("") == "it said nothing"
 
 
+@in_the_long_round
 @pytest.mark.e2e
 @pytest.mark.usefixtures("configuration")
 def test_without_an_index_one_line_says_so_and_half_an_environment_is_made_anew(

@@ -19,7 +19,7 @@ from tests.rounds import in_the_long_round
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {
     "run.steps": "2",
-    "rollout.prompts_per_step": "12",
+    "rollout.prompts_per_step": "6",
     "eval.num_prompts": "8",
     "eval.pass_k": "2",
     "eval.every_steps": "100",

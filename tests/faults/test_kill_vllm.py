@@ -17,9 +17,10 @@ from teacher_wire.records import ScoreOptions
 from tests.cores import own_core
 from tests.faults.engine_processes import children
 from tests.faults.live_server import LiveServer
+from tests.rounds import in_the_long_round
 from tests.teacher.engine.engine_models import VOCAB_SIZE, write_tiny_model
 from tests.teacher.scoring.fake_rows import cut, make_span
-from tests.waiting import LIMIT_S, eventually
+from tests.waiting import LIMIT_S, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 
@@ -29,20 +30,33 @@ TOKENS, PIECE = 96, 24
 NATS = 1e-5
 
 
-def test_the_engine_goes_with_its_teacher_and_the_next_one_gives_the_same_rows(
-    tmp_path: Path,
-) -> None:
-    model = write_tiny_model(tmp_path / "model")
-    flags = ["--engine", "vllm", "--model", str(model), "--max-context", "192", "--max-k", "16"]
-    flags += [
-        "--kv-cache-gib",
-        "0.05",
-        "--enforce-eager",
-        "--cpu-cores",
-        own_core(),
-        "--no-self-test",
-    ]
-    servers = [LiveServer(tmp_path, *flags, forked=False)]
+def flags(folder: Path) -> list[str]:
+    """Of a small teacher on vLLM."""
+    model = write_tiny_model(folder / "model")
+    words = f"--engine vllm --model {model} --max-context 192 --max-k 16 --kv-cache-gib 0.05"
+    return [*words.split(), "--enforce-eager", "--no-self-test", "--cpu-cores", own_core()]
+
+
+def killed_with_its_engine(server: LiveServer) -> None:
+    """The server alone is killed, and nothing else of its group."""
+    engine = children(server.process.pid)
+    assert engine
+    server.process.kill()
+    wait_until(lambda: not any(process.exists() for process in engine))
+
+
+def test_the_engine_goes_with_its_teacher(tmp_path: Path) -> None:
+    server = LiveServer(tmp_path, *flags(tmp_path), forked=False)
+    try:
+        killed_with_its_engine(server.wait_until_ready())
+    finally:
+        server.end()
+
+
+@in_the_long_round
+def test_the_next_one_gives_the_same_rows(tmp_path: Path) -> None:
+    arguments = flags(tmp_path)
+    servers = [LiveServer(tmp_path, *arguments, forked=False)]
     span = make_span(TOKENS)
 
     async def scenario() -> None:
@@ -60,11 +74,8 @@ def test_the_engine_goes_with_its_teacher_and_the_next_one_gives_the_same_rows(
         undisturbed, killed = (client.open(PROMPT, OPTIONS, None) for _ in range(2))
         expected = [await undisturbed.append(piece) for piece in pieces]
         answers = [await killed.append(pieces[0])]
-        engine = children(servers[0].process.pid)
-        assert engine
-        servers[0].process.kill()  # and nothing else of its group
-        await eventually(lambda: not any(process.exists() for process in engine))
-        again = LiveServer(tmp_path, *flags, "--grpc-port", str(servers[0].port), forked=False)
+        await asyncio.to_thread(killed_with_its_engine, servers[0])
+        again = LiveServer(tmp_path, *arguments, "--grpc-port", str(servers[0].port), forked=False)
         servers.append(again)
         await asyncio.to_thread(again.wait_until_ready)
         answers += [await killed.append(piece) for piece in pieces[1:]]

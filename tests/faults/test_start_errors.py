@@ -70,6 +70,7 @@ def test_a_weight_file_that_the_user_may_not_read_is_named_in_one_line(tmp_path:
     )
 
 
+@in_the_long_round
 def test_weights_that_cannot_be_read_end_the_start_with_1_and_one_line_for_it(
     tmp_path: Path,
 ) -> None:

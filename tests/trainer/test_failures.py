@@ -304,6 +304,7 @@ def test_vllm_that_does_not_start_is_a_sampler_error_with_its_last_words(
     traceback_named_in(line)
 
 
+@in_the_long_round  # in a process that has vLLM: rollouts/test_samplers.py
 @pytest.mark.vllm
 def test_what_vllm_refuses_before_it_starts_is_a_sampler_error(
     folder: Path, temporary: Path

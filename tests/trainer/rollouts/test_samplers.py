@@ -12,6 +12,7 @@ import asyncio
 import gc
 import os
 import signal
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -60,12 +61,12 @@ def learner() -> PreTrainedModel:
     return tiny_student(tied=TIED)
 
 
-def vllm_sampler(checkpoint: Path) -> VllmSampler:
+def vllm_sampler(checkpoint: Path, max_context: int = 256) -> VllmSampler:
     """Small, on one core."""
     return VllmSampler(
         model=str(checkpoint),
         dtype="float32",
-        max_context=256,
+        max_context=max_context,
         max_num_topk=NUM_TOPK,
         max_num_seqs=16,
         stream_interval=4,
@@ -257,6 +258,22 @@ async def test_an_eager_engine_compiles_nothing(sampler: VllmSampler) -> None:
     """Neither the model nor, once more for each shape of a batch, the counting of ranks."""
     (engine,) = engines(os.getpid())
     assert b"TORCH_COMPILE_DISABLE=1" in (engine / "environ").read_bytes().split(b"\0")
+
+
+async def test_what_vllm_refuses_before_it_starts_is_a_sampler_error(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        refused = vllm_sampler(checkpoint, max_context=100_000)
+        with pytest.raises(SamplerError) as caught:
+            await refused.start()
+        await refused.close()
+        assert not list(Path(folder).glob("driftline-sampler-*"))
+    line = str(caught.value)
+    assert line.startswith(f"vLLM cannot generate with {checkpoint}: ")
+    assert "max_model_len" in line
+    assert "errors.pydantic.dev" not in line
 
 
 # Before last: it leaves other weights behind.
