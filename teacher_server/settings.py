@@ -86,7 +86,7 @@ class TeacherConfig(BaseSettings):
     block_size: Annotated[Count, VLLM] = 32
     """tokens in a KV block"""
     kv_cache_gib: Annotated[float, Field(ge=0.0), VLLM] = 0.0
-    """KV cache, GiB, 0 for the engine's choice"""
+    """KV cache, GiB; 0: 4 on a CPU, what gpu_memory_utilization leaves on a GPU"""
     gpu_memory_utilization: Annotated[float, Field(ge=0.01, le=1.0), VLLM] = 0.9
     """share of the GPU's memory"""
     max_num_seqs: Annotated[Count, VLLM] = 256

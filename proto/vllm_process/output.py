@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from pydantic import ValidationError
 
 _VARIABLE = "DRIFTLINE_ENGINE_OUTPUT"
 _ERROR = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception)): (.+)")
@@ -18,18 +21,43 @@ _WRAPPERS = ("Engine core initialization failed", "EngineCore encountered", "Wor
 """What vLLM says when a process below has failed; the cause is an earlier line."""
 
 
-@contextmanager
-def children_write_to(path: Path) -> Iterator[None]:
-    """vLLM's processes started within append what they print to a file, instead of printing it."""
-    os.environ[_VARIABLE] = f"{os.getpid()} {path}"
-    try:
-        yield
-    finally:
-        del os.environ[_VARIABLE]
+class EngineOutput:
+    """The file of one engine. It stays if its last words were told, else it goes with that."""
+
+    def __init__(self, owner: str) -> None:
+        """An empty file, driftline-OWNER-....log, in the folder of temporary files."""
+        number, name = tempfile.mkstemp(prefix=f"driftline-{owner}-", suffix=".log")
+        os.close(number)
+        self.path = Path(name)
+        self._told = False
+
+    @contextmanager
+    def of_children(self) -> Iterator[None]:
+        """vLLM's processes started within append what they print, instead of printing it."""
+        os.environ[_VARIABLE] = f"{os.getpid()} {self.path}"
+        try:
+            yield
+        finally:
+            del os.environ[_VARIABLE]
+
+    def cause(self, error: BaseException) -> str:
+        """One line: what the engine's processes said last of an error, else the error that vLLM
+        raised here."""
+        if said := last_words(self.path):
+            self._told = True
+            return f"{said}; its output is in {self.path}"
+        if isinstance(error, ValidationError):
+            return "; ".join(problem["msg"] for problem in error.errors())
+        return " ".join(str(error).split())
+
+    def close(self) -> None:
+        """Removes the file, unless somebody was pointed to it."""
+        if not self._told:
+            self.path.unlink(missing_ok=True)
 
 
 def write_where_told() -> None:
-    """Does nothing except in a child of `children_write_to`."""
+    """Does nothing except in a child of `EngineOutput.of_children`."""
     parent, _, path = os.environ.get(_VARIABLE, "").partition(" ")
     if parent == str(os.getppid()):
         output = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

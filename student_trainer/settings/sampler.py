@@ -25,7 +25,7 @@ class VllmSamplerSettings(Section):
     stream_interval: Annotated[int, MayChange()] = Field(8, gt=0)
     """Tokens a rollout hands out at once: fewer are judged sooner and cost more processor time."""
     kv_cache_gib: Annotated[float, MayChange()] = Field(1.0, gt=0)
-    """Memory of the KV cache on a CPU, in GiB, rounded to whole ones."""
+    """Memory of the KV cache on a CPU, in GiB."""
     gpu_memory_utilization: Annotated[float, MayChange()] = Field(0.5, gt=0, le=1)
     """Share of a GPU's memory that weights and KV cache may take; the learner needs the rest."""
     enforce_eager: Annotated[bool, MayChange()] = True

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import logging
 import os
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,6 +23,7 @@ from teacher_server.engine.row_format import ZERO_BLOCKS_VARIABLE, RowCollector,
 from teacher_wire.errors import EngineError
 from vllm_process.children import children_end_with_us
 from vllm_process.cores import children_on, executor_on
+from vllm_process.output import EngineOutput
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,10 +35,15 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.loggers import PrometheusStatLogger
     from vllm.v1.metrics.stats import SchedulerStats
 
+log = logging.getLogger(__name__)
+
 PLUGIN = "driftline_token_scorer"
 """Entry point of token_scorer.register, by which vLLM's own processes find it."""
 QUIET_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 """Set before vLLM is imported, unless the operator has set them."""
+CPU_KV_CACHE_GIB = 4.0
+"""Of an engine on a CPU that was told no size: vLLM would take nine tenths of the machine, and ends
+where that much is not free."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -53,7 +60,8 @@ class VllmEngine:
     """Tokens a cache block; an append recomputes up to block_size - 1 cached tokens. On CPU a
     multiple of 32."""
     kv_cache_gib: float | None = None
-    """Size of the KV cache; None leaves it to gpu_memory_utilization."""
+    """Size of the KV cache; None is CPU_KV_CACHE_GIB on a CPU, and on a GPU what
+    gpu_memory_utilization leaves."""
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
@@ -78,6 +86,7 @@ class VllmEngine:
             block_tokens=self.block_size,
         )
         self._llm: AsyncLLM | None = None
+        self._output: EngineOutput | None = None
         self._request_ids = itertools.count()
 
     @property
@@ -90,21 +99,26 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         # Read by the engine's processes, which are spawned in here.
         os.environ[ZERO_BLOCKS_VARIABLE] = "1"
+        self._output = EngineOutput("teacher")
         try:
-            await asyncio.to_thread(self._build)
+            await asyncio.to_thread(self._build, self._output)
         except (RuntimeError, ValueError, OSError, ImportError) as error:
-            raise EngineError(f"vLLM cannot serve {self.model}: {error}") from error
+            why = self._output.cause(error)
+            raise EngineError(f"vLLM cannot serve {self.model}: {why}") from error
+        except asyncio.CancelledError:
+            self._output.close()
+            raise
         finally:
             del os.environ[ZERO_BLOCKS_VARIABLE]
 
-    def _build(self) -> None:
+    def _build(self, output: EngineOutput) -> None:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
         if current_platform.is_cpu():
             warn_if_emulated(self._info.dtype)
         # Not returned: the thread's future would keep it alive until exit, where it fails noisily.
-        with children_on(self.cpu_cores), children_end_with_us():
+        with children_on(self.cpu_cores), children_end_with_us(), output.of_children():
             self._llm = AsyncLLM.from_engine_args(
                 self._engine_args(), stat_loggers=[_kv_use_logger()]
             )
@@ -121,7 +135,8 @@ class VllmEngine:
             raise EngineError(
                 f"{self.model} is a {self._architecture}; can score {', '.join(BASE_MODULES)}"
             )
-        kv_cache_bytes = None if self.kv_cache_gib is None else int(self.kv_cache_gib * 2**30)
+        on_cpu = current_platform.is_cpu()
+        kv_cache_gib = self.kv_cache_gib or (CPU_KV_CACHE_GIB if on_cpu else None)
         return AsyncEngineArgs(
             model=self.model,
             revision=self.revision,
@@ -129,7 +144,7 @@ class VllmEngine:
             hf_overrides={
                 "architectures": [SCORING_PREFIX + self._architecture],
                 # On a CPU the head is ours, and vLLM would cast all of it on every step.
-                "head_dtype": "model" if current_platform.is_cpu() else self.head_dtype,
+                "head_dtype": "model" if on_cpu else self.head_dtype,
             },
             skip_tokenizer_init=True,
             dtype=cast("ModelDType", self._info.dtype),
@@ -137,7 +152,7 @@ class VllmEngine:
             block_size=self.block_size,
             enable_prefix_caching=True,
             enable_chunked_prefill=True,
-            kv_cache_memory_bytes=kv_cache_bytes,
+            kv_cache_memory_bytes=int(kv_cache_gib * 2**30) if kv_cache_gib else None,
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -213,13 +228,18 @@ class VllmEngine:
             async for output in self._llm.encode(prompt, params, request_id):
                 computed = len(token_ids) - output.num_cached_tokens
                 collector.add(output.outputs.data.numpy(), computed)
-        except (EngineDeadError, EngineGenerateError) as error:
+        except EngineDeadError as error:
+            why = self._output.cause(error) if self._output is not None else str(error)
+            raise EngineError(f"vLLM has died: {why}") from error
+        except EngineGenerateError as error:
             raise EngineError(f"vLLM failed: {error}") from error
 
     def forget(self, session: str) -> None:
         """Nothing to drop: the prefix cache belongs to no session and evicts by itself."""
 
     async def healthy(self) -> bool:
+        if self._llm is not None and self._llm.errored and self._output is not None:
+            log.error("vLLM has died: %s", self._output.cause(self._llm.dead_error))
         return self._llm is not None and not self._llm.errored
 
     def kv_used_ratio(self) -> float | None:
@@ -238,6 +258,8 @@ class VllmEngine:
             # vLLM's object is part of a cycle; collected as late as at exit, it fails noisily.
             del llm
             gc.collect()
+        if self._output is not None:
+            self._output.close()
 
 
 def _kv_use_logger() -> type[PrometheusStatLogger]:

@@ -87,6 +87,7 @@ def http_server(
         app,
         http=protocol,
         log_config=None,
+        log_level="warning",  # below are start and end, which the server tells of itself
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=1,

@@ -84,8 +84,8 @@ class Lifecycle:
     def lose(self, reason: str) -> None:
         """Ends the server as broken."""
         if self._phase not in _FINAL:
-            log.error("beyond repair: %s", " ".join(reason.split()))
             self.enter(Phase.LOST)
+            log.error("beyond repair: %s", " ".join(reason.split()))
 
     def watch_signals(self) -> None:
         """Takes SIGTERM and SIGINT over, for as long as the loop runs."""

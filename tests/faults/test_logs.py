@@ -115,7 +115,7 @@ def test_a_name_of_a_client_cannot_forge_a_line() -> None:
 
 @pytest.mark.e2e
 def test_every_line_of_a_server_is_an_object(tmp_path: Path) -> None:
-    """uvicorn's lines too; only the announcement for people is none."""
+    """Only the announcement for people is none."""
     with live_server(tmp_path, "--log-format", "json") as server:
 
         async def scenario() -> None:

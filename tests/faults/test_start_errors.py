@@ -86,6 +86,24 @@ def test_weights_that_cannot_be_read_end_the_start_with_1_and_one_line_for_it(
     assert f"the engine did not start: transformers cannot load {model}: " in line
 
 
+@in_the_long_round
+@pytest.mark.vllm
+def test_vllm_that_does_not_start_has_its_cause_in_the_last_line(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    command = [*CLI[:-1], "vllm", "--model", str(model), "--max-context", "192", "--max-k", "16"]
+    command += ["--enforce-eager", "--cpu-cores", "0", "--kv-cache-gib", "1000000"]
+    command += ["--grpc-port", "0", "--http-port", "0"]
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, env=env)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert f"the engine did not start: vLLM cannot serve {model}: ValueError: Available" in line
+    found = re.search(r"; its output is in (\S+)$", line)
+    assert found
+    assert "Traceback" in Path(found[1]).read_text()
+
+
 def test_a_full_disk_under_its_standard_output_is_one_line_of_the_log(tmp_path: Path) -> None:
     command = [*CLI, "--grpc-port", "0", "--http-port", "0", "--log-level", "warning"]
     with Path("/dev/full").open("w") as full:

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from student_trainer.errors import SamplerError, one_line
+from student_trainer.errors import SamplerError
 from student_trainer.records import Delta, Finish, SamplingOptions
 from vllm_process.children import children_end_with_us
 from vllm_process.cores import children_on, executor_on
-from vllm_process.output import children_write_to, last_words
+from vllm_process.output import EngineOutput
 
 if TYPE_CHECKING:
     from vllm.config.model import ModelDType
@@ -58,16 +57,12 @@ class VllmSampler:
     seed: int
     stop_ids: tuple[int, ...] = ()
     _engine: AsyncLLM | None = field(default=None, init=False)
-    _output: Path | None = field(default=None, init=False)
-    """What the engine's processes print."""
-    _keep_output: bool = field(default=False, init=False)
+    _output: EngineOutput | None = field(default=None, init=False)
 
     async def start(self) -> None:
         """Loads the model into vLLM; tens of seconds. Raises SamplerError."""
         _check_socket_folder()
-        number, name = tempfile.mkstemp(prefix="driftline-sampler-", suffix=".log")
-        os.close(number)
-        self._output = Path(name)
+        self._output = EngineOutput("sampler")
         try:
             self._build(self._output)
         except ImportError as error:
@@ -77,20 +72,22 @@ class VllmSampler:
         # Whatever the model's code raises, and vLLM's own checks.
         except Exception as error:
             raise SamplerError(
-                f"vLLM cannot generate with {self.model}: {self._why(error)}"
+                f"vLLM cannot generate with {self.model}: {self._output.cause(error)}"
             ) from error
 
-    def _build(self, output: Path) -> None:
+    def _build(self, output: EngineOutput) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self.kv_cache_gib)))
+        # An older setting of whole GiB, which would win over ours.
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         # The engine core is spawned, not forked: this process holds gRPC objects.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        on_cpu = current_platform.is_cpu()
         args = AsyncEngineArgs(
             model=self.model,
             dtype=cast("ModelDType", self.dtype),
@@ -100,23 +97,23 @@ class VllmSampler:
             logprobs_mode="processed_logprobs",
             stream_interval=self.stream_interval,
             gpu_memory_utilization=self.gpu_memory_utilization,
+            kv_cache_memory_bytes=int(self.kv_cache_gib * 2**30) if on_cpu else None,
             enforce_eager=self.enforce_eager,
             enable_prefix_caching=True,
             # On a CPU a prompt with a seed that is computed in parts ends vLLM 0.32: it winds the
             # generator back, which torch's on a CPU refuses. None is vLLM's own choice.
-            enable_chunked_prefill=False if current_platform.is_cpu() else None,
+            enable_chunked_prefill=False if on_cpu else None,
             skip_tokenizer_init=True,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=self.seed,
             distributed_executor_backend=executor_on(self.cpu_cores),
         )
-        eager = self.enforce_eager and current_platform.is_cpu()
         with (
             children_on(self.cpu_cores),
             children_end_with_us(),
-            children_write_to(output),
-            _children_compile_nothing() if eager else nullcontext(),
+            output.of_children(),
+            _children_compile_nothing() if self.enforce_eager and on_cpu else nullcontext(),
         ):
             self._engine = AsyncLLM.from_engine_args(args)
 
@@ -162,8 +159,8 @@ class VllmSampler:
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
-        if self._output is not None and not self._keep_output:
-            self._output.unlink(missing_ok=True)
+        if self._output is not None:
+            self._output.close()
 
     @contextmanager
     def _engine_lives(self) -> Iterator[None]:
@@ -173,17 +170,8 @@ class VllmSampler:
         try:
             yield
         except EngineDeadError as error:
-            raise SamplerError(f"vLLM's engine has died: {self._why(error)}") from error
-
-    def _why(self, error: Exception) -> str:
-        """The cause, from the engine's own output where that tells it; the output is kept then."""
-        said = last_words(self._output) if self._output is not None else ""
-        if said:
-            self._keep_output = True
-            return f"{said}; its output is in {self._output}"
-        if isinstance(error, ValidationError):
-            return "; ".join(problem["msg"] for problem in error.errors())
-        return one_line(error)
+            why = self._output.cause(error) if self._output is not None else str(error)
+            raise SamplerError(f"vLLM's engine has died: {why}") from error
 
     def _running(self) -> AsyncLLM:
         if self._engine is None:

@@ -78,6 +78,13 @@ async def vllm_engine(model_dir: Path) -> AsyncIterator[VllmEngine]:
     await engine.close()
 
 
+async def test_an_engine_on_a_cpu_asks_for_a_few_gib_unless_told(model_dir: Path) -> None:
+    """vLLM's own choice is nine tenths of the machine, and an error where they are not free."""
+    for given, expected in ((None, 4 << 30), (0.5, 1 << 29)):
+        engine = VllmEngine(model=str(model_dir), kv_cache_gib=given)
+        assert engine._engine_args().kv_cache_memory_bytes == expected
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_hf_in_pieces_equals_one_shot(reference: HfEngine, seed: int) -> None:
     rng = np.random.default_rng(seed)
