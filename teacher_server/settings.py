@@ -75,8 +75,8 @@ class TeacherConfig(BaseSettings):
     """tokenizer, when it is not the checkpoint's own"""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], MODELS] = "auto"
     """arithmetic of the model"""
-    head_dtype: Annotated[Literal["model", "float32"], VLLM] = "model"
-    """arithmetic of the LM head"""
+    head_dtype: Annotated[Literal["model", "float32"], VLLM] = "float32"
+    """logits of the LM head; a quantised head on a GPU needs model"""
     device: Annotated[Literal["auto", "cpu", "cuda"], HF] = "auto"
     """where the model runs"""
     max_context: int = Field(8192, ge=2)

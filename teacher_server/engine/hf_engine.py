@@ -26,6 +26,7 @@ from teacher_server.engine.checkpoint import (
     warn_if_emulated,
 )
 from teacher_server.engine.extras import DEFINITIONS, Distribution
+from teacher_server.engine.float32_head import widen_head
 from teacher_wire.errors import EngineError
 from teacher_wire.records import MODEL_COLUMNS, ModelRows
 
@@ -104,6 +105,7 @@ class HfEngine:
             attn_implementation=self._attention,
         )
         torch.nn.Module.to(model, device)
+        widen_head(model)
         model.eval()
         return model
 

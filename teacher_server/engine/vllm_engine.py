@@ -65,8 +65,10 @@ class VllmEngine:
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
-    head_dtype: str = "model"
-    """What the head computes in: "model", or "float32" for full precision; on a CPU always that."""
+    head_dtype: str = "float32"
+    """What the head's logits are: "float32", or "model" for the dtype of the weights; on a CPU
+    always float32. vLLM accumulates a half-precision product in float32, without a copy of the
+    head; a quantised head must be "model"."""
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
     cpu_cores: str = "auto"

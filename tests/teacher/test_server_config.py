@@ -29,7 +29,7 @@ from tests.teacher.engine.engine_models import write_tiny_model
 OTHER_VALUES: dict[str, Any] = {
     "engine": "fake",
     "dtype": "float32",
-    "head_dtype": "float32",
+    "head_dtype": "model",
     "device": "cpu",
     "log_level": "debug",
     "log_format": "json",

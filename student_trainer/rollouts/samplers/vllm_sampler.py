@@ -107,6 +107,9 @@ class VllmSampler:
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=self.seed,
+            # As the learner's: rounded to bfloat16, many neighbours in a top-k are equal. On a CPU
+            # vLLM would cast the whole head on every step.
+            hf_overrides={} if on_cpu else {"head_dtype": "float32"},
             distributed_executor_backend=executor_on(self.cpu_cores),
         )
         with (

@@ -17,6 +17,8 @@ from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.engine.hf_engine import HfEngine
 from teacher_server.engine.self_test import self_test
 from teacher_server.engine.vllm_engine import VllmEngine
+from teacher_server.process.loading import build_engine
+from teacher_server.settings import TeacherConfig
 from teacher_wire.errors import EngineError, InvalidRequestError, NonFiniteError
 from tests.cores import own_core
 from tests.teacher.engine.engine_models import VOCAB_SIZE, write_tiny_model
@@ -83,6 +85,23 @@ async def test_an_engine_on_a_cpu_asks_for_a_few_gib_unless_told(model_dir: Path
     for given, expected in ((None, 4 << 30), (0.5, 1 << 29)):
         engine = VllmEngine(model=str(model_dir), kv_cache_gib=given)
         assert engine._engine_args().kv_cache_memory_bytes == expected
+
+
+async def test_a_teacher_on_a_gpu_has_float32_logits_unless_told(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 the 16th and 17th of 152k are equal in 45 % of rows. The arguments alone are
+    looked at, since a GPU need not be here."""
+    from vllm.platforms import current_platform
+
+    folder = str(model_dir)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    for engine, expected in (
+        (build_engine(TeacherConfig(model=folder)), "float32"),
+        (build_engine(TeacherConfig(model=folder, head_dtype="model")), "model"),
+    ):
+        assert isinstance(engine, VllmEngine)
+        assert engine._engine_args().hf_overrides["head_dtype"] == expected
 
 
 @pytest.mark.parametrize("seed", range(3))
