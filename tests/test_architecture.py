@@ -83,8 +83,8 @@ RULES = [
         modules="*",
         never="vllm",
         but="teacher_server.engine.vllm_engine teacher_server.engine.token_scorer "
-        "student_trainer.rollouts.samplers.vllm_sampler",
-        why="three files know vllm",
+        "student_trainer.rollouts.samplers.vllm_sampler student_trainer.rollouts.samplers.vllm_worker",
+        why="four files know vllm",
     ),
     Rule(
         modules="*",

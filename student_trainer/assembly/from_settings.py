@@ -212,13 +212,8 @@ def sampler_dtype(config: TrainerConfig) -> str:
 
 
 def weight_format(config: TrainerConfig) -> WeightFormat:
-    """How weights are written for the sampler.
-
-    vLLM on a CPU repacks the head when it loads, and from a file without it silently keeps the old
-    one; on a GPU it was not tried. So a tied head is left out for the reference sampler alone.
-    """
-    is_vllm = not isinstance(config.sampler, HfSamplerSettings)
-    return WeightFormat(dtype=sampler_dtype(config), with_tied_head=is_vllm)
+    """How weights are written for the sampler: in its arithmetic, and a tied head once."""
+    return WeightFormat(dtype=sampler_dtype(config), with_tied_head=False)
 
 
 def stop_ids(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from student_trainer.errors import SamplerError
 from student_trainer.records import Delta, Finish, SamplingOptions
+from student_trainer.rollouts.samplers.vllm_worker import WeightReload
 from vllm_process.children import children_end_with_us
 from vllm_process.cores import children_on, executor_on
 from vllm_process.output import EngineOutput
@@ -111,6 +112,7 @@ class VllmSampler:
             # vLLM would cast the whole head on every step.
             hf_overrides={} if on_cpu else {"head_dtype": "float32"},
             distributed_executor_backend=executor_on(self.cpu_cores),
+            worker_extension_cls=f"{WeightReload.__module__}.{WeightReload.__qualname__}",
         )
         with (
             children_on(self.cpu_cores),
@@ -153,7 +155,8 @@ class VllmSampler:
     async def load_weights(self, folder: Path) -> None:
         engine = self._running()
         with self._engine_lives():
-            await engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            method = WeightReload.reload_with_tied_heads.__name__
+            await engine.collective_rpc(method, kwargs={"weights_path": str(folder)})
             reset = await engine.reset_prefix_cache()
         if not reset:
             raise RuntimeError("prefix cache not reset: weights were loaded while rollouts ran")
