@@ -48,7 +48,7 @@ def divergence(config: TrainerConfig) -> Divergence:
 def weights(config: TrainerConfig, *, newline_ids: tuple[int, ...] = ()) -> list[PositionWeight]:
     """The position weights that are on; `newline_ids` for a gate on the spans between newlines."""
     of_the_run: dict[str, dict[str, Any]] = {
-        "prune": {"w_drop": config.drift.w_drop},
+        "prune": {"w_drop": config.w_drop_of(None)},
         "block_gate": {"newline_ids": newline_ids},
     }
     return [

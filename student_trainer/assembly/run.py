@@ -307,7 +307,7 @@ def _sync(
         learner,
         sampler,
         probe_prompts=[prompt.token_ids for prompt in problems.train[:NUM_PROBE_PROMPTS]],
-        max_logprob_gap=config.optim.max_sync_gap_nats,
+        max_logprob_gap=from_settings.max_sync_gap(config),
         written=from_settings.weight_format(config),
         folder=config.sampler.weights_dir,
         say=say,

@@ -179,7 +179,7 @@ def drift_policy(config: TrainerConfig, tag: str | None = None) -> DriftPolicy:
     kind = METRICS[drift.metric]
     return DriftPolicy(
         metric=kind(**{field.name: getattr(drift, field.name) for field in fields(kind)}),
-        w_drop=drift.w_drop,
+        w_drop=config.w_drop_of(tag),
         stop_in_flight=drift.stop_in_flight,
     )
 

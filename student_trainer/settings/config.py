@@ -39,6 +39,8 @@ from student_trainer.settings.weights import WeightSettings
 from teacher_wire.drift_metrics import METRICS
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+BAD_BUDGETS = 3
+"""Of the default `drift.w_drop`: bad events at a third of the largest budget use R up."""
 LOSSES_WITH_A_RATIO = ("sampled_reverse_kl", "student_topk_reverse_kl")
 """Their surrogate holds p_student / p_behavior."""
 
@@ -119,8 +121,9 @@ class OptimSettings(Section):
     """Optimiser steps a pass."""
     micro_batch_tokens: Annotated[int, MayChange()] = Field(16384, gt=0)
     """Padded tokens in one forward pass; changes memory, not the gradient."""
-    max_sync_gap_nats: Annotated[float, MayChange()] = Field(1e-3, gt=0)
-    """Largest difference between the sampler's and the learner's log-probs after a sync, nats."""
+    max_sync_gap_nats: Annotated[float | None, MayChange()] = Field(None, gt=0)
+    """Largest difference between the sampler's and the learner's log-probs after a sync, nats;
+    none: 0.001 where both are float32, else 0.5."""
 
 
 class TrainerConfig(Section):
@@ -188,9 +191,10 @@ class TrainerConfig(Section):
                 f"{name}.k is {k} and drift.k {self.drift.k}: overlaps of different sizes cannot "
                 "stand in one report"
             )
-        if self.weights.prune is not None and drift.w_drop != self.drift.w_drop:
+        w_drop, of_the_run = self.w_drop_of(tag), self.w_drop_of(None)
+        if self.weights.prune is not None and w_drop != of_the_run:
             raise ValueError(
-                f"{name}.w_drop is {drift.w_drop} and drift.w_drop {self.drift.w_drop}: "
+                f"{name}.w_drop is {w_drop:g} and drift.w_drop {of_the_run:g}: "
                 "weights.prune takes the reliability of every token by one of them"
             )
 
@@ -259,6 +263,11 @@ class TrainerConfig(Section):
         """The drift policy of a teacher: its own, or the run's."""
         own = None if tag is None else self.teachers[tag].drift
         return self.drift if own is None else own
+
+    def w_drop_of(self, tag: str | None) -> float:
+        """Reliability that a bad event costs a response of a teacher's."""
+        given = self.drift_of(tag).w_drop
+        return min(1.0, BAD_BUDGETS / self.longest_response) if given is None else given
 
     @property
     def longest_response(self) -> int:

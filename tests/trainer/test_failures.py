@@ -54,6 +54,8 @@ endpoints = ["127.0.0.1:1"]
 connect_timeout_s = 0.1
 [drift]
 k = 4
+threshold = 0.7
+w_drop = 0.01
 [budget]
 kind = "fixed"
 max_tokens = 4

@@ -199,7 +199,7 @@ OWN = 'loss={"kind":"import","path":"mine:f"}'
     [
         ("student_topk=True", ["rollout.student_topk=0"], "loss mine:f .*rollout.student_topk > 0"),
         ("student_topk=True", ["rollout.top_p=0.9"], "loss mine:f .*full distribution"),
-        ("teacher_k=17", [], "loss mine:f needs a teacher.k of at least 17, it is 16"),
+        ("teacher_k=65", [], "loss mine:f needs a teacher.k of at least 65, it is 64"),
     ],
 )
 def test_needs_that_the_run_does_not_have_are_refused(

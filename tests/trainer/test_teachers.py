@@ -361,6 +361,7 @@ HOST = 'teachers.x.endpoints=["h:1"]'
             [
                 HOST,
                 'teachers.x.drift={"k": 4, "w_drop": 0.5}',
+                "drift.w_drop=0.01",
                 "weights.prune={}",
             ],
             "teachers.x.drift.w_drop is 0.5 and drift.w_drop 0.01: weights.prune",
@@ -381,10 +382,10 @@ def test_the_teachers_of_the_guide_are_a_configuration(tmp_path: Path, models: P
     (block,) = re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)
     config = configured(tmp_path, models, TAGGED)
     given = {**config.model_dump(exclude_unset=True), **tomllib.loads(block)}
-    given["rollout"]["student_topk"] = given["drift"]["k"] = 16
+    given["rollout"]["student_topk"] = given["drift"]["k"] = 8
     made = TrainerConfig.model_validate(given)
     assert made.teachers["code"].loss_weight == 0.5
-    assert made.drift_of("code").k == 16
+    assert (made.drift_of("code").k, made.drift_of("code").threshold) == (8, 0.6)
 
 
 def test_a_teacher_may_have_a_drift_policy_of_its_own(tmp_path: Path, models: Path) -> None:

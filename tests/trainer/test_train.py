@@ -134,6 +134,8 @@ endpoints = ["127.0.0.1:1"]
 k = 6
 [drift]
 k = 4
+threshold = 0.7
+w_drop = 0.01
 [budget]
 kind = "fixed"
 max_tokens = 10

@@ -48,8 +48,11 @@ max_context = 60
 [teacher]
 endpoints = ["{address}"]
 connect_timeout_s = {patience_s}
+k = 16
 [drift]
 k = 8
+threshold = 0.7
+w_drop = 0.01
 [budget]
 kind = "fixed"
 max_tokens = 4

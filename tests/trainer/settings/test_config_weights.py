@@ -79,7 +79,7 @@ def test_every_table_makes_its_weight_with_every_setting(path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        (PRUNE, PruneWeight(w_drop=0.01)),
+        (PRUNE, PruneWeight(w_drop=3 / 100)),
         ("weights.prefix_importance.gamma=0.5", PrefixImportanceWeight()),
         (
             'weights.prefix_importance={"kind":"fixed_prefix","prefix_share":0.2}',
