@@ -4,6 +4,8 @@ Legend: p = prompt tokens, T = response tokens kept, K = teacher top-k, J = stud
 
 Alignment: index t is response token t; every log-prob at t is given the prompt and tokens before t.
 All rows of a Rollout end at the same T: tokens past a truncation are dropped and only counted.
+Where others speak between the student's answers, their tokens are response tokens too, but not
+sampled ones: no mask holds them, and no count does.
 
 Worked example: a response of 40 tokens was generated, the verdict kept 25 of them. Then T = 25,
 num_generated = 40, finish is TRUNCATED, and the overshoot is 15.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +50,9 @@ class Prompt:
     """Which of several teachers scores it; None for the one without a name."""
     teacher_token_ids: NDArray[np.int32] | None = None
     """[p'] what the teacher is given instead of `token_ids`; None: the same."""
+    turns: tuple[NDArray[np.int32], ...] = ()
+    """What is said to the student after its first answer, its second, ...: each begins with what
+    ends an answer and ends where the next one begins."""
 
     @property
     def teacher_prompt_ids(self) -> NDArray[np.int32]:
@@ -114,7 +120,7 @@ class Rollout:
     student_topk_logprobs: NDArray[np.float32]
     """[T, J] of the policy that sampled."""
     mask: NDArray[np.bool_]
-    """[T] False for special tokens that must not count."""
+    """[T] False for special tokens that must not count, and for what others said."""
     teacher: ScoreRows
     """T rows, offset 0."""
     drift: DriftState | None
@@ -128,14 +134,39 @@ class Rollout:
     """[T, K] of the learner before its first update; None unless recomputed."""
     loss_weight: float = 1.0
     """What its tokens count in the loss; that of its teacher."""
+    sampled: NDArray[np.bool_] | None = None
+    """[T] False for what others said; None: all of it is the student's."""
 
     def __len__(self) -> int:
         return len(self.response_ids)
 
+    def of_student(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Of an array with a row a response token, the rows of those that the student sampled."""
+        return array if self.sampled is None else array[self.sampled]
+
+    @property
+    def num_sampled(self) -> int:
+        """Response tokens that the student sampled."""
+        return len(self.of_student(self.response_ids))
+
+    @property
+    def last_answer_ids(self) -> NDArray[np.int32]:
+        """What the student said last."""
+        return last_answer_ids(self.response_ids, self.sampled)
+
     @property
     def overshoot_tokens(self) -> int:
         """Tokens generated past the point where the drift policy stopped the rollout."""
-        return self.num_generated - len(self)
+        return self.num_generated - self.num_sampled
+
+
+def last_answer_ids(
+    response_ids: NDArray[np.int32], sampled: NDArray[np.bool_] | None
+) -> NDArray[np.int32]:
+    """What of a response the student said last; `sampled` as in Rollout."""
+    if sampled is None or sampled.all():
+        return response_ids
+    return response_ids[np.flatnonzero(~sampled)[-1] + 1 :]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,7 +83,8 @@ RULES = [
         modules="*",
         never="vllm",
         but="teacher_server.engine.vllm_engine teacher_server.engine.token_scorer "
-        "student_trainer.rollouts.samplers.vllm_sampler student_trainer.rollouts.samplers.vllm_worker",
+        "student_trainer.rollouts.samplers.vllm_sampler "
+        "student_trainer.rollouts.samplers.vllm_worker",
         why="four files know vllm",
     ),
     Rule(
@@ -147,7 +148,7 @@ RULES = [
     ),
     *(
         Rule(modules=f"student_trainer.rollouts.{name}", never=TORCH, why="numpy alone")
-        for name in ("rollout", "stream", "budget", "weight_sync", "samplers.base")
+        for name in ("generation", "rollout", "stream", "budget", "weight_sync", "samplers.base")
     ),
     Rule(
         modules="student_trainer.rollouts.*",

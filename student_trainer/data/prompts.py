@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 
 from student_trainer.data.messages import Message
 from student_trainer.data.rows import Problem, Row, RowFields, checked_row
 from student_trainer.data.sources import Source
 from student_trainer.data.templates import rendered
+from student_trainer.data.turns import turn_text
 from student_trainer.errors import DatasetError
 from student_trainer.records import Prompt
 
@@ -148,7 +150,22 @@ class Encoder:
             teacher_token_ids=None
             if teacher_ids is None or teacher_ids == ids
             else np.asarray(teacher_ids, np.int32),
+            turns=tuple(self._turns(row)),
         )
+
+    def _turns(self, row: Row) -> Iterator[NDArray[np.int32]]:
+        if row.turns and not _is_chat(row.problem):
+            raise DatasetError(f"{row.where}: turns go on with a conversation, the problem is none")
+        for number, turn in enumerate(row.turns):
+            text = turn_text(
+                f"{row.where}: turns[{number}]",
+                turn,
+                self._tokenizer,
+                template=self._form.chat_template,
+                switches={**self._form.template_kwargs, **row.template_kwargs},
+                tools=row.tools,
+            )
+            yield np.asarray(self._ids(row, text), np.int32)
 
     def _without_reference(self, row: Row) -> tuple[Problem, str | None]:
         problem = row.problem

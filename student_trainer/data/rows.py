@@ -16,6 +16,7 @@ from student_trainer.errors import DatasetError
 Problem: TypeAlias = str | list[Message] | list[int]
 """Text, a conversation, or token ids."""
 PROBLEM_FIELDS = ("prompt", "messages", "prompt_ids")
+TURN_ROLES = ("user", "tool")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,8 @@ class Row:
     """Switches of the chat template."""
     tools: list[dict[str, Any]] | None
     """Descriptions of functions, for the chat template."""
+    turns: list[Message]
+    """What is said to the student after each of its answers but the last."""
 
 
 def checked_row(where: str, row: Mapping[str, Any], fields: RowFields) -> Row:
@@ -60,6 +63,7 @@ def checked_row(where: str, row: Mapping[str, Any], fields: RowFields) -> Row:
         teacher=_teacher(where, row.get("teacher")),
         template_kwargs=_template_kwargs(where, row.get("chat_template_kwargs")),
         tools=_tools(where, row.get("tools")),
+        turns=_turns(f"{where}: turns", row.get("turns")),
     )
 
 
@@ -149,6 +153,19 @@ def _tools(where: str, value: Any) -> list[dict[str, Any]] | None:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise DatasetError(f"{where}: tools must be a list of objects, is {shown(value)}")
     return value
+
+
+def _turns(where: str, value: Any) -> list[Message]:
+    if value is None or value == []:
+        return []
+    turns = checked_messages(where, value)
+    for number, turn in enumerate(turns):
+        if turn["role"] not in TURN_ROLES:
+            raise DatasetError(
+                f"{where}[{number}].role is {turn['role']!r}, must be {' or '.join(TURN_ROLES)}: "
+                "the student answers each turn itself"
+            )
+    return turns
 
 
 def _found(row: Mapping[str, Any], name: str) -> Any:

@@ -1,7 +1,8 @@
 """Report and profile of one step's rollouts.
 
-"Counted" tokens are those that no special-token mask excludes. What a step says nothing about is
-None, never NaN.
+"Counted" tokens are those that no special-token mask excludes. What others said between the
+student's answers is in no figure: lengths, positions and rates are of the student's tokens. What a
+step says nothing about is None, never NaN.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ BAND_TOKENS = 16
 
 def rollout_report(rollouts: Sequence[Rollout], *, overlap_k: int | None) -> RolloutReport:
     """What one step's rollouts were; `overlap_k` entries are compared, None without candidates."""
-    lengths = np.array([len(r) for r in rollouts])
+    lengths = np.array([r.num_sampled for r in rollouts])
     effective = np.array(effective_lengths(rollouts))
     truncated = [r for r in rollouts if r.finish is Finish.TRUNCATED]
     overshoot = sum(r.overshoot_tokens for r in truncated)
-    rates = [repetition_rate(r.response_ids) for r in rollouts]
+    rates = [repetition_rate(r.of_student(r.response_ids)) for r in rollouts]
     first, middle, last, absolute = _disagreement(rollouts)
     return RolloutReport(
         rollouts=len(rollouts),
@@ -74,7 +75,7 @@ def phase_seconds(rollouts: Sequence[Rollout]) -> tuple[float, float]:
 def step_profile(rollouts: Sequence[Rollout], *, overlap_k: int | None) -> StepProfile:
     """Lengths and ends of every rollout, overlap by position band, mismatched tokens."""
     profile = StepProfile(
-        lengths=[len(r) for r in rollouts],
+        lengths=[r.num_sampled for r in rollouts],
         generated=[r.num_generated for r in rollouts],
         finish=[r.finish.value for r in rollouts],
         mismatched_tokens=mismatched_tokens(rollouts),
@@ -82,11 +83,11 @@ def step_profile(rollouts: Sequence[Rollout], *, overlap_k: int | None) -> StepP
     )
     if overlap_k is None:
         return profile
-    longest = max(len(r) for r in rollouts)
+    longest = max(profile.lengths)
     sums, counts = np.zeros(longest), np.zeros(longest)
-    for rollout in rollouts:
-        sums[: len(rollout)] += _array(rollout, "overlap_counts") / overlap_k
-        counts[: len(rollout)] += 1
+    for rollout, length in zip(rollouts, profile.lengths, strict=True):
+        sums[:length] += _array(rollout, "overlap_counts") / overlap_k
+        counts[:length] += 1
     starts = np.arange(0, longest, BAND_TOKENS)
     banded = np.add.reduceat(sums, starts) / np.add.reduceat(counts, starts)
     return replace(
@@ -170,7 +171,7 @@ def _array(rollout: Rollout, name: str) -> NDArray[Any]:
     array: NDArray[Any] | None = getattr(rollout.teacher, name)
     if array is None:
         raise ValueError(f"rollout of {rollout.prompt.prompt_id}: the teacher sent no {name}")
-    return array
+    return rollout.of_student(array)
 
 
 def _joined(rollouts: Sequence[Rollout], name: str) -> NDArray[Any]:

@@ -79,7 +79,7 @@ def rollout_text(rollout: Rollout, sample: int, temperature: float, decode: Deco
         sample=sample,
         prompt=rollout.prompt.text,
         response=decode(rollout.response_ids),
-        tokens=len(rollout),
+        tokens=rollout.num_sampled,
         finish=rollout.finish.value,
         temperature=temperature,
         answer=rollout.prompt.answer,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.records import Finish, Prompt, Rollout, SamplingOptions
+from student_trainer.rollouts.generation import Generation
 from student_trainer.rollouts.rollout import RolloutRules, TeacherSession, run_rollout
 from student_trainer.rollouts.samplers.base import Sampler
 
@@ -67,6 +68,7 @@ class Response:
 
     request: Request
     token_ids: NDArray[np.int32]
+    """The answer, which is the last where others spoke between several."""
     finish: Finish
     rollout: Rollout | None = None
     """With the scores; None also where the teacher stayed away."""
@@ -158,7 +160,7 @@ async def _scored(
     )
     return Response(
         request=request,
-        token_ids=np.empty(0, np.int32) if rollout is None else rollout.response_ids,
+        token_ids=np.empty(0, np.int32) if rollout is None else rollout.last_answer_ids,
         finish=Finish.UNSCORED if rollout is None else rollout.finish,
         rollout=rollout,
     )
@@ -167,10 +169,13 @@ async def _scored(
 async def _generated(
     sampler: Sampler, request: Request, request_id: str, options: SamplingOptions
 ) -> Response:
-    prompt_ids = request.problem.token_ids
-    deltas = [delta async for delta in sampler.generate(request_id, prompt_ids, options)]
+    generation = Generation(
+        request.problem, request_id=request_id, options=options, sampler=sampler
+    )
+    await generation.run()
+    growing = generation.growing
     return Response(
         request=request,
-        token_ids=np.concatenate([delta.token_ids for delta in deltas]),
-        finish=deltas[-1].finish or Finish.LENGTH,
+        token_ids=growing.last_answer_ids(),
+        finish=growing.finish or Finish.LENGTH,
     )

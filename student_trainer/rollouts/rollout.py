@@ -2,7 +2,8 @@
 
 Two tasks share a GrowingResponse: one takes tokens from the sampler, the other sends what has
 gathered to the teacher, one append at a time. Tokens that arrive while an append is under way go
-with the next one, so a slow teacher gets larger appends, not a queue.
+with the next one, so a slow teacher gets larger appends, not a queue. What others say between the
+student's answers goes to the teacher with them and counts nowhere.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
-from student_trainer.records import Delta, Finish, Prompt, Rollout, RolloutTimes, SamplingOptions
+from student_trainer.records import Finish, Prompt, Rollout, RolloutTimes, SamplingOptions
+from student_trainer.rollouts.generation import Generation, GrowingResponse
 from student_trainer.rollouts.samplers.base import Sampler
 from student_trainer.special_tokens import SpecialTokens
 from teacher_wire.errors import NotReadyError
@@ -37,44 +37,6 @@ class TeacherSession(Protocol):
 
     async def close(self) -> None:
         """Ends the session."""
-
-
-class GrowingResponse:
-    """The tokens of one rollout so far, with room for all it may have."""
-
-    def __init__(self, options: SamplingOptions, *, num_prompt: int) -> None:
-        room, num_topk = options.max_tokens, options.num_topk
-        self.num_prompt = num_prompt
-        """What the teacher was given before the response."""
-        self.token_ids = np.empty(room, np.int32)
-        self.logprobs = np.empty(room, np.float32)
-        self.topk_ids = np.empty((room, num_topk), np.int32)
-        self.topk_logprobs = np.empty((room, num_topk), np.float32)
-        self.num_tokens = 0
-        self.finish: Finish | None = None
-        self._grown = asyncio.Event()
-
-    def extend(self, delta: Delta) -> None:
-        """Adds what the sampler handed out."""
-        start, end = self.num_tokens, self.num_tokens + len(delta)
-        self.token_ids[start:end] = delta.token_ids
-        self.logprobs[start:end] = delta.logprobs
-        self.topk_ids[start:end] = delta.topk_ids
-        self.topk_logprobs[start:end] = delta.topk_logprobs
-        self.num_tokens = end
-        self._grown.set()
-
-    def end(self, finish: Finish) -> None:
-        """No more tokens will come."""
-        self.finish = finish
-        self._grown.set()
-
-    async def wait_for(self, num_tokens: int) -> int:
-        """Tokens there are, once there are `num_tokens` or no more will come."""
-        while self.num_tokens < num_tokens and self.finish is None:
-            self._grown.clear()
-            await self._grown.wait()
-        return self.num_tokens
 
 
 @dataclass(slots=True)
@@ -123,10 +85,10 @@ async def run_rollout(
     Raises TeacherError when the teacher fails.
     """
     started_s = time.monotonic()
-    growing = GrowingResponse(options, num_prompt=len(prompt.teacher_prompt_ids))
-    judge = asyncio.create_task(_judge(growing, session, sampler, request_id, rules))
+    generation = Generation(prompt, request_id=request_id, options=options, sampler=sampler)
+    judge = asyncio.create_task(_judge(generation, session, rules))
     try:
-        await _generate(prompt, request_id, options, sampler, growing)
+        await generation.run()
         generated_s = time.monotonic()
         judgement = await judge
         scored_s = time.monotonic()
@@ -144,44 +106,21 @@ async def run_rollout(
     )
     if not judgement.parts:
         return None
-    return _rollout(prompt, growing, judgement, rules, policy_version, times)
+    return _rollout(prompt, generation.growing, judgement, rules, policy_version, times)
 
 
-async def _generate(
-    prompt: Prompt,
-    request_id: str,
-    options: SamplingOptions,
-    sampler: Sampler,
-    growing: GrowingResponse,
-) -> None:
-    """Fills `growing` until the sampler ends, of itself or because the judge aborted it."""
-    finish = Finish.LENGTH
-    try:
-        async for delta in sampler.generate(request_id, prompt.token_ids, options):
-            growing.extend(delta)
-            finish = delta.finish or finish
-    finally:
-        growing.end(finish)
-
-
-async def _judge(
-    growing: GrowingResponse,
-    session: TeacherSession,
-    sampler: Sampler,
-    request_id: str,
-    rules: RolloutRules,
-) -> Judgement:
+async def _judge(generation: Generation, session: TeacherSession, rules: RolloutRules) -> Judgement:
     """Sends tokens as they come until generation ends or the teacher's word does.
 
-    In the second case, a failure included, it aborts the generation.
+    In the second case, a failure included, it stops the generation.
     """
     try:
-        judgement = await _judgement(growing, session, rules)
+        judgement = await _judgement(generation.growing, session, rules)
     except Exception:
-        await sampler.abort([request_id])
+        await generation.stop()
         raise
-    if growing.finish is None:
-        await sampler.abort([request_id])
+    if generation.growing.finish is None:
+        await generation.stop()
     return judgement
 
 
@@ -210,7 +149,7 @@ async def _judgement(
         judgement.drift = scores.drift
         if scores.verdict is Verdict.TRUNCATE:
             judgement.keep_tokens = scores.keep_tokens
-            judgement.round_trip_tokens = growing.num_tokens - upto
+            judgement.round_trip_tokens = int(growing.sampled[upto : growing.num_tokens].sum())
             judgement.verdict_span_tokens = len(span)
             return judgement
 
@@ -221,7 +160,7 @@ def _span(growing: GrowingResponse, start: int, end: int, specials: SpecialToken
         offset=start,
         token_ids=growing.token_ids[start:end],
         candidate_ids=growing.topk_ids[start:end] if has_candidates else None,
-        event_mask=specials.mask(growing.token_ids[:end])[start:],
+        event_mask=growing.counted(specials, end)[start:],
     )
 
 
@@ -240,19 +179,20 @@ def _rollout(
         kept, finish = judgement.keep_tokens, Finish.TRUNCATED
     elif judgement.absent:
         finish = Finish.UNSCORED
-    response_ids = growing.token_ids[:kept].copy()
+    sampled = growing.sampled[:kept]
     return Rollout(
         prompt=prompt,
-        response_ids=response_ids,
+        response_ids=growing.token_ids[:kept].copy(),
         behavior_logprobs=growing.logprobs[:kept].copy(),
         student_topk_ids=growing.topk_ids[:kept].copy(),
         student_topk_logprobs=growing.topk_logprobs[:kept].copy(),
-        mask=rules.specials.mask(response_ids),
+        mask=growing.counted(rules.specials, kept),
         teacher=slice_rows(concat_rows(judgement.parts), 0, kept),
         drift=judgement.drift,
         finish=finish,
-        num_generated=growing.num_tokens,
+        num_generated=growing.num_sampled,
         policy_version=policy_version,
         times=times,
         loss_weight=rules.loss_weight,
+        sampled=None if sampled.all() else sampled.copy(),
     )

@@ -274,14 +274,15 @@ def test_a_row_names_its_teacher(tmp_path: Path) -> None:
 
 def test_the_rows_of_the_guide_are_taken(tmp_path: Path) -> None:
     guide = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```json\n(.*?)```", guide, re.DOTALL)
-    rows = [json.loads(line) for line in block.splitlines()]
+    blocks = re.findall(r"```json\n(.*?)```", guide, re.DOTALL)
+    rows = [json.loads(line) for block in blocks for line in block.splitlines()]
     prompts = loaded(tmp_path, *rows, teachers=("code",))
-    assert len(prompts) == 5
+    assert len(prompts) == 7
     assert prompts[0].answer == "42"
     assert prompts[2].text.endswith("</think>")
     assert prompts[3].teacher_token_ids is not None
     assert prompts[4].teacher == "code"
+    assert [len(prompt.turns) for prompt in prompts] == [0] * 5 + [1, 1]
 
 
 def test_rows_too_long_are_refused_or_left_out_with_a_count(

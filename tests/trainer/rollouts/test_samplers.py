@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from student_trainer.errors import SamplerError, WeightSyncError
 from student_trainer.pretrained import load_student
-from student_trainer.records import Delta, Finish, SamplingOptions, WeightFormat
+from student_trainer.records import Delta, Finish, Prompt, SamplingOptions, WeightFormat
+from student_trainer.rollouts.generation import Generation
 from student_trainer.rollouts.samplers import vllm_sampler as vllm_sampler_module
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from student_trainer.rollouts.weight_sync import WeightSync
@@ -275,6 +276,30 @@ async def test_what_vllm_refuses_before_it_starts_is_a_sampler_error(
     assert line.startswith(f"vLLM cannot generate with {checkpoint}: ")
     assert "max_model_len" in line
     assert "errors.pydantic.dev" not in line
+
+
+async def test_a_second_answer_follows_the_first_and_what_was_said_between(
+    sampler: VllmSampler, learner: PreTrainedModel
+) -> None:
+    turn = np.array([EOS_ID, 9, 12, 9], np.int32)
+    asked = Prompt(prompt_id="", text="", token_ids=PROMPT, answer=None, turns=(turn,))
+    for seed in range(20):
+        options = SamplingOptions(max_tokens=60, temperature=2.0, num_topk=NUM_TOPK, seed=seed)
+        generation = Generation(asked, request_id=f"s{seed}", options=options, sampler=sampler)
+        await generation.run()
+        growing = generation.growing
+        end = growing.num_tokens
+        if (sampled := growing.sampled[:end]).all():
+            continue  # the first answer did not end in time
+        ids = growing.token_ids[:end]
+        expected = expected_logprobs(learner, ids, 2.0)
+        own = expected[torch.arange(end), torch.from_numpy(ids).long()].numpy()
+        assert np.abs(growing.logprobs[:end] - own)[sampled].max() < CLOSE
+        assert (~sampled).sum() == len(turn) - 1
+        assert sampled[-1]
+        break
+    else:
+        pytest.fail("no first answer ended")
 
 
 # Before last: it leaves other weights behind.

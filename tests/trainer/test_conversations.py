@@ -1,0 +1,115 @@
+"""Several answers in one rollout, with a real student and a real teacher on loopback.
+
+Run: python -m pytest tests/trainer/test_conversations.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from student_trainer.assembly.run import assembled
+from student_trainer.records import Finish, Rollout
+from student_trainer.train import train
+from tests.trainer.learner.tiny_student import EOS_ID, character_tokenizer, tiny_student
+from tests.trainer.test_teachers import CLOSE, check_scores, configured, models, served
+
+__all__ = ["models"]
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '>' if m.role == 'assistant' else '#' }}{{ m.content }}<eos>"
+    "{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
+ROWS: list[dict[str, object]] = [
+    {
+        "messages": [{"role": "user", "content": f"{i} + {i}"}],
+        "turns": [{"role": "user", "content": "sure"}, {"role": "tool", "content": f"{2 * i}"}],
+        "answer": "7",
+        **({"teacher_prompt": "it is 8"} if i % 2 else {}),
+    }
+    for i in range(4)
+]
+ENDS = 'rollout.stop_tokens=["a","b","c","d","e","f","0","1","2","3","4","5"]'
+"""So many that an answer ends soon."""
+
+
+def own_logprobs(rollout: Rollout) -> np.ndarray:
+    """Of the model that sampled, in one pass over everything."""
+    ids = np.concatenate([rollout.prompt.token_ids, rollout.response_ids])
+    with torch.no_grad():
+        logits = tiny_student().eval()(torch.from_numpy(ids).long()[None]).logits[0]
+    rows = logits[len(rollout.prompt.token_ids) - 1 : -1].log_softmax(-1)
+    at = torch.arange(len(rollout)), torch.from_numpy(rollout.response_ids).long()
+    return np.asarray(rows[at])
+
+
+def test_a_conversation_is_sampled_scored_and_learnt_from(tmp_path: Path, models: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    with served(models / "one") as (address,):
+        config = configured(
+            tmp_path,
+            models,
+            ROWS,
+            f'teacher.endpoints=["{address}"]',
+            f"data.chat_template={tmp_path / 'chat.jinja'}",
+            "budget.max_tokens=30",
+            "rollout.max_context=60",
+            "rollout.rollouts_per_prompt=3",
+            ENDS,
+        )
+        with assembled(config) as run:
+            rollouts = run.stream.take(run.stream.rollouts_per_step).rollouts
+            report = run.learner.learn(rollouts, 0)
+    assert np.isfinite(report.loss)
+    decode = character_tokenizer().decode
+    talks = [r for r in rollouts if r.sampled is not None and r.finish is Finish.STOP]
+    assert len(talks) > 3
+    assert any(len(r.prompt.teacher_prompt_ids) == len("it is 8") for r in talks)
+    for rollout in rollouts:
+        check_scores(rollout, seed=1, k=6)
+        sampled = np.ones(len(rollout), bool) if rollout.sampled is None else rollout.sampled
+        gaps = np.abs(rollout.behavior_logprobs - own_logprobs(rollout))[sampled]
+        assert gaps.max() < CLOSE
+        assert rollout.num_generated == sampled.sum() == rollout.mask.sum()
+        assert not rollout.teacher.bad_events[~sampled].any()  # type: ignore[index]
+    for talk in talks:
+        said = "".join(
+            decode([token]) if own else f"({decode([token])})"
+            for token, own in zip(talk.response_ids, talk.sampled, strict=True)  # type: ignore[arg-type]
+        ).replace(")(", "")
+        number = talk.prompt.text[1]
+        for turn in ("sure", str(2 * int(number))):
+            # After an end token of the template's own, or of the run's, which the turn closes.
+            assert f"<eos>(#{turn}<eos>>)" in said or f"(<eos>#{turn}<eos>>)" in said
+        assert EOS_ID in talk.response_ids
+
+
+def test_an_evaluation_grades_the_last_answer(tmp_path: Path, models: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    with served(models / "one") as (address,):
+        config = configured(
+            tmp_path,
+            models,
+            ROWS,
+            f'teacher.endpoints=["{address}"]',
+            f"data.chat_template={tmp_path / 'chat.jinja'}",
+            f"data.heldout={tmp_path / 'train.jsonl'}",
+            "budget.max_tokens=30",
+            "rollout.max_context=60",
+            "eval.max_tokens=30",
+            "run.steps=1",
+            ENDS,
+        )
+        with assembled(config) as run:
+            train(run)
+    lines = (tmp_path / "run" / "samples" / "evaluations.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert answers
+    for answer in answers:
+        assert "#sure" not in answer["response"]
+        assert len(answer["response"]) <= answer["tokens"] < 30
+    whole = (tmp_path / "run" / "samples" / "rollouts.jsonl").read_text()
+    assert "#sure" in whole
