@@ -46,6 +46,16 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{path}: cannot load a tokenizer: {reason}") from error
 
 
+def load_vocab_size(path: str) -> int:
+    """Logits of a checkpoint's model. Raises CheckpointError naming the path."""
+    try:
+        return int(AutoConfig.from_pretrained(path).get_text_config(decoder=True).vocab_size)
+    # Whatever the library that reads it makes of a malformed file.
+    except Exception as error:
+        reason = one_line(error)
+        raise CheckpointError(f"{path}: cannot read its configuration: {reason}") from error
+
+
 def load_generation_config(path: str) -> GenerationConfig:
     """What a checkpoint says of how it ends; of its config, where it has no file for that.
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_wire.id_ranges import IdRanges
 from teacher_wire.records import DriftState, ScoreRows
 
 
@@ -70,6 +71,9 @@ class SamplingOptions:
     num_topk: int = 0
     """The student's own top-k returned with every token; 0 for none."""
     seed: int | None = None
+    excluded_ids: IdRanges = ()
+    """Ids that are never said: they take no part in the distribution. Those that the model has no
+    logit for are passed over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

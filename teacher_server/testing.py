@@ -20,6 +20,7 @@ from teacher_server.rpc.server_options import SERVER_OPTIONS
 from teacher_server.rpc.stream import StreamLimits
 from teacher_server.settings import TeacherConfig
 from teacher_wire.records import TeacherInfo
+from teacher_wire.vocabulary import Vocabulary
 
 
 def teacher_info(
@@ -51,6 +52,7 @@ async def local_teacher(
     tenants: Tenants | None = None,
     options: Sequence[tuple[str, int]] = SERVER_OPTIONS,
     ready: Callable[[], bool] = lambda: True,
+    vocabulary: Vocabulary | None = None,
 ) -> AsyncIterator[LocalTeacher]:
     """A running teacher; it is stopped on leaving, and its streams with it."""
     engine, access = engine or FakeEngine(), Access()
@@ -65,6 +67,7 @@ async def local_teacher(
             evict_idle_s=evict_idle_s,
         ),
         accepts=ready,
+        vocabulary=vocabulary,
     )
     teacher.life.enter(Phase.SERVING)
     teacher.server = teacher.grpc_server(options=options)

@@ -88,17 +88,20 @@ MESSAGES = {
     ),
     "GetInfoRequest": "",
     "GetInfoResponse": "info=1",
+    "GetTokensRequest": "first_id=1 count=2",
+    "GetTokensResponse": "ids=1 tokens=2",
     "GoAway": "reason=1 deadline_ms=2",
     "Hello": (
         "protocol_version=1 tokenizer_fingerprint=2 vocab_size=3 run_id=4 credit_bytes=5 "
         "accepts_batches=6"
     ),
+    "IdRange": "start=1 end=2",
     "Open": "session_id=1 prompt_ids=2 scored_ids=3 drift=4 options=5 policy=6",
     "Opened": "session_id=1 next_offset=2",
     "OverlapRatio": "k=1 threshold=2",
     "RequestBatch": "requests=1",
     "ResponseBatch": "responses=1",
-    "ScoreOptions": "k=1 temperature=2 logprob_dtype=3 want_entropy=4 want_rank=5",
+    "ScoreOptions": ("k=1 temperature=2 logprob_dtype=3 want_entropy=4 want_rank=5 excluded_ids=6"),
     "ScoreRequest": "prompt_ids=1 span=2 options=3 policy=4 run_id=5",
     "ScoreResponse": "rows=1 last=2 drift=3 verdict=4 keep_tokens=5 timing=6",
     "ScoreRows": (
@@ -114,7 +117,7 @@ MESSAGES = {
         "tokenizer_fingerprint=6 special_token_ids=7 max_k=8 max_context=9 engine=10 "
         "engine_version=11 instance_id=12 max_sessions=13 max_append_tokens=14 "
         "protocol_version=15 server_version=16 block_tokens=17 "
-        "end_token_ids=18"
+        "end_token_ids=18 token_digests=19"
     ),
     "TeacherTopPAccept": "k=1 top_p=2",
     "Timing": "queue_us=1 engine_us=2 computed_tokens=3",
@@ -127,6 +130,7 @@ ENUMS = {
 }
 METHODS = {
     "GetInfo": "GetInfoRequest -> GetInfoResponse",
+    "GetTokens": "GetTokensRequest -> GetTokensResponse",
     "Score": "ScoreRequest -> stream ScoreResponse",
     "Session": "stream SessionRequest -> stream SessionResponse",
 }

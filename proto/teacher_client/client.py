@@ -98,6 +98,17 @@ class TeacherClient:
         """A session for one response; a server hears of it with the first append."""
         return TeacherSession(self, prompt_ids, options, policy)
 
+    async def tokens(self, first_id: int, count: int) -> dict[int, str]:
+        """Of a range of at most MAX_TOKENS_ASKED ids those that the teacher's tokenizer has a token
+        for, with it. Raises what the teacher answers."""
+        patience = Patience(self.limits)
+        while True:
+            stream = await self.endpoints.stream_for("tokens")
+            try:
+                return await stream.tokens(first_id, count)
+            except (TeacherError, BrokenStreamError) as error:
+                await patience.after(error)
+
     async def score(
         self,
         prompt_ids: NDArray[np.int32],

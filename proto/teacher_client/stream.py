@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 _CLOSE_TIMEOUT_S = 2.0
+_TOKENS_TIMEOUT_S = 30.0
 _SESSION = f"/{codec.SERVICE_NAME}/Session"
 
 
@@ -178,9 +179,24 @@ class TeacherStream:
 
     async def score(self, request: pb.ScoreRequest) -> list[pb.ScoreResponse]:
         """The chunks of one Score call. Raises BrokenStreamError when the channel is closed."""
+        with self._a_call():
+            return [chunk async for chunk in self._stub.Score(request, metadata=self._metadata)]
+
+    async def tokens(self, first_id: int, count: int) -> dict[int, str]:
+        """Of a range of ids those that the teacher's tokenizer has a token for, with it."""
+        request = pb.GetTokensRequest(first_id=first_id, count=count)
+        with self._a_call():
+            reply = await self._stub.GetTokens(
+                request, metadata=self._metadata, timeout=_TOKENS_TIMEOUT_S
+            )
+        return dict(zip(reply.ids, reply.tokens, strict=True))
+
+    @contextlib.contextmanager
+    def _a_call(self) -> Iterator[None]:
+        """Beside the stream, on the same channel."""
         self._num_calls += 1
         try:
-            return [chunk async for chunk in self._stub.Score(request, metadata=self._metadata)]
+            yield
         except grpc.aio.AioRpcError as error:
             raise decode_status(error) from error
         except asyncio.CancelledError:

@@ -123,6 +123,7 @@ def encode_options(options: ScoreOptions) -> pb.ScoreOptions:
         k=options.k,
         temperature=options.temperature,
         logprob_dtype=_DTYPE_TO_PB[options.logprob_dtype],
+        excluded_ids=[pb.IdRange(start=start, end=end) for start, end in options.excluded_ids],
         **{flag: getattr(options, flag) for flag in ROW_FLAGS},
     )
 
@@ -132,6 +133,7 @@ def decode_options(message: pb.ScoreOptions) -> ScoreOptions:
         k=message.k,
         temperature=message.temperature,
         logprob_dtype=_decode_logprob_dtype(message.logprob_dtype),
+        excluded_ids=tuple((ids.start, ids.end) for ids in message.excluded_ids),
         **{flag: getattr(message, flag) for flag in ROW_FLAGS},
     )
 
@@ -362,6 +364,6 @@ def encode_info(info: TeacherInfo) -> pb.TeacherInfo:
 
 def decode_info(message: pb.TeacherInfo) -> TeacherInfo:
     fields = {name: getattr(message, name) for name in TeacherInfo.__dataclass_fields__}
-    for name in ("special_token_ids", "end_token_ids"):
+    for name in ("special_token_ids", "end_token_ids", "token_digests"):
         fields[name] = tuple(fields[name])
     return TeacherInfo(**fields)

@@ -1,53 +1,19 @@
-"""What must be equal on both sides before any work: the tokens, and the weights.
-
-Knows a tokenizer only by the two methods it calls, so that neither side needs transformers here.
-"""
+"""What names tokens and weights in a handshake and in a record of a run."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any, Protocol
 
 from teacher_wire.errors import InvalidRequestError
+from teacher_wire.vocabulary import Vocabulary, VocabularyOwner
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
-class BackendTokenizer(Protocol):
-    """A `tokenizers.Tokenizer`."""
-
-    def to_str(self) -> str: ...
-
-
-class FastTokenizer(Protocol):
-    """A transformers fast tokenizer."""
-
-    @property
-    def backend_tokenizer(self) -> BackendTokenizer: ...
-
-    def get_vocab(self) -> dict[str, int]: ...
-
-
-def tokenizer_fingerprint(tokenizer: FastTokenizer) -> str:
-    """SHA-256 (hex) over the sorted token/id pairs, the merges in order, and the special tokens.
-
-    The chat template, the padding side and names such as `pad_token` stay out: they change no id.
-    """
-    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    merges = [
-        merge.split(" ", 1) if isinstance(merge, str) else list(merge)
-        for merge in state["model"].get("merges") or []
-    ]
-    special = sorted(
-        (token["id"], token["content"])
-        for token in state.get("added_tokens") or []
-        if token["special"]
-    )
-    pairs = sorted(tokenizer.get_vocab().items())
-    text = json.dumps([pairs, merges, special], ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+def tokenizer_fingerprint(tokenizer: VocabularyOwner) -> str:
+    """SHA-256 (hex) over what the ids mean; empty for a tokenizer without tokens."""
+    return Vocabulary.of(tokenizer).fingerprint
 
 
 def weights_digest(folder: Path) -> str:

@@ -3,8 +3,8 @@
 Legend: p = prompt tokens, n or m = rows (response tokens), K = teacher top-k, C = candidates a row.
 
 Alignment: row t belongs to response token t and holds the teacher's distribution given the prompt
-and the response tokens before t. Log-probs are in nats, over the full vocabulary, at the
-temperature of ScoreOptions. A missing array is None, never a number.
+and the response tokens before t. Log-probs are in nats, over the full vocabulary less the excluded
+ids, at the temperature of ScoreOptions. A missing array is None, never a number.
 
 Worked example: prompt [5, 9], response [7, 7, 2]. A span with offset 1 and token_ids [7, 2] yields
 two rows: row 0 is p(. | 5, 9, 7) with the log-prob of 7, row 1 is p(. | 5, 9, 7, 7) with the
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from teacher_wire.columns import CANDIDATE_IDS, LOGPROB, POLICY, Column, Width, columns_of
 from teacher_wire.drift_metrics import DriftMetric, OverlapRatio, check_share
 from teacher_wire.errors import InvalidRequestError
+from teacher_wire.id_ranges import IdRanges, check_ranges
 
 PROTOCOL_VERSION = 1
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
@@ -55,6 +56,8 @@ class ScoreOptions:
     logprob_dtype: LogprobDtype = LogprobDtype.F32
     want_entropy: bool = False
     want_rank: bool = False
+    excluded_ids: IdRanges = ()
+    """Ids that take no part: in no softmax, top-k, entropy and rank. Empty: all take part."""
     extras: frozenset[str] = field(init=False, repr=False, compare=False)
     """Names of the columns that the flags ask for."""
 
@@ -68,6 +71,7 @@ class ScoreOptions:
                 f"temperature is {self.temperature}, "
                 f"must be in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}]"
             )
+        check_ranges(self.excluded_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +232,8 @@ class TeacherInfo:
     without computing a token again."""
     end_token_ids: tuple[int, ...] = ()
     """With which the model ends a response by its own configuration; empty: it names none."""
+    token_digests: tuple[str, ...] = ()
+    """What the ids mean, by blocks: teacher_wire.vocabulary; empty: there is no tokenizer."""
 
 
 def flags_for(columns: Collection[str]) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from dataclasses import asdict
 from typing import Any, Literal, TypeVar
 
 from rich.console import Console
-from transformers import AutoConfig
 
 from student_trainer.assembly import evaluating, from_settings, teachers
 from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.run import started
-from student_trainer.assembly.teachers import Clients
-from student_trainer.errors import CheckpointError, DatasetError, one_line
+from student_trainer.assembly.teachers import Teachers
+from student_trainer.errors import DatasetError
 from student_trainer.pretrained import load_tokenizer
 from student_trainer.recording.terminal import Bars
 from student_trainer.rollouts.stream import LoopThread
@@ -44,19 +43,19 @@ def evaluate_checkpoint(
     with ExitStack() as stack:
         grader = evaluating.checked_grader(config, problems, stack)
         loop = stack.enter_context(closing(LoopThread()))
-        clients: Clients = {}
+        asked = Teachers()
         absent = "not asked for"
         if teacher != "none" and config.eval.teacher_samples:
             needed = teacher == "required" or problems[0].answer is None
             patient = config if needed else _in_short(config)
-            connected = teachers.connected(patient, loop, problems, _vocab_size(model), tokenizer)
+            connected = teachers.connected(patient, loop, problems, model, tokenizer)
             try:
-                clients, absent = stack.enter_context(connected), ""
+                asked, absent = stack.enter_context(connected), ""
             except NotReadyError as error:
                 if needed:
                     raise
                 absent = str(error)
-        evaluator = evaluating.evaluator(config, problems, grader, tokenizer, clients)
+        evaluator = evaluating.evaluator(config, problems, grader, tokenizer, asked)
         sampler = from_settings.sampler(config, model, tokenizer)
         stack.enter_context(started(sampler, loop))
         bars = stack.enter_context(Bars(Console(stderr=True)))
@@ -69,7 +68,7 @@ def evaluate_checkpoint(
         )
     return {
         "checkpoint": model,
-        "teacher": ", ".join(client.info.model_id for client in clients.values()) or None,
+        "teacher": ", ".join(client.info.model_id for client in asked.clients.values()) or None,
         "without_teacher": absent or None,
         "num_prompts": len(problems),
         "accuracy": report.accuracy,
@@ -87,12 +86,3 @@ def _in_short(config: TrainerConfig) -> TrainerConfig:
 
     named = {name: hurried(settings) for name, settings in config.teachers.items()}
     return config.model_copy(update={"teacher": hurried(config.teacher), "teachers": named})
-
-
-def _vocab_size(model: str) -> int:
-    try:
-        return int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)
-    # Whatever the library that reads it makes of a malformed file.
-    except Exception as error:
-        reason = one_line(error)
-        raise CheckpointError(f"{model}: cannot read its configuration: {reason}") from error

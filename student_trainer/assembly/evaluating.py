@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from student_trainer.assembly import from_settings, teachers
-from student_trainer.assembly.teachers import Clients
+from student_trainer.assembly.teachers import Teachers
 from student_trainer.diagnostics.step_report import EvalReport
 from student_trainer.errors import ConfigError
 from student_trainer.evaluation.answers import AnswerFinder
@@ -100,7 +100,7 @@ def evaluator(
     problems: Sequence[Prompt],
     grader: Grader,
     tokenizer: PreTrainedTokenizerBase,
-    clients: Clients,
+    asked: Teachers,
 ) -> Evaluator:
     """Evaluations as the settings want them, by the teachers too where there are some."""
     return Evaluator(
@@ -108,25 +108,27 @@ def evaluator(
         grader=grader,
         decode=decoder(tokenizer),
         plan=Plan(
-            options=from_settings.sampling_options(config, config.eval.max_tokens),
+            options=from_settings.sampling_options(
+                config, config.eval.max_tokens, asked.excluded_ids
+            ),
             num_samples=config.eval.num_samples,
             temperature=config.eval.temperature,
             num_scored=config.eval.teacher_samples,
         ),
         pass_k=config.eval.pass_k,
         num_texts=config.eval.texts,
-        scoring=scoring(config, from_settings.special_tokens(config, tokenizer), clients)
-        if clients
+        scoring=scoring(config, from_settings.special_tokens(config, tokenizer), asked)
+        if asked.clients
         else None,
     )
 
 
-def scoring(config: TrainerConfig, specials: SpecialTokens, clients: Clients) -> Scoring:
+def scoring(config: TrainerConfig, specials: SpecialTokens, asked: Teachers) -> Scoring:
     """As in training, but the drift policy only observes."""
     num_topk = from_settings.sampling_options(config, config.eval.max_tokens).num_topk
     return Scoring(
-        open_session=teachers.sessions(config, clients, only_observes=True),
-        rules=teachers.rules(config, specials, clients),
+        open_session=teachers.sessions(config, asked, only_observes=True),
+        rules=teachers.rules(config, specials, asked),
         temperature=config.rollout.temperature,
         num_topk=num_topk,
         overlap_k=config.drift.k if num_topk else None,

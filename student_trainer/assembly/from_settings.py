@@ -23,6 +23,7 @@ from student_trainer.settings.config import TrainerConfig
 from student_trainer.settings.sampler import HfSamplerSettings, VllmSamplerSettings
 from student_trainer.special_tokens import SpecialTokens
 from student_trainer.stop_tokens import stop_token_ids
+from teacher_wire.id_ranges import IdRanges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,13 +194,16 @@ def _sampler_bytes(config: TrainerConfig, where: torch.device) -> float:
     return 0.0
 
 
-def sampling_options(config: TrainerConfig, max_tokens: int) -> SamplingOptions:
+def sampling_options(
+    config: TrainerConfig, max_tokens: int, excluded_ids: IdRanges = ()
+) -> SamplingOptions:
     """How the behavior policy samples, within the budget of the step."""
     return SamplingOptions(
         max_tokens=max_tokens,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
         num_topk=config.collected_topk,
+        excluded_ids=excluded_ids,
     )
 
 

@@ -43,6 +43,7 @@ from student_trainer.saved_student import check_saveable, save_or_rescue
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.special_tokens import SpecialTokens
 from student_trainer.train_state import TrainState, complete_checkpoints, step_of
+from teacher_wire.id_ranges import IdRanges
 
 NUM_PROBE_PROMPTS = 2
 
@@ -209,25 +210,26 @@ def _assemble(
     specials = from_settings.special_tokens(config, problems.tokenizer)
     grader = evaluating.checked_grader(config, problems.heldout, stack)
     start_from = config.student.model if goes_on is None else str(goes_on.checkpoint)
-    learner = _learner(config, problems.tokenizer, start_from, stop, say)
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
-    clients = stack.enter_context(
-        teachers.connected(config, loop, problems.all, learner.vocab_size, problems.tokenizer)
+    asked = stack.enter_context(
+        teachers.connected(config, loop, problems.all, start_from, problems.tokenizer)
     )
-    evaluator = evaluating.evaluator(config, problems.heldout, grader, problems.tokenizer, clients)
+    learner = _learner(config, problems.tokenizer, start_from, asked.excluded_ids, stop, say)
+    evaluator = evaluating.evaluator(config, problems.heldout, grader, problems.tokenizer, asked)
     if running is None:
         sampler = from_settings.sampler(config, start_from, problems.tokenizer)
     else:
         sampler = running.sampler
-    sync = stack.enter_context(closing(_sync(config, learner, sampler, problems, say)))
-    stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), clients, bars)
+    sync = _sync(config, learner, sampler, problems, asked.excluded_ids, say)
+    stack.callback(sync.close)
+    stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), asked, bars)
     state = checkpoints.train_state(config, learner, stream)
     for line in checkpoints.gone_on(state, goes_on):
         bars.console.print(line, highlight=False, markup=False)
-    said = teachers.warnings(config, start_from, problems.tokenizer, clients)
+    said = teachers.warnings(config, start_from, problems.tokenizer, asked)
     for line in (*checkpoints.warnings(config, learner), *said):
         say(line)
-    info = next(iter(clients.values())).info
+    info = next(iter(asked.clients.values())).info
     recorder, record = stack.enter_context(
         recorded(
             config, bars, goes_on=goes_on, overwrite=overwrite, teacher=info, decode=problems.decode
@@ -260,6 +262,7 @@ def _learner(
     config: TrainerConfig,
     tokenizer: PreTrainedTokenizerBase,
     start_from: str,
+    excluded_ids: IdRanges,
     stop: StopRequest,
     say: Callable[[str], None],
 ) -> Learner:
@@ -293,6 +296,7 @@ def _learner(
         recomputes_behavior=config.needs_learner_behavior,
         stop_ids=from_settings.stop_ids(config, start_from, tokenizer),
         stop=stop,
+        excluded_ids=excluded_ids,
     )
 
 
@@ -301,6 +305,7 @@ def _sync(
     learner: Learner,
     sampler: Sampler,
     problems: Problems,
+    excluded_ids: IdRanges,
     say: Callable[[str], None],
 ) -> WeightSync:
     return WeightSync(
@@ -311,6 +316,7 @@ def _sync(
         written=from_settings.weight_format(config),
         folder=config.sampler.weights_dir,
         say=say,
+        excluded_ids=excluded_ids,
     )
 
 
@@ -319,19 +325,21 @@ def _stream(
     prompts: list[Prompt],
     specials: SpecialTokens,
     running: RunningSampler,
-    clients: teachers.Clients,
+    asked: teachers.Teachers,
     bars: Bars,
 ) -> RolloutStream:
     return RolloutStream(
         loop=running.loop,
         sampler=running.sampler,
-        open_session=teachers.sessions(config, clients),
+        open_session=teachers.sessions(config, asked),
         prompts=PromptOrder(
             prompts, prompts_per_step=config.rollout.prompts_per_step, seed=config.run.seed
         ),
-        rules=teachers.rules(config, specials, clients),
+        rules=teachers.rules(config, specials, asked),
         budget=methods.budget(config),
-        options=lambda max_tokens: from_settings.sampling_options(config, max_tokens),
+        options=lambda max_tokens: from_settings.sampling_options(
+            config, max_tokens, asked.excluded_ids
+        ),
         rollouts_per_prompt=config.rollout.rollouts_per_prompt,
         queue_depth=config.run.queue_depth,
         seed=config.run.seed,

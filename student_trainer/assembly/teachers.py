@@ -6,15 +6,15 @@ Each is asked in its own way: which is which is decided here, by what a row call
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from student_trainer.errors import ConfigError
-from student_trainer.pretrained import load_generation_config
+from student_trainer.pretrained import load_generation_config, load_vocab_size
 from student_trainer.records import Prompt
 from student_trainer.rollouts.rollout import RolloutRules, TeacherSession
 from student_trainer.rollouts.stream import LoopThread, OpenSession
@@ -22,11 +22,12 @@ from student_trainer.settings.config import TrainerConfig, table_of
 from student_trainer.settings.teacher import NamedTeacherSettings, TeacherSettings
 from student_trainer.special_tokens import SpecialTokens
 from student_trainer.stop_tokens import own_end_warnings, stop_token_ids, teacher_end_warnings
+from student_trainer.vocabulary import SharedIds, shared_ids
 from teacher_client.access import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, TeacherAccess
 from teacher_client.client import TeacherClient
 from teacher_wire.drift_metrics import METRICS
 from teacher_wire.errors import FingerprintMismatchError
-from teacher_wire.fingerprint import tokenizer_fingerprint
+from teacher_wire.id_ranges import IdRanges, united, within
 from teacher_wire.records import (
     DriftPolicy,
     LogprobDtype,
@@ -34,46 +35,69 @@ from teacher_wire.records import (
     TeacherInfo,
     flags_for,
 )
+from teacher_wire.vocabulary import Vocabulary
 
-Clients = Mapping[str | None, TeacherClient]
-"""By what a row calls its teacher."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teachers:
+    """The teachers of a run, each by what a row calls it."""
+
+    clients: Mapping[str | None, TeacherClient] = field(default_factory=dict)
+    shared: Mapping[str | None, SharedIds] = field(default_factory=dict)
+    """What the student's tokens have in common with those of each."""
+
+    @property
+    def excluded_ids(self) -> IdRanges:
+        """Ids that take no part in the run: those that one of the teachers does not share."""
+        return united(*(shared.excluded_ids for shared in self.shared.values()))
 
 
 @contextmanager
 def connected(
     config: TrainerConfig,
     loop: LoopThread,
-    prompts: Iterable[Prompt],
-    vocab_size: int,
+    prompts: Sequence[Prompt],
+    model: str,
     tokenizer: PreTrainedTokenizerBase,
-) -> Iterator[Clients]:
-    """The teachers that the prompts name, connected on the loop.
+) -> Iterator[Teachers]:
+    """The teachers that the prompts name, connected on the loop and compared with the student.
 
-    Raises what `connect` raises, with the name of the teacher where there are several.
+    Raises what `connect` and the comparison raise, with the name of the teacher where there are
+    several, and DatasetError for a prompt that a teacher would read otherwise.
     """
     clients: dict[str | None, TeacherClient] = {}
+    shared: dict[str | None, SharedIds] = {}
+    own, width = vocabulary_of(tokenizer), load_vocab_size(model)
     with ExitStack() as stack:
         for tag in sorted({prompt.teacher for prompt in prompts}, key=lambda tag: tag or ""):
             try:
-                client = loop.run(connect(config, vocab_size, tokenizer, tag))
+                clients[tag] = client = loop.run(connect(config, tag))
+                stack.callback(_close, loop, client)
+                shared[tag] = loop.run(shared_ids(own, width, client))
             except FingerprintMismatchError as error:
                 if not config.teachers:
                     raise
                 raise FingerprintMismatchError(f"[{table_of(tag)}]: {error}") from error
-            stack.callback(_close, loop, client)
-            clients[tag] = client
-        yield clients
+            shared[tag].refuse_prompts(prompt for prompt in prompts if prompt.teacher == tag)
+        yield Teachers(clients=clients, shared=shared)
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """What the student's ids mean."""
+    return Vocabulary.of(tokenizer)
 
 
 def warnings(
-    config: TrainerConfig, model: str, tokenizer: PreTrainedTokenizerBase, clients: Clients
+    config: TrainerConfig, model: str, tokenizer: PreTrainedTokenizerBase, asked: Teachers
 ) -> list[str]:
-    """What is to be said of end tokens before the first step."""
+    """What is to be said of tokens before the first step."""
     generation = load_generation_config(model)
     stop_ids = stop_token_ids(tokenizer, generation, config.rollout.stop_tokens)
     found = own_end_warnings(tokenizer, generation)
-    for tag, client in clients.items():
-        warned = teacher_end_warnings(tokenizer, client.info.end_token_ids, stop_ids)
+    for tag, client in asked.clients.items():
+        teacher_ends = client.info.end_token_ids
+        warned = teacher_end_warnings(tokenizer, teacher_ends, stop_ids)
+        warned += asked.shared[tag].warnings((*stop_ids, *teacher_ends))
         found += [f"[{table_of(tag)}]: {text}" for text in warned]
     return found
 
@@ -82,39 +106,41 @@ def _close(loop: LoopThread, client: TeacherClient) -> None:
     loop.run(client.aclose())
 
 
-def sessions(
-    config: TrainerConfig, clients: Clients, *, only_observes: bool = False
-) -> OpenSession:
+def sessions(config: TrainerConfig, asked: Teachers, *, only_observes: bool = False) -> OpenSession:
     """Opens a session for a prompt, at its teacher and with what that is given instead. Where the
     drift policy `only_observes`, no response is stopped."""
-    asked = {tag: score_options(config, tag) for tag in clients}
+    clients = asked.clients
+    options = {
+        tag: replace(
+            score_options(config, tag),
+            excluded_ids=within(asked.excluded_ids, 0, client.info.vocab_size),
+        )
+        for tag, client in clients.items()
+    }
     policies = {tag: drift_policy(config, tag) for tag in clients}
     if only_observes:
         policies = {tag: replace(of, stop_in_flight=False) for tag, of in policies.items()}
 
     def open_session(prompt: Prompt) -> TeacherSession:
         tag = prompt.teacher
-        return clients[tag].open(prompt.teacher_prompt_ids, asked[tag], policies[tag])
+        return clients[tag].open(prompt.teacher_prompt_ids, options[tag], policies[tag])
 
     return open_session
 
 
 def rules(
-    config: TrainerConfig, specials: SpecialTokens, clients: Clients
+    config: TrainerConfig, specials: SpecialTokens, asked: Teachers
 ) -> dict[str | None, RolloutRules]:
     """What all rollouts of each teacher share."""
     return {
-        tag: rollout_rules(config, specials, client.info, tag) for tag, client in clients.items()
+        tag: rollout_rules(config, specials, client.info, tag)
+        for tag, client in asked.clients.items()
     }
 
 
-async def connect(
-    config: TrainerConfig,
-    vocab_size: int,
-    tokenizer: PreTrainedTokenizerBase,
-    tag: str | None = None,
-) -> TeacherClient:
-    """A teacher that speaks of the same tokens and whose limits hold what the run asks for.
+async def connect(config: TrainerConfig, tag: str | None = None) -> TeacherClient:
+    """A teacher whose limits hold what the run asks for; its tokens are not compared yet, but
+    among its replicas.
 
     Raises NotReadyError when none answers, FingerprintMismatchError or ConfigError when it does not
     fit, before any work is done.
@@ -122,8 +148,8 @@ async def connect(
     settings = config.teacher_of(tag)
     client = await TeacherClient.connect(
         settings.endpoints,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        vocab_size=vocab_size,
+        tokenizer_fingerprint="",
+        vocab_size=0,
         run_id=config.run.out.name,
         connect_timeout_s=settings.connect_timeout_s,
         on_absent="wait" if settings.on_absent == "wait" else "fail",
@@ -178,7 +204,7 @@ def drift_policy(config: TrainerConfig, tag: str | None = None) -> DriftPolicy:
     drift = config.drift_of(tag)
     kind = METRICS[drift.metric]
     return DriftPolicy(
-        metric=kind(**{field.name: getattr(drift, field.name) for field in fields(kind)}),
+        metric=kind(**{c.name: getattr(drift, c.name) for c in fields(kind)}),
         w_drop=config.w_drop_of(tag),
         stop_in_flight=drift.stop_in_flight,
     )

@@ -19,6 +19,7 @@ from student_trainer.errors import NonFiniteLossError
 from student_trainer.learner.student import Gathered, student_forward
 from student_trainer.losses.inputs import Candidates, LossInputs
 from student_trainer.records import Rollout
+from teacher_wire.id_ranges import IdRanges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,12 @@ class Batch:
     """What a token of each rollout counts in the loss."""
 
     def forward(
-        self, model: PreTrainedModel, *, temperature: float, dtype: torch.dtype = torch.float32
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float,
+        dtype: torch.dtype = torch.float32,
+        excluded_ids: IdRanges = (),
     ) -> Gathered:
         """The student at the response tokens, at the teacher's top-k and at its own top-k."""
         return student_forward(
@@ -58,6 +64,7 @@ class Batch:
             (self.teacher_topk_ids_BTK, self.student_topk_ids_BTJ),
             temperature=temperature,
             dtype=dtype,
+            excluded_ids=excluded_ids,
         )
 
     def loss_inputs(self, gathered: Gathered) -> LossInputs:
@@ -191,8 +198,9 @@ def recompute_behavior(
     temperature: float,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    excluded_ids: IdRanges = (),
 ) -> list[Rollout]:
-    """The rollouts with behavior log-probs from the learner, over the full vocabulary.
+    """The rollouts with behavior log-probs from the learner, of all that it may say.
 
     Needed where the sampler's are renormalised on a nucleus: ratios and gates compare like with
     like. Also keeps them at the teacher's top-k, which no sampler knows while it generates.
@@ -201,7 +209,9 @@ def recompute_behavior(
     for part in split_micro(rollouts, micro_batch_tokens):
         with torch.no_grad():
             batch = collate(part, device)
-            gathered = batch.forward(model, temperature=temperature, dtype=dtype)
+            gathered = batch.forward(
+                model, temperature=temperature, dtype=dtype, excluded_ids=excluded_ids
+            )
         own = gathered.logprobs_BT.cpu().numpy()
         at_teacher_topk, at_student_topk = (at.cpu().numpy() for at in gathered.logprobs_at_BTN)
         for row, rollout in enumerate(part):

@@ -16,11 +16,13 @@ it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from teacher_wire.id_ranges import IdRanges, num_ids, within
 
 BLOCK = {"cpu": (512, 1024), "other": (4096, 4096)}
 """Rows and ids of a block: 2 MiB of float32 logits, for a CPU's cache; 64 MiB for a GPU."""
@@ -57,6 +59,8 @@ class Head:
     weight_VD: Tensor
     bias_V: Tensor | None = None
     transform: LogitTransform = field(default_factory=LogitTransform)
+    excluded_ids: IdRanges = ()
+    """Ids that take no part: a log-prob of -inf, no gradient. Those beyond V are passed over."""
 
 
 def head_logprobs(
@@ -72,7 +76,7 @@ def head_logprobs(
     `dtype` is that of the products; the softmax is in float32 whatever it is.
     """
     logprobs_RN, entropy_R = _TwoPasses.apply(  # type: ignore[no-untyped-call]
-        hidden_RD, head.weight_VD, head.bias_V, ids_RN, head.transform, temperature, dtype
+        hidden_RD, head.weight_VD, head.bias_V, ids_RN, head, temperature, dtype
     )
     return logprobs_RN, entropy_R
 
@@ -94,6 +98,11 @@ def reference_logprobs(
     if transform.soft_cap is not None:
         logits_RV = transform.soft_cap * torch.tanh(logits_RV / transform.soft_cap)
     logits_RV = logits_RV / temperature
+    if head.excluded_ids:
+        left_out_V = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+        for start, end in head.excluded_ids:
+            left_out_V[start:end] = True
+        logits_RV = logits_RV.masked_fill(left_out_V, -torch.inf)
     lse_R = torch.logsumexp(logits_RV, dim=-1)
     logprobs_RN = logits_RV.gather(-1, ids_RN) - lse_R.unsqueeze(-1)
     with torch.no_grad():
@@ -110,13 +119,13 @@ class _TwoPasses(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         ids_RN: Tensor,
-        transform: LogitTransform,
+        head: Head,
         temperature: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         assert weight_VD.is_leaf, "the gradient is added to the weight's own"
         ctx.weight, ctx.bias = weight_VD, bias_V
-        head = Head(weight_VD=weight_VD.detach(), bias_V=bias_V, transform=transform)
+        head = replace(head, weight_VD=weight_VD.detach())
         blocks = _Blocks(head, hidden_RD.detach(), ids_RN, temperature, dtype)
         with torch.autocast(hidden_RD.device.type, enabled=False):
             logprobs_RN, lse_R, entropy_R = blocks.first_pass()
@@ -153,13 +162,16 @@ class _Blocks:
         self._head, self._temperature, self._dtype = head, temperature, dtype
         kind = "cpu" if hidden_RD.device.type == "cpu" else "other"
         num_rows, width = BLOCK[kind]
-        vocab_size, num_ids = len(head.weight_VD), ids_RN.shape[1]
+        vocab_size, num_asked = len(head.weight_VD), ids_RN.shape[1]
         width = min(width, vocab_size)
         self._row_slices = _slices(len(hidden_RD), num_rows)
         self._vocab_slices = _slices(vocab_size, width)
+        self._excluded = [
+            within(head.excluded_ids, vocab.start, vocab.stop) for vocab in self._vocab_slices
+        ]
         # Sorted by block, so that those of one are a slice of the list.
         flat = ids_RN.flatten()
-        row = torch.arange(len(hidden_RD), device=flat.device).repeat_interleave(num_ids)
+        row = torch.arange(len(hidden_RD), device=flat.device).repeat_interleave(num_asked)
         block = (row // num_rows) * len(self._vocab_slices) + flat // width
         self._order = block.argsort()
         counts = block.bincount(minlength=len(self._row_slices) * len(self._vocab_slices))
@@ -177,7 +189,7 @@ class _Blocks:
         return self._order[places], offsets
 
     def _logits(self, hidden_rD: Tensor, vocab: slice) -> Tensor:
-        """float32 [rows, ids] of a block, transformed and at the temperature."""
+        """float32 [rows, ids] of a block, transformed and at the temperature; nothing left out."""
         logits = _product(hidden_rD, _rounded(self._head.weight_VD[vocab], self._dtype).T)
         if self._head.bias_V is not None:
             logits += self._head.bias_V[vocab]
@@ -197,10 +209,15 @@ class _Blocks:
         peak_R, moment_R = torch.full_like(total_R, -torch.inf), torch.zeros_like(total_R)
         for i, rows, j, vocab, hidden_rD in self._each():
             logits = self._logits(hidden_rD, vocab)
+            # After the transform: a soft-cap would make -inf a number.
+            _fill_(logits, self._excluded[j], -torch.inf)
             places, offsets = self._asked(i, j, logits.shape[1])
             picked_RN.view(-1)[places] = logits.view(-1)[offsets]
-            biased = self._head.bias_V is not None
-            _add_block_(peak_R[rows], total_R[rows], moment_R[rows], logits, may_be_nought=biased)
+            if num_ids(self._excluded[j]) == logits.shape[1]:
+                continue  # it has no peak
+            may_be_nought = self._head.bias_V is not None or bool(self._excluded[j])
+            sums_r = peak_R[rows], total_R[rows], moment_R[rows]
+            _add_block_(*sums_r, logits, may_be_nought=may_be_nought)
         log_total_R = total_R.log()
         lse_R = peak_R + log_total_R
         return picked_RN - lse_R.unsqueeze(1), lse_R, log_total_R - moment_R / total_R
@@ -223,6 +240,7 @@ class _Blocks:
             gradient.sub_(lse_R[rows].unsqueeze(1)).exp_().mul_(-sums_R1[rows])
             gradient.view(-1).index_add_(0, offsets, grad_flat[places])
             self._head.transform.add_slope_(gradient, logits, self._temperature)
+            _fill_(gradient, self._excluded[j], 0.0)
             if bias_grad_V is not None:
                 bias_grad_V[vocab] += gradient.sum(0)
             gradient = _rounded(gradient, self._dtype, for_product=True)
@@ -238,7 +256,7 @@ def _add_block_(
 ) -> None:
     """Running softmax: sum of e = exp(logit - peak), and of e * (logit - peak).
 
-    In place, the logits too. They are -inf where a bias is, and only there.
+    In place, the logits too. They are -inf only where `may_be_nought`, and not all of a row.
     """
     new_peak_r = torch.maximum(peak_r, logits.amax(1))
     shift_r = (peak_r - new_peak_r).clamp_(min=LOWEST)
@@ -251,6 +269,11 @@ def _add_block_(
     total_r.copy_(carried_r).add_(exps.sum(1))
     moment_r.add_(exps.mul_(below).sum(1))
     peak_r.copy_(new_peak_r)
+
+
+def _fill_(block: Tensor, ranges: IdRanges, value: float) -> None:
+    for start, end in ranges:
+        block[:, start:end] = value
 
 
 def _slices(length: int, size: int) -> list[slice]:

@@ -34,6 +34,7 @@ from student_trainer.losses.weight_choice import PositionWeight
 from student_trainer.process.stopping import StopRequest
 from student_trainer.records import AS_LEARNT, Rollout, WeightFormat
 from student_trainer.saved_student import save_around, save_student
+from teacher_wire.id_ranges import IdRanges
 
 
 class Learner:
@@ -56,10 +57,12 @@ class Learner:
         recomputes_behavior: bool = False,
         stop_ids: Collection[int] = (),
         stop: StopRequest | None = None,
+        excluded_ids: IdRanges = (),
     ) -> None:
         """`dtype`: of the arithmetic; the weights are float32 whatever it is.
         `recomputes_behavior`: behavior log-probs are the learner's own, not the sampler's.
-        `stop_ids` end the student's responses, besides what its generation config says."""
+        `stop_ids` end the student's responses, besides what its generation config says.
+        `excluded_ids` take no part in its distributions, and learn nothing as what is said."""
         self._model = model
         self._tokenizer = tokenizer
         self._optimizer = optimizer
@@ -74,11 +77,8 @@ class Learner:
         self._recomputes_behavior = recomputes_behavior
         self._stop_ids = stop_ids
         self._stop = stop or StopRequest()
+        self._excluded_ids = excluded_ids
         self._device = next(model.parameters()).device
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._model.config.vocab_size)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -125,6 +125,7 @@ class Learner:
             temperature=self._temperature,
             device=self._device,
             dtype=self._dtype,
+            excluded_ids=self._excluded_ids,
         )
 
     def _updates(self, rollouts: Sequence[Rollout], step: int) -> Iterator[list[Rollout]]:
@@ -137,7 +138,12 @@ class Learner:
         parts: list[StepSums] = []
         for micro in split_micro(rollouts, self._micro_batch_tokens):
             batch = collate(micro, self._device)
-            gathered = batch.forward(self._model, temperature=self._temperature, dtype=self._dtype)
+            gathered = batch.forward(
+                self._model,
+                temperature=self._temperature,
+                dtype=self._dtype,
+                excluded_ids=self._excluded_ids,
+            )
             inputs = batch.loss_inputs(gathered)
             sums = objective(
                 inputs,
@@ -165,6 +171,7 @@ class Learner:
                 (),
                 temperature=1.0,
                 dtype=self._dtype,
+                excluded_ids=self._excluded_ids,
             )
         logprobs: NDArray[np.float32] = gathered.logprobs_BT[0].cpu().numpy()
         return logprobs

@@ -12,7 +12,7 @@ token t. Nothing else in the package subtracts one from an index.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from student_trainer.learner.families import decoder_of, head_of
 from student_trainer.learner.head import head_logprobs
+from teacher_wire.id_ranges import IdRanges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +45,14 @@ def student_forward(
     *,
     temperature: float,
     dtype: torch.dtype = torch.float32,
+    excluded_ids: IdRanges = (),
 ) -> Gathered:
     """Log-probs of the response tokens and of further ids at every response position.
 
     Sequences are padded on the right and the model is causal, so that nothing real sees padding: a
-    mask would only rule out the fused attention. Normalised over the full vocabulary at
-    `temperature`, in float32 whatever `dtype` the model computes in; its weights stay as they are.
+    mask would only rule out the fused attention. Normalised at `temperature` over the vocabulary
+    less `excluded_ids`, in float32 whatever `dtype` the model computes in; its weights stay as they
+    are.
     `response_mask_BT` is True for real response tokens.
     """
     # Without the cache of autocast: it would hold a copy of every weight until the end.
@@ -67,7 +70,11 @@ def student_forward(
         dim=-1,
     )
     logprobs_RN, entropy_R = head_logprobs(
-        head_of(model), hidden_RD, ids_RN, temperature=temperature, dtype=dtype
+        replace(head_of(model), excluded_ids=excluded_ids),
+        hidden_RD,
+        ids_RN,
+        temperature=temperature,
+        dtype=dtype,
     )
 
     def unpack(rows: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from student_trainer.process.writing import writing_to
 from student_trainer.records import AS_LEARNT, Delta, SamplingOptions, WeightFormat
 from student_trainer.rollouts.samplers.base import Sampler
 from student_trainer.rollouts.weight_folder import weight_folder
+from teacher_wire.id_ranges import IdRanges
 
 PROBE_TOKENS = 8
 
@@ -51,17 +52,20 @@ class WeightSync:
         written: WeightFormat = AS_LEARNT,
         folder: Path | None = None,
         say: Callable[[str], None] = print,
+        excluded_ids: IdRanges = (),
     ) -> None:
         """The gap is in nats; it is measured on a few tokens sampled after each probe prompt.
 
-        `folder` is where the weights pass through; None chooses. Raises ConfigError and
-        WeightSyncError when they have no room there.
+        `excluded_ids` take no part in the learner's distributions. `folder` is where the weights
+        pass through; None chooses. Raises ConfigError and WeightSyncError when they have no room
+        there.
         """
         self._learner = learner
         self._sampler = sampler
         self._probe_prompts = probe_prompts
         self._max_logprob_gap = max_logprob_gap
         self._written = written
+        self._excluded_ids = excluded_ids
         self._folder = weight_folder(learner.export_bytes(written), folder, say)
 
     async def push(self, version: int) -> float:
@@ -95,7 +99,9 @@ class WeightSync:
     async def _sampled(
         self, request_id: str, prompt_ids: NDArray[np.int32]
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        options = SamplingOptions(max_tokens=PROBE_TOKENS, temperature=1.0, seed=0)
+        options = SamplingOptions(
+            max_tokens=PROBE_TOKENS, temperature=1.0, seed=0, excluded_ids=self._excluded_ids
+        )
         deltas: list[Delta] = [
             delta async for delta in self._sampler.generate(request_id, prompt_ids, options)
         ]

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_wire.errors import InvalidRequestError, NonFiniteError
+from teacher_wire.id_ranges import IdRanges, num_ids
 from teacher_wire.records import MODEL_COLUMNS, ModelRows
 
 
@@ -33,6 +34,9 @@ class ScoreQuery:
     temperature: float
     extras: frozenset[str] = frozenset()
     """Names of the columns to answer besides those that every query gets, of EXTRAS."""
+    excluded_ids: IdRanges = ()
+    """Ids that take no part: their logits count as -inf before anything else is made of them. None
+    of them is a target or a candidate."""
     session: str | None = None
     """Hint: queries with the same name grow the same prefix."""
     cache_salt: str = ""
@@ -73,8 +77,9 @@ def check_query(query: ScoreQuery, info: EngineInfo) -> None:
         raise InvalidRequestError(f"first_row is {query.first_row}, must be in [1, {length})")
     if length > info.max_context:
         raise InvalidRequestError(f"{length} tokens, max_context is {info.max_context}")
-    if not 1 <= query.k <= info.max_k:
-        raise InvalidRequestError(f"k is {query.k}, must be in [1, {info.max_k}]")
+    max_k = min(info.max_k, info.vocab_size - num_ids(query.excluded_ids))
+    if not 1 <= query.k <= max_k:
+        raise InvalidRequestError(f"k is {query.k}, must be in [1, {max_k}]")
     if not 0.0 < query.temperature < float("inf"):
         raise InvalidRequestError(f"temperature is {query.temperature}, must be finite and > 0")
     _check_ids("token_ids", query.token_ids, info.vocab_size)

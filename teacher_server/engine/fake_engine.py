@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from teacher_server.engine.base import EngineInfo, EngineRows, ScoreQuery
 from teacher_server.engine.extras import DEFINITIONS, Distribution
 from teacher_wire.errors import EngineError, NonFiniteError
+from teacher_wire.id_ranges import IdRanges
 from teacher_wire.records import MODEL_COLUMNS, ModelRows
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -190,12 +191,14 @@ def prefix_seeds(token_ids: NDArray[np.int32]) -> NDArray[np.uint64]:
 
 
 def full_logprobs(
-    seeds: NDArray[np.uint64], vocab_size: int, temperature: float
+    seeds: NDArray[np.uint64], vocab_size: int, temperature: float, excluded: IdRanges = ()
 ) -> NDArray[np.float64]:
-    """[n, V] log-probs over the whole vocabulary."""
+    """[n, V] log-probs over the vocabulary less what is excluded."""
     ids = np.arange(vocab_size, dtype=np.uint64) * _GOLDEN
     uniform = _mix(_mix(seeds)[:, None] + ids) / np.float64(2**64)
     logits = _LOGIT_RANGE * uniform / temperature
+    for start, end in excluded:
+        logits[:, start:end] = -np.inf
     peak = logits.max(axis=1, keepdims=True)
     logprobs: NDArray[np.float64] = logits - peak
     logprobs -= np.log(np.exp(logprobs).sum(axis=1, keepdims=True))
@@ -209,7 +212,7 @@ def score_rows(query: ScoreQuery, vocab_size: int) -> EngineRows:
     blocks = []
     for start in range(0, len(seeds), _ROW_BLOCK):
         rows = slice(start, start + _ROW_BLOCK)
-        logprobs = full_logprobs(seeds[rows], vocab_size, query.temperature)
+        logprobs = full_logprobs(seeds[rows], vocab_size, query.temperature, query.excluded_ids)
         candidates = None if query.candidate_ids is None else query.candidate_ids[rows]
         blocks.append(_block(logprobs, targets[rows], candidates, query))
     return EngineRows(computed_tokens=len(seeds), **MODEL_COLUMNS.joined(blocks))

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_server.engine.base import EngineRows, ScoreQuery
+from teacher_wire.id_ranges import IdRanges
 from teacher_wire.records import MODEL_COLUMNS
 
 ZERO_BLOCKS_VARIABLE = "DRIFTLINE_ZERO_KV_BLOCKS"
@@ -48,6 +49,8 @@ class RowRequest:
     """[n] the tokens to score, from first_row on."""
     candidate_ids: NDArray[np.int32]
     """[n, C], C = 0 without candidates."""
+    excluded_ids: IdRanges = ()
+    """That take no part."""
     before: bytes = b""
     """Digest of the text before first_row where that is whole blocks, else empty."""
     whole: bytes = b""
@@ -66,6 +69,7 @@ class RowRequest:
             extras=query.extras,
             target_ids=target_ids,
             candidate_ids=np.ascontiguousarray(candidate_ids, dtype=np.int32),
+            excluded_ids=query.excluded_ids,
             before=_digest(query.token_ids[: query.first_row], block_size),
             whole=_digest(query.token_ids, block_size) if query.session is not None else b"",
         )
@@ -76,6 +80,7 @@ class RowRequest:
         candidate_ids = np.frombuffer(kwargs["candidate_ids"], dtype=np.int32)
         arrays: dict[str, Any] = {
             "extras": frozenset(kwargs["extras"]),
+            "excluded_ids": tuple((start, end) for start, end in kwargs["excluded_ids"]),
             "target_ids": target_ids,
             "candidate_ids": candidate_ids.reshape(len(target_ids), -1),
         }

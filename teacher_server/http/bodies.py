@@ -17,6 +17,7 @@ from teacher_server.http.analysis import Report
 from teacher_server.http.rows import ArrayEncoding, RowsReply
 from teacher_wire.drift_metrics import METRICS, DriftMetric, OverlapRatio
 from teacher_wire.errors import ERROR_CODES, InvalidRequestError
+from teacher_wire.id_ranges import MAX_RANGES
 from teacher_wire.records import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
@@ -115,6 +116,8 @@ class ScoreBody(_FlagsBody):
     event_mask: list[Flag] | None = None
     """False where a position may raise no drift event."""
     k: Count = 16
+    excluded_ids: Annotated[tuple[tuple[Int32, Int32], ...], Field(max_length=MAX_RANGES)] = ()
+    """Ids that take no part, as ranges [start, end), ascending and disjoint."""
     logprob_dtype: LogprobDtype = LogprobDtype.F32
     """Element type of packed log-probs; JSON numbers are always those of the engine."""
     encoding: ArrayEncoding = ArrayEncoding.JSON
@@ -124,6 +127,7 @@ class ScoreBody(_FlagsBody):
             k=self.k,
             temperature=self.temperature,
             logprob_dtype=self.logprob_dtype,
+            excluded_ids=self.excluded_ids,
             **{flag: getattr(self, flag) for flag in ROW_FLAGS},
         )
 

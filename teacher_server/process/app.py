@@ -31,6 +31,7 @@ from teacher_server.rpc.stream import StreamLimits
 from teacher_server.settings import TeacherConfig
 from teacher_wire.errors import EngineError, TeacherError
 from teacher_wire.records import TeacherInfo
+from teacher_wire.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,13 @@ class TeacherApp:
         access: Access,
     ) -> None:
         self._config = config
-        self._parts = parts = TeacherParts(engine, info, access=access, limits=_limits(config))
+        self._parts = parts = TeacherParts(
+            engine,
+            info,
+            access=access,
+            limits=_limits(config),
+            vocabulary=Vocabulary.of(tokenizer) if tokenizer else None,
+        )
         self._access, self._life = access, parts.life
         tls = access.tls
         self._grpc = parts.grpc_server(reflects=config.reflection)

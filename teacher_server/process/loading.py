@@ -12,9 +12,10 @@ from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
 from teacher_server.settings import TeacherConfig
 from teacher_wire import __version__
 from teacher_wire.end_tokens import united
-from teacher_wire.fingerprint import tokenizer_fingerprint, weights_digest
+from teacher_wire.fingerprint import weights_digest
 from teacher_wire.records import TeacherInfo
 from teacher_wire.tokenizer_file import faithful
+from teacher_wire.vocabulary import Vocabulary
 
 
 def build_engine(config: TeacherConfig) -> ScoringEngine:
@@ -91,17 +92,14 @@ def describe(config: TeacherConfig, engine: ScoringEngine, tokenizer: Any) -> Te
     served = engine.info
     folder = Path(config.model)
     is_local = config.model and folder.is_dir()
-    if tokenizer is None:
-        fingerprint = fake_fingerprint(served.vocab_size)
-    else:
-        fingerprint = tokenizer_fingerprint(tokenizer)
+    vocabulary = Vocabulary() if tokenizer is None else Vocabulary.of(tokenizer)
     return TeacherInfo(
         model_id=config.model or f"fake-{served.vocab_size}",
         revision=config.revision,
         weights_digest=weights_digest(folder) if is_local else "",
         dtype=served.dtype,
         vocab_size=served.vocab_size,
-        tokenizer_fingerprint=fingerprint,
+        tokenizer_fingerprint=vocabulary.fingerprint or fake_fingerprint(served.vocab_size),
         special_token_ids=tuple(sorted(tokenizer.all_special_ids)) if tokenizer else (),
         max_k=served.max_k,
         max_context=served.max_context,
@@ -113,4 +111,5 @@ def describe(config: TeacherConfig, engine: ScoringEngine, tokenizer: Any) -> Te
         server_version=__version__,
         block_tokens=served.block_tokens,
         end_token_ids=end_token_ids(config, tokenizer) if tokenizer else (),
+        token_digests=vocabulary.digests,
     )

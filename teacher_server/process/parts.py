@@ -30,6 +30,7 @@ from teacher_server.rpc.stream import StreamLimits
 from teacher_server.scoring.sessions import SessionTable
 from teacher_wire.codec import SERVICE_NAME
 from teacher_wire.records import TeacherInfo
+from teacher_wire.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +55,10 @@ class TeacherParts:
         access: Access,
         limits: Limits,
         accepts: Callable[[], bool] | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
-        """`accepts` says whether new work is taken over gRPC; None: as the phase has it."""
+        """`accepts` says whether new work is taken over gRPC; None: as the phase has it.
+        `vocabulary` is that of `info`, None for a teacher without a tokenizer."""
         self.info = info
         self.access = access
         self.engine = WatchedEngine(engine)
@@ -79,6 +82,7 @@ class TeacherParts:
             ready=accepts or (lambda: self.life.accepts),
             limits=limits.stream,
             tenant_of=access.tenant_of,
+            vocabulary=vocabulary or Vocabulary(),
         )
         self.metrics.watch(self._read)
 

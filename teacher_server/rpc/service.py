@@ -40,6 +40,7 @@ from teacher_wire.errors import (
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import PROTOCOL_VERSION, Scores, TeacherInfo
 from teacher_wire.status import encode_status
+from teacher_wire.vocabulary import MAX_TOKENS_ASKED, Vocabulary
 
 log = logging.getLogger(__name__)
 MAX_RUN_ID_BYTES = 256
@@ -56,6 +57,11 @@ def add_to_server(service: TeacherService, server: grpc.aio.Server) -> None:
             service.GetInfo,
             request_deserializer=_reader(pb.GetInfoRequest),
             response_serializer=pb.GetInfoResponse.SerializeToString,
+        ),
+        "GetTokens": grpc.unary_unary_rpc_method_handler(
+            service.GetTokens,
+            request_deserializer=_reader(pb.GetTokensRequest),
+            response_serializer=pb.GetTokensResponse.SerializeToString,
         ),
         "Score": grpc.unary_stream_rpc_method_handler(
             service.Score,
@@ -94,8 +100,10 @@ class TeacherService:
         ready: Callable[[], bool],
         limits: StreamLimits,
         tenant_of: TenantOf,
+        vocabulary: Vocabulary,
     ) -> None:
         """While `ready` is False every scoring call is refused with NotReadyError."""
+        self._vocabulary = vocabulary
         self._tenant_of = tenant_of
         self._info = info
         self._sessions = sessions
@@ -103,7 +111,8 @@ class TeacherService:
         self._ready = ready
         self._limits = limits
         self._tallies = {
-            name: metrics.messages(_full_name(name)) for name in ("GetInfo", "Score", "Session")
+            name: metrics.messages(_full_name(name))
+            for name in ("GetInfo", "GetTokens", "Score", "Session")
         }
         self._streams: dict[SessionStream, Callable[[], None]] = {}
         """Each with the question whether its caller may still call."""
@@ -154,6 +163,20 @@ class TeacherService:
             _refuse_unreadable(request)
             tally.sent += 1
             return pb.GetInfoResponse(info=codec.encode_info(self._info))
+
+    async def GetTokens(
+        self, request: pb.GetTokensRequest, context: Context
+    ) -> pb.GetTokensResponse:
+        async with self._edge("GetTokens", context) as tally:
+            tally.received += 1
+            _refuse_unreadable(request)
+            if not 1 <= request.count <= MAX_TOKENS_ASKED:
+                raise InvalidRequestError(
+                    f"count is {request.count}, must be in 1..{MAX_TOKENS_ASKED}"
+                )
+            named = self._vocabulary.named(request.first_id, request.count)
+            tally.sent += 1
+            return pb.GetTokensResponse(ids=named, tokens=named.values())
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> None:
         async with self._edge("Score", context) as tally:

@@ -357,6 +357,7 @@ class SessionTable:
             k=options.k,
             temperature=options.temperature,
             extras=options.extras,
+            excluded_ids=options.excluded_ids,
             session=session.engine_name,
             cache_salt=session.tenant,
         )

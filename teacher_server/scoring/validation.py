@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from teacher_wire import drift
 from teacher_wire.errors import InvalidRequestError
+from teacher_wire.id_ranges import IdRanges, inside, num_ids
 from teacher_wire.records import DriftPolicy, DriftState, ScoreOptions, TeacherInfo, TokenSpan
 
 MAX_SESSION_ID_BYTES = 256
@@ -21,10 +22,29 @@ def check_ids(ids: NDArray[np.int32], field: str, vocab_size: int) -> None:
     # Read without its sign a negative id is larger than any vocabulary: one pass, not two.
     if not ids.size or ids.view(np.uint32).max() < vocab_size:
         return
-    bad = np.argwhere((ids < 0) | (ids >= vocab_size))
-    where = tuple(int(index) for index in bad[0])
-    place = ", ".join(map(str, where))
-    raise InvalidRequestError(f"{field}[{place}] is {ids[where]}, must be in 0..{vocab_size - 1}")
+    first = _first(ids, field, (ids < 0) | (ids >= vocab_size))
+    raise InvalidRequestError(f"{first}, must be in 0..{vocab_size - 1}")
+
+
+def check_part_taken(ids: NDArray[np.int32], field: str, excluded: IdRanges) -> None:
+    """No id is among the excluded ones; names the first that is."""
+    if excluded and (found := inside(excluded, ids)).any():
+        raise InvalidRequestError(f"{_first(ids, field, found)}, one of excluded_ids")
+
+
+def num_taking_part(vocab_size: int, excluded: IdRanges) -> int:
+    """Ids that are left in; raises InvalidRequestError for a range beyond the vocabulary."""
+    if excluded and excluded[-1][1] > vocab_size:
+        raise InvalidRequestError(
+            f"excluded_ids goes up to {excluded[-1][1]}, the vocabulary has {vocab_size} ids"
+        )
+    return vocab_size - num_ids(excluded)
+
+
+def _first(ids: NDArray[np.int32], field: str, found: NDArray[np.bool_]) -> str:
+    """The place and the value of the first that was found."""
+    where = tuple(int(index) for index in np.argwhere(found)[0])
+    return f"{field}[{', '.join(map(str, where))}] is {ids[where]}"
 
 
 def check_total_length(info: TeacherInfo, num_tokens: int) -> None:
@@ -54,10 +74,10 @@ def check_open(
     check_total_length(info, len(prompt_ids) + len(scored_ids))
     check_ids(prompt_ids, "prompt_ids", info.vocab_size)
     check_ids(scored_ids, "scored_ids", info.vocab_size)
-    if options.k > min(info.max_k, info.vocab_size):
-        raise InvalidRequestError(
-            f"k is {options.k}, the limit is {min(info.max_k, info.vocab_size)}"
-        )
+    check_part_taken(scored_ids, "scored_ids", options.excluded_ids)
+    limit = min(info.max_k, num_taking_part(info.vocab_size, options.excluded_ids))
+    if options.k > limit:
+        raise InvalidRequestError(f"k is {options.k}, the limit is {limit}")
     if policy is not None and policy.metric.k > options.k:
         raise InvalidRequestError(
             f"drift k is {policy.metric.k}, the limit is k, which is {options.k}"
@@ -104,6 +124,7 @@ def check_span(
             f"token_ids has {num_tokens} tokens, must have 1..{info.max_append_tokens}"
         )
     check_ids(span.token_ids, "token_ids", info.vocab_size)
+    check_part_taken(span.token_ids, "token_ids", options.excluded_ids)
     width = 0
     if span.candidate_ids is not None:
         width = span.candidate_ids.shape[1]
@@ -112,6 +133,7 @@ def check_span(
                 f"candidate_ids has {width} ids a row, must have 1..{info.max_k}"
             )
         check_ids(span.candidate_ids, "candidate_ids", info.vocab_size)
+        check_part_taken(span.candidate_ids, "candidate_ids", options.excluded_ids)
     metric = None if policy is None else policy.metric
     if metric is not None and metric.compares_candidates and width < metric.k:
         raise InvalidRequestError(

@@ -34,7 +34,7 @@ async def answers_to(method: str, *raws: bytes) -> tuple[list[bytes], grpc.Statu
         return replies, await call.code(), await call.details() or ""
 
 
-@pytest.mark.parametrize("method", ["GetInfo", "Score"])
+@pytest.mark.parametrize("method", ["GetInfo", "GetTokens", "Score"])
 async def test_bytes_that_are_no_message_are_the_clients_mistake(method: str) -> None:
     """grpc.aio says UNKNOWN, with the name and text of the Python exception."""
     replies, code, details = await answers_to(method, NO_MESSAGE)

@@ -23,6 +23,7 @@ from student_trainer.assembly import teachers
 from student_trainer.recording.json_lines import read_lines
 from student_trainer.records import Rollout
 from student_trainer.rollouts.stream import RolloutStream, Taken
+from teacher_wire.vocabulary import Vocabulary
 from tests.faults.forked_processes import ForkedTeacher
 from tests.waiting import LIMIT_S, eventually
 
@@ -99,9 +100,9 @@ def _recorded(batches: list[Taken]) -> Iterator[None]:
 @contextmanager
 def without_a_fingerprint() -> Iterator[None]:
     """A teacher with a tokenizer takes five seconds to start, which is the import of transformers;
-    one without knows no fingerprint of the student's."""
+    one without has no tokens to compare."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teachers, "tokenizer_fingerprint", lambda _: "")
+        patch.setattr(teachers, "vocabulary_of", lambda _: Vocabulary())
         yield
 
 

@@ -26,6 +26,7 @@ from student_trainer.rollouts.stream import RolloutStream, Taken
 from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.train import train
 from teacher_wire.errors import EngineError
+from teacher_wire.fingerprint import tokenizer_fingerprint
 from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TeacherInfo, TokenSpan
 from tests.trainer.in_memory import ScriptedSession
 from tests.trainer.learner.tiny_student import (
@@ -41,7 +42,7 @@ INFO = TeacherInfo(
     weights_digest="",
     dtype="float32",
     vocab_size=VOCAB_SIZE,
-    tokenizer_fingerprint="",
+    tokenizer_fingerprint=tokenizer_fingerprint(character_tokenizer()),
     special_token_ids=(),
     max_k=8,
     max_context=64,

@@ -14,6 +14,7 @@ from teacher_wire import codec
 from teacher_wire.columns import Column, Width
 from teacher_wire.drift_metrics import METRICS, DriftMetric, OverlapRatio
 from teacher_wire.errors import InvalidRequestError
+from teacher_wire.id_ranges import ranges_of
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.records import (
     ROW_COLUMNS,
@@ -130,6 +131,7 @@ def any_metric(kind: type[DriftMetric]) -> st.SearchStrategy[DriftMetric]:
         logprob_dtype=st.sampled_from(LogprobDtype),
         want_entropy=st.booleans(),
         want_rank=st.booleans(),
+        excluded_ids=st.sets(st.integers(0, 2**31 - 1), max_size=20).map(ranges_of),
     ),
     state=st.builds(
         DriftState,
@@ -204,6 +206,8 @@ def test_info_round_trips() -> None:
         max_sessions=5,
         max_append_tokens=6,
         server_version="0",
+        end_token_ids=(2, 5),
+        token_digests=("0123456789abcdef", "f" * 16),
     )
     assert codec.decode_info(codec.encode_info(info)) == info
 

@@ -91,4 +91,4 @@ def test_every_enum_starts_unspecified() -> None:
 def test_the_contract_is_versioned() -> None:
     assert pb.DESCRIPTOR.package == "opd.teacher.v1"
     methods = pb.DESCRIPTOR.services_by_name["TeacherService"].methods_by_name
-    assert set(methods) == {"GetInfo", "Score", "Session"}
+    assert set(methods) == {"GetInfo", "GetTokens", "Score", "Session"}

@@ -1,4 +1,4 @@
-"""Fingerprints see what changes an id, and nothing else. Run: pytest tests/wire"""
+"""Fingerprints see what an id means, and nothing else. Run: pytest tests/wire"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from teacher_wire.errors import InvalidRequestError
@@ -41,15 +41,30 @@ def test_order_of_the_vocabulary_does_not_matter() -> None:
     assert len(left) == 64
 
 
-def test_ids_merges_and_special_tokens_matter() -> None:
+def test_ids_and_tokens_matter() -> None:
     swapped = {**VOCAB, "a": 1, "b": 0}
+    renamed = {("</x>" if token == "</s>" else token): i for token, i in VOCAB.items()}
     prints = {
         tokenizer_fingerprint(Fast(VOCAB, MERGES)),
         tokenizer_fingerprint(Fast(swapped, MERGES)),
-        tokenizer_fingerprint(Fast(VOCAB, MERGES[::-1])),
-        tokenizer_fingerprint(Fast(VOCAB, MERGES, special=None)),
+        tokenizer_fingerprint(Fast(renamed, MERGES, special="</x>")),
+        tokenizer_fingerprint(Fast(VOCAB, MERGES, special="[PAD2]")),
     }
     assert len(prints) == 4
+
+
+def test_what_makes_ids_of_a_text_does_not_matter() -> None:
+    """Merges, what is special, normaliser and pre-tokenizer change no meaning of an id."""
+    lower = Fast(VOCAB, MERGES)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    lower.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    prints = {
+        tokenizer_fingerprint(Fast(VOCAB, MERGES)),
+        tokenizer_fingerprint(Fast(VOCAB, MERGES[::-1])),
+        tokenizer_fingerprint(Fast(VOCAB, MERGES, special=None)),
+        tokenizer_fingerprint(lower),
+    }
+    assert len(prints) == 1
 
 
 def test_weights_digest_sees_name_and_content(tmp_path: Path) -> None:

@@ -35,8 +35,24 @@ class GetInfoResponse(_message.Message):
     info: TeacherInfo
     def __init__(self, info: _Optional[_Union[TeacherInfo, _Mapping]] = ...) -> None: ...
 
+class GetTokensRequest(_message.Message):
+    __slots__ = ("first_id", "count")
+    FIRST_ID_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    first_id: int
+    count: int
+    def __init__(self, first_id: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class GetTokensResponse(_message.Message):
+    __slots__ = ("ids", "tokens")
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class TeacherInfo(_message.Message):
-    __slots__ = ("model_id", "revision", "weights_digest", "dtype", "vocab_size", "tokenizer_fingerprint", "special_token_ids", "max_k", "max_context", "engine", "engine_version", "instance_id", "max_sessions", "max_append_tokens", "protocol_version", "server_version", "block_tokens", "end_token_ids")
+    __slots__ = ("model_id", "revision", "weights_digest", "dtype", "vocab_size", "tokenizer_fingerprint", "special_token_ids", "max_k", "max_context", "engine", "engine_version", "instance_id", "max_sessions", "max_append_tokens", "protocol_version", "server_version", "block_tokens", "end_token_ids", "token_digests")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +71,7 @@ class TeacherInfo(_message.Message):
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     END_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     revision: str
     weights_digest: str
@@ -73,21 +90,32 @@ class TeacherInfo(_message.Message):
     server_version: str
     block_tokens: int
     end_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model_id: _Optional[str] = ..., revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., special_token_ids: _Optional[_Iterable[int]] = ..., max_k: _Optional[int] = ..., max_context: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., instance_id: _Optional[str] = ..., max_sessions: _Optional[int] = ..., max_append_tokens: _Optional[int] = ..., protocol_version: _Optional[int] = ..., server_version: _Optional[str] = ..., block_tokens: _Optional[int] = ..., end_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    token_digests: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model_id: _Optional[str] = ..., revision: _Optional[str] = ..., weights_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[str] = ..., special_token_ids: _Optional[_Iterable[int]] = ..., max_k: _Optional[int] = ..., max_context: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., instance_id: _Optional[str] = ..., max_sessions: _Optional[int] = ..., max_append_tokens: _Optional[int] = ..., protocol_version: _Optional[int] = ..., server_version: _Optional[str] = ..., block_tokens: _Optional[int] = ..., end_token_ids: _Optional[_Iterable[int]] = ..., token_digests: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class IdRange(_message.Message):
+    __slots__ = ("start", "end")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class ScoreOptions(_message.Message):
-    __slots__ = ("k", "temperature", "logprob_dtype", "want_entropy", "want_rank")
+    __slots__ = ("k", "temperature", "logprob_dtype", "want_entropy", "want_rank", "excluded_ids")
     K_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_DTYPE_FIELD_NUMBER: _ClassVar[int]
     WANT_ENTROPY_FIELD_NUMBER: _ClassVar[int]
     WANT_RANK_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDED_IDS_FIELD_NUMBER: _ClassVar[int]
     k: int
     temperature: float
     logprob_dtype: LogprobDtype
     want_entropy: bool
     want_rank: bool
-    def __init__(self, k: _Optional[int] = ..., temperature: _Optional[float] = ..., logprob_dtype: _Optional[_Union[LogprobDtype, str]] = ..., want_entropy: _Optional[bool] = ..., want_rank: _Optional[bool] = ...) -> None: ...
+    excluded_ids: _containers.RepeatedCompositeFieldContainer[IdRange]
+    def __init__(self, k: _Optional[int] = ..., temperature: _Optional[float] = ..., logprob_dtype: _Optional[_Union[LogprobDtype, str]] = ..., want_entropy: _Optional[bool] = ..., want_rank: _Optional[bool] = ..., excluded_ids: _Optional[_Iterable[_Union[IdRange, _Mapping]]] = ...) -> None: ...
 
 class OverlapRatio(_message.Message):
     __slots__ = ("k", "threshold")

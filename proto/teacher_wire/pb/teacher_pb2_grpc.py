@@ -40,6 +40,11 @@ class TeacherServiceStub:
                 request_serializer=teacher__wire_dot_pb_dot_teacher__pb2.GetInfoRequest.SerializeToString,
                 response_deserializer=teacher__wire_dot_pb_dot_teacher__pb2.GetInfoResponse.FromString,
                 _registered_method=True)
+        self.GetTokens = channel.unary_unary(
+                '/opd.teacher.v1.TeacherService/GetTokens',
+                request_serializer=teacher__wire_dot_pb_dot_teacher__pb2.GetTokensRequest.SerializeToString,
+                response_deserializer=teacher__wire_dot_pb_dot_teacher__pb2.GetTokensResponse.FromString,
+                _registered_method=True)
         self.Score = channel.unary_stream(
                 '/opd.teacher.v1.TeacherService/Score',
                 request_serializer=teacher__wire_dot_pb_dot_teacher__pb2.ScoreRequest.SerializeToString,
@@ -58,6 +63,13 @@ class TeacherServiceServicer:
 
     def GetInfo(self, request, context):
         """GetInfo tells what is served, for the handshake before any work.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTokens(self, request, context):
+        """GetTokens tells what ids mean, for a client that must name where its own tokens differ.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +96,11 @@ def add_TeacherServiceServicer_to_server(servicer, server):
                     servicer.GetInfo,
                     request_deserializer=teacher__wire_dot_pb_dot_teacher__pb2.GetInfoRequest.FromString,
                     response_serializer=teacher__wire_dot_pb_dot_teacher__pb2.GetInfoResponse.SerializeToString,
+            ),
+            'GetTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTokens,
+                    request_deserializer=teacher__wire_dot_pb_dot_teacher__pb2.GetTokensRequest.FromString,
+                    response_serializer=teacher__wire_dot_pb_dot_teacher__pb2.GetTokensResponse.SerializeToString,
             ),
             'Score': grpc.unary_stream_rpc_method_handler(
                     servicer.Score,
@@ -124,6 +141,33 @@ class TeacherService:
             '/opd.teacher.v1.TeacherService/GetInfo',
             teacher__wire_dot_pb_dot_teacher__pb2.GetInfoRequest.SerializeToString,
             teacher__wire_dot_pb_dot_teacher__pb2.GetInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/opd.teacher.v1.TeacherService/GetTokens',
+            teacher__wire_dot_pb_dot_teacher__pb2.GetTokensRequest.SerializeToString,
+            teacher__wire_dot_pb_dot_teacher__pb2.GetTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

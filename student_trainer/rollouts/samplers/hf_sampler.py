@@ -101,6 +101,10 @@ class HfSampler:
 
 def sampling_logprobs(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
     """[V] log-probs of the distribution that is sampled from."""
+    if options.excluded_ids:
+        logits = logits.clone()
+        for start, end in options.excluded_ids:
+            logits[start:end] = -torch.inf
     logprobs = torch.log_softmax(logits / (options.temperature or 1.0), dim=-1)
     if options.top_p < 1.0:
         ordered = logprobs.sort(descending=True)

@@ -8,6 +8,7 @@ process busy and delay the very verdicts that stop a rollout.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from student_trainer.errors import SamplerError
 from student_trainer.records import Delta, Finish, SamplingOptions
 from student_trainer.rollouts.samplers.vllm_worker import WeightReload
+from teacher_wire.id_ranges import IdRanges, num_ids, within
 from vllm_process.children import children_end_with_us
 from vllm_process.cores import children_on, executor_on
 from vllm_process.output import EngineOutput
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 MAX_SOCKET_FOLDER_BYTES = 70
 """Of the 107 of a socket's name 37 are the name that vLLM makes."""
+MAX_BIASED_IDS_V2 = 1024
+"""Of a request, in vLLM's second model runner; the first has no limit."""
 _NO_COMPILER = "TORCH_COMPILE_DISABLE"
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
 
@@ -137,6 +141,7 @@ class VllmSampler:
             flat_logprobs=True,
             detokenize=False,
             stop_token_ids=self._possible_stop_ids(),
+            logit_bias=self._bias(options.excluded_ids),
             output_kind=RequestOutputKind.DELTA,
         )
         prompt = TokensPrompt(prompt_token_ids=prompt_ids.tolist())
@@ -146,8 +151,24 @@ class VllmSampler:
 
     def _possible_stop_ids(self) -> list[int]:
         """vLLM refuses an id that the model has no logit for, and that it can never say."""
-        num_ids = self._running().model_config.get_vocab_size()
-        return [token_id for token_id in self.stop_ids if token_id < num_ids]
+        return [token_id for token_id in self.stop_ids if token_id < self._vocab_size()]
+
+    def _bias(self, excluded: IdRanges) -> dict[int, float] | None:
+        """Added before temperature and softmax, so that the processed log-probs leave them out too.
+
+        Raises SamplerError for more than the engine takes.
+        """
+        present = within(excluded, 0, self._vocab_size())
+        count, is_v2 = num_ids(present), self._running().vllm_config.use_v2_model_runner
+        if is_v2 and count > MAX_BIASED_IDS_V2:
+            raise SamplerError(
+                f"{count} ids take no part, and vLLM's second model runner leaves out at most "
+                f"{MAX_BIASED_IDS_V2}: set VLLM_USE_V2_MODEL_RUNNER=0"
+            )
+        return {i: -math.inf for start, end in present for i in range(start, end)} or None
+
+    def _vocab_size(self) -> int:
+        return self._running().model_config.get_vocab_size()
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         await self._running().abort(list(request_ids))

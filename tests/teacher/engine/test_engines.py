@@ -489,6 +489,20 @@ class TestVllm:
             pieces = await grow(vllm_engine, token_ids, [1, 5, 40, 97, 110])
             assert_same_rows(pieces, await reference.score(a_query(token_ids, 1)))
 
+    async def test_ids_that_take_no_part(
+        self, vllm_engine: VllmEngine, reference: HfEngine
+    ) -> None:
+        """Side by side in one step, each request with its own."""
+        excluded: list[Any] = [(), ((400, VOCAB_SIZE),), ((3, 4), (50, 90))]
+        queries = [
+            replace(a_query(random_ids(602, 120) % 40 + 5, 1), excluded_ids=ids) for ids in excluded
+        ]
+        queries = [replace(q, candidate_ids=q.candidate_ids % 40 + 5) for q in queries]
+        for rows, query in zip(
+            await asyncio.gather(*map(vllm_engine.score, queries)), queries, strict=True
+        ):
+            assert_same_rows(rows, await reference.score(query))
+
     async def test_passes_the_self_test(self, vllm_engine: VllmEngine) -> None:
         assert await self_test(vllm_engine) < 1e-3
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from student_trainer.learner.head import (
     head_logprobs,
     reference_logprobs,
 )
+from teacher_wire.id_ranges import IdRanges, inside
 
 LIMIT = 1e-5
 TRANSFORMS = {
@@ -136,6 +138,53 @@ def test_a_logit_of_minus_infinity_takes_no_part() -> None:
     asked = torch.full((len(hidden), 1), 40)
     logprobs, _ = head_logprobs(Head(weight_VD=weight, bias_V=bias), hidden, asked)
     assert (logprobs == -torch.inf).all()
+
+
+EXCLUDED: dict[str, IdRanges] = {
+    "tail": ((70, 77),),
+    "whole blocks": ((0, 32), (60, 77)),
+    "scattered": ((0, 1), (31, 34), (50, 51)),
+    "beyond": ((64, 400),),
+}
+"""Blocks are of 32 ids; there are 77."""
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("excluded", EXCLUDED.values(), ids=EXCLUDED)
+def test_ids_that_take_no_part_are_as_rows_that_are_not_there(
+    excluded: IdRanges, transform: LogitTransform
+) -> None:
+    kept = torch.from_numpy(~inside(excluded, np.arange(77))).nonzero()[:, 0]
+    tensors = made()
+    asked = tensors["ids"] % len(kept)
+    whole = tensors | {"ids": kept[asked]}
+    cut = tensors | {"ids": asked, "weight": tensors["weight"][kept], "bias": tensors["bias"][kept]}
+    head: dict[str, Any] = {"transform": transform, "excluded_ids": excluded}
+    ours = found(head_logprobs, whole, head, temperature=0.7)
+    expected = found(reference_logprobs, cut, {"transform": transform}, temperature=0.7)
+    assert_close([*ours[:3], ours[3][kept], ours[4][kept]], expected)
+    left_out = torch.from_numpy(inside(excluded, np.arange(77)))
+    for gradient in ours[3:]:
+        assert (gradient[left_out] == 0).all()
+    assert_close(ours, found(reference_logprobs, whole, head, temperature=0.7))
+
+
+@pytest.mark.parametrize("way", [head_logprobs, reference_logprobs])
+def test_an_id_that_takes_no_part_has_no_probability_and_no_gradient(way: Way) -> None:
+    tensors = made()
+    tensors["ids"][:, 0] = 5
+    tensors["factor"][:, 0] = 0.0
+    weight = tensors["weight"].clone().requires_grad_()
+    # A logit so large that nothing is left of the others, were it not left out.
+    weight.data[5] *= 1000
+    head = Head(weight_VD=weight, excluded_ids=((5, 6),))
+    logprobs, entropies = way(head, tensors["hidden"], tensors["ids"])
+    assert (logprobs[:, 0] == -torch.inf).all()
+    assert (entropies > 0.5).all()
+    (logprobs[:, 1:] * tensors["factor"][:, 1:]).sum().backward()
+    assert weight.grad is not None
+    assert (weight.grad[5] == 0).all()
+    assert weight.grad.isfinite().all()
 
 
 def test_entropy_has_no_gradient() -> None:

@@ -14,12 +14,14 @@ CHARACTERS = string.digits + string.ascii_lowercase + " #+-*=;>\n①"
 VOCAB_SIZE = 2 + len(CHARACTERS)
 
 
-def tiny_student(*, seed: int = 0, tied: bool = False) -> Qwen3ForCausalLM:
+def tiny_student(
+    *, seed: int = 0, tied: bool = False, vocab_size: int = VOCAB_SIZE
+) -> Qwen3ForCausalLM:
     """Float32, spread out enough (std 0.2) that its distributions are far from uniform."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from student_trainer.records import Delta, Finish, SamplingOptions
 from student_trainer.rollouts.samplers.hf_sampler import HfSampler, sampling_logprobs
+from teacher_wire.id_ranges import inside
+from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import EOS_ID, VOCAB_SIZE, tiny_student, write_tiny_student
 
 PROMPT = np.array([5, 6, 7], np.int32)
@@ -82,6 +84,31 @@ async def test_log_probs_are_those_of_the_whole_sequence(
     torch.testing.assert_close(got, own, atol=1e-4, rtol=0)
     topk_ids = np.concatenate([part.topk_ids for part in parts])
     assert topk_ids.tolist() == expected.topk(4).indices.tolist()
+
+
+EXCLUDED = ((0, 2), (10, 11), (30, 60))
+"""The tiny student has fewer ids than 60."""
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+async def test_ids_that_take_no_part_are_never_said(checkpoint: Path, temperature: float) -> None:
+    """And the log-probs of the others are the learner's."""
+    num_left = int((~inside(EXCLUDED, np.arange(VOCAB_SIZE))).sum())
+    options = SamplingOptions(
+        max_tokens=40, temperature=temperature, num_topk=num_left, seed=3, excluded_ids=EXCLUDED
+    )
+    parts = await deltas(await started(checkpoint), "a", options)
+    tokens = np.array(ids(parts), np.int32)
+    topk_ids = np.concatenate([part.topk_ids for part in parts])
+    assert len(tokens) == 40
+    assert not inside(EXCLUDED, tokens).any()
+    assert not inside(EXCLUDED, topk_ids).any()
+    topk = np.concatenate([part.topk_logprobs for part in parts])
+    assert np.abs(np.exp(topk.astype(np.float64)).sum(1) - 1).max() < 1e-5
+    if temperature == 1.0:
+        learner = learner_of(tiny_student(), excluded_ids=EXCLUDED)
+        got = np.concatenate([part.logprobs for part in parts])
+        assert np.abs(got - learner.logprobs(PROMPT, tokens)).max() < 1e-4
 
 
 async def test_generation_is_reproducible_by_seed(checkpoint: Path) -> None:

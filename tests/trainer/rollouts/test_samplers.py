@@ -14,6 +14,7 @@ import os
 import signal
 import tempfile
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from student_trainer.rollouts.generation import Generation
 from student_trainer.rollouts.samplers import vllm_sampler as vllm_sampler_module
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from student_trainer.rollouts.weight_sync import WeightSync
+from teacher_wire.id_ranges import inside
 from tests.cores import own_core
 from tests.faults.engine_processes import engines
 from tests.trainer.learner.made_learners import learner_of
@@ -150,6 +152,42 @@ async def test_top_p_log_probs_are_those_of_the_nucleus(
         ordered = row.exp().sort(descending=True).values
         inside = ordered[(ordered.cumsum(0) - ordered) < 0.8]
         assert abs(float(row[int(token)] - inside.sum().log()) - float(got)) < CLOSE
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+async def test_ids_that_take_no_part_are_never_said(
+    sampler: VllmSampler, temperature: float
+) -> None:
+    """Neither sampled nor greedy, and the log-probs are the learner's; others beside it may."""
+    excluded = ((2, 7), (20, 21), (40, 60))
+    options = SamplingOptions(
+        max_tokens=60, temperature=temperature, num_topk=NUM_TOPK, seed=4, excluded_ids=excluded
+    )
+    parts, beside = await asyncio.gather(
+        deltas(sampler, f"without-{temperature}", options),
+        deltas(sampler, f"with-{temperature}", replace(options, excluded_ids=())),
+    )
+    tokens = joined(parts, "token_ids").astype(np.int32)
+    assert not inside(excluded, tokens).any()
+    assert not inside(excluded, joined(parts, "topk_ids").astype(np.int32)).any()
+    assert inside(excluded, joined(beside, "topk_ids").astype(np.int32)).any()
+    learner = learner_of(tiny_student(tied=TIED), excluded_ids=excluded)
+    own = learner.logprobs(PROMPT, tokens)
+    assert np.abs(joined(parts, "logprobs") - own).max() < CLOSE
+
+
+async def test_more_ids_than_vllm_leaves_out_are_refused(
+    sampler: VllmSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = SamplingOptions(max_tokens=4, seed=4, excluded_ids=((20, 30),))
+    assert len(await deltas(sampler, "few", options)) > 0
+    monkeypatch.setattr(vllm_sampler_module, "MAX_BIASED_IDS_V2", 9)
+    first_runner = await deltas(sampler, "first runner", options)
+    assert len(first_runner) > 0
+    config = type(sampler._running().vllm_config)
+    monkeypatch.setattr(config, "use_v2_model_runner", True)
+    with pytest.raises(SamplerError, match=r"10 ids take no part.*at most 9"):
+        await deltas(sampler, "second runner", options)
 
 
 async def test_merged_deltas_give_the_same_rows_as_prompt_ones(
