@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 from student_trainer.assembly import teachers
 from student_trainer.assembly.run import assembled
@@ -30,7 +31,7 @@ from student_trainer.train import train
 from teacher_server.engine.hf_engine import HfEngine
 from teacher_server.testing import local_teacher, teacher_info
 from teacher_wire.errors import FingerprintMismatchError
-from teacher_wire.fingerprint import tokenizer_fingerprint
+from teacher_wire.vocabulary import Vocabulary
 from tests.trainer.learner.tiny_student import (
     character_tokenizer,
     tiny_student,
@@ -63,9 +64,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def served(*folders: Path, fingerprint: str | None = None) -> Iterator[list[str]]:
+def served(*folders: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> Iterator[list[str]]:
     """Teachers of these models; their addresses."""
-    told = fingerprint or tokenizer_fingerprint(character_tokenizer())
+    vocabulary = Vocabulary.of(tokenizer or character_tokenizer())
     loop, addresses = LoopThread(), []
     with ExitStack() as stack:
         stack.callback(loop.close)
@@ -75,8 +76,12 @@ def served(*folders: Path, fingerprint: str | None = None) -> Iterator[list[str]
             )
             loop.run(engine.start())
             stack.callback(lambda engine=engine: loop.run(engine.close()))
-            info = replace(teacher_info(engine), tokenizer_fingerprint=told)
-            teacher = local_teacher(engine, info=info)
+            info = replace(
+                teacher_info(engine),
+                tokenizer_fingerprint=vocabulary.fingerprint,
+                token_digests=vocabulary.digests,
+            )
+            teacher = local_teacher(engine, info=info, vocabulary=vocabulary)
             addresses.append(loop.run(teacher.__aenter__()).address)
             stack.callback(lambda teacher=teacher: loop.run(teacher.__aexit__(None, None, None)))
         yield addresses
@@ -238,7 +243,9 @@ def test_teachers_of_different_k_add_up_to_what_each_teaches(name: str) -> None:
 
 
 def test_a_teacher_of_another_tokenizer_is_refused_by_name(tmp_path: Path, models: Path) -> None:
-    with served(models / "one") as (one,), served(models / "two", fingerprint="f" * 64) as (two,):
+    other = character_tokenizer()
+    other.add_tokens(["<one>", "<two>", "<three>"])
+    with served(models / "one") as (one,), served(models / "two", tokenizer=other) as (two,):
         config = configured(
             tmp_path,
             models,

@@ -41,13 +41,16 @@ def write_tiny_model(folder: Path, *, seed: int = 0, nan_token_id: int | None = 
 
 
 def write_byte_tokenizer(folder: Path) -> None:
-    """<pad>, <eos> and the 256 bytes: every text round-trips."""
+    """As a file."""
+    byte_tokenizer().save_pretrained(folder)
+
+
+def byte_tokenizer(*more: str) -> PreTrainedTokenizerFast:
+    """<pad>, <eos>, the 256 bytes, then more special tokens: every text round-trips."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    vocab = {token: index for index, token in enumerate(["<pad>", "<eos>", *alphabet, *more])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<eos>"])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
-    ).save_pretrained(folder)
+    tokenizer.add_special_tokens(["<pad>", "<eos>", *more])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
