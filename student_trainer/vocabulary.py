@@ -77,8 +77,8 @@ class SharedIds:
             )
         if self.differing:
             found.append(
-                f"{len(self.differing)} ids mean something else to the student than to the teacher "
-                f"and take no part: {_first(self.differing)}"
+                f"ids that mean something else to the teacher than to the student take no part "
+                f"({len(self.differing)}; student / teacher): {_first(self.differing)}"
             )
         ends = np.array(sorted(set(end_ids)), np.int64)
         if unsaid := ends[inside(self.excluded_ids, ends)].tolist():

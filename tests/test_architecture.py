@@ -59,6 +59,10 @@ RULES = [
     ),
     Rule(modules="teacher_wire.columns", only="numpy", why="pure: what a column is"),
     Rule(
+        modules="teacher_wire.id_ranges", only="numpy teacher_wire.errors", why="pure: sets of ids"
+    ),
+    Rule(modules="teacher_wire.vocabulary", only="typing", why="pure: both sides compare by it"),
+    Rule(
         modules="teacher_wire.drift_metrics",
         only="numpy teacher_wire.errors",
         why="pure: a metric is a rule and its constants",
@@ -115,6 +119,11 @@ RULES = [
             why="a method's constants and their ranges, below formulas and configuration alike",
         )
         for name in ("budget", "loss", "weights")
+    ),
+    Rule(
+        modules="student_trainer.vocabulary",
+        never=f"{TORCH} grpc teacher_client teacher_wire.codec",
+        why="it is given tokens, and says which are shared",
     ),
     Rule(modules="student_trainer.records", never=f"{TORCH} grpc", why="numpy until the learner"),
     *(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,5 +70,6 @@ def num_ids(ranges: IdRanges) -> int:
 def inside(ranges: IdRanges, ids: NDArray[np.int32] | Collection[int]) -> NDArray[np.bool_]:
     """Of each id, of any shape, whether a range holds it."""
     bounds = np.asarray(ranges, np.int64).reshape(-1)
-    found: NDArray[Any] = np.searchsorted(bounds, np.asarray(ids, np.int64), side="right")
-    return found % 2 == 1
+    places = np.searchsorted(bounds, np.asarray(ids, np.int64), side="right")
+    found: NDArray[np.bool_] = places % 2 == 1
+    return found

@@ -1,11 +1,11 @@
 """How far the student is from the teacher on responses that it sampled: estimates from what the
 wire carries. Pure numpy, nats a token.
 
-q is the student at the temperature of sampling, over its whole vocabulary; p the teacher at the
-same temperature. A response is y ~ q, and everything below is a mean over its positions t, given
-the prompt and y before t, and over prompts: of the prefixes that the student itself visits. J is
-the student's own top-k at a position (`rollout.student_topk` ids, of which both q and p are known),
-w = p(y_t) / q(y_t).
+q is the student at the temperature of sampling, over its whole vocabulary less the ids that take no
+part; p the teacher at the same temperature, over the same ids. A response is y ~ q, and everything
+below is a mean over its positions t, given the prompt and y before t, and over prompts: of the
+prefixes that the student itself visits. J is the student's own top-k at a position
+(`rollout.student_topk` ids, of which both q and p are known), w = p(y_t) / q(y_t).
 
     sampled reverse KL (k1)  log q(y_t) - log p(y_t)
         Unbiased for KL(q || p). The noisiest: a token's may be negative.

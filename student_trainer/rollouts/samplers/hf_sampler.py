@@ -1,7 +1,7 @@
 """The reference sampler: transformers, a token at a time, a rollout at a time. Obvious and slow.
 
-It samples from exactly the distribution whose log-probs it reports: softmax(logits / temperature),
-cut to the top-p nucleus and renormalised when top_p < 1.
+It samples from exactly the distribution whose log-probs it reports: softmax(logits / temperature)
+over the ids that take part, cut to the top-p nucleus and renormalised when top_p < 1.
 """
 
 from __future__ import annotations
