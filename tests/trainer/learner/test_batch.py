@@ -35,8 +35,9 @@ from student_trainer.losses.weight_choice import (
     PruneWeight,
 )
 from student_trainer.records import Finish, Prompt, Rollout, RolloutTimes
+from teacher_wire.id_ranges import ranges_of
 from teacher_wire.records import ScoreRows
-from tests.trainer.learner.tiny_student import tiny_student
+from tests.trainer.learner.tiny_student import VOCAB_SIZE, tiny_student
 from tests.trainer.losses.loss_cases import DIVERGENCES
 from tests.trainer.made_rollouts import random_rollout
 
@@ -291,19 +292,33 @@ def test_any_budget_of_tokens_gives_the_same_gradient(max_tokens: int) -> None:
     assert (found - whole).norm() <= 3e-6 * whole.norm()
 
 
-def test_recomputed_behavior_is_the_learners_at_the_temperature_of_the_rollout() -> None:
+@pytest.mark.parametrize("leaves_out", [False, True])
+def test_recomputed_behavior_is_the_learners_at_the_temperature_of_the_rollout(
+    leaves_out: bool,
+) -> None:
+    """And over the ids that take part."""
     model = tiny_student()
     rng = np.random.default_rng(0)
     rollouts = [random_rollout(rng, num_response=n) for n in (6, 2, 4)]
+    said = [(r.response_ids, r.student_topk_ids, r.teacher.topk_ids) for r in rollouts]
+    held = {int(i) for arrays in said for array in arrays for i in array.flat}
+    unsaid = sorted(set(range(VOCAB_SIZE)) - held) if leaves_out else []
     changed = recompute_behavior(
-        model, rollouts, micro_batch_tokens=16, temperature=0.7, device=CPU
+        model,
+        rollouts,
+        micro_batch_tokens=16,
+        temperature=0.7,
+        device=CPU,
+        excluded_ids=ranges_of(unsaid),
     )  # two rollouts in one pass, one alone
+    assert bool(unsaid) is leaves_out
     by_prompt = {r.prompt.token_ids.tobytes(): r for r in changed}
     for rollout in rollouts:
         got = by_prompt[rollout.prompt.token_ids.tobytes()]
         sequence = np.concatenate([rollout.prompt.token_ids, rollout.response_ids])
         with torch.no_grad():
             logits = model(torch.from_numpy(sequence).long()[None]).logits[0] / 0.7
+            logits[:, unsaid] = -torch.inf
         expected = logits.log_softmax(-1)[len(rollout.prompt.token_ids) - 1 : -1].numpy()
         rows = np.arange(len(rollout))
         # 1e-5 nats: the same float32 sums in other shapes.
