@@ -67,6 +67,21 @@ async def test_http_and_grpc_give_the_same_records(
     assert found.timing.computed_tokens == expected.timing.computed_tokens
 
 
+async def test_ids_take_no_part_as_over_grpc(teacher: LiveServer, http: TeacherHttp) -> None:
+    whole = make_span(20)
+    assert whole.candidate_ids is not None
+    ids, candidates = whole.token_ids % 400, whole.candidate_ids % 400
+    span = replace(whole, token_ids=ids, candidate_ids=candidates)
+    options = replace(FULL, excluded_ids=((400, 450), (500, 512)))
+    async with client_of(teacher.address) as client:
+        expected = await client.score(PROMPT, span, options, None)
+    found = http.score(PROMPT, span, options)
+    assert_rows_equal(found.rows, expected.rows)
+    assert not np.isin(found.rows.topk_ids, [*range(400, 450), *range(500, 512)]).any()
+    with pytest.raises(InvalidRequestError, match="goes up to 513, the vocabulary has 512 ids"):
+        http.score(PROMPT, span, replace(FULL, excluded_ids=((400, 513),)))
+
+
 def test_an_analysis_names_every_token_and_its_reliability(http: TeacherHttp) -> None:
     span = make_span(20)
     report = http.analyze(
