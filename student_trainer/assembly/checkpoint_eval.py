@@ -13,7 +13,7 @@ from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.run import started
 from student_trainer.assembly.teachers import Teachers
 from student_trainer.errors import DatasetError
-from student_trainer.pretrained import load_tokenizer
+from student_trainer.pretrained import load_tokenizer, load_vocab_size
 from student_trainer.recording.terminal import Bars
 from student_trainer.rollouts.stream import LoopThread
 from student_trainer.settings.config import TrainerConfig
@@ -48,7 +48,8 @@ def evaluate_checkpoint(
         if teacher != "none" and config.eval.teacher_samples:
             needed = teacher == "required" or problems[0].answer is None
             patient = config if needed else _in_short(config)
-            connected = teachers.connected(patient, loop, problems, model, tokenizer)
+            width = load_vocab_size(model)
+            connected = teachers.connected(patient, loop, problems, width, tokenizer)
             try:
                 asked, absent = stack.enter_context(connected), ""
             except NotReadyError as error:

@@ -43,7 +43,6 @@ from student_trainer.saved_student import check_saveable, save_or_rescue
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.special_tokens import SpecialTokens
 from student_trainer.train_state import TrainState, complete_checkpoints, step_of
-from teacher_wire.id_ranges import IdRanges
 
 NUM_PROBE_PROMPTS = 2
 
@@ -210,18 +209,18 @@ def _assemble(
     specials = from_settings.special_tokens(config, problems.tokenizer)
     grader = evaluating.checked_grader(config, problems.heldout, stack)
     start_from = config.student.model if goes_on is None else str(goes_on.checkpoint)
+    learner = _learner(config, problems.tokenizer, start_from, stop, say)
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
     asked = stack.enter_context(
-        teachers.connected(config, loop, problems.all, start_from, problems.tokenizer)
+        teachers.connected(config, loop, problems.all, learner.vocab_size, problems.tokenizer)
     )
-    learner = _learner(config, problems.tokenizer, start_from, asked.excluded_ids, stop, say)
+    learner.excluded_ids = asked.excluded_ids
     evaluator = evaluating.evaluator(config, problems.heldout, grader, problems.tokenizer, asked)
     if running is None:
         sampler = from_settings.sampler(config, start_from, problems.tokenizer)
     else:
         sampler = running.sampler
-    sync = _sync(config, learner, sampler, problems, asked.excluded_ids, say)
-    stack.callback(sync.close)
+    sync = stack.enter_context(closing(_sync(config, learner, sampler, problems, say)))
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), asked, bars)
     state = checkpoints.train_state(config, learner, stream)
     for line in checkpoints.gone_on(state, goes_on):
@@ -262,7 +261,6 @@ def _learner(
     config: TrainerConfig,
     tokenizer: PreTrainedTokenizerBase,
     start_from: str,
-    excluded_ids: IdRanges,
     stop: StopRequest,
     say: Callable[[str], None],
 ) -> Learner:
@@ -296,7 +294,6 @@ def _learner(
         recomputes_behavior=config.needs_learner_behavior,
         stop_ids=from_settings.stop_ids(config, start_from, tokenizer),
         stop=stop,
-        excluded_ids=excluded_ids,
     )
 
 
@@ -305,7 +302,6 @@ def _sync(
     learner: Learner,
     sampler: Sampler,
     problems: Problems,
-    excluded_ids: IdRanges,
     say: Callable[[str], None],
 ) -> WeightSync:
     return WeightSync(
@@ -316,7 +312,7 @@ def _sync(
         written=from_settings.weight_format(config),
         folder=config.sampler.weights_dir,
         say=say,
-        excluded_ids=excluded_ids,
+        excluded_ids=learner.excluded_ids,
     )
 
 

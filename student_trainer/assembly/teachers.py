@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from student_trainer.errors import ConfigError
-from student_trainer.pretrained import load_generation_config, load_vocab_size
+from student_trainer.pretrained import load_generation_config
 from student_trainer.records import Prompt
 from student_trainer.rollouts.rollout import RolloutRules, TeacherSession
 from student_trainer.rollouts.stream import LoopThread, OpenSession
@@ -57,7 +57,7 @@ def connected(
     config: TrainerConfig,
     loop: LoopThread,
     prompts: Sequence[Prompt],
-    model: str,
+    vocab_size: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[Teachers]:
     """The teachers that the prompts name, connected on the loop and compared with the student.
@@ -67,13 +67,13 @@ def connected(
     """
     clients: dict[str | None, TeacherClient] = {}
     shared: dict[str | None, SharedIds] = {}
-    own, width = vocabulary_of(tokenizer), load_vocab_size(model)
+    own = vocabulary_of(tokenizer)
     with ExitStack() as stack:
         for tag in sorted({prompt.teacher for prompt in prompts}, key=lambda tag: tag or ""):
             try:
                 clients[tag] = client = loop.run(connect(config, tag))
                 stack.callback(_close, loop, client)
-                shared[tag] = loop.run(shared_ids(own, width, client))
+                shared[tag] = loop.run(shared_ids(own, vocab_size, client))
             except FingerprintMismatchError as error:
                 if not config.teachers:
                     raise

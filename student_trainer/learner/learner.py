@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_trainer.diagnostics.step_report import LearnReport
 from student_trainer.learner.batch import collate, recompute_behavior, split_micro, split_updates
+from student_trainer.learner.families import head_of
 from student_trainer.learner.optim import Optimizer
 from student_trainer.learner.student import student_forward
 from student_trainer.losses.objective import (
@@ -62,7 +63,8 @@ class Learner:
         """`dtype`: of the arithmetic; the weights are float32 whatever it is.
         `recomputes_behavior`: behavior log-probs are the learner's own, not the sampler's.
         `stop_ids` end the student's responses, besides what its generation config says.
-        `excluded_ids` take no part in its distributions, and learn nothing as what is said."""
+        `excluded_ids` take no part in its distributions, and learn nothing as what is said; they
+        may be set until the first step."""
         self._model = model
         self._tokenizer = tokenizer
         self._optimizer = optimizer
@@ -77,8 +79,13 @@ class Learner:
         self._recomputes_behavior = recomputes_behavior
         self._stop_ids = stop_ids
         self._stop = stop or StopRequest()
-        self._excluded_ids = excluded_ids
+        self.excluded_ids = excluded_ids
         self._device = next(model.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits of the model."""
+        return len(head_of(self._model).weight_VD)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -125,7 +132,7 @@ class Learner:
             temperature=self._temperature,
             device=self._device,
             dtype=self._dtype,
-            excluded_ids=self._excluded_ids,
+            excluded_ids=self.excluded_ids,
         )
 
     def _updates(self, rollouts: Sequence[Rollout], step: int) -> Iterator[list[Rollout]]:
@@ -142,7 +149,7 @@ class Learner:
                 self._model,
                 temperature=self._temperature,
                 dtype=self._dtype,
-                excluded_ids=self._excluded_ids,
+                excluded_ids=self.excluded_ids,
             )
             inputs = batch.loss_inputs(gathered)
             sums = objective(
@@ -171,7 +178,7 @@ class Learner:
                 (),
                 temperature=1.0,
                 dtype=self._dtype,
-                excluded_ids=self._excluded_ids,
+                excluded_ids=self.excluded_ids,
             )
         logprobs: NDArray[np.float32] = gathered.logprobs_BT[0].cpu().numpy()
         return logprobs

@@ -14,11 +14,12 @@ import pytest
 from teacher_client.client import TeacherClient
 from teacher_client.retry import RetryLimits
 from teacher_wire.records import ScoreOptions
+from teacher_wire.vocabulary import Vocabulary
 from tests.cores import own_core
 from tests.faults.engine_processes import children
 from tests.faults.live_server import LiveServer
 from tests.rounds import in_the_long_round
-from tests.teacher.engine.engine_models import VOCAB_SIZE, write_tiny_model
+from tests.teacher.engine.engine_models import VOCAB_SIZE, byte_tokenizer, write_tiny_model
 from tests.teacher.scoring.fake_rows import cut, make_span
 from tests.waiting import LIMIT_S, wait_until
 
@@ -70,6 +71,9 @@ def test_the_next_one_gives_the_same_rows(tmp_path: Path) -> None:
             on_absent="wait",
             limits=RetryLimits(max_resends=1000),
         )
+        own = Vocabulary.of(byte_tokenizer())
+        assert client.info.tokenizer_fingerprint == own.fingerprint
+        assert await client.tokens(0, VOCAB_SIZE) == own.named(0, VOCAB_SIZE)
         pieces = [cut(span, start, start + PIECE) for start in range(0, TOKENS, PIECE)]
         undisturbed, killed = (client.open(PROMPT, OPTIONS, None) for _ in range(2))
         expected = [await undisturbed.append(piece) for piece in pieces]

@@ -251,6 +251,7 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_name(tmp_path: Path, model
             models,
             TAGGED,
             *at(one, two),
+            "teachers.two.k=6",
         )
         with pytest.raises(FingerprintMismatchError, match=r"^\[teachers\.two\]: "):
             taken(config)
