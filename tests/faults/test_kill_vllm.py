@@ -8,11 +8,14 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
 from teacher_client.client import TeacherClient
 from teacher_client.retry import RetryLimits
+from teacher_wire.pb import teacher_pb2 as pb
+from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from teacher_wire.records import ScoreOptions
 from teacher_wire.vocabulary import Vocabulary
 from tests.cores import own_core
@@ -46,10 +49,24 @@ def killed_with_its_engine(server: LiveServer) -> None:
     wait_until(lambda: not any(process.exists() for process in engine))
 
 
+def check_tokens(address: str) -> None:
+    """A real server tells the tokens of its checkpoint."""
+    own = Vocabulary.of(byte_tokenizer())
+    with grpc.insecure_channel(address) as channel:
+        stub = pb_grpc.TeacherServiceStub(channel)
+        info = stub.GetInfo(pb.GetInfoRequest(), timeout=LIMIT_S).info
+        asked = pb.GetTokensRequest(first_id=0, count=VOCAB_SIZE)
+        reply = stub.GetTokens(asked, timeout=LIMIT_S)
+    assert (info.tokenizer_fingerprint, tuple(info.token_digests)) == (own.fingerprint, own.digests)
+    assert dict(zip(reply.ids, reply.tokens, strict=True)) == own.named(0, VOCAB_SIZE)
+
+
 def test_the_engine_goes_with_its_teacher(tmp_path: Path) -> None:
     server = LiveServer(tmp_path, *flags(tmp_path), forked=False)
     try:
-        killed_with_its_engine(server.wait_until_ready())
+        server.wait_until_ready()
+        check_tokens(server.address)
+        killed_with_its_engine(server)
     finally:
         server.end()
 
@@ -71,9 +88,6 @@ def test_the_next_one_gives_the_same_rows(tmp_path: Path) -> None:
             on_absent="wait",
             limits=RetryLimits(max_resends=1000),
         )
-        own = Vocabulary.of(byte_tokenizer())
-        assert client.info.tokenizer_fingerprint == own.fingerprint
-        assert await client.tokens(0, VOCAB_SIZE) == own.named(0, VOCAB_SIZE)
         pieces = [cut(span, start, start + PIECE) for start in range(0, TOKENS, PIECE)]
         undisturbed, killed = (client.open(PROMPT, OPTIONS, None) for _ in range(2))
         expected = [await undisturbed.append(piece) for piece in pieces]
