@@ -18,7 +18,7 @@ TEST_PROCESSES ?= $(if $(filter cuda,$(ACCELERATOR)),1,3)
 # A hundred processes start in there: each would compile what it imports where this is set.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-language test test-language check faults try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
+.PHONY: families demo demo-language test test-language check faults try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
@@ -73,6 +73,9 @@ published: setup  ## the contract as it is becomes the one to keep; with a relea
 
 docs: setup  ## docs/settings.md from the docstrings of the settings
 	$(BIN)/python -m scripts.settings_document
+
+families: setup  ## the table of families in docs/training.md, a quarter of an hour; goes on where it was cut off
+	$(BIN)/python -m benchmarks.families
 
 playground: setup  ## train the playground's teacher and student anew
 	$(BIN)/python -m examples.playground.build --out examples/playground/checkpoints

@@ -8,16 +8,24 @@ TrainerError
 ├── DatasetError      a dataset does not exist, or a line of it is malformed
 ├── SamplerError      the generating engine does not start, or has died
 ├── GraderError       the processes that compare mathematics do not start
-├── WeightSyncError   the sampler's log-probs differ from the learner's after a sync
+├── WeightSyncError   the sampler's log-probs are not the learner's, or weights do not reach it
 └── NonFiniteLossError a loss or a gradient is NaN or infinite; the weights are left as they were
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def one_line(error: BaseException) -> str:
     """What an error says, without line breaks."""
     return " ".join(str(error).split())
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 class TrainerError(Exception):
@@ -53,7 +61,7 @@ class GraderError(TrainerError, RuntimeError):
 
 
 class WeightSyncError(TrainerError, RuntimeError):
-    """The sampler does not generate from the learner's weights."""
+    """The sampler does not generate from the learner's weights, or not by its arithmetic."""
 
 
 class NonFiniteLossError(TrainerError, ArithmeticError):

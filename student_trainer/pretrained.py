@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from student_trainer.errors import CheckpointError, ConfigError, one_line
@@ -69,6 +72,20 @@ def load_generation_config(path: str) -> GenerationConfig:
     except Exception as error:
         reason = one_line(error)
         raise CheckpointError(f"{path}: cannot read its generation_config: {reason}") from error
+
+
+def tensor_names(path: str) -> frozenset[str] | None:
+    """Of a checkpoint's safetensors; None for one that has none."""
+    found = [
+        cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
+    ]
+    if found[0]:
+        return frozenset(json.loads(Path(found[0]).read_text(encoding="utf-8"))["weight_map"])
+    if not found[1]:
+        return None
+    with safe_open(found[1], framework="pt") as weights:
+        return frozenset(weights.keys())
 
 
 def load_student(

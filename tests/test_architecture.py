@@ -88,7 +88,7 @@ RULES = [
         never="vllm",
         but="teacher_server.engine.vllm_engine teacher_server.engine.token_scorer "
         "student_trainer.rollouts.samplers.vllm_sampler "
-        "student_trainer.rollouts.samplers.vllm_worker",
+        "student_trainer.rollouts.samplers.vllm_reload",
         why="four files know vllm",
     ),
     Rule(

@@ -25,6 +25,11 @@ from student_trainer.special_tokens import SpecialTokens
 from student_trainer.stop_tokens import stop_token_ids
 from teacher_wire.id_ranges import IdRanges
 
+EXACT_GAP_NATS, ROUNDED_GAP_NATS = 1e-3, 0.5
+"""What learner and sampler may be apart: both in float32 (below 1e-4 for small models of every
+family), or one of them not (SmolLM2-135M in bfloat16: 0.03 in the mean, 0.31 at most of 256
+sampled tokens)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problems:
@@ -215,22 +220,22 @@ def sampler_dtype(config: TrainerConfig) -> str:
     return "float32" if isinstance(settings, HfSamplerSettings) else config.student.dtype
 
 
-def max_sync_gap(config: TrainerConfig) -> float:
-    """Nats that learner and sampler may differ by after a sync.
-
-    SmolLM2-135M in bfloat16 as learner (autocast) and as sampler differs by 0.027 nats a token on
-    average, and by at most 0.125 in 120 tokens (measured on a CPU): the tail is exponential, and of
-    16 probed tokens at each of 200 syncs one would pass 0.3 in every twentieth run, 0.5 in none.
-    """
-    if config.optim.max_sync_gap_nats is not None:
-        return config.optim.max_sync_gap_nats
-    exact = config.student.dtype == sampler_dtype(config) == "float32"
-    return 1e-3 if exact else 0.5
+def max_sync_gap_nats(config: TrainerConfig) -> float:
+    """Of the settings, or by the arithmetic: what is not float32 rounds."""
+    if (chosen := config.optim.max_sync_gap_nats) is not None:
+        return chosen
+    both_exact = {config.student.dtype, sampler_dtype(config)} == {"float32"}
+    return EXACT_GAP_NATS if both_exact else ROUNDED_GAP_NATS
 
 
 def weight_format(config: TrainerConfig) -> WeightFormat:
-    """How weights are written for the sampler: in its arithmetic, and a tied head once."""
-    return WeightFormat(dtype=sampler_dtype(config), with_tied_head=False)
+    """How weights are written for the sampler: in its arithmetic, and a tied head once.
+
+    vLLM reads checkpoints, and passes over what it does not know; the reference sampler has the
+    learner's own names.
+    """
+    is_vllm = not isinstance(config.sampler, HfSamplerSettings)
+    return WeightFormat(dtype=sampler_dtype(config), with_tied_head=False, as_saved=is_vllm)
 
 
 def stop_ids(

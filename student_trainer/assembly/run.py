@@ -14,7 +14,14 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.assembly import checkpoints, evaluating, from_settings, methods, teachers
+from student_trainer.assembly import (
+    checkpoints,
+    evaluating,
+    from_settings,
+    methods,
+    syncing,
+    teachers,
+)
 from student_trainer.assembly.evaluating import Evaluator
 from student_trainer.assembly.from_settings import Problems
 from student_trainer.assembly.own_loss import with_declared_needs
@@ -43,8 +50,6 @@ from student_trainer.saved_student import check_saveable, save_or_rescue
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.special_tokens import SpecialTokens
 from student_trainer.train_state import TrainState, complete_checkpoints, step_of
-
-NUM_PROBE_PROMPTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,27 +211,25 @@ def _assemble(
     bars = stack.enter_context(Bars())
     say = partial(warn, bars.console)
     problems = from_settings.problems(config, load_tokenizer(config.student.model))
-    specials = from_settings.special_tokens(config, problems.tokenizer)
+    tokenizer = problems.tokenizer
+    specials = from_settings.special_tokens(config, tokenizer)
     grader = evaluating.checked_grader(config, problems.heldout, stack)
     start_from = config.student.model if goes_on is None else str(goes_on.checkpoint)
-    learner = _learner(config, problems.tokenizer, start_from, stop, say)
+    learner = _learner(config, tokenizer, start_from, stop, say)
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
     asked = stack.enter_context(
-        teachers.connected(config, loop, problems.all, learner.vocab_size, problems.tokenizer)
+        teachers.connected(config, loop, problems.all, learner.vocab_size, tokenizer)
     )
     learner.excluded_ids = asked.excluded_ids
-    evaluator = evaluating.evaluator(config, problems.heldout, grader, problems.tokenizer, asked)
-    if running is None:
-        sampler = from_settings.sampler(config, start_from, problems.tokenizer)
-    else:
-        sampler = running.sampler
-    sync = stack.enter_context(closing(_sync(config, learner, sampler, problems, say)))
+    evaluator = evaluating.evaluator(config, problems.heldout, grader, tokenizer, asked)
+    sampler = running.sampler if running else from_settings.sampler(config, start_from, tokenizer)
+    sync = stack.enter_context(closing(syncing.sync(config, learner, sampler, problems, say)))
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), asked, bars)
     state = checkpoints.train_state(config, learner, stream)
     for line in checkpoints.gone_on(state, goes_on):
         bars.console.print(line, highlight=False, markup=False)
-    said = teachers.warnings(config, start_from, problems.tokenizer, asked)
-    for line in (*checkpoints.warnings(config, learner), *said):
+    said = teachers.warnings(config, start_from, tokenizer, asked)
+    for line in (*checkpoints.warnings(config, learner), *syncing.warnings(config, learner), *said):
         say(line)
     info = next(iter(asked.clients.values())).info
     recorder, record = stack.enter_context(
@@ -239,8 +242,9 @@ def _assemble(
         bars.update("sampler", 0, 1, f"starting {config.sampler.kind}")
         stack.enter_context(started(sampler, loop))
         bars.update("sampler", 1, 1, "ready")
-    else:
-        loop.run(sync.push(state.step))
+    proof = syncing.proof(config, learner, problems, start_from, goes_on is None, running is None)
+    gaps = loop.run(sync.prove(state.step, proof, progress=partial(bars.update, "probe")))
+    record.keep_probe(gaps.figures())
     stack.callback(stream.close)
     return Run(
         config=config,
@@ -294,25 +298,6 @@ def _learner(
         recomputes_behavior=config.needs_learner_behavior,
         stop_ids=from_settings.stop_ids(config, start_from, tokenizer),
         stop=stop,
-    )
-
-
-def _sync(
-    config: TrainerConfig,
-    learner: Learner,
-    sampler: Sampler,
-    problems: Problems,
-    say: Callable[[str], None],
-) -> WeightSync:
-    return WeightSync(
-        learner,
-        sampler,
-        probe_prompts=[prompt.token_ids for prompt in problems.train[:NUM_PROBE_PROMPTS]],
-        max_logprob_gap=from_settings.max_sync_gap(config),
-        written=from_settings.weight_format(config),
-        folder=config.sampler.weights_dir,
-        say=say,
-        excluded_ids=learner.excluded_ids,
     )
 
 

@@ -30,6 +30,8 @@ RANDOM = re.compile(r"drop|jitter_noise")
 """Of the names of config fields that make a forward pass in training mode random."""
 MULTIPLIERS, DIVISORS = ("logit_scale", "output_multiplier"), ("logits_scaling",)
 """Config fields of the factor between the head's product and the logits."""
+TELLING = re.compile(r"logit|scal|cap$|capping|multiplier|sliding_window$|experts|norm_topk")
+"""Of the names of config fields by which families differ."""
 CHECK_TOKENS, CHECK_PADDING = 12, 4
 CHECK_TOLERANCE = 1e-4
 """Of the largest logit: float32 through other kernels."""
@@ -139,7 +141,7 @@ def check_family(model: PreTrainedModel) -> None:
         logprobs_RV, _ = reference_logprobs(
             head, hidden_BSD.flatten(0, 1), every_id.expand(2 * CHECK_TOKENS, -1)
         )
-        plain_SV = _plain_logits(model, input_ids_BS[:1])[0].float()
+        plain_SV = plain_logits(model, input_ids_BS[:1])[0].float()
     logprobs_BSV = logprobs_RV.unflatten(0, (2, CHECK_TOKENS))
     expected_SV = plain_SV.log_softmax(-1)
     limit = CHECK_TOLERANCE * max(1.0, plain_SV.abs().max().item())
@@ -159,7 +161,8 @@ def check_family(model: PreTrainedModel) -> None:
         )
 
 
-def _plain_logits(model: PreTrainedModel, input_ids_BS: Tensor) -> Tensor:
+def plain_logits(model: PreTrainedModel, input_ids_BS: Tensor) -> Tensor:
+    """[B, S, V] as the family's own code has them: evaluation mode, eager attention."""
     attention, training = model.config._attn_implementation, model.training
     model.eval()
     model.set_attn_implementation("eager")
@@ -175,14 +178,23 @@ def _likely_cause(model: PreTrainedModel, hidden_BSD: Tensor, plain_SV: Tensor) 
     module = model.get_output_embeddings()
     product_SV = nn.functional.linear(hidden_BSD[0].float(), module.weight.float())
     ratio = (plain_SV / product_SV).median().item()
-    text = model.config.get_text_config(decoder=True)
-    fields = [name for name in text.to_dict() if re.search(r"logit|scal|cap", name)]
-    named = f"; its config has {', '.join(sorted(fields))}" if fields else ""
     return (
         f"its logits are about {ratio:.3g} times the head's product, so that they are scaled, "
         "capped or come from another hidden state, or training mode is random, or its attention is "
-        f"not what eager attention gives{named}"
+        f"not what eager attention gives{_told(model)}"
     )
+
+
+def family_of(model: PreTrainedModel) -> str:
+    """Its name, and the fields of its config by which families differ."""
+    return f"{_family(model)}{_told(model)}"
+
+
+def _told(model: PreTrainedModel) -> str:
+    text = model.config.get_text_config(decoder=True).to_dict()
+    names = [name for name in sorted(text) if TELLING.search(name) and text[name]]
+    fields = [f"{name} {text[name]}" for name in names]
+    return f"; its config has {', '.join(fields)}" if fields else ""
 
 
 def _family(model: PreTrainedModel) -> str:

@@ -7,7 +7,7 @@ is under them, for whoever checks that they arrived. Knows no sampler, no teache
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from student_trainer.diagnostics.step_report import LearnReport
 from student_trainer.learner.batch import collate, recompute_behavior, split_micro, split_updates
-from student_trainer.learner.families import head_of
+from student_trainer.learner.families import family_of, head_of, plain_logits
 from student_trainer.learner.optim import Optimizer
 from student_trainer.learner.student import student_forward
 from student_trainer.losses.objective import (
@@ -36,6 +37,9 @@ from student_trainer.process.stopping import StopRequest
 from student_trainer.records import AS_LEARNT, Rollout, WeightFormat
 from student_trainer.saved_student import save_around, save_student
 from teacher_wire.id_ranges import IdRanges
+
+CHANGED_BIT = 1 << 19
+"""Of a float32's 23 bits of mantissa the fourth from the top."""
 
 
 class Learner:
@@ -86,6 +90,14 @@ class Learner:
     def vocab_size(self) -> int:
         """Logits of the model."""
         return len(head_of(self._model).weight_VD)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens that an attention of the model sees at most; None for all of them."""
+        window: int | None = getattr(
+            self._model.config.get_text_config(decoder=True), "sliding_window", None
+        )
+        return window
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -183,20 +195,76 @@ class Learner:
         logprobs: NDArray[np.float32] = gathered.logprobs_BT[0].cpu().numpy()
         return logprobs
 
-    def export_weights(self, to: Path, written: WeightFormat = AS_LEARNT) -> None:
-        """Writes the weights as safetensors into a folder, for a sampler to load."""
-        state: dict[str, torch.Tensor] = {}
+    def plain_logprobs(
+        self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        """The same of plain `model(ids).logits`: eager attention, evaluation mode, float32."""
+        ids_S = torch.from_numpy(np.concatenate([prompt_ids, token_ids])).long().to(self._device)
+        with torch.no_grad():
+            logits_SV = plain_logits(self._model, ids_S.unsqueeze(0))[0].float()
+        for start, end in self.excluded_ids:
+            logits_SV[:, start:end] = -torch.inf
+        rows_TV = logits_SV[len(prompt_ids) - 1 : -1].log_softmax(-1)
+        logprobs: NDArray[np.float32] = (
+            rows_TV.gather(1, ids_S[len(prompt_ids) :, None])[:, 0].cpu().numpy()
+        )
+        return logprobs
+
+    def about(self) -> str:
+        """Family, arithmetic, and what its config says of logits and attention; for a person."""
+        dtype = str(self._dtype).removeprefix("torch.")
+        return f"{family_of(self._model)}; it computes in {dtype}"
+
+    @contextmanager
+    def changed(self) -> Iterator[None]:
+        """Every weight a little different within, and the very same bits behind it.
+
+        A bit of each mantissa is flipped: 3 to 6 % up or down, which bfloat16 can still tell, and
+        no second copy of the model.
+        """
+        self._flip()
+        try:
+            yield
+        finally:
+            self._flip()
+
+    def _flip(self) -> None:
+        with torch.no_grad():
+            for parameter in self._model.parameters():
+                parameter.view(torch.int32).bitwise_xor_(CHANGED_BIT)
+
+    def export_weights(self, to: Path, written: WeightFormat = AS_LEARNT) -> dict[str, bool]:
+        """Writes the weights as safetensors into a folder, for a sampler to load.
+
+        Returns the names of the tensors, and whether each is another one again (a tied head), which
+        `written` may leave out.
+        """
+        weights: dict[str, torch.Tensor] = {}
+        again: dict[str, torch.Tensor] = {}
         for name, tensor, dtype, is_again in self._exported(written):
             kept = tensor.to("cpu", dtype).contiguous()
-            # safetensors refuses tensors that share memory.
-            state[name] = (
-                kept.clone() if is_again and kept.data_ptr() == tensor.data_ptr() else kept
-            )
-        save_file(state, to / "model.safetensors", metadata={"format": "pt"})
+            if is_again:
+                # safetensors refuses tensors that share memory.
+                again[name] = kept.clone() if kept.data_ptr() == tensor.data_ptr() else kept
+            else:
+                weights[name] = kept
+        if written.as_saved:
+            # Each for itself: a head's name may change as well.
+            weights = revert_weight_conversion(self._model, weights)
+            again = revert_weight_conversion(self._model, again)
+        named = {name: tensor.contiguous() for name, tensor in (weights | again).items()}
+        left_out = frozenset() if written.with_tied_head else again.keys()
+        sent = {name: tensor for name, tensor in named.items() if name not in left_out}
+        save_file(sent, to / "model.safetensors", metadata={"format": "pt"})
+        return {name: name in again for name in named}
 
     def export_bytes(self, written: WeightFormat = AS_LEARNT) -> int:
         """Of the tensors that `export_weights` writes."""
-        return sum(t.numel() * dtype.itemsize for _, t, dtype, _ in self._exported(written))
+        return sum(
+            tensor.numel() * dtype.itemsize
+            for _, tensor, dtype, is_again in self._exported(written)
+            if written.with_tied_head or not is_again
+        )
 
     def _exported(
         self, written: WeightFormat
@@ -210,8 +278,7 @@ class Learner:
             seen.add(tensor.data_ptr())
             is_converted = written.dtype is not None and name in parameters
             dtype = getattr(torch, str(written.dtype)) if is_converted else tensor.dtype
-            if written.with_tied_head or not is_again:
-                yield name, tensor.detach(), dtype, is_again
+            yield name, tensor.detach(), dtype, is_again
 
     def save(self, folder: Path) -> None:
         """The student in Hugging Face format, with its tokenizer."""

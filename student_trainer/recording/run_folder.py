@@ -148,6 +148,11 @@ class RunRecord:
         """The trained student is saved."""
         self._end("finished")
 
+    def keep_probe(self, gaps_nats: Mapping[str, float | None]) -> None:
+        """How far learner and sampler were apart before the first rollout."""
+        self._start["probe_nats"] = dict(gaps_nats)
+        self._write()
+
     def _end(self, outcome: str) -> None:
         if self._start["outcome"] is None:
             self._start |= {"ended": _now(), "outcome": outcome}

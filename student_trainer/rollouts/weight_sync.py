@@ -7,28 +7,42 @@ log-probs are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from student_trainer.errors import WeightSyncError
+from student_trainer.errors import WeightSyncError, some
 from student_trainer.process.writing import writing_to
 from student_trainer.records import AS_LEARNT, Delta, SamplingOptions, WeightFormat
+from student_trainer.rollouts.probe import (
+    PROBE_TOKENS,
+    Proof,
+    StartGaps,
+    cause_after_push,
+    cause_as_loaded,
+    cause_of_plain,
+    gap_of,
+)
 from student_trainer.rollouts.samplers.base import Sampler
 from student_trainer.rollouts.weight_folder import weight_folder
 from teacher_wire.id_ranges import IdRanges
 
-PROBE_TOKENS = 8
+LEARNER, PLAIN = "the learner's log-probs", "plain model(ids).logits"
+Logprobs = Callable[[NDArray[np.int32], NDArray[np.int32]], NDArray[np.float32]]
+Progress = Callable[[int, int, str], None]
 
 
 class WeightOwner(Protocol):
     """Whose weights travel."""
 
-    def export_weights(self, to: Path, written: WeightFormat) -> None:
-        """Writes them as safetensors into a folder."""
+    def export_weights(self, to: Path, written: WeightFormat) -> Mapping[str, bool]:
+        """Writes them as safetensors into a folder; returns their names, and whether each is
+        another one again (a tied head)."""
 
     def export_bytes(self, written: WeightFormat) -> int:
         """How many bytes of tensors that will be."""
@@ -37,6 +51,30 @@ class WeightOwner(Protocol):
         self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32]
     ) -> NDArray[np.float32]:
         """[T] of a prompt's continuation at temperature 1."""
+
+    def plain_logprobs(
+        self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        """The same by the model's own code and nothing of the learner's."""
+
+    def about(self) -> str:
+        """Family and arithmetic, for a person."""
+
+    def changed(self) -> AbstractContextManager[None]:
+        """Within it every weight is a little different, behind it as before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Continued:
+    """Tokens that the sampler added to the probe prompts, and its log-probs of them."""
+
+    prompts: Sequence[NDArray[np.int32]]
+    tokens: list[NDArray[np.int32]]
+    logprobs: list[NDArray[np.float32]]
+
+    def judged_by(self, logprobs: Logprobs) -> list[NDArray[np.float32]]:
+        """The log-probs of another of the same tokens."""
+        return [logprobs(*pair) for pair in zip(self.prompts, self.tokens, strict=True)]
 
 
 class WeightSync:
@@ -66,35 +104,107 @@ class WeightSync:
         self._max_logprob_gap = max_logprob_gap
         self._written = written
         self._excluded_ids = excluded_ids
+        self._say = say
         self._folder = weight_folder(learner.export_bytes(written), folder, say)
+
+    async def prove(
+        self,
+        version: int,
+        proof: Proof,
+        *,
+        progress: Progress = lambda done, total, note: None,
+    ) -> StartGaps:
+        """Holds learner and sampler against each other before the first rollout.
+
+        As the sampler loaded the checkpoint (not for one that has run before), and then with
+        changed weights: unchanged ones would not show what the sampler passes over. In the end it
+        has the learner's own. Raises WeightSyncError naming gap, limit and likely cause.
+        """
+        dtype, about = self._written.dtype, self._learner.about()
+        # Long prompts once: they tell how the sampler computes, any prompt which weights it has.
+        short = self._probe_prompts if proof.is_as_loaded else proof.prompts
+        plain = loaded = None
+        if proof.is_as_loaded:
+            progress(0, 3, "as loaded")
+            said = await self._continued("probe-loaded", proof.prompts)
+            own = said.judged_by(self._learner.logprobs)
+            if proof.is_fresh:
+                plain = gap_of(own, said.judged_by(self._learner.plain_logprobs))
+                self._check(plain, "the learner", cause_of_plain(about), PLAIN)
+            loaded = gap_of(own, said.logprobs)
+            cause = cause_as_loaded(about, dtype, plain)
+            self._check(loaded, "the sampler as it loaded the checkpoint", cause)
+        cause = cause_after_push(about, dtype, was_equal=proof.is_as_loaded)
+        progress(1, 3, "with changed weights")
+        with self._learner.changed():
+            sent = await self._load()
+            changed = self._gap(await self._continued("probe-changed", short))
+        self._check_names(sent, proof.checkpoint_names)
+        self._check(changed, "the sampler, sent changed weights,", cause)
+        progress(2, 3, "with its own weights")
+        await self._load()
+        pushed = self._gap(await self._continued(f"probe-start-{version}", short))
+        self._check(pushed, "the sampler, sent the weights,", cause)
+        progress(3, 3, "learner and sampler are equal")
+        return StartGaps(plain=plain, loaded=loaded, changed=changed, pushed=pushed)
 
     async def push(self, version: int) -> float:
         """Loads the learner's weights into the sampler and returns the largest log-prob gap.
 
         Raises WeightSyncError when it passes `max_logprob_gap`.
         """
-        path = self._folder.path
-        with writing_to(
-            path, WeightSyncError, remedy="make room there, or set sampler.weights_dir"
-        ):
-            self._learner.export_weights(path, self._written)
-        await self._sampler.load_weights(path)
-        gaps = []
-        for index, prompt_ids in enumerate(self._probe_prompts):
-            tokens, logprobs = await self._sampled(f"probe-{version}-{index}", prompt_ids)
-            gaps.append(np.abs(self._learner.logprobs(prompt_ids, tokens) - logprobs).max())
-        # numpy's maximum, unlike max(), lets no NaN get lost.
-        gap = float(np.max(gaps))
-        if not gap <= self._max_logprob_gap:
-            raise WeightSyncError(
-                f"after the sync of step {version} the sampler's log-probs differ from the "
-                f"learner's by {gap:.3g} nats, more than {self._max_logprob_gap:.3g}"
-            )
+        await self._load()
+        gap = self._gap(await self._continued(f"probe-{version}", self._probe_prompts))
+        self._check(gap, f"after the sync of step {version} the sampler")
         return gap
 
     def close(self) -> None:
         """Removes the folder of weights."""
         self._folder.close()
+
+    async def _load(self) -> Mapping[str, bool]:
+        path = self._folder.path
+        with writing_to(
+            path, WeightSyncError, remedy="make room there, or set sampler.weights_dir"
+        ):
+            names = self._learner.export_weights(path, self._written)
+        await self._sampler.load_weights(path)
+        return names
+
+    def _check(self, gap: float, who: str, cause: str = "", whom: str = LEARNER) -> None:
+        if not gap <= self._max_logprob_gap:
+            raise WeightSyncError(
+                f"{who} differs from {whom} by {gap:.3g} nats, more than "
+                f"{self._max_logprob_gap:.3g} (optim.max_sync_gap_nats)"
+                f"{': ' if cause else ''}{cause}"
+            )
+
+    def _check_names(self, sent: Mapping[str, bool], known: Collection[str] | None) -> None:
+        """What the sampler's checkpoint does not have its model passes over without a word."""
+        if known is None:
+            return
+        unknown = sorted(name for name in {*sent} - {*known} if not sent[name])
+        kept = sorted({*known} - {*sent})
+        if unknown:
+            others = f"; the checkpoint has {some(kept)} instead" if kept else ""
+            raise WeightSyncError(
+                f"{len(unknown)} tensors of the student have names that the sampler's checkpoint "
+                f"does not have, and would not reach it: {some(unknown)}{others}. Save the student "
+                'once with transformers and train that, or sampler.kind = "hf"'
+            )
+        if kept:
+            self._say(
+                f"{len(kept)} tensors of the checkpoint are no part of the student and stay as "
+                f"they are in the sampler, whose log-probs were equal without them: {some(kept)}"
+            )
+
+    def _gap(self, said: _Continued) -> float:
+        return gap_of(said.judged_by(self._learner.logprobs), said.logprobs)
+
+    async def _continued(self, name: str, prompts: Sequence[NDArray[np.int32]]) -> _Continued:
+        sampled = [await self._sampled(f"{name}-{i}", ids) for i, ids in enumerate(prompts)]
+        tokens, logprobs = zip(*sampled, strict=True)
+        return _Continued(prompts=prompts, tokens=[*tokens], logprobs=[*logprobs])
 
     async def _sampled(
         self, request_id: str, prompt_ids: NDArray[np.int32]

@@ -122,8 +122,8 @@ class OptimSettings(Section):
     micro_batch_tokens: Annotated[int, MayChange()] = Field(16384, gt=0)
     """Padded tokens in one forward pass; changes memory, not the gradient."""
     max_sync_gap_nats: Annotated[float | None, MayChange()] = Field(None, gt=0)
-    """Largest difference between the sampler's and the learner's log-probs after a sync, nats;
-    none: 0.001 where both are float32, else 0.5."""
+    """Largest difference between the sampler's and the learner's log-probs, before the first
+    rollout and after a sync, nats; none: 0.001 where both compute in float32, else 0.5."""
 
 
 class TrainerConfig(Section):

@@ -32,6 +32,12 @@ def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
     return "float32" if config.dtype is None else str(config.dtype).removeprefix("torch.")
 
 
+def num_entries(config: PretrainedConfig) -> int:
+    """Of the vocabulary; a model with a tower of another kind around it has it in its text part."""
+    size: int = config.get_text_config(decoder=True).vocab_size
+    return size
+
+
 def right_attention(config: PretrainedConfig) -> str | None:
     """What transformers must be told to use; None for its own choice, which is sdpa and passes over
     a soft-cap of the attention's scores without a word (Gemma 2)."""

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from teacher_server.engine.base import EngineInfo, EngineRows, ScoreQuery, check_finite, check_query
 from teacher_server.engine.checkpoint import (
+    num_entries,
     read_config,
     resolve_dtype,
     right_attention,
@@ -74,9 +75,9 @@ class HfEngine:
             name="hf",
             version=metadata.version("transformers"),
             dtype=resolve_dtype(dtype, config),
-            vocab_size=config.vocab_size,
+            vocab_size=num_entries(config),
             max_context=max_context,
-            max_k=min(max_k, config.vocab_size),
+            max_k=min(max_k, num_entries(config)),
         )
         self._model: PreTrainedModel | None = None
         self._sessions: OrderedDict[str, _Session] = OrderedDict()

@@ -18,7 +18,12 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
 from teacher_server.engine.base import EngineInfo, EngineRows, ScoreQuery, check_finite, check_query
-from teacher_server.engine.checkpoint import read_config, resolve_dtype, warn_if_emulated
+from teacher_server.engine.checkpoint import (
+    num_entries,
+    read_config,
+    resolve_dtype,
+    warn_if_emulated,
+)
 from teacher_server.engine.row_format import ZERO_BLOCKS_VARIABLE, RowCollector, RowRequest
 from teacher_wire.errors import EngineError
 from vllm_process.children import children_end_with_us
@@ -82,9 +87,9 @@ class VllmEngine:
             name="vllm",
             version=_vllm_version(),
             dtype=resolve_dtype(self.dtype, config),
-            vocab_size=config.vocab_size,
+            vocab_size=num_entries(config),
             max_context=self.max_context,
-            max_k=min(self.max_k, config.vocab_size),
+            max_k=min(self.max_k, num_entries(config)),
             block_tokens=self.block_size,
         )
         self._llm: AsyncLLM | None = None

@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 
 from student_trainer.assembly import from_settings, teachers
 from student_trainer.assembly.run import Run, assembled
-from student_trainer.errors import CheckpointError, ConfigError, DatasetError
+from student_trainer.errors import CheckpointError, ConfigError, DatasetError, WeightSyncError
 from student_trainer.recording.json_lines import read_lines
+from student_trainer.recording.run_folder import read_record
 from student_trainer.records import Rollout
+from student_trainer.rollouts.samplers.hf_sampler import HfSampler
 from student_trainer.rollouts.stream import RolloutStream, Taken
 from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.train import train
@@ -220,11 +222,29 @@ def test_run_learns_and_writes_everything_down(folder: Path, client: InMemoryCli
     assert all(s["rollouts"] == 6 and s["kept_tokens"] <= 60 for s in steps)
     assert all(s["staleness_min_version"] == s["step"] - 1 for s in steps)
     assert len(read_lines(config.run.out / "profiles.jsonl")) == 12
+    (start,) = read_record(config.run.out)["starts"]
+    assert start["probe_nats"].keys() == {"plain", "loaded", "changed", "pushed"}
+    assert max(start["probe_nats"].values()) < 1e-4
     assert client.closed
     assert len(client.sessions) == 12 * 6 + 7 * 2
     assert all(session.num_closed == 1 for session in client.sessions)
     spans = [len(span) for session in client.sessions for span in session.spans]
     assert max(spans) <= INFO.max_append_tokens
+
+
+def test_a_sampler_that_computes_the_student_otherwise_ends_the_run_before_anything_is_asked(
+    folder: Path, client: InMemoryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Otherwise(HfSampler):
+        async def start(self) -> None:
+            await super().start()
+            for layer in self._model().model.layers:
+                layer.self_attn.scaling *= 2
+
+    monkeypatch.setattr(from_settings, "HfSampler", Otherwise)
+    with pytest.raises(WeightSyncError, match=r"as it loaded .* nats, more than 0\.001 .*qwen3"):
+        run_through(configured(folder))
+    assert client.sessions == []
 
 
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "diagnostics.md"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import DynamicCache, PreTrainedModel
 
+from student_trainer.errors import WeightSyncError, one_line
 from student_trainer.pretrained import load_student
 from student_trainer.records import Delta, Finish, SamplingOptions
 
@@ -88,7 +89,10 @@ class HfSampler:
         shared = {own[name].data_ptr() for name in given.keys() & own.keys()}
         # A tied head need not be written: it is the embedding.
         tied = {name: t for name, t in own.items() if name not in given and t.data_ptr() in shared}
-        model.load_state_dict({**tied, **given})
+        try:
+            model.load_state_dict({**tied, **given})
+        except RuntimeError as error:
+            raise WeightSyncError(f"the sampler cannot load them: {one_line(error)}") from error
 
     async def close(self) -> None:
         self._loaded = None

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from student_trainer.errors import SamplerError
+from student_trainer.errors import SamplerError, WeightSyncError, one_line, some
 from student_trainer.records import Delta, Finish, SamplingOptions
-from student_trainer.rollouts.samplers.vllm_worker import WeightReload
+from student_trainer.rollouts.samplers.vllm_reload import ReloadsWeights
 from teacher_wire.id_ranges import IdRanges, num_ids, within
 from vllm_process.children import children_end_with_us
 from vllm_process.cores import children_on, executor_on
@@ -40,6 +40,7 @@ MAX_BIASED_IDS_V2 = 1024
 """Of a request, in vLLM's second model runner; the first has no limit."""
 _NO_COMPILER = "TORCH_COMPILE_DISABLE"
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
+_EXTENSION = f"{ReloadsWeights.__module__}.{ReloadsWeights.__qualname__}"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -116,7 +117,7 @@ class VllmSampler:
             # vLLM would cast the whole head on every step.
             hf_overrides={} if on_cpu else {"head_dtype": "float32"},
             distributed_executor_backend=executor_on(self.cpu_cores),
-            worker_extension_cls=f"{WeightReload.__module__}.{WeightReload.__qualname__}",
+            worker_extension_cls=_EXTENSION,
         )
         with (
             children_on(self.cpu_cores),
@@ -147,7 +148,7 @@ class VllmSampler:
         prompt = TokensPrompt(prompt_token_ids=prompt_ids.tolist())
         with self._engine_lives():
             async for output in self._running().generate(prompt, params, request_id):
-                yield _delta(output.outputs[0], options.num_topk)
+                yield _delta(request_id, output.outputs[0], options.num_topk)
 
     def _possible_stop_ids(self) -> list[int]:
         """vLLM refuses an id that the model has no logit for, and that it can never say."""
@@ -174,11 +175,25 @@ class VllmSampler:
         await self._running().abort(list(request_ids))
 
     async def load_weights(self, folder: Path) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         engine = self._running()
         with self._engine_lives():
-            method = WeightReload.reload_with_tied_heads.__name__
-            await engine.collective_rpc(method, kwargs={"weights_path": str(folder)})
+            try:
+                kept = await engine.collective_rpc("reload_every_weight", args=(str(folder),))
+            except EngineDeadError:
+                raise
+            # Whatever the model's code in the engine's process makes of them, as bare Exception.
+            except Exception as error:
+                raise WeightSyncError(
+                    f"vLLM cannot load the learner's weights: {one_line(error)[:300]}"
+                ) from error
             reset = await engine.reset_prefix_cache()
+        if names := sorted({name for names in kept for name in names}):
+            raise WeightSyncError(
+                f"vLLM keeps {len(names)} tensors of the weights before: the learner's have no "
+                f'{some(names)} as this family\'s model in vLLM expects them; sampler.kind = "hf"'
+            )
         if not reset:
             raise RuntimeError("prefix cache not reset: weights were loaded while rollouts ran")
 
@@ -231,7 +246,24 @@ def _children_compile_nothing() -> Iterator[None]:
             os.environ[_NO_COMPILER] = before
 
 
-def _delta(output: CompletionOutput, num_topk: int) -> Delta:
+def finish_of(request_id: str, reason: str | None) -> Finish | None:
+    """Why a generation ended; None for one that goes on. Raises SamplerError.
+
+    vLLM's "error" is a request that it gave up. "repetition" is a stop of its detection of loops,
+    which only a request that asks for it has: a rollout that ends by it would be neither the
+    student's end nor the budget's.
+    """
+    if reason is None:
+        return None
+    if reason not in _FINISH:
+        raise SamplerError(
+            f"vLLM ended the generation {request_id} with the reason {reason!r}, which is neither "
+            f"the student's end nor the budget's; known are {', '.join(_FINISH)}"
+        )
+    return _FINISH[reason]
+
+
+def _delta(request_id: str, output: CompletionOutput, num_topk: int) -> Delta:
     """Arrays of one vLLM output."""
     num_tokens = len(output.token_ids)
     width = num_topk + 1
@@ -249,7 +281,7 @@ def _delta(output: CompletionOutput, num_topk: int) -> Delta:
         logprobs=logprobs[:, 0],
         topk_ids=ids[:, 1:],
         topk_logprobs=logprobs[:, 1:],
-        finish=_FINISH[output.finish_reason] if output.finish_reason else None,
+        finish=finish_of(request_id, output.finish_reason),
     )
 
 

@@ -20,9 +20,10 @@ NUM_TOKENS = 24
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("family", ["gemma2", "mistral"])
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "gemma3"])
 async def test_rows_are_those_of_eager_attention(family: str, tmp_path: Path) -> None:
-    """Of a soft-cap of the attention's scores, which sdpa leaves out, and of a sliding window."""
+    """Of a soft-cap of the attention's scores, which sdpa leaves out; of a sliding window; with a
+    tower of another kind around the text part."""
     model = tiny_family(family).eval()
     model.set_attn_implementation("eager")
     model.save_pretrained(tmp_path)

@@ -62,7 +62,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"logit_scale": 0.25, "sliding_window": WINDOW, "layer_types": SLIDING_AND_FULL},
     ),
     "olmo": ("Olmo", {}),
-    "gpt_neox": ("GPTNeoX", {"hidden_dropout": 0.1, "attention_dropout": 0.1}),
+    # It has no grouped heads; vLLM believes a config that says it has.
+    "gpt_neox": (
+        "GPTNeoX",
+        {"hidden_dropout": 0.1, "attention_dropout": 0.1, "num_key_value_heads": 4},
+    ),
 }
 
 

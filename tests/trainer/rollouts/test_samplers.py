@@ -15,19 +15,21 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from student_trainer.errors import SamplerError, WeightSyncError
-from student_trainer.pretrained import load_student
+from student_trainer.pretrained import load_student, tensor_names
 from student_trainer.records import Delta, Finish, Prompt, SamplingOptions, WeightFormat
 from student_trainer.rollouts.generation import Generation
+from student_trainer.rollouts.probe import Proof, probe_prompts
 from student_trainer.rollouts.samplers import vllm_sampler as vllm_sampler_module
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from student_trainer.rollouts.weight_sync import WeightSync
@@ -35,7 +37,7 @@ from teacher_wire.id_ranges import inside
 from tests.cores import own_core
 from tests.faults.engine_processes import engines
 from tests.trainer.learner.made_learners import learner_of
-from tests.trainer.learner.tiny_student import EOS_ID, VOCAB_SIZE, tiny_student
+from tests.trainer.learner.tiny_student import EOS_ID, SHAPE, VOCAB_SIZE
 
 pytestmark = [
     pytest.mark.vllm,
@@ -47,22 +49,37 @@ pytestmark = [
 PROMPT = np.array([5, 6, 7, 8], np.int32)
 NUM_TOPK = 4
 CLOSE = 1e-4
-TIED = True
-"""Tied heads are the harder case: a sync that forgets the head goes unnoticed by nothing else."""
+AS_SENT = WeightFormat(as_saved=True, with_tied_head=False)
+
+
+def student() -> PreTrainedModel:
+    """What a sync has most ways to get wrong: one layer of experts, which transformers holds fused
+    and vLLM packs for its kernel, padded; one without; and a tied head."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        **SHAPE,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        mlp_only_layers=[0],
+        norm_topk_prob=True,
+    )
+    return Qwen3MoeForCausalLM(config).train()
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As a run saves it."""
     folder = tmp_path_factory.mktemp("student")
-    learner_of(tiny_student(tied=TIED)).save(folder)
+    learner_of(student()).save(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def learner() -> PreTrainedModel:
     """The weights that the sampler holds."""
-    return tiny_student(tied=TIED)
+    return student()
 
 
 def vllm_sampler(checkpoint: Path, max_context: int = 256) -> VllmSampler:
@@ -171,7 +188,7 @@ async def test_ids_that_take_no_part_are_never_said(
     assert not inside(excluded, tokens).any()
     assert not inside(excluded, joined(parts, "topk_ids").astype(np.int32)).any()
     assert inside(excluded, joined(beside, "topk_ids").astype(np.int32)).any()
-    learner = learner_of(tiny_student(tied=TIED), excluded_ids=excluded)
+    learner = learner_of(student(), excluded_ids=excluded)
     own = learner.logprobs(PROMPT, tokens)
     assert np.abs(joined(parts, "logprobs") - own).max() < CLOSE
 
@@ -340,20 +357,49 @@ async def test_a_second_answer_follows_the_first_and_what_was_said_between(
         pytest.fail("no first answer ended")
 
 
+async def test_every_finish_reason_of_vllm_is_known_or_a_typed_error() -> None:
+    from vllm.v1.engine import FINISH_REASON_STRINGS
+
+    known = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
+    for reason in (*FINISH_REASON_STRINGS, "a reason of tomorrow"):
+        if reason in known:
+            assert vllm_sampler_module.finish_of("r", reason) is known[reason]
+        else:
+            with pytest.raises(SamplerError, match=rf"the generation r with the reason '{reason}'"):
+                vllm_sampler_module.finish_of("r", reason)
+    assert vllm_sampler_module.finish_of("r", None) is None
+
+
+async def test_a_loop_that_vllm_ends_by_itself_is_a_typed_error(
+    sampler: VllmSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its detection of repetition, which only a request that asks for it has."""
+    from vllm.sampling_params import RepetitionDetectionParams, SamplingParams
+
+    detection = RepetitionDetectionParams(max_pattern_size=1, min_pattern_size=1, min_count=2)
+    asking = partial(SamplingParams, repetition_detection=detection, ignore_eos=True)
+    monkeypatch.setattr("vllm.SamplingParams", asking)
+    # Of 240 draws from some 20 likely ids two in a row are the same.
+    with pytest.raises(SamplerError, match="the generation loop with the reason 'repetition'"):
+        await deltas(sampler, "loop", SamplingOptions(max_tokens=240, seed=1))
+
+
 # Before last: it leaves other weights behind.
 async def test_changed_weights_arrive_exactly_and_other_ones_are_noticed(
-    sampler: VllmSampler, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    sampler: VllmSampler, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = load_student(str(checkpoint), dtype=torch.float32, device=torch.device("cpu"))
     learner, probes = learner_of(changed), [PROMPT, PROMPT[:1]]
-    sync = WeightSync(
-        learner,
-        sampler,
-        probe_prompts=probes,
-        max_logprob_gap=1e-3,
-        written=WeightFormat(with_tied_head=False),
-    )
+    sync = WeightSync(learner, sampler, probe_prompts=probes, max_logprob_gap=1e-3, written=AS_SENT)
     try:
+        proof = Proof(
+            prompts=probe_prompts([PROMPT], max_context=256, sliding_window=None),
+            is_fresh=True,
+            is_as_loaded=True,
+            checkpoint_names=tensor_names(str(checkpoint)),
+        )
+        gaps = await sync.prove(0, proof)
+        assert all(gap is not None and gap < CLOSE for gap in gaps.figures().values())
         for version in range(3):
             with torch.no_grad():
                 for parameter in changed.parameters():
@@ -361,6 +407,14 @@ async def test_changed_weights_arrive_exactly_and_other_ones_are_noticed(
             assert await sync.push(version) < CLOSE
         options = SamplingOptions(max_tokens=20, num_topk=NUM_TOPK, seed=1)
         check_rows(changed, await deltas(sampler, "after", options), 1.0)
+
+        lacking = load_file(checkpoint / "model.safetensors")
+        del lacking["model.norm.weight"]
+        save_file(lacking, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(
+            WeightSyncError, match=r"vLLM keeps 1 tensors .* no model\.norm\.weight"
+        ):
+            await sampler.load_weights(tmp_path)
 
         # From here on the engine is made to load the weights it began with.
         async def load_others(folder: Path) -> None:

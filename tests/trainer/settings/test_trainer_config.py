@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer.assembly.from_settings import max_sync_gap
+from student_trainer.assembly.from_settings import max_sync_gap_nats
 from student_trainer.assembly.methods import divergence
 from student_trainer.assembly.teachers import drift_policy, score_options
 from student_trainer.errors import ConfigError
@@ -87,7 +87,7 @@ def test_reliability_lasts_for_a_third_of_the_largest_budget(
 def test_the_gap_that_a_sync_may_leave_is_of_the_arithmetic(
     smallest: Path, overrides: list[str], expected: float
 ) -> None:
-    assert max_sync_gap(load_config(smallest, overrides)) == expected
+    assert max_sync_gap_nats(load_config(smallest, overrides)) == expected
 
 
 @pytest.mark.parametrize("name", ["block-gate", "iw-opd", "lsm", "prune-opd"])

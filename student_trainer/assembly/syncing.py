@@ -1,0 +1,75 @@
+"""How learner and sampler are kept equal: what is sent, what is held against what, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from student_trainer.assembly import from_settings
+from student_trainer.assembly.from_settings import Problems
+from student_trainer.learner.learner import Learner
+from student_trainer.pretrained import tensor_names
+from student_trainer.rollouts.probe import LONGEST_WINDOW_ON_A_CPU, Proof, probe_prompts
+from student_trainer.rollouts.samplers.base import Sampler
+from student_trainer.rollouts.weight_sync import WeightSync
+from student_trainer.settings.config import TrainerConfig
+
+NUM_PROBE_PROMPTS = 2
+
+
+def sync(
+    config: TrainerConfig,
+    learner: Learner,
+    sampler: Sampler,
+    problems: Problems,
+    say: Callable[[str], None],
+) -> WeightSync:
+    """What moves the weights, step after step."""
+    return WeightSync(
+        learner,
+        sampler,
+        probe_prompts=[prompt.token_ids for prompt in problems.train[:NUM_PROBE_PROMPTS]],
+        max_logprob_gap=from_settings.max_sync_gap_nats(config),
+        written=from_settings.weight_format(config),
+        folder=config.sampler.weights_dir,
+        say=say,
+        excluded_ids=learner.excluded_ids,
+    )
+
+
+def proof(
+    config: TrainerConfig,
+    learner: Learner,
+    problems: Problems,
+    start_from: str,
+    is_fresh: bool,
+    is_as_loaded: bool,
+) -> Proof:
+    """What is proven before the first rollout."""
+    as_saved = from_settings.weight_format(config).as_saved
+    window = learner.sliding_window or 0
+    return Proof(
+        prompts=probe_prompts(
+            [prompt.token_ids for prompt in problems.train[:NUM_PROBE_PROMPTS]],
+            max_context=config.rollout.max_context,
+            sliding_window=None if _is_too_long(config, window) else window,
+        ),
+        is_fresh=is_fresh,
+        is_as_loaded=is_as_loaded,
+        checkpoint_names=tensor_names(start_from) if as_saved else None,
+    )
+
+
+def warnings(config: TrainerConfig, learner: Learner) -> Iterator[str]:
+    """What the proof leaves out."""
+    window = learner.sliding_window or 0
+    if window < config.rollout.max_context and _is_too_long(config, window):
+        yield (
+            f"the student's sliding window is {window} tokens: that the sampler computes more than "
+            f"that as the learner does is not proven on a CPU (at most {LONGEST_WINDOW_ON_A_CPU}). "
+            f"rollout.max_context up to {window} needs no proof"
+        )
+
+
+def _is_too_long(config: TrainerConfig, window: int) -> bool:
+    on_a_cpu = from_settings.device(config).type == "cpu"
+    return on_a_cpu and window > LONGEST_WINDOW_ON_A_CPU

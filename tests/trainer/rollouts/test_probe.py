@@ -1,0 +1,228 @@
+"""Learner and sampler are held against each other before the first rollout.
+
+Run: python -m pytest tests/trainer/rollouts/test_probe.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from student_trainer.assembly import syncing
+from student_trainer.errors import WeightSyncError
+from student_trainer.pretrained import load_student, tensor_names
+from student_trainer.records import AS_LEARNT, Delta, SamplingOptions, WeightFormat
+from student_trainer.rollouts.probe import (
+    CACHE_BLOCK,
+    PROBE_TOKENS,
+    Proof,
+    StartGaps,
+    probe_prompts,
+)
+from student_trainer.rollouts.samplers.hf_sampler import HfSampler
+from student_trainer.rollouts.weight_sync import WeightSync
+from student_trainer.settings.config import load_config
+from tests.trainer.learner.made_learners import learner_of
+from tests.trainer.learner.tiny_families import VOCAB_SIZE as FAMILY_VOCAB_SIZE
+from tests.trainer.learner.tiny_families import tiny_family
+from tests.trainer.learner.tiny_student import write_tiny_student
+from tests.trainer.settings.smallest_config import SMALLEST
+
+CPU = torch.device("cpu")
+PROMPTS = [np.arange(5, 30, dtype=np.int32), np.arange(40, 2, -1, dtype=np.int32)]
+PROOF = Proof(prompts=PROMPTS, is_fresh=True, is_as_loaded=True)
+AS_SAVED = WeightFormat(as_saved=True)
+CLOSE = 1e-4
+
+
+async def proven(
+    folder: Path,
+    sampler: type[HfSampler] = HfSampler,
+    *,
+    proof: Proof = PROOF,
+    dtype: str = "float32",
+    written: WeightFormat = AS_LEARNT,
+    limit: float = 1e-3,
+) -> tuple[PreTrainedModel, StartGaps]:
+    """Of a student of this folder, and the student."""
+    engine = sampler(model=str(folder), dtype=dtype, device=CPU)
+    await engine.start()
+    model = load_student(str(folder), dtype=torch.float32, device=CPU)
+    sync = WeightSync(
+        learner_of(model), engine, probe_prompts=PROMPTS, max_logprob_gap=limit, written=written
+    )
+    try:
+        return model, await sync.prove(0, proof)
+    finally:
+        sync.close()
+
+
+def saved(folder: Path, family: str) -> Path:
+    tiny_family(family).save_pretrained(folder)
+    return folder
+
+
+async def test_equal_ones_are_proven_and_the_weights_are_the_very_same(tmp_path: Path) -> None:
+    folder = write_tiny_student(tmp_path, tied=True)
+    before = load_student(str(folder), dtype=torch.float32, device=CPU).state_dict()
+    model, gaps = await proven(folder)
+    assert all(gap is not None and gap < CLOSE for gap in gaps.figures().values())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+async def test_a_resumed_run_and_a_running_sampler_compare_what_they_can(tmp_path: Path) -> None:
+    proof = replace(PROOF, is_fresh=False, is_as_loaded=False)
+    _, gaps = await proven(write_tiny_student(tmp_path), proof=proof)
+    assert (gaps.plain, gaps.loaded) == (None, None)
+    assert gaps.changed is not None
+    assert gaps.pushed is not None
+
+
+class Scaled(HfSampler):
+    """Leaves out the scale of its family's logits, as an engine that does not know it."""
+
+    async def start(self) -> None:
+        await super().start()
+        self._model().config.logits_scaling = 1.0
+        self._model().logits_scaling = 1.0  # type: ignore[assignment]
+
+
+async def test_a_family_that_the_sampler_computes_otherwise_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightSyncError) as caught:
+        await proven(saved(tmp_path, "granite"), Scaled)
+    said = str(caught.value)
+    assert "the sampler as it loaded the checkpoint differs from the learner's log-probs by" in said
+    assert "more than 0.001 (optim.max_sync_gap_nats)" in said
+    assert "computes this family otherwise" in said
+    assert "granite (GraniteForCausalLM); its config has" in said
+    assert "logits_scaling 8.0" in said
+    assert "of plain model(ids).logits, so the sampler" in said
+
+
+async def test_precision_is_named_with_both_dtypes_and_the_limit(tmp_path: Path) -> None:
+    folder, written = write_tiny_student(tmp_path), WeightFormat(dtype="bfloat16")
+    with pytest.raises(
+        WeightSyncError,
+        match=r"computes in float32.*arithmetic bfloat16.*the same dtype on both sides.*"
+        r"or a larger optim\.max_sync_gap_nats",
+    ):
+        await proven(folder, dtype="bfloat16", written=written)
+
+
+class Forgetful(HfSampler):
+    """Passes over one tensor, as an engine does with a name that it does not know."""
+
+    forgotten = "model.layers.1.input_layernorm.weight"
+
+    async def load_weights(self, folder: Path) -> None:
+        given = load_file(folder / "model.safetensors")
+        given[self.forgotten] = self._model().state_dict()[self.forgotten].clone()
+        save_file(given, folder / "model.safetensors")
+        await super().load_weights(folder)
+
+
+@pytest.mark.parametrize(
+    "name", [Forgetful.forgotten, "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"]
+)
+async def test_a_tensor_that_does_not_arrive_is_found_before_the_first_rollout(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With unchanged weights no gap would tell: the sampler has that tensor already."""
+    monkeypatch.setattr(Forgetful, "forgotten", name)
+    folder = write_tiny_student(tmp_path)
+    before = load_student(str(folder), dtype=torch.float32, device=CPU)
+    with pytest.raises(
+        WeightSyncError,
+        match=r"sent changed weights, differs .* nats, more than 0\.001.*"
+        r"as loaded the two were equal.*names or their layout",
+    ):
+        await proven(folder, Forgetful)
+    engine = Forgetful(model=str(folder), dtype="float32", device=CPU)
+    await engine.start()
+    sync = WeightSync(learner_of(before), engine, probe_prompts=PROMPTS, max_logprob_gap=1e-3)
+    assert await sync.push(0) < CLOSE
+    sync.close()
+
+
+class Random(HfSampler):
+    """Its log-probs are no numbers."""
+
+    async def generate(
+        self, request_id: str, prompt_ids: NDArray[np.int32], options: SamplingOptions
+    ) -> AsyncIterator[Delta]:
+        async for delta in super().generate(request_id, prompt_ids, options):
+            yield replace(delta, logprobs=delta.logprobs * np.nan)
+
+
+async def test_log_probs_that_are_no_numbers_are_not_proven(tmp_path: Path) -> None:
+    with pytest.raises(WeightSyncError, match="by nan nats"):
+        await proven(write_tiny_student(tmp_path), Random)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gemma3", "qwen2", "gpt_neox"])
+def test_weights_are_sent_under_the_names_of_the_checkpoint(family: str, tmp_path: Path) -> None:
+    """transformers holds experts fused, and the parts of a wrapper under other names."""
+    folder = saved(tmp_path / "student", family)
+    model = load_student(str(folder), dtype=torch.float32, device=CPU)
+    learner = learner_of(model)
+    assert learner.vocab_size == FAMILY_VOCAB_SIZE
+    (tmp_path / "sent").mkdir()
+    names = learner.export_weights(tmp_path / "sent", AS_SAVED)
+    assert {name for name, is_again in names.items() if not is_again} == tensor_names(str(folder))
+    model.config.save_pretrained(tmp_path / "sent")
+    sent = AutoModelForCausalLM.from_pretrained(tmp_path / "sent", dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(sent.state_dict()[name], tensor), name
+
+
+async def test_names_that_the_checkpoint_does_not_have_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "qwen3_moe")
+    proof = replace(PROOF, checkpoint_names=tensor_names(str(folder)))
+    with pytest.raises(WeightSyncError) as caught:
+        await proven(folder, proof=proof)  # as they are in memory
+    said = str(caught.value)
+    assert said.startswith("4 tensors of the student have names that the sampler's checkpoint does")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in said
+    assert "instead" in said
+    assert "the checkpoint has model.layers.0.mlp.experts.0.down_proj.weight" in said
+    assert 'sampler.kind = "hf"' in said
+
+
+def test_probe_prompts_are_longer_than_a_block_and_a_window_and_fit_the_context() -> None:
+    first, second = probe_prompts(PROMPTS, max_context=4096, sliding_window=None)
+    assert len(first) > CACHE_BLOCK
+    assert len(second) > CACHE_BLOCK
+    assert (first[:CACHE_BLOCK] == second[:CACHE_BLOCK]).all()
+    assert set(first) | set(second) <= set(np.concatenate(PROMPTS))
+    assert len(probe_prompts(PROMPTS, max_context=4096, sliding_window=512)[0]) > 512
+    short = probe_prompts(PROMPTS, max_context=48, sliding_window=512)
+    assert [len(ids) for ids in short] == [48 - PROBE_TOKENS] * 2
+    assert [len(ids) for ids in probe_prompts(PROMPTS, max_context=4, sliding_window=None)] == [
+        1,
+        1,
+    ]
+
+
+def test_a_window_too_long_to_be_proven_on_a_cpu_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "trainer.toml"
+    path.write_text(SMALLEST, encoding="utf-8")
+
+    def said(window: int | None, max_context: int) -> list[str]:
+        model = tiny_family("mistral")
+        model.config.sliding_window = window
+        changes = ("student.device=cpu", f"rollout.max_context={max_context}")
+        return list(syncing.warnings(load_config(path, changes), learner_of(model)))
+
+    (line,) = said(4096, 8192)
+    assert "sliding window is 4096 tokens" in line
+    assert "rollout.max_context up to 4096 needs no proof" in line
+    assert said(4096, 4096) == said(512, 8192) == said(None, 8192) == []
