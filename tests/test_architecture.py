@@ -9,6 +9,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -454,6 +455,12 @@ def test_tests_and_the_contract_are_not_much_longer(pattern: str, limit: int) ->
     }
     assert {name: length for name, length in lengths.items() if length > limit} == {}
     assert lengths
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by name, and refuses the second where both are collected."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, times in names.items() if times > 1] == []
 
 
 def test_functions_are_short() -> None:

@@ -42,7 +42,7 @@ LIBRARIES = ("torch", "transformers", "vllm")
 
 def digest(family: str, arm: str) -> str:
     """Of the model and of the code that an arm depends on, without comments and docstrings."""
-    model = tiny_config(family, **WIDE).to_dict()
+    model = tiny_config(family, **WIDE).to_dict() | {"transformers_version": None}
     whole = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode())
     for name in (*DEPENDS_ON[arm], ARMS_FILE):
         whole.update(_code(ROOT / name).encode())
@@ -88,10 +88,18 @@ def cells_of(results: Mapping[str, Any], family: str) -> dict[str, Cell]:
     }
 
 
+def is_of_this_code(results: Mapping[str, Any], family: str, arm: str) -> bool:
+    """Whether an arm was measured by this code, with whatever libraries."""
+    known = results["cells"].get(family, {}).get(arm, {})
+    return bool(known) and known["code"] == digest(family, arm)
+
+
 def is_current(results: Mapping[str, Any], family: str, arm: str) -> bool:
     """Whether an arm was measured by this code and these libraries."""
-    known = results["cells"].get(family, {}).get(arm, {})
-    return bool(known) and known["code"] == digest(family, arm) and known["versions"] == versions()
+    return (
+        is_of_this_code(results, family, arm)
+        and results["cells"][family][arm]["versions"] == versions()
+    )
 
 
 def table(results: Mapping[str, Any]) -> str:

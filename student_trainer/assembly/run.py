@@ -298,6 +298,7 @@ def _learner(
         recomputes_behavior=config.needs_learner_behavior,
         stop_ids=from_settings.stop_ids(config, start_from, tokenizer),
         stop=stop,
+        copied_to=getattr(torch, from_settings.sampler_dtype(config)),
     )
 
 

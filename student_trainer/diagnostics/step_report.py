@@ -32,6 +32,7 @@ class LearnReport:
     grad_norm: float
     learning_rate: float
     updates: int
+    lost_in_rounding: float | None = None
     weight_mean: float | None = None
     weight_min: float | None = None
     weight_max: float | None = None

@@ -22,6 +22,7 @@ from student_trainer.diagnostics.step_report import LearnReport
 from student_trainer.learner.batch import collate, recompute_behavior, split_micro, split_updates
 from student_trainer.learner.families import family_of, head_of, plain_logits
 from student_trainer.learner.optim import Optimizer
+from student_trainer.learner.precision import lost_in_rounding, sample_of
 from student_trainer.learner.student import student_forward
 from student_trainer.losses.objective import (
     Divergence,
@@ -63,12 +64,13 @@ class Learner:
         stop_ids: Collection[int] = (),
         stop: StopRequest | None = None,
         excluded_ids: IdRanges = (),
+        copied_to: torch.dtype = torch.float32,
     ) -> None:
         """`dtype`: of the arithmetic; the weights are float32 whatever it is.
         `recomputes_behavior`: behavior log-probs are the learner's own, not the sampler's.
         `stop_ids` end the student's responses, besides what its generation config says.
         `excluded_ids` take no part in its distributions, and learn nothing as what is said; they
-        may be set until the first step."""
+        may be set until the first step. `copied_to`: of the sampler's copy of the weights."""
         self._model = model
         self._tokenizer = tokenizer
         self._optimizer = optimizer
@@ -84,6 +86,7 @@ class Learner:
         self._stop_ids = stop_ids
         self._stop = stop or StopRequest()
         self.excluded_ids = excluded_ids
+        self._copied_to = copied_to
         self._device = next(model.parameters()).device
 
     @property
@@ -120,6 +123,7 @@ class Learner:
             rollouts = self._with_behavior(rollouts)
         all_sums: list[StepSums] = []
         grad_norms: list[float] = []
+        before = self._sample()
         for update in self._updates(rollouts, step):
             with nullcontext() if grad_norms else self._stop.may_give_up():
                 totals = self._accumulate(update)
@@ -132,7 +136,16 @@ class Learner:
             grad_norm=sum(grad_norms) / len(grad_norms),
             learning_rate=learning_rate,
             updates=len(grad_norms),
+            lost_in_rounding=self._lost_since(before),
         )
+
+    def _sample(self) -> torch.Tensor | None:
+        return sample_of(self._model.parameters()) if self._copied_to != torch.float32 else None
+
+    def _lost_since(self, before: torch.Tensor | None) -> float | None:
+        if before is None:
+            return None
+        return lost_in_rounding(before, sample_of(self._model.parameters()), self._copied_to)
 
     def _with_behavior(self, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
         if not self._recomputes_behavior:

@@ -287,7 +287,8 @@ def test_every_logged_metric_is_explained_and_every_explained_one_is_logged(
     )
     path.write_text(path.read_text().replace(fixed, prune))
     weights = ("weights.prune.w_base=0.5", "weights.prefix_importance.gamma=0.5")
-    methods = logged(configured(folder, "run.steps=2", f"run.out={folder}/methods", *weights))
+    rounds = ("sampler.dtype=bfloat16", f"run.out={folder}/methods")
+    methods = logged(configured(folder, "run.steps=2", *rounds, *weights))
     plain, methods = ([_named(record) for record in records] for records in (plain, methods))
     always, ever = (set[str]().union(*records) for records in (plain, [*plain, *methods]))
     assert sorted(ever - explained.keys()) == []

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from student_trainer.errors import ConfigError
 from student_trainer.learner import optim as optim_module
@@ -36,8 +37,22 @@ def change(
 ) -> Tensor:
     """Of all weights, flat, by so many updates of a tiny student."""
     model = tiny_student()
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    optimizer = Optimizer(
+    before = flat(model)
+    learner = learner_of(model, steady(model, learning_rate, updates, kind), dtype=dtype)
+    for step in range(updates):
+        learner.learn(rollouts(step), step)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    return flat(model) - before
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def steady(
+    model: PreTrainedModel, learning_rate: float, updates: int, kind: OptimizerKind = "adamw"
+) -> Optimizer:
+    return Optimizer(
         model,
         learning_rate=learning_rate,
         final_learning_rate=learning_rate,
@@ -48,11 +63,6 @@ def change(
         max_grad_norm=1.0,
         kind=kind,
     )
-    learner = learner_of(model, optimizer, dtype=dtype)
-    for step in range(updates):
-        learner.learn(rollouts(step), step)
-    assert all(p.dtype == torch.float32 for p in model.parameters())
-    return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
 
 
 def test_weights_that_move_in_float32_move_in_bfloat16_too() -> None:
@@ -74,11 +84,25 @@ def test_twenty_updates_in_bfloat16_are_those_in_float32(learning_rate: float) -
 def test_what_a_rounded_copy_loses_is_the_share_of_changed_weights_that_it_shows_as_before() -> (
     None
 ):
-    before = {"a": torch.tensor([1.0, 1.0, 2.0, 4.0])}
-    after = {"a": torch.tensor([1.0, 1.0 + 2**-9, 2.5, 4.0 + 2**-12])}
+    before = torch.tensor([1.0, 1.0, 2.0, 4.0])
+    after = torch.tensor([1.0, 1.0 + 2**-9, 2.5, 4.0 + 2**-12])
     assert lost_in_rounding(before, after, torch.bfloat16) == pytest.approx(2 / 3)
     assert lost_in_rounding(before, after, torch.float32) == 0.0
     assert lost_in_rounding(before, before, torch.bfloat16) is None
+
+
+def test_a_learner_reports_what_the_samplers_copy_loses_of_a_step() -> None:
+    """As counted over every weight; of a copy in float32 there is nothing to report."""
+    reported = []
+    for copied_to in (torch.float32, torch.bfloat16):
+        model = tiny_student()
+        before = flat(model)
+        learner = learner_of(model, steady(model, 1e-4, 1), copied_to=copied_to)
+        reported.append(learner.learn(rollouts(0), 0).lost_in_rounding)
+    whole = lost_in_rounding(before, flat(model), torch.bfloat16)
+    assert reported == [None, pytest.approx(whole, abs=0.02)]
+    assert whole is not None
+    assert 0.1 < whole < 0.9
 
 
 def test_optimiser_that_is_not_installed_is_refused_with_the_extra(
