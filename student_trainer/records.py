@@ -179,7 +179,7 @@ class WeightFormat:
 
     dtype: str | None = None
     """Of the parameters, such as "bfloat16"; None leaves them as the learner has them."""
-    with_tied_head: bool = True
+    with_tied_head: bool = False
     """Whether a head that is the embedding is written a second time."""
     as_saved: bool = False
     """Under the names and in the layout of a saved checkpoint, not those in memory: experts one by
@@ -187,4 +187,4 @@ class WeightFormat:
 
 
 AS_LEARNT = WeightFormat()
-"""As the learner has them, every name."""
+"""As the learner has them; a tied head once, as the embedding."""

@@ -235,7 +235,7 @@ def weight_format(config: TrainerConfig) -> WeightFormat:
     learner's own names.
     """
     is_vllm = not isinstance(config.sampler, HfSamplerSettings)
-    return WeightFormat(dtype=sampler_dtype(config), with_tied_head=False, as_saved=is_vllm)
+    return WeightFormat(dtype=sampler_dtype(config), as_saved=is_vllm)
 
 
 def stop_ids(

@@ -49,7 +49,7 @@ pytestmark = [
 PROMPT = np.array([5, 6, 7, 8], np.int32)
 NUM_TOPK = 4
 CLOSE = 1e-4
-AS_SENT = WeightFormat(as_saved=True, with_tied_head=False)
+AS_SENT = WeightFormat(as_saved=True)
 
 
 def student() -> PreTrainedModel:

@@ -128,7 +128,7 @@ async def test_a_tied_head_that_was_not_written_is_the_new_embedding(tmp_path: P
     learner = tiny_student(tied=True)
     change(learner, 1)
     (tmp_path / "weights").mkdir()
-    learner_of(learner).export_weights(tmp_path / "weights", WeightFormat(with_tied_head=False))
+    learner_of(learner).export_weights(tmp_path / "weights", WeightFormat())
     await sampler.load_weights(tmp_path / "weights")
     head = sampler._model().lm_head.weight
     assert (head == learner.model.embed_tokens.weight).all()
