@@ -48,7 +48,7 @@ IN_TEST = Rounds(
     every_process=False,
     timed=False,
     verdict_repeats=1,
-    verdict_arms=("driftline", "transformers"),
+    verdict_arms=("driftline",),
 )
 LONG = Rounds(
     server_kills=500,

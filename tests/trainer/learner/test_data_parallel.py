@@ -64,7 +64,7 @@ def updated(rollouts: list[Rollout]) -> dict[str, Any]:
     return {
         "weights": weights,
         "gradient": gradient,
-        "metrics": asdict(report),
+        "metrics": {name: value for name, value in asdict(report).items() if value is not None},
     }
 
 
