@@ -22,8 +22,8 @@ _SEEDS = 2**31
 class GrowingResponse:
     """The tokens of one rollout so far, with room for all it may have.
 
-    Those of a turn stand among the sampled ones with a log-prob of 0 and arbitrary candidates; what
-    tells them apart is `sampled`.
+    Those of a turn stand among the sampled ones with a log-prob of 0 and the candidates of the last
+    sampled one, which the teacher takes; what tells them apart is `sampled`.
     """
 
     def __init__(self, options: SamplingOptions, *, num_prompt: int) -> None:
@@ -64,7 +64,7 @@ class GrowingResponse:
         start, end = self.num_tokens, self.num_tokens + len(turn_ids)
         self.token_ids[start:end] = turn_ids
         self.logprobs[start:end] = 0.0
-        self.topk_ids[start:end] = np.arange(self.topk_ids.shape[1])
+        self.topk_ids[start:end] = self.topk_ids[start - 1]
         self.topk_logprobs[start:end] = 0.0
         self.sampled[start:end] = False
         self.num_tokens = end

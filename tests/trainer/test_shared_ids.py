@@ -6,6 +6,7 @@ Run: python -m pytest tests/trainer/test_shared_ids.py
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from student_trainer.assembly.run import assembled
@@ -35,6 +36,7 @@ from teacher_wire.vocabulary import Vocabulary
 from tests.client.client_sessions import client_of
 from tests.teacher.engine.engine_models import byte_tokenizer
 from tests.trainer.learner.tiny_student import tiny_student
+from tests.trainer.test_conversations import TEMPLATE
 from tests.trainer.test_teachers import configured, served
 
 NAMES = ("<|a|>", "<|b|>", "<|c|>")
@@ -42,6 +44,7 @@ NAMES = ("<|a|>", "<|b|>", "<|c|>")
 PAD2 = 261
 CLOSE = 1e-4
 ROWS: list[dict[str, object]] = [{"prompt": f"{i}+{i}=", "answer": "7"} for i in range(4)]
+TALKING = ("budget.max_tokens=30", "rollout.max_context=60")
 
 
 def tokenizer_of(*more: str) -> PreTrainedTokenizerFast:
@@ -59,6 +62,25 @@ def write_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model.eval()
+
+
+def talks(folder: Path, *turns: str, **more: object) -> list[dict[str, object]]:
+    """Rows of two answers, with these turns between them; writes their template."""
+    (folder / "chat.jinja").write_text(TEMPLATE)
+    return [
+        {
+            "messages": [{"role": "user", "content": str(i)}],
+            "turns": [{"role": "user", "content": turn}],
+            **more,
+        }
+        for i, turn in enumerate(turns)
+    ]
+
+
+def ends_soon() -> str:
+    """So many stop tokens that an answer ends soon."""
+    vocabulary = tokenizer_of().get_vocab()
+    return f"rollout.stop_tokens={json.dumps([t for t, i in vocabulary.items() if 0 < i < 200])}"
 
 
 def trained(config: TrainerConfig, monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
@@ -152,6 +174,31 @@ def test_one_unused_token_more_is_named_and_takes_no_part(
     said = " ".join(capsys.readouterr().out.split())
     entry = "('[PAD2]' / nothing)" if who == "student" else "(nothing / '[PAD2]')"
     assert f"than to the student take no part (1; student / teacher): 261 {entry}" in said
+
+
+def test_turns_stand_beside_a_low_id_that_takes_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first id there is: what stands in a turn for the student's candidates may not hold it."""
+    renamed = tokenizer_of().backend_tokenizer.to_str().replace('"<pad>"', '"[PAD]"')
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(renamed), eos_token="<eos>", pad_token="[PAD]"
+    )
+    write_model(tmp_path / "student", tokenizer_of(), 320, seed=0)
+    model = write_model(tmp_path / "one", theirs, 320, seed=1)
+    with served(tmp_path / "one", tokenizer=theirs) as (address,):
+        config = configured(
+            tmp_path,
+            tmp_path,
+            talks(tmp_path, *["sure"] * 4),
+            f'teacher.endpoints=["{address}"]',
+            f"data.chat_template={tmp_path / 'chat.jinja'}",
+            ends_soon(),
+            *TALKING,
+        )
+        rollouts = trained(config, monkeypatch)
+    assert sum(rollout.sampled is not None for rollout in rollouts) > 3
+    check_rows(rollouts, model, [0])
 
 
 @asynccontextmanager
