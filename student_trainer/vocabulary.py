@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from student_trainer.errors import DatasetError
 from student_trainer.records import Prompt
@@ -91,25 +92,39 @@ class SharedIds:
     def refuse_prompts(self, prompts: Iterable[Prompt]) -> None:
         """Raises DatasetError for a prompt with an id that the teacher reads as something else, or
         that a model has no row for, naming prompt and entry."""
+        self._refuse(
+            (f"{prompt.prompt_id}: the prompt", prompt.token_ids, prompt.teacher_prompt_ids)
+            for prompt in prompts
+        )
+
+    def refuse_turns(self, prompts: Iterable[Prompt]) -> None:
+        """The same for their turns, which are given to both; names the turn too."""
+        self._refuse(
+            (f"{prompt.prompt_id}: turns[{number}]", turn_ids, turn_ids)
+            for prompt in prompts
+            for number, turn_ids in enumerate(prompt.turns)
+        )
+
+    def _refuse(self, given: Iterable[tuple[str, NDArray[np.int32], NDArray[np.int32]]]) -> None:
+        """`given`: where it is written, the ids for the student, those for the teacher."""
         entries = {entry.token_id: entry for entry in self.differing}
         differing = ranges_of(entries)
-        for prompt in prompts:
-            given = prompt.teacher_prompt_ids
-            if entries and (found := inside(differing, given)).any():
-                entry = entries[int(given[found][0])]
+        for where, student_ids, teacher_ids in given:
+            if entries and (found := inside(differing, teacher_ids)).any():
+                entry = entries[int(teacher_ids[found][0])]
                 raise DatasetError(
-                    f"{prompt.prompt_id}: the prompt has the id {entry.token_id}, which is "
-                    f"{_named(entry.student)} to the student and {_named(entry.teacher)} to the "
-                    "teacher: write it without that token, or give both one tokenizer"
+                    f"{where} has the id {entry.token_id}, which is {_named(entry.student)} to the "
+                    f"student and {_named(entry.teacher)} to the teacher: write it without that "
+                    "token, or give both one tokenizer"
                 )
             for side, ids, width in (
-                ("student", prompt.token_ids, self.student_width),
-                ("teacher", given, self.teacher_width),
+                ("student", student_ids, self.student_width),
+                ("teacher", teacher_ids, self.teacher_width),
             ):
                 if (largest := int(ids.max(initial=0))) >= width:
                     raise DatasetError(
-                        f"{prompt.prompt_id}: the prompt has the id {largest}, and the {side}'s "
-                        f"model has {width} ids: write it without that token"
+                        f"{where} has the id {largest}, and the {side}'s model has {width} ids: "
+                        "write it without that token"
                     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from student_trainer.errors import ConfigError
+from student_trainer.errors import ConfigError, DatasetError
 from student_trainer.pretrained import load_generation_config
 from student_trainer.records import Prompt
 from student_trainer.rollouts.rollout import RolloutRules, TeacherSession
@@ -63,23 +63,34 @@ def connected(
     """The teachers that the prompts name, connected on the loop and compared with the student.
 
     Raises what `connect` and the comparison raise, with the name of the teacher where there are
-    several, and DatasetError for a prompt that a teacher would read otherwise.
+    several, and DatasetError for a prompt or a turn that a teacher would read otherwise.
     """
     clients: dict[str | None, TeacherClient] = {}
     shared: dict[str | None, SharedIds] = {}
     own = vocabulary_of(tokenizer)
     with ExitStack() as stack:
         for tag in sorted({prompt.teacher for prompt in prompts}, key=lambda tag: tag or ""):
-            try:
+            with _naming(config, tag):
                 clients[tag] = client = loop.run(connect(config, tag))
                 stack.callback(_close, loop, client)
                 shared[tag] = loop.run(shared_ids(own, vocab_size, client))
-            except FingerprintMismatchError as error:
-                if not config.teachers:
-                    raise
-                raise FingerprintMismatchError(f"[{table_of(tag)}]: {error}") from error
             shared[tag].refuse_prompts(prompt for prompt in prompts if prompt.teacher == tag)
+        for tag, with_teacher in shared.items():
+            with _naming(config, tag):
+                # All prompts: what one teacher does not share, no response may have.
+                with_teacher.refuse_turns(prompts)
         yield Teachers(clients=clients, shared=shared)
+
+
+@contextmanager
+def _naming(config: TrainerConfig, tag: str | None) -> Iterator[None]:
+    """Where there are several teachers, which one it is that something does not fit."""
+    try:
+        yield
+    except (FingerprintMismatchError, DatasetError) as error:
+        if not config.teachers:
+            raise
+        raise type(error)(f"[{table_of(tag)}]: {error}") from error
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:

@@ -7,7 +7,7 @@ Run: python -m pytest tests/trainer/test_shared_ids.py
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -201,6 +201,35 @@ def test_turns_stand_beside_a_low_id_that_takes_no_part(
     check_rows(rollouts, model, [0])
 
 
+def test_a_turn_may_hold_nothing_that_one_of_the_teachers_reads_otherwise(tmp_path: Path) -> None:
+    """What one of them excludes takes no part at all, so no response may have it."""
+    write_model(tmp_path / "student", tokenizer_of(), 320, seed=0)
+    write_model(tmp_path / "one", tokenizer_of(), 320, seed=1)
+    write_model(tmp_path / "two", tokenizer_of(), 320, seed=2)
+    theirs = byte_tokenizer("<|a|>", "<|b|>", "<|tool|>")
+    with (
+        served(tmp_path / "one", tokenizer=theirs) as (one,),
+        served(tmp_path / "two", tokenizer=tokenizer_of()) as (two,),
+    ):
+        rows = [*talks(tmp_path, "sure"), *talks(tmp_path, "no", "x<|c|>y", teacher="two")]
+        config = configured(
+            tmp_path,
+            tmp_path,
+            rows,
+            f'teacher.endpoints=["{one}"]',
+            f'teachers.two.endpoints=["{two}"]',
+            "teachers.two.k=6",
+            f"data.chat_template={tmp_path / 'chat.jinja'}",
+            *TALKING,
+        )
+        reason = (
+            r"^\[teacher\]: .*train\.jsonl:3: turns\[0\] has the id 260, which is '<\|c\|>' to the "
+            r"student and '<\|tool\|>' to the teacher: write it without"
+        )
+        with pytest.raises(DatasetError, match=reason), assembled(config):
+            pass
+
+
 @asynccontextmanager
 async def teacher_of(
     tokenizer: PreTrainedTokenizerFast | None, width: int = 320
@@ -272,7 +301,9 @@ async def test_a_teacher_that_does_not_tell_its_tokens_is_refused() -> None:
         await compared(tokenizer_of(), None)
 
 
-def prompt_of(*token_ids: int, teacher: list[int] | None = None) -> Prompt:
+def prompt_of(
+    *token_ids: int, teacher: list[int] | None = None, turns: Sequence[Sequence[int]] = ()
+) -> Prompt:
     """With these ids, and others for the teacher."""
     return Prompt(
         prompt_id="train.jsonl:3",
@@ -280,6 +311,7 @@ def prompt_of(*token_ids: int, teacher: list[int] | None = None) -> Prompt:
         token_ids=np.array(token_ids, np.int32),
         answer=None,
         teacher_token_ids=None if teacher is None else np.array(teacher, np.int32),
+        turns=tuple(np.array(turn, np.int32) for turn in turns),
     )
 
 
@@ -309,6 +341,30 @@ def test_a_prompt_that_a_side_reads_otherwise_is_refused(prompt: Prompt, text: s
 
 def test_a_prompt_that_the_teacher_does_not_see_may_have_them() -> None:
     SHARED.refuse_prompts([prompt_of(5, 260, 330, 383, teacher=[5, 319]), prompt_of(1, 319)])
+
+
+@pytest.mark.parametrize(
+    ("turn", "text"),
+    [
+        ([1, 260], "the id 260, which is '<|c|>' to the student and '<|call|>' to the teacher"),
+        ([330, 1], "the id 330, which is '<|far|>' to the student and nothing to the teacher"),
+        ([320], "the id 320, and the teacher's model has 320 ids"),
+        ([384], "the id 384, and the student's model has 384 ids"),
+    ],
+)
+def test_a_turn_that_the_teacher_reads_otherwise_is_refused(turn: list[int], text: str) -> None:
+    """Whatever the prompt is to the teacher: a turn is given to both as it is."""
+    SHARED.refuse_turns([prompt_of(5, turns=[[1, 319]])])
+    with pytest.raises(DatasetError) as caught:
+        SHARED.refuse_turns([prompt_of(1), prompt_of(5, teacher=[6], turns=[[1, 319], turn])])
+    assert str(caught.value).startswith(f"train.jsonl:3: turns[1] has {text}")
+
+
+@pytest.mark.parametrize("teacher_width", [259, 320])
+def test_a_turn_beyond_the_students_model_is_refused(teacher_width: int) -> None:
+    shared = SharedIds(student_width=259, teacher_width=teacher_width)
+    with pytest.raises(DatasetError, match=r"turns\[0\] has the id 260, and the student's"):
+        shared.refuse_turns([prompt_of(5, turns=[[260]])])
 
 
 def test_end_tokens_that_take_no_part_are_named() -> None:
