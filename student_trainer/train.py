@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from student_trainer.assembly.run import Run
 from student_trainer.diagnostics.step import (
-    effective_lengths,
+    lengths_in_budget,
     phase_seconds,
     rollout_report,
     step_profile,
@@ -60,7 +60,7 @@ def take_step(run: Run, step: int) -> StepReport:
         learning=learning,
         generation=rollout_report(rollouts, overlap_k=run.overlap_k),
         sync_gap_nats=sync_gap_nats,
-        budget_hit_share=run.stream.budget.update(effective_lengths(rollouts)),
+        budget_hit_share=run.stream.budget.update(lengths_in_budget(rollouts)),
         max_tokens=run.stream.budget.max_tokens,
         generation_span_s=generation_span_s,
         seconds=PhaseSeconds(

@@ -102,6 +102,14 @@ def effective_lengths(rollouts: Sequence[Rollout]) -> list[int]:
     return [int(r.mask[: _reliable_tokens(r)].sum()) for r in rollouts]
 
 
+def lengths_in_budget(rollouts: Sequence[Rollout]) -> list[int]:
+    """E, and what others said before R reached 0: the budget holds both."""
+    return [
+        length if r.sampled is None else length + int((~r.sampled[: _reliable_tokens(r)]).sum())
+        for r, length in zip(rollouts, effective_lengths(rollouts), strict=True)
+    ]
+
+
 def _reliable_tokens(rollout: Rollout) -> int:
     if rollout.drift is None or rollout.drift.exhausted_at is None:
         return len(rollout)
@@ -151,13 +159,15 @@ def _disagreement(
 ) -> tuple[float | None, float | None, float | None, float]:
     """From A_t = log p_teacher - log p_behavior of the sampled tokens that count.
 
-    The mean of -A in each third of the responses, None where no token counts, and the sum of |A|.
+    The mean of -A in each third of what the student said, None where no token counts, and the sum
+    of |A|.
     """
     sums, counts, absolute = np.zeros(3), np.zeros(3), 0.0
     for rollout in rollouts:
         gaps = rollout.behavior_logprobs.astype(np.float64) - rollout.teacher.token_logprobs
         gaps = gaps[rollout.mask]
-        thirds = np.flatnonzero(rollout.mask) * 3 // max(1, len(rollout))
+        counted = np.flatnonzero(rollout.of_student(rollout.mask))
+        thirds = counted * 3 // max(1, rollout.num_sampled)
         sums += np.bincount(thirds, weights=gaps, minlength=3)
         counts += np.bincount(thirds, minlength=3)
         absolute += float(np.abs(gaps).sum())

@@ -25,7 +25,8 @@ class LengthBudget(Protocol):
         """Response tokens a rollout of the coming step may have."""
 
     def update(self, effective_lengths: Sequence[int]) -> float | None:
-        """Account for a finished step, given E of every rollout in it.
+        """Account for a finished step, given E of every rollout in it, with the turns before its
+        last reliable token, which the budget holds too.
 
         Returns the share of rollouts whose E reached the boundary; None without a boundary."""
 

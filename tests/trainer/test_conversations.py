@@ -13,7 +13,7 @@ import torch
 
 from student_trainer.assembly.run import assembled
 from student_trainer.records import Finish, Rollout
-from student_trainer.train import train
+from student_trainer.train import take_step, train
 from tests.trainer.learner.tiny_student import EOS_ID, character_tokenizer, tiny_student
 from tests.trainer.test_teachers import CLOSE, check_scores, configured, models, served
 
@@ -34,6 +34,7 @@ ROWS: list[dict[str, object]] = [
 ]
 ENDS = 'rollout.stop_tokens=["a","b","c","d","e","f","0","1","2","3","4","5"]'
 """So many that an answer ends soon."""
+PRUNED = {"kind": "prune", "minimum": 4, "increment": 1, "margin": 1}
 
 
 def own_logprobs(rollout: Rollout) -> np.ndarray:
@@ -113,3 +114,32 @@ def test_an_evaluation_grades_the_last_answer(tmp_path: Path, models: Path) -> N
         assert len(answer["response"]) <= answer["tokens"] < 30
     whole = (tmp_path / "run" / "samples" / "rollouts.jsonl").read_text()
     assert "#sure" in whole
+
+
+def test_a_budget_that_is_used_up_by_turns_too_is_used_up(tmp_path: Path, models: Path) -> None:
+    """The turns are longer than the margin, and R never reaches 0."""
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    with served(models / "one") as (address,):
+        config = configured(
+            tmp_path,
+            models,
+            ROWS,
+            f'teacher.endpoints=["{address}"]',
+            f"data.chat_template={tmp_path / 'chat.jinja'}",
+            f"budget={json.dumps({**PRUNED, 'initial': 24, 'maximum': 30})}",
+            "drift.w_drop=0.001",
+            "rollout.max_context=60",
+            "rollout.rollouts_per_prompt=3",
+            ENDS,
+        )
+        with assembled(config) as run:
+            rollouts = run.stream.take(run.stream.rollouts_per_step)
+            run.stream.take = lambda _: rollouts  # type: ignore[method-assign]
+            report = take_step(run, 0)
+    lengths = [len(rollout) for rollout in rollouts.rollouts]
+    answers = [rollout.num_sampled for rollout in rollouts.rollouts]
+    assert report.generation is not None
+    assert report.generation.effective_length_mean == np.mean(answers)
+    assert max(answers) < 23 <= max(lengths)
+    assert report.budget_hit_share == np.mean([length >= 23 for length in lengths])
+    assert report.max_tokens == 25

@@ -20,9 +20,16 @@ from student_trainer.diagnostics.repetition import (
     repetition_rate,
     slow_loop_mask,
 )
-from student_trainer.diagnostics.step import effective_lengths, rollout_report, step_profile
+from student_trainer.diagnostics.step import (
+    effective_lengths,
+    lengths_in_budget,
+    rollout_report,
+    step_profile,
+)
 from student_trainer.diagnostics.step_report import StepProfile
 from student_trainer.records import Finish, Rollout
+from student_trainer.rollouts.budget import PruneBudget
+from student_trainer.settings.budget import PruneBudgetSettings
 from teacher_wire.drift import advance
 from teacher_wire.records import DriftPolicy, DriftState
 from tests.trainer.made_reports import profile_of_one_token, step_report
@@ -92,6 +99,44 @@ def test_effective_length_of_the_golden_trajectory_is_seven() -> None:
     assert metrics.exhausted_rate == 1.0
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    tokens=st.lists(st.tuples(st.booleans(), st.booleans()), max_size=40),
+    exhausted=st.integers(1, 60),
+)
+def test_what_others_said_before_r_reached_0_is_in_the_budget_and_not_in_e(
+    tokens: list[tuple[bool, bool]], exhausted: int
+) -> None:
+    """The second of a pair: whether a token of the student's counts."""
+    sampled, counts = ([pair[i] for pair in tokens] for i in (0, 1))
+    exhausted_at = exhausted if exhausted <= len(tokens) else None
+    rollout = replace(
+        responded([0] * len(tokens), mask=[own and c for own, c in tokens]),
+        sampled=np.array(sampled, np.bool_),
+        drift=DriftState(num_tokens=len(tokens), exhausted_at=exhausted_at),
+    )
+    effective = others = 0
+    for number, (own, count) in enumerate(zip(sampled, counts, strict=True), 1):
+        if exhausted_at is None or number < exhausted_at:
+            effective += own and count
+            others += not own
+    assert effective_lengths([rollout]) == [effective]
+    assert lengths_in_budget([rollout]) == [effective + others]
+    assert lengths_in_budget([replace(rollout, sampled=None)]) == [effective]
+
+
+def test_a_conversation_that_used_its_budget_up_lets_it_grow() -> None:
+    """With a turn far longer than the margin."""
+    sampled = np.ones(2048, np.bool_)
+    sampled[500:800] = False
+    rollout = replace(responded([0] * 2048, mask=sampled.astype(int).tolist()), sampled=sampled)
+    budget = PruneBudget(PruneBudgetSettings(initial=2048))
+    assert budget.update(lengths_in_budget([rollout])) == 1.0
+    assert budget.max_tokens > 2048
+    stopped = replace(rollout, drift=DriftState(num_tokens=2048, exhausted_at=1001))
+    assert budget.update(lengths_in_budget([stopped])) == 0.0
+
+
 def test_unreliable_share_is_of_counted_tokens() -> None:
     rollout = replace(
         responded([0] * 6, mask=[0, 0, 1, 1, 1, 1]), drift=DriftState(num_tokens=6, exhausted_at=4)
@@ -131,6 +176,22 @@ def test_reverse_kl_by_third_of_a_worked_example() -> None:
     assert metrics.reverse_kl_middle_third == pytest.approx((0 + 1) / 2)
     assert metrics.reverse_kl_last_third == pytest.approx((2 - 1) / 2)
     assert metrics.abs_advantage_per_response == pytest.approx((1 + 3 + 0 + 1 + 2 + 1 + 6) / 2)
+
+
+def test_thirds_are_of_what_the_student_said() -> None:
+    """Six tokens of the student's, and a turn of six after the third."""
+    alone = responded([0] * 6, teacher=[-1, -2, -3, -4, -5, -6])
+    told = responded(
+        [0] * 12,
+        teacher=[-1, -2, -3, *[-50] * 6, -4, -5, -6],
+        mask=[*[1] * 3, *[0] * 6, *[1] * 3],
+    )
+    told = replace(told, sampled=told.mask, num_generated=6)
+    metrics = rollout_report([told], overlap_k=None)
+    assert metrics.reverse_kl_first_third == 1.5
+    assert metrics.reverse_kl_middle_third == 3.5
+    assert metrics.reverse_kl_last_third == 5.5
+    assert metrics == rollout_report([alone], overlap_k=None)
 
 
 @settings(max_examples=60, deadline=None)
