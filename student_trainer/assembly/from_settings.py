@@ -71,11 +71,12 @@ def heldout_problems(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase) 
 def _read(
     config: TrainerConfig, tokenizer: PreTrainedTokenizerBase, path: Path, split: str, *, room: int
 ) -> list[Prompt]:
-    """Prompts that leave room for a response."""
+    """Prompts that leave room for a response, with turns that have room in it."""
     return load_prompts(
         Source(path=path, subset=config.data.subset, split=split),
         tokenizer,
         max_prompt_tokens=config.rollout.max_context - room,
+        max_response_tokens=room,
         form=prompt_format(config),
         limits=data_limits(config),
     )

@@ -62,10 +62,12 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_tokens: int,
+    max_response_tokens: int | None = None,
     form: PromptFormat | None = None,
     limits: Limits | None = None,
 ) -> list[Prompt]:
-    """Every problem of a data set that is short enough.
+    """Every problem of a data set that is short enough: its prompt, and its turns with a token for
+    each answer in a response of `max_response_tokens` (None: of any length).
 
     Raises DatasetError naming the file, the row, and the limit; logs a warning that counts what was
     skipped or does not come back from its ids.
@@ -78,13 +80,13 @@ def load_prompts(
     for where, fields in source.rows():
         row = checked_row(where, fields, form.fields)
         prompt = encoder.prompt(row)
-        length = max(len(prompt.token_ids), len(prompt.teacher_prompt_ids))
-        if 1 <= length <= max_prompt_tokens:
+        reason = _misfit(prompt, max_prompt_tokens, max_response_tokens)
+        if reason is None:
             prompts.append(prompt)
             continue
-        reason = f"the prompt has {length} tokens, must be 1 to {max_prompt_tokens}"
-        if limits.too_long == "refuse" or length == 0:
-            remedy = '; data.too_long = "skip" goes on without such rows' if length else ""
+        is_empty = not (len(prompt.token_ids) or len(prompt.teacher_prompt_ids))
+        if limits.too_long == "refuse" or is_empty:
+            remedy = "" if is_empty else '; data.too_long = "skip" goes on without such rows'
             raise DatasetError(f"{where}: {reason}{remedy}")
         too_long.append(f"{where}: {reason}")
     _within(
@@ -105,6 +107,20 @@ def load_prompts(
         "data.max_lossy_share",
     )
     return prompts
+
+
+def _misfit(prompt: Prompt, max_prompt: int, max_response: int | None) -> str | None:
+    """Why a problem cannot be given, or answered to its end; None where it can."""
+    length = max(len(prompt.token_ids), len(prompt.teacher_prompt_ids))
+    if not 1 <= length <= max_prompt:
+        return f"the prompt has {length} tokens, must be 1 to {max_prompt}"
+    num_said, num_answers = sum(map(len, prompt.turns)), len(prompt.turns) + 1
+    if prompt.turns and max_response is not None and num_said + num_answers > max_response:
+        return (
+            f"turns of {num_said} tokens and one for each of {num_answers} answers do not fit in "
+            f"{max_response}, the longest response (by budget, held out by eval.max_tokens)"
+        )
+    return None
 
 
 def _within(found: list[str], of: int, max_share: float, what: str, setting: str) -> None:

@@ -48,7 +48,8 @@ class DataSettings(Section):
     """A conversation that ends with the assistant: an error, or that turn is the answer where the
     row has no other."""
     too_long: Literal["refuse", "skip"] = "refuse"
-    """A prompt that leaves no room for the longest response: an error, or left out and counted."""
+    """A prompt that leaves no room for the longest response, or turns that have none in it: an
+    error, or left out and counted."""
     max_skipped_share: Annotated[float, ReadBy("too_long", "skip")] = Field(0.1, ge=0, le=1)
     """Share of the rows left out above which the data is refused."""
     max_lossy_share: float = Field(0.1, ge=0, le=1)

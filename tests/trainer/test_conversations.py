@@ -9,9 +9,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from student_trainer.assembly import from_settings
 from student_trainer.assembly.run import assembled
+from student_trainer.errors import DatasetError
 from student_trainer.records import Finish, Rollout
 from student_trainer.train import take_step, train
 from tests.trainer.learner.tiny_student import EOS_ID, character_tokenizer, tiny_student
@@ -143,3 +146,31 @@ def test_a_budget_that_is_used_up_by_turns_too_is_used_up(tmp_path: Path, models
     assert max(answers) < 23 <= max(lengths)
     assert report.budget_hit_share == np.mean([length >= 23 for length in lengths])
     assert report.max_tokens == 25
+
+
+@pytest.mark.parametrize(
+    ("where", "budget"),
+    [
+        ("train", {**PRUNED, "initial": 10, "maximum": 15}),
+        ("held", {"kind": "fixed", "max_tokens": 30}),
+    ],
+)
+def test_turns_that_can_never_be_said_are_refused_where_the_data_is_read(
+    where: str, budget: dict[str, object], tmp_path: Path, models: Path
+) -> None:
+    """Were they not, the first answer would be graded as the last."""
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    config = configured(
+        tmp_path,
+        models,
+        ROWS if where == "train" else [{"prompt": "1+1="}],
+        f"data.chat_template={tmp_path / 'chat.jinja'}",
+        f"data.heldout={tmp_path / 'held.jsonl'}",
+        f"budget={json.dumps(budget)}",
+        "rollout.max_context=60",
+        "eval.max_tokens=15",
+    )
+    reason = rf"{where}\.jsonl:1: turns of 13 tokens and one for each of 3 answers do not fit in 15"
+    with pytest.raises(DatasetError, match=reason):
+        from_settings.problems(config, character_tokenizer())

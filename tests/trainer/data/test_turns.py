@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from student_trainer.data.prompts import load_prompts
+from student_trainer.data.prompts import Limits, load_prompts
 from student_trainer.errors import DatasetError
 from student_trainer.records import Prompt
 from tests.trainer.data.made_tokenizers import byte_level
@@ -63,6 +64,36 @@ def test_a_template_that_forgets_reasoning_gives_the_same_turns(tmp_path: Path) 
         for template in (STABLE, FORGETS)
     )
     assert [ids.tolist() for ids in first] == [ids.tolist() for ids in second]
+
+
+def test_turns_without_room_in_the_longest_response_are_refused_or_left_out_with_a_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Room is what all of them have, and one token for each answer; a row without any has it."""
+    rows, tokenizer = tmp_path / "rows.jsonl", chatty(STABLE)
+    two = loaded(tmp_path, tokenizer, messages=ASKED, turns=MORE).turns
+    enough = sum(map(len, two)) + 3
+
+    def read(room: int, limits: Limits) -> list[Prompt]:
+        return load_prompts(
+            rows, tokenizer, max_prompt_tokens=200, max_response_tokens=room, limits=limits
+        )
+
+    talks: list[dict[str, object]] = [{"messages": ASKED, "turns": turns} for turns in ([], MORE)]
+    rows.write_text("\n".join(map(json.dumps, talks)))
+    assert [len(prompt.turns) for prompt in read(enough, Limits())] == [0, 2]
+    with pytest.raises(DatasetError) as caught:
+        read(enough - 1, Limits())
+    assert str(caught.value) == (
+        f"{rows}:2: turns of {enough - 3} tokens and one for each of 3 answers do not fit in "
+        f"{enough - 1}, the longest response (by budget, held out by eval.max_tokens); "
+        'data.too_long = "skip" goes on without such rows'
+    )
+    skip = Limits(too_long="skip", max_skipped_share=0.5)
+    assert [prompt.turns for prompt in read(enough - 1, skip)] == [()]
+    (said,) = caplog.records
+    assert said.levelno == logging.WARNING
+    assert "1 of 2 rows are too long and were left out; the first: " in said.getMessage()
 
 
 def test_switches_hold_for_every_answer(tmp_path: Path) -> None:
