@@ -40,7 +40,7 @@ from teacher_wire.drift_metrics import METRICS
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 BAD_BUDGETS = 3
-"""Of the default `drift.w_drop`: bad events at a third of the largest budget use R up."""
+"""Of the default `drift.w_drop`: bad events at a third of the first budget use R up."""
 LOSSES_WITH_A_RATIO = ("sampled_reverse_kl", "student_topk_reverse_kl")
 """Their surrogate holds p_student / p_behavior."""
 
@@ -267,7 +267,13 @@ class TrainerConfig(Section):
     def w_drop_of(self, tag: str | None) -> float:
         """Reliability that a bad event costs a response of a teacher's."""
         given = self.drift_of(tag).w_drop
-        return min(1.0, BAD_BUDGETS / self.longest_response) if given is None else given
+        return min(1.0, BAD_BUDGETS / self.first_budget) if given is None else given
+
+    @property
+    def first_budget(self) -> int:
+        """Response tokens that a rollout of the first step may have. A rule that stops at no less
+        than what the budget may come to would let it grow on bad events alone."""
+        return self.budget.max_tokens if self.budget.kind == "fixed" else self.budget.initial
 
     @property
     def longest_response(self) -> int:

@@ -22,8 +22,8 @@ class DriftSection(Section):
     """What every metric has."""
 
     w_drop: Share | None = None
-    """Reliability lost a bad event; none: 3 / the largest budget, so that bad events at a third of
-    its tokens use it up."""
+    """Reliability lost a bad event; none: 3 / the first step's budget, so that bad events at a
+    third of its tokens use it up."""
     stop_in_flight: bool = DriftPolicy().stop_in_flight
     """Stop a rollout at the first position where its reliability is 0."""
 

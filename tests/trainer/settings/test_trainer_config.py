@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from student_trainer.assembly.from_settings import max_sync_gap_nats
-from student_trainer.assembly.methods import divergence
+from student_trainer.assembly.methods import budget, divergence
 from student_trainer.assembly.teachers import drift_policy, score_options
 from student_trainer.errors import ConfigError
 from student_trainer.losses.divergences import (
@@ -21,6 +21,7 @@ from student_trainer.losses.divergences import (
 from student_trainer.losses.objective import Divergence
 from student_trainer.losses.policy_gradients import SampledReverseKL, StudentTopKReverseKL
 from student_trainer.settings.config import TrainerConfig, load_config
+from teacher_wire.drift import bad_event_budget
 from teacher_wire.drift_metrics import METRICS, OverlapRatio, TeacherTopPAccept
 from teacher_wire.records import DriftPolicy
 from tests.trainer.settings.smallest_config import SMALLEST
@@ -60,18 +61,34 @@ def test_the_rule_of_who_says_nothing_fits_language(smallest: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "w_drop"),
+    ("overrides", "w_drop"),
     [
         ("budget.max_tokens=2", 1.0),
         ("budget.max_tokens=64", 3 / 64),
-        ('budget={"kind":"prune","initial":10,"minimum":10,"maximum":150}', 3 / 150),
+        ('budget={"kind":"prune","initial":10,"minimum":10,"maximum":150}', 3 / 10),
+        ('budget={"kind":"prune"}', 3 / 2048),
+        ('budget={"kind":"quantile","initial":20,"minimum":9,"maximum":150}', 3 / 20),
+        (
+            'budget={"kind":"progressive","initial":8,"maximum":150,"increment":8,"every_steps":1}',
+            3 / 8,
+        ),
     ],
 )
-def test_reliability_lasts_for_a_third_of_the_largest_budget(
-    smallest: Path, budget: str, w_drop: float
+def test_reliability_lasts_for_a_third_of_the_first_budget(
+    smallest: Path, overrides: str, w_drop: float
 ) -> None:
-    assert drift_policy(load_config(smallest, [budget])).w_drop == w_drop
-    assert drift_policy(load_config(smallest, [budget, "drift.w_drop=0.01"])).w_drop == 0.01
+    given = [overrides, "rollout.max_context=13312"]
+    assert drift_policy(load_config(smallest, given)).w_drop == w_drop
+    assert drift_policy(load_config(smallest, [*given, "drift.w_drop=0.01"])).w_drop == 0.01
+
+
+def test_a_budget_does_not_grow_on_bad_events_alone(smallest: Path) -> None:
+    """Prune-OPD's controller as it is: every rollout ends where its R is 0, none is a hit."""
+    config = load_config(smallest, ['budget={"kind":"prune"}', "rollout.max_context=13312"])
+    lengths, stops_at = budget(config), bad_event_budget(drift_policy(config).w_drop)
+    for _ in range(60):
+        lengths.update([min(lengths.max_tokens, stops_at)] * 8)
+    assert lengths.max_tokens == config.budget.minimum  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
