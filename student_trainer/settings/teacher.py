@@ -65,8 +65,8 @@ class TeacherSettings(Section):
 
 
 class NamedTeacherSettings(TeacherSettings):
-    """A further teacher, of the rows whose `teacher` is its name; it has the tokenizer of the
-    others."""
+    """A further teacher, of the rows whose `teacher` is its name; its vocabulary may be wider or
+    narrower than the student's and differ in a few tokens, which then take no part in the run."""
 
     loss_weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     """What a token of its rollouts counts in the loss, where one of `[teacher]` counts 1."""
