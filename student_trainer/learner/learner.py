@@ -246,52 +246,66 @@ class Learner:
             for parameter in self._model.parameters():
                 parameter.view(torch.int32).bitwise_xor_(CHANGED_BIT)
 
-    def export_weights(self, to: Path, written: WeightFormat = AS_LEARNT) -> dict[str, bool]:
+    @property
+    def name_prefix(self) -> str:
+        """Of the base model: checkpoints have their names with or without it."""
+        return f"{self._model.base_model_prefix}."
+
+    def export_weights(self, to: Path, written: WeightFormat = AS_LEARNT) -> dict[str, str | None]:
         """Writes the weights as safetensors into a folder, for a sampler to load.
 
-        Returns the names of the tensors, and whether each is another one again (a tied head), which
-        `written` may leave out.
+        Returns the names of the tensors, and which other one each is again (a tied head the
+        embedding), if any; `written` may leave those out.
         """
         weights: dict[str, torch.Tensor] = {}
         again: dict[str, torch.Tensor] = {}
-        for name, tensor, dtype, is_again in self._exported(written):
+        firsts: dict[str, str | None] = {}
+        for name, tensor, dtype, first in self._exported(written):
             kept = tensor.to("cpu", dtype).contiguous()
-            if is_again:
-                # safetensors refuses tensors that share memory.
-                again[name] = kept.clone() if kept.data_ptr() == tensor.data_ptr() else kept
-            else:
+            if first is None:
                 weights[name] = kept
+                continue
+            # safetensors refuses tensors that share memory.
+            kept = kept.clone() if kept.data_ptr() == tensor.data_ptr() else kept
+            as_named = self._named(name, kept, written)
+            again |= as_named
+            firsts |= zip(as_named, self._named(first, kept, written), strict=True)
         if written.as_saved:
-            # Each for itself: a head's name may change as well.
             weights = revert_weight_conversion(self._model, weights)
-            again = revert_weight_conversion(self._model, again)
         named = {name: tensor.contiguous() for name, tensor in (weights | again).items()}
         left_out = frozenset() if written.with_tied_head else again.keys()
         sent = {name: tensor for name, tensor in named.items() if name not in left_out}
         save_file(sent, to / "model.safetensors", metadata={"format": "pt"})
-        return {name: name in again for name in named}
+        return {name: firsts.get(name) for name in named}
+
+    def _named(
+        self, name: str, tensor: torch.Tensor, written: WeightFormat
+    ) -> dict[str, torch.Tensor]:
+        """One tensor under the name that it is written by, for itself: a head's may change too."""
+        alone = {name: tensor}
+        return dict(revert_weight_conversion(self._model, alone)) if written.as_saved else alone
 
     def export_bytes(self, written: WeightFormat = AS_LEARNT) -> int:
         """Of the tensors that `export_weights` writes."""
         return sum(
             tensor.numel() * dtype.itemsize
-            for _, tensor, dtype, is_again in self._exported(written)
-            if written.with_tied_head or not is_again
+            for _, tensor, dtype, first in self._exported(written)
+            if written.with_tied_head or first is None
         )
 
     def _exported(
         self, written: WeightFormat
-    ) -> Iterator[tuple[str, torch.Tensor, torch.dtype, bool]]:
-        """Name, tensor, how it is written, and whether it came before under another name (a tied
-        head). What is no parameter, such as a router's correction, keeps its own arithmetic."""
+    ) -> Iterator[tuple[str, torch.Tensor, torch.dtype, str | None]]:
+        """Name, tensor, how it is written, and under which name it came before, if it did (a
+        tied head). What is no parameter, such as a router's correction, keeps its own arithmetic.
+        """
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        seen: set[int] = set()
+        seen: dict[int, str] = {}
         for name, tensor in self._model.state_dict().items():
-            is_again = tensor.data_ptr() in seen
-            seen.add(tensor.data_ptr())
+            first = seen.setdefault(tensor.data_ptr(), name)
             is_converted = written.dtype is not None and name in parameters
             dtype = getattr(torch, str(written.dtype)) if is_converted else tensor.dtype
-            yield name, tensor.detach(), dtype, is_again
+            yield name, tensor.detach(), dtype, None if first == name else first
 
     def save(self, folder: Path) -> None:
         """The student in Hugging Face format, with its tokenizer."""

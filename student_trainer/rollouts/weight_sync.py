@@ -40,9 +40,13 @@ Progress = Callable[[int, int, str], None]
 class WeightOwner(Protocol):
     """Whose weights travel."""
 
-    def export_weights(self, to: Path, written: WeightFormat) -> Mapping[str, bool]:
-        """Writes them as safetensors into a folder; returns their names, and whether each is
-        another one again (a tied head)."""
+    @property
+    def name_prefix(self) -> str:
+        """Of the base model: checkpoints have their names with or without it."""
+
+    def export_weights(self, to: Path, written: WeightFormat) -> Mapping[str, str | None]:
+        """Writes them as safetensors into a folder; returns their names, and which other one each
+        is again (a tied head the embedding), if any."""
 
     def export_bytes(self, written: WeightFormat) -> int:
         """How many bytes of tensors that will be."""
@@ -162,7 +166,7 @@ class WeightSync:
         """Removes the folder of weights."""
         self._folder.close()
 
-    async def _load(self) -> Mapping[str, bool]:
+    async def _load(self) -> Mapping[str, str | None]:
         path = self._folder.path
         with writing_to(
             path, WeightSyncError, remedy="make room there, or set sampler.weights_dir"
@@ -179,12 +183,16 @@ class WeightSync:
                 f"{': ' if cause else ''}{cause}"
             )
 
-    def _check_names(self, sent: Mapping[str, bool], known: Collection[str] | None) -> None:
+    def _check_names(self, sent: Mapping[str, str | None], known: Collection[str] | None) -> None:
         """What the sampler's checkpoint does not have its model passes over without a word."""
         if known is None:
             return
-        unknown = sorted(name for name in {*sent} - {*known} if not sent[name])
-        kept = sorted({*known} - {*sent})
+        prefix = self._learner.name_prefix
+        there = {name.removeprefix(prefix): name for name in known}
+        found = {name for name in sent if name.removeprefix(prefix) in there}
+        found |= {first for name in found if (first := sent[name]) is not None}
+        unknown = sorted(name for name, first in sent.items() if not first and name not in found)
+        kept = sorted({*there.values()} - {there.get(n.removeprefix(prefix)) for n in sent})
         if unknown:
             others = f"; the checkpoint has {some(kept)} instead" if kept else ""
             raise WeightSyncError(

@@ -5,7 +5,7 @@ Run: python -m pytest tests/trainer/rollouts/test_probe.py
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from student_trainer.assembly import syncing
 from student_trainer.errors import WeightSyncError
@@ -177,7 +177,7 @@ def test_weights_are_sent_under_the_names_of_the_checkpoint(family: str, tmp_pat
     assert learner.vocab_size == FAMILY_VOCAB_SIZE
     (tmp_path / "sent").mkdir()
     names = learner.export_weights(tmp_path / "sent", AS_SAVED)
-    assert {name for name, is_again in names.items() if not is_again} == tensor_names(str(folder))
+    assert {name for name, first in names.items() if first is None} == tensor_names(str(folder))
     model.config.save_pretrained(tmp_path / "sent")
     sent = AutoModelForCausalLM.from_pretrained(tmp_path / "sent", dtype=torch.float32)
     for name, tensor in model.state_dict().items():
@@ -195,6 +195,46 @@ async def test_names_that_the_checkpoint_does_not_have_are_refused(tmp_path: Pat
     assert "instead" in said
     assert "the checkpoint has model.layers.0.mlp.experts.0.down_proj.weight" in said
     assert 'sampler.kind = "hf"' in said
+
+
+def renamed(folder: Path, name: Callable[[str], str]) -> frozenset[str]:
+    """Gives the tensors of a checkpoint other names, and tells them."""
+    tensors = load_file(folder / "model.safetensors")
+    others = {name(old): tensor for old, tensor in tensors.items()}
+    save_file(others, folder / "model.safetensors", metadata={"format": "pt"})
+    return frozenset(others)
+
+
+async def test_a_checkpoint_may_leave_out_the_name_of_the_base_model(tmp_path: Path) -> None:
+    """As openai-community/gpt2 does; transformers and vLLM put it before the names."""
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    ).save_pretrained(tmp_path)
+    names = renamed(tmp_path, lambda name: name.removeprefix("transformer."))
+    assert "h.0.attn.c_attn.weight" in names
+    proof = replace(PROOF, checkpoint_names=names)
+    written = replace(AS_SAVED, with_tied_head=False)
+    _, gaps = await proven(tmp_path, proof=proof, written=written)
+    assert gaps.changed is not None
+    assert gaps.changed < CLOSE
+
+
+@pytest.mark.parametrize("prefix", ["", "another."])
+async def test_a_checkpoint_may_have_its_tied_head_alone(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The embedding's other name; a third one is none of it."""
+    folder = write_tiny_student(tmp_path, tied=True)
+    head = f"{prefix}lm_head.weight"
+    written = replace(AS_SAVED, with_tied_head=False)
+    names = tensor_names(str(folder)) or frozenset()
+    proof = replace(PROOF, checkpoint_names=names - {"model.embed_tokens.weight"} | {head})
+    if prefix:
+        with pytest.raises(WeightSyncError, match=r"^1 tensors .* reach it: model\.embed_tokens"):
+            await proven(folder, proof=proof, written=written)
+    else:
+        await proven(folder, proof=proof, written=written)
+        assert "stay as they are in the sampler" not in capsys.readouterr().out
 
 
 def test_probe_prompts_are_longer_than_a_block_and_a_window_and_fit_the_context() -> None:
