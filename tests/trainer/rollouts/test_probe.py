@@ -33,7 +33,7 @@ from student_trainer.settings.config import load_config
 from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_families import VOCAB_SIZE as FAMILY_VOCAB_SIZE
 from tests.trainer.learner.tiny_families import tiny_family
-from tests.trainer.learner.tiny_student import write_tiny_student
+from tests.trainer.learner.tiny_student import tiny_student, write_tiny_student
 from tests.trainer.settings.smallest_config import SMALLEST
 
 CPU = torch.device("cpu")
@@ -151,6 +151,38 @@ async def test_a_tensor_that_does_not_arrive_is_found_before_the_first_rollout(
     sync = WeightSync(learner_of(before), engine, probe_prompts=PROMPTS, max_logprob_gap=1e-3)
     assert await sync.push(0) < CLOSE
     sync.close()
+
+
+async def test_a_tensor_of_zeros_that_does_not_arrive_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the biases of a model are that was never trained."""
+    name = "model.layers.1.self_attn.v_proj.bias"
+    monkeypatch.setattr(Forgetful, "forgotten", name)
+    assert not tiny_family("qwen2").state_dict()[name].any()
+    with pytest.raises(WeightSyncError, match=r"sent changed weights, differs"):
+        await proven(saved(tmp_path, "qwen2"), Forgetful)
+
+
+ZERO_AND_NEAR = [0x00000000, 0x00000001, 0x00080000, 0x007FFFFF, 0x3C800001, 0x3C880001, 0x3C800000]
+
+
+def test_changed_weights_differ_and_have_their_very_bits_again() -> None:
+    """Zeros of both signs, subnormals, and what zeros and subnormals become."""
+    model = tiny_student()
+    bits = torch.tensor([bits | sign for bits in ZERO_AND_NEAR for sign in (0, 1 << 31)])
+    with torch.no_grad():
+        flat = model.model.norm.weight.view(torch.int32)
+        flat[: len(bits)] = bits.to(torch.uint32).view(torch.int32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with learner_of(model).changed():
+        for name, tensor in model.state_dict().items():
+            assert (tensor.view(torch.int32) != before[name].view(torch.int32)).all(), name
+            zeros = before[name] == 0
+            assert (tensor[zeros].bfloat16().abs() > 0.01).all(), name
+        assert (before["model.norm.weight"] == 0).sum() == 2
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.view(torch.int32), before[name].view(torch.int32)), name
 
 
 class Random(HfSampler):
