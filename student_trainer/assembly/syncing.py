@@ -8,7 +8,12 @@ from student_trainer.assembly import from_settings
 from student_trainer.assembly.from_settings import Problems
 from student_trainer.learner.learner import Learner
 from student_trainer.pretrained import tensor_names
-from student_trainer.rollouts.probe import LONGEST_WINDOW_ON_A_CPU, Proof, probe_prompts
+from student_trainer.rollouts.probe import (
+    LONGEST_WINDOW_ON_A_CPU,
+    PROBE_TOKENS,
+    Proof,
+    probe_prompts,
+)
 from student_trainer.rollouts.samplers.base import Sampler
 from student_trainer.rollouts.weight_sync import WeightSync
 from student_trainer.settings.config import TrainerConfig
@@ -23,11 +28,13 @@ def sync(
     problems: Problems,
     say: Callable[[str], None],
 ) -> WeightSync:
-    """What moves the weights, step after step."""
+    """What moves the weights, step after step. Its probes fit the context, with what they sample;
+    of a longer prompt the beginning."""
+    room = max(1, config.rollout.max_context - PROBE_TOKENS)
     return WeightSync(
         learner,
         sampler,
-        probe_prompts=[prompt.token_ids for prompt in problems.train[:NUM_PROBE_PROMPTS]],
+        probe_prompts=[prompt.token_ids[:room] for prompt in problems.train[:NUM_PROBE_PROMPTS]],
         max_logprob_gap=from_settings.max_sync_gap_nats(config),
         written=from_settings.weight_format(config),
         folder=config.sampler.weights_dir,
@@ -46,12 +53,12 @@ def proof(
 ) -> Proof:
     """What is proven before the first rollout."""
     as_saved = from_settings.weight_format(config).as_saved
-    window = learner.sliding_window or 0
+    window = learner.sliding_window
     return Proof(
         prompts=probe_prompts(
             [prompt.token_ids for prompt in problems.train[:NUM_PROBE_PROMPTS]],
             max_context=config.rollout.max_context,
-            sliding_window=None if _is_too_long(config, window) else window,
+            sliding_window=window if _is_probed(config, window) else None,
         ),
         is_fresh=is_fresh,
         is_as_loaded=is_as_loaded,
@@ -61,8 +68,8 @@ def proof(
 
 def warnings(config: TrainerConfig, learner: Learner) -> Iterator[str]:
     """What the proof leaves out."""
-    window = learner.sliding_window or 0
-    if window < config.rollout.max_context and _is_too_long(config, window):
+    window = learner.sliding_window
+    if _is_passed(config, window) and not _is_probed(config, window):
         yield (
             f"the student's sliding window is {window} tokens: that the sampler computes more than "
             f"that as the learner does is not proven on a CPU (at most {LONGEST_WINDOW_ON_A_CPU}). "
@@ -70,6 +77,12 @@ def warnings(config: TrainerConfig, learner: Learner) -> Iterator[str]:
         )
 
 
-def _is_too_long(config: TrainerConfig, window: int) -> bool:
+def _is_passed(config: TrainerConfig, window: int | None) -> bool:
+    return window is not None and window < config.rollout.max_context
+
+
+def _is_probed(config: TrainerConfig, window: int | None) -> bool:
+    if window is None or not _is_passed(config, window):
+        return False
     on_a_cpu = from_settings.device(config).type == "cpu"
-    return on_a_cpu and window > LONGEST_WINDOW_ON_A_CPU
+    return not on_a_cpu or window <= LONGEST_WINDOW_ON_A_CPU

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -219,13 +220,14 @@ class Learner:
     ) -> NDArray[np.float32]:
         """The same of plain `model(ids).logits`: eager attention, evaluation mode, float32."""
         ids_S = torch.from_numpy(np.concatenate([prompt_ids, token_ids])).long().to(self._device)
-        with torch.no_grad():
-            logits_SV = plain_logits(self._model, ids_S.unsqueeze(0))[0].float()
+        rows = len(token_ids) + 1
+        with torch.no_grad(), _keeping_logits(self._model, rows):
+            logits_SV = plain_logits(self._model, ids_S.unsqueeze(0))[0]
+        logits_TV = logits_SV[-rows:-1].float()
         for start, end in self.excluded_ids:
-            logits_SV[:, start:end] = -torch.inf
-        rows_TV = logits_SV[len(prompt_ids) - 1 : -1].log_softmax(-1)
+            logits_TV[:, start:end] = -torch.inf
         logprobs: NDArray[np.float32] = (
-            rows_TV.gather(1, ids_S[len(prompt_ids) :, None])[:, 0].cpu().numpy()
+            logits_TV.log_softmax(-1).gather(1, ids_S[len(prompt_ids) :, None])[:, 0].cpu().numpy()
         )
         return logprobs
 
@@ -337,3 +339,17 @@ class Learner:
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from there, given a model with the weights of the same checkpoint."""
         self._optimizer.load(state["optimizer"])
+
+
+@contextmanager
+def _keeping_logits(model: PreTrainedModel, rows: int) -> Iterator[None]:
+    """Within it a model makes no more than these last rows of logits, where it can leave any out;
+    a long prompt's would be gigabytes."""
+    if "logits_to_keep" not in signature(model.forward).parameters:
+        yield
+        return
+    hook = model.register_forward_pre_hook(
+        lambda _, inputs, options: (inputs, options | {"logits_to_keep": rows}), with_kwargs=True
+    )
+    with hook:
+        yield

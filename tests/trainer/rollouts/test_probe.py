@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from student_trainer.assembly import syncing
+from student_trainer.assembly import from_settings, syncing
+from student_trainer.assembly.from_settings import Problems
 from student_trainer.errors import WeightSyncError
 from student_trainer.pretrained import load_student, tensor_names
-from student_trainer.records import AS_LEARNT, Delta, SamplingOptions, WeightFormat
+from student_trainer.records import AS_LEARNT, Delta, Prompt, SamplingOptions, WeightFormat
 from student_trainer.rollouts.probe import (
     CACHE_BLOCK,
     PROBE_TOKENS,
@@ -33,7 +34,11 @@ from student_trainer.settings.config import load_config
 from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_families import VOCAB_SIZE as FAMILY_VOCAB_SIZE
 from tests.trainer.learner.tiny_families import tiny_family
-from tests.trainer.learner.tiny_student import tiny_student, write_tiny_student
+from tests.trainer.learner.tiny_student import (
+    character_tokenizer,
+    tiny_student,
+    write_tiny_student,
+)
 from tests.trainer.settings.smallest_config import SMALLEST
 
 CPU = torch.device("cpu")
@@ -63,6 +68,33 @@ async def proven(
         return model, await sync.prove(0, proof)
     finally:
         sync.close()
+
+
+def tiny_gpt2(n_positions: int = 64) -> GPT2LMHeadModel:
+    """Random, with learned positions."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=64,
+        n_positions=n_positions,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def problems_of(*prompts: NDArray[np.int32]) -> Problems:
+    """To train on, of these ids."""
+    return Problems(
+        tokenizer=character_tokenizer(),
+        train=[
+            Prompt(prompt_id=f"p{i}", text="", token_ids=ids, answer=None)
+            for i, ids in enumerate(prompts)
+        ],
+        heldout=[],
+    )
 
 
 def saved(folder: Path, family: str) -> Path:
@@ -239,9 +271,7 @@ def renamed(folder: Path, name: Callable[[str], str]) -> frozenset[str]:
 
 async def test_a_checkpoint_may_leave_out_the_name_of_the_base_model(tmp_path: Path) -> None:
     """As openai-community/gpt2 does; transformers and vLLM put it before the names."""
-    GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2)
-    ).save_pretrained(tmp_path)
+    tiny_gpt2().save_pretrained(tmp_path)
     names = renamed(tmp_path, lambda name: name.removeprefix("transformer."))
     assert "h.0.attn.c_attn.weight" in names
     proof = replace(PROOF, checkpoint_names=names)
@@ -282,6 +312,66 @@ def test_probe_prompts_are_longer_than_a_block_and_a_window_and_fit_the_context(
         1,
         1,
     ]
+
+
+@pytest.mark.parametrize(
+    ("device", "window", "max_context", "longest"),
+    [
+        ("cuda", 262144, 32768, CACHE_BLOCK + PROBE_TOKENS),
+        ("cuda", 4096, 4096, CACHE_BLOCK + PROBE_TOKENS),
+        ("cuda", 4096, 8192, 4096 + PROBE_TOKENS),
+        ("cpu", 4096, 8192, CACHE_BLOCK + PROBE_TOKENS),
+        ("cpu", 512, 8192, 512 + PROBE_TOKENS),
+        ("cuda", None, 8192, CACHE_BLOCK + PROBE_TOKENS),
+    ],
+)
+def test_a_window_that_no_context_passes_is_not_probed(
+    device: str,
+    window: int | None,
+    max_context: int,
+    longest: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(from_settings, "device", lambda config: torch.device(device))
+    path = tmp_path / "trainer.toml"
+    path.write_text(SMALLEST, encoding="utf-8")
+    config = load_config(path, [f"rollout.max_context={max_context}"])
+    model = tiny_family("mistral")
+    model.config.sliding_window = window
+    proof = syncing.proof(
+        config, learner_of(model), problems_of(*PROMPTS), str(tmp_path), True, True
+    )
+    assert max(len(ids) for ids in proof.prompts) == max(longest, CACHE_BLOCK + 2 * PROBE_TOKENS)
+
+
+async def test_the_probes_of_a_sync_leave_room_for_their_tokens(tmp_path: Path) -> None:
+    """A budget of 4 tokens is less than a probe samples, and positions are learned."""
+    tiny_gpt2(n_positions=24).save_pretrained(tmp_path)
+    model = load_student(str(tmp_path), dtype=torch.float32, device=CPU)
+    path = tmp_path / "trainer.toml"
+    path.write_text(SMALLEST, encoding="utf-8")
+    changes = ["student.device=cpu", "rollout.max_context=24", "budget.max_tokens=4"]
+    config = load_config(path, changes)
+    sampler = HfSampler(model=str(tmp_path), dtype="float32", device=CPU)
+    await sampler.start()
+    problems = problems_of(np.arange(20, dtype=np.int32), np.arange(3, dtype=np.int32))
+    sync = syncing.sync(config, learner_of(model), sampler, problems, print)
+    try:
+        assert await sync.push(0) < CLOSE
+    finally:
+        sync.close()
+
+
+def test_plain_log_probs_ask_for_no_logits_of_the_prompt() -> None:
+    model, rows = tiny_student(), []
+    model.lm_head.register_forward_hook(lambda *called: rows.append(called[2].shape[1]))
+    learner, (prompt, tokens) = learner_of(model), (PROMPTS[1], PROMPTS[0][:7])
+    given = learner.plain_logprobs(prompt, tokens)
+    assert rows == [8]
+    assert np.abs(given - learner.logprobs(prompt, tokens)).max() < CLOSE
+    again = model(torch.from_numpy(prompt).long()[None])
+    assert again.logits.shape[1] == len(prompt)
 
 
 def test_a_window_too_long_to_be_proven_on_a_cpu_is_said(tmp_path: Path) -> None:
