@@ -27,7 +27,7 @@ from teacher_client.access import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, TeacherAc
 from teacher_client.client import TeacherClient
 from teacher_wire.drift_metrics import METRICS
 from teacher_wire.errors import FingerprintMismatchError
-from teacher_wire.id_ranges import IdRanges, united, within
+from teacher_wire.id_ranges import IdRanges, num_ids, united, within
 from teacher_wire.records import (
     DriftPolicy,
     LogprobDtype,
@@ -45,11 +45,15 @@ class Teachers:
     clients: Mapping[str | None, TeacherClient] = field(default_factory=dict)
     shared: Mapping[str | None, SharedIds] = field(default_factory=dict)
     """What the student's tokens have in common with those of each."""
+    excluded_before: IdRanges = ()
+    """Ids that take no part whatever these teachers share."""
 
     @property
     def excluded_ids(self) -> IdRanges:
-        """Ids that take no part in the run: those that one of the teachers does not share."""
-        return united(*(shared.excluded_ids for shared in self.shared.values()))
+        """Ids that take no part: among them those that one of the teachers does not share."""
+        return united(
+            self.excluded_before, *(shared.excluded_ids for shared in self.shared.values())
+        )
 
 
 @contextmanager
@@ -59,11 +63,13 @@ def connected(
     prompts: Sequence[Prompt],
     vocab_size: int,
     tokenizer: PreTrainedTokenizerBase,
+    excluded_before: IdRanges = (),
 ) -> Iterator[Teachers]:
     """The teachers that the prompts name, connected on the loop and compared with the student.
 
     Raises what `connect` and the comparison raise, with the name of the teacher where there are
-    several, and DatasetError for a prompt or a turn that a teacher would read otherwise.
+    several, DatasetError for a prompt or a turn that a teacher would read otherwise, ConfigError
+    where more entries are asked for than ids take part.
     """
     clients: dict[str | None, TeacherClient] = {}
     shared: dict[str | None, SharedIds] = {}
@@ -79,7 +85,9 @@ def connected(
             with _naming(config, tag):
                 # All prompts: what one teacher does not share, no response may have.
                 with_teacher.refuse_turns(prompts)
-        yield Teachers(clients=clients, shared=shared)
+        asked = Teachers(clients=clients, shared=shared, excluded_before=excluded_before)
+        check_participation(config, asked)
+        yield asked
 
 
 @contextmanager
@@ -197,6 +205,22 @@ def check_limits(config: TrainerConfig, info: TeacherInfo, tag: str | None = Non
     for name, (value, limit) in asked.items():
         if value > limit:
             raise ConfigError(f"{name} is {value}, the teacher {info.model_id} allows {limit}")
+
+
+def check_participation(config: TrainerConfig, asked: Teachers) -> None:
+    """Raises ConfigError for a top-k of more entries than ids take part, at any of the teachers."""
+    for tag, client in asked.clients.items():
+        width = client.info.vocab_size
+        left = width - num_ids(within(asked.excluded_ids, 0, width))
+        for name, value in (
+            (f"{table_of(tag)}.k", config.teacher_of(tag).k),
+            ("rollout.student_topk", config.collected_topk),
+        ):
+            if value > left:
+                raise ConfigError(
+                    f"{name} is {value}, and {left} of the {width} ids of the teacher "
+                    f"{client.info.model_id} take part in the run: at most {left}"
+                )
 
 
 def score_options(config: TrainerConfig, tag: str | None = None) -> ScoreOptions:

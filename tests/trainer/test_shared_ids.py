@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +20,12 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from student_trainer.assembly.run import assembled
-from student_trainer.assembly.teachers import Teachers
-from student_trainer.errors import DatasetError
+from student_trainer.assembly.teachers import Teachers, connected
+from student_trainer.errors import ConfigError, DatasetError
+from student_trainer.pretrained import load_tokenizer
 from student_trainer.recording.json_lines import read_lines
 from student_trainer.records import Prompt, Rollout
-from student_trainer.rollouts.stream import RolloutStream, Taken
+from student_trainer.rollouts.stream import LoopThread, RolloutStream, Taken
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.train import train
 from student_trainer.vocabulary import Entry, SharedIds, shared_ids
@@ -373,6 +374,34 @@ def test_end_tokens_that_take_no_part_are_named() -> None:
     *_, said = SHARED.warnings([1, 260, 350])
     assert "end tokens among the ids that take no part" in said
     assert "260, 350; name another in rollout.stop_tokens" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher.k=6"], r"^teacher\.k is 6, and 5 of the 320 ids of the teacher .* at most 5$"),
+        (
+            ["teacher.k=5", "rollout.student_topk=6"],
+            r"^rollout\.student_topk is 6, and 5 of the 320 ids",
+        ),
+    ],
+)
+def test_more_entries_than_ids_take_part_are_refused(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    """Of a student of 5 logits; a tokenizer has more tokens than its models have rows for."""
+    write_model(tmp_path / "student", tokenizer_of(), 5, seed=0)
+    write_model(tmp_path / "one", tokenizer_of(), 320, seed=1)
+    with served(tmp_path / "one", tokenizer=tokenizer_of()) as (address,):
+        config = configured(
+            tmp_path, tmp_path, ROWS, f'teacher.endpoints=["{address}"]', *overrides
+        )
+        with (
+            pytest.raises(ConfigError, match=message),
+            closing(LoopThread()) as loop,
+            connected(config, loop, [prompt_of(1, 2)], 5, load_tokenizer(str(tmp_path / "one"))),
+        ):
+            pass
 
 
 def test_what_one_teacher_does_not_share_takes_no_part_at_all() -> None:
