@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rich.console import Console
@@ -14,11 +15,14 @@ from student_trainer.assembly.run import started
 from student_trainer.assembly.teachers import Teachers
 from student_trainer.errors import DatasetError
 from student_trainer.pretrained import load_tokenizer, load_vocab_size
+from student_trainer.recording.run_folder import RUN_FILE, STUDENT, excluded_ids_of, run_of
 from student_trainer.recording.terminal import Bars
 from student_trainer.rollouts.stream import LoopThread
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.settings.teacher import TeacherSettings
+from student_trainer.train_state import step_of
 from teacher_wire.errors import NotReadyError
+from teacher_wire.id_ranges import IdRanges
 
 TeacherUse = Literal["auto", "required", "none"]
 Teacher = TypeVar("Teacher", bound=TeacherSettings)
@@ -32,7 +36,8 @@ def evaluate_checkpoint(
     """Every figure of an evaluation, and what was evaluated; None where a figure is not there.
 
     The held-out divergences need a teacher: `auto` does without where none answers, and says why,
-    unless the problems have no answers, of which nobody else could say anything. Raises what a run
+    unless the problems have no answers, of which nobody else could say anything. What took no part
+    in the run of the checkpoint takes none here, whichever teachers are asked. Raises what a run
     raises before its first step.
     """
     config = with_declared_needs(config)
@@ -43,13 +48,16 @@ def evaluate_checkpoint(
     with ExitStack() as stack:
         grader = evaluating.checked_grader(config, problems, stack)
         loop = stack.enter_context(closing(LoopThread()))
-        asked = Teachers()
+        run, excluded_before = _of_its_run(config, model)
+        asked = Teachers(excluded_before=excluded_before)
         absent = "not asked for"
         if teacher != "none" and config.eval.teacher_samples:
             needed = teacher == "required" or problems[0].answer is None
             patient = config if needed else _in_short(config)
             width = load_vocab_size(model)
-            connected = teachers.connected(patient, loop, problems, width, tokenizer)
+            connected = teachers.connected(
+                patient, loop, problems, width, tokenizer, excluded_before
+            )
             try:
                 asked, absent = stack.enter_context(connected), ""
             except NotReadyError as error:
@@ -71,11 +79,24 @@ def evaluate_checkpoint(
         "checkpoint": model,
         "teacher": ", ".join(client.info.model_id for client in asked.clients.values()) or None,
         "without_teacher": absent or None,
+        "run": None if run is None else str(run),
+        "excluded_ids": [list(span) for span in asked.excluded_ids],
         "num_prompts": len(problems),
         "accuracy": report.accuracy,
         **report.written(),
         "texts": [asdict(sample) for sample in report.samples],
     }
+
+
+def _of_its_run(config: TrainerConfig, model: str) -> tuple[Path | None, IdRanges]:
+    """The run of a checkpoint, of the student that it began with too; and what took no part."""
+    path = Path(model)
+    if model == config.student.model and (config.run.out / RUN_FILE).is_file():
+        return config.run.out, excluded_ids_of(config.run.out)
+    if (run := run_of(path)) is None:
+        return None, ()
+    step = None if path.resolve().name == STUDENT else step_of(path.resolve())
+    return run, excluded_ids_of(run, step=step)
 
 
 def _in_short(config: TrainerConfig) -> TrainerConfig:

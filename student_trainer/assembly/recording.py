@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from rich.console import Console
 
 from student_trainer.assembly.checkpoints import GoesOn
+from student_trainer.assembly.teachers import Teachers
 from student_trainer.recording.recorder import Recorder
 from student_trainer.recording.run_folder import RunRecord
 from student_trainer.recording.terminal import Bars
@@ -20,7 +21,6 @@ from student_trainer.settings.changes import determining
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.settings.section import resolved
 from student_trainer.train_state import step_of
-from teacher_wire.records import TeacherInfo
 
 
 @contextmanager
@@ -30,12 +30,13 @@ def recorded(
     *,
     goes_on: GoesOn | None,
     overwrite: bool,
-    teacher: TeacherInfo,
+    asked: Teachers,
     decode: Callable[[int], str],
 ) -> Iterator[tuple[Recorder, RunRecord]]:
     """Takes the folder of the run and writes down by what it goes; ends that with the block."""
     from_step = None if goes_on is None else step_of(goes_on.checkpoint)
     folder = config.run.out
+    teacher = next(iter(asked.clients.values())).info
     recorder = Recorder(folder, bars, resume_from=from_step, overwrite=overwrite, decode=decode)
     about = {
         "from_step": from_step or 0,
@@ -48,6 +49,7 @@ def recorded(
             "dtype": teacher.dtype,
             "engine": f"{teacher.engine} {teacher.engine_version}".strip(),
         },
+        "excluded_ids": asked.excluded_ids,
     }
     with (
         closing(recorder),

@@ -231,10 +231,9 @@ def _assemble(
     said = teachers.warnings(config, start_from, tokenizer, asked)
     for line in (*checkpoints.warnings(config, learner), *syncing.warnings(config, learner), *said):
         say(line)
-    info = next(iter(asked.clients.values())).info
     recorder, record = stack.enter_context(
         recorded(
-            config, bars, goes_on=goes_on, overwrite=overwrite, teacher=info, decode=problems.decode
+            config, bars, goes_on=goes_on, overwrite=overwrite, asked=asked, decode=problems.decode
         )
     )
     write_progress(config.run.out, finished=False, steps_planned=config.run.steps)

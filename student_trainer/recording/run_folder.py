@@ -29,6 +29,7 @@ from student_trainer.recording.summary import SUMMARY_FILE, told
 from student_trainer.recording.texts import SIDE_BY_SIDE_FILE
 from student_trainer.train_state import complete_checkpoints, latest
 from teacher_wire import __version__
+from teacher_wire.id_ranges import IdRanges
 
 CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
@@ -170,6 +171,26 @@ class RunRecord:
 
     def _write(self) -> None:
         write_json(self._path, self._record)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Folder of the run that made a checkpoint or a trained student; None for any other model."""
+    path = checkpoint.resolve()
+    run = path.parent if path.name == STUDENT else path.parent.parent
+    made = [run / STUDENT, *complete_checkpoints(run / CHECKPOINTS)]
+    return run if path in made and (run / RUN_FILE).is_file() else None
+
+
+def excluded_ids_of(run: Path, *, step: int | None = None) -> IdRanges:
+    """Ids that took no part in a run, in the start that came to a step, or the last one.
+
+    None of an earlier version, which did not write them down. Raises DatasetError for a record that
+    is broken.
+    """
+    starts = read_record(run).get("starts", [])
+    made = [start for start in starts if step is None or start.get("from_step", 0) < step]
+    ranges = made[-1].get("excluded_ids", []) if made else []
+    return tuple((int(start), int(end)) for start, end in ranges)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from student_trainer.assembly.checkpoint_eval import evaluate_checkpoint
 from student_trainer.assembly.run import assembled
 from student_trainer.assembly.teachers import Teachers, connected
 from student_trainer.errors import ConfigError, DatasetError
@@ -28,6 +29,7 @@ from student_trainer.records import Prompt, Rollout
 from student_trainer.rollouts.stream import LoopThread, RolloutStream, Taken
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.train import train
+from student_trainer.train_state import complete_checkpoints
 from student_trainer.vocabulary import Entry, SharedIds, shared_ids
 from teacher_client.client import TeacherClient
 from teacher_server.engine.fake_engine import FakeEngine
@@ -402,6 +404,48 @@ def test_more_entries_than_ids_take_part_are_refused(
             connected(config, loop, [prompt_of(1, 2)], 5, load_tokenizer(str(tmp_path / "one"))),
         ):
             pass
+
+
+def test_a_checkpoint_is_evaluated_by_the_distribution_of_its_run(tmp_path: Path) -> None:
+    """The held-out problems name one of two teachers, and the other has fewer ids."""
+    write_model(tmp_path / "student", tokenizer_of(), 384, seed=0, likely=383)
+    write_model(tmp_path / "one", tokenizer_of(), 384, seed=1)
+    write_model(tmp_path / "two", tokenizer_of(), 320, seed=2)
+    heldout, shared = tmp_path / "heldout.jsonl", [[320, 384]]
+    heldout.write_text("\n".join(map(json.dumps, ROWS)))
+    with served(tmp_path / "one", tmp_path / "two", tokenizer=tokenizer_of()) as (one, two):
+        config = configured(
+            tmp_path,
+            tmp_path,
+            [*ROWS[:2], *({**row, "teacher": "two"} for row in ROWS[2:])],
+            f'teacher.endpoints=["{one}"]',
+            f'teachers.two.endpoints=["{two}"]',
+            "teachers.two.k=6",
+            f"data.heldout={heldout}",
+            "optim.learning_rate=1e-9",
+            "checkpoint.every_steps=1",
+        )
+        before = evaluate_checkpoint(config, config.student.model, teacher="required")
+        with assembled(config) as run:
+            train(run)
+            run.finish()
+        records = [r for r in read_lines(config.run.out / "metrics.jsonl") if r["kind"] == "eval"]
+        out = config.run.out
+        checkpoints = [
+            config.student.model,
+            out / "student",
+            *complete_checkpoints(out / "checkpoints"),
+        ]
+        results = [evaluate_checkpoint(config, str(c), teacher="required") for c in checkpoints]
+        alone = evaluate_checkpoint(config, str(out / "student"), teacher="none")
+    assert (before["run"], before["excluded_ids"]) == (None, [])
+    expected = records[0]["heldout_reverse_kl"]
+    assert before["heldout_reverse_kl"] != pytest.approx(expected, rel=0.01)
+    assert len(results) == 4
+    for result in (*results, alone):
+        assert (result["run"], result["excluded_ids"]) == (str(out), shared)
+    for result in results:
+        assert result["heldout_reverse_kl"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_one_teacher_does_not_share_takes_no_part_at_all() -> None:

@@ -19,7 +19,9 @@ from student_trainer.recording.run_folder import (
     RunRecord,
     checkpoint_to_resume,
     clear,
+    excluded_ids_of,
     git_commit,
+    run_of,
     versions,
 )
 from student_trainer.settings.config import load_config
@@ -163,6 +165,22 @@ def test_a_start_that_failed_says_so(folder: Path, monkeypatch: pytest.MonkeyPat
         run_through(config)
     (start,) = json.loads((config.run.out / "run.json").read_text())["starts"]
     assert start["outcome"] == "failed"
+
+
+def test_what_took_no_part_is_that_of_the_start_that_came_to_a_step(tmp_path: Path) -> None:
+    """A resumed run may ask other teachers."""
+    for name in ("student", "checkpoints/step-000002", "checkpoints/step-000004"):
+        (tmp_path / name).mkdir(parents=True)
+    checkpoint = tmp_path / "checkpoints" / "step-000002"
+    assert run_of(checkpoint) is None
+    for from_step, ranges in ((0, ((7, 9),)), (2, ())):
+        about = {"from_step": from_step, "excluded_ids": ranges}
+        with RunRecord(tmp_path, config={}, resumed=from_step > 0, about=about):
+            pass
+    assert run_of(checkpoint) == run_of(tmp_path / "student") == tmp_path
+    assert run_of(tmp_path / "checkpoints") is run_of(tmp_path / "elsewhere" / "student") is None
+    assert excluded_ids_of(tmp_path, step=2) == ((7, 9),)
+    assert excluded_ids_of(tmp_path, step=4) == excluded_ids_of(tmp_path) == ()
 
 
 def recorded_where_nothing_can_be_written(out: Path, error: Exception | None) -> None:
