@@ -34,7 +34,7 @@ STOP_TIMEOUT_S = 20.0
 POLL_S = 0.2
 LOG_TAIL_LINES = 20
 WHAT_COMES = """\
-A student learns from a teacher on this machine's CPU: about 4 minutes on two idle cores.
+A student learns from a teacher on this machine's CPU: about 5 minutes on two idle cores.
 Both engines start (40 s); then an evaluation, 16 steps with three more, and a last one."""
 
 
