@@ -16,6 +16,7 @@ from student_trainer.assembly import from_settings
 from student_trainer.assembly.run import assembled
 from student_trainer.errors import DatasetError
 from student_trainer.records import Finish, Rollout
+from student_trainer.settings.config import TrainerConfig
 from student_trainer.train import take_step, train
 from tests.trainer.learner.tiny_student import EOS_ID, character_tokenizer, tiny_student
 from tests.trainer.test_teachers import CLOSE, check_scores, configured, models, served
@@ -50,19 +51,26 @@ def own_logprobs(rollout: Rollout) -> np.ndarray:
     return np.asarray(rows[at])
 
 
+def talking(folder: Path, models: Path, address: str, *overrides: str) -> TrainerConfig:
+    """A run over ROWS with one teacher, in which answers end soon."""
+    template = folder / "chat.jinja"
+    template.write_text(TEMPLATE)
+    return configured(
+        folder,
+        models,
+        ROWS,
+        f'teacher.endpoints=["{address}"]',
+        f"data.chat_template={template}",
+        "rollout.max_context=60",
+        ENDS,
+        *overrides,
+    )
+
+
 def test_a_conversation_is_sampled_scored_and_learnt_from(tmp_path: Path, models: Path) -> None:
-    (tmp_path / "chat.jinja").write_text(TEMPLATE)
     with served(models / "one") as (address,):
-        config = configured(
-            tmp_path,
-            models,
-            ROWS,
-            f'teacher.endpoints=["{address}"]',
-            f"data.chat_template={tmp_path / 'chat.jinja'}",
-            "budget.max_tokens=30",
-            "rollout.max_context=60",
-            "rollout.rollouts_per_prompt=3",
-            ENDS,
+        config = talking(
+            tmp_path, models, address, "budget.max_tokens=30", "rollout.rollouts_per_prompt=3"
         )
         with assembled(config) as run:
             rollouts = run.stream.take(run.stream.rollouts_per_step).rollouts
@@ -92,20 +100,15 @@ def test_a_conversation_is_sampled_scored_and_learnt_from(tmp_path: Path, models
 
 
 def test_an_evaluation_grades_the_last_answer(tmp_path: Path, models: Path) -> None:
-    (tmp_path / "chat.jinja").write_text(TEMPLATE)
     with served(models / "one") as (address,):
-        config = configured(
+        config = talking(
             tmp_path,
             models,
-            ROWS,
-            f'teacher.endpoints=["{address}"]',
-            f"data.chat_template={tmp_path / 'chat.jinja'}",
+            address,
             f"data.heldout={tmp_path / 'train.jsonl'}",
             "budget.max_tokens=30",
-            "rollout.max_context=60",
             "eval.max_tokens=30",
             "run.steps=1",
-            ENDS,
         )
         with assembled(config) as run:
             train(run)
@@ -121,19 +124,14 @@ def test_an_evaluation_grades_the_last_answer(tmp_path: Path, models: Path) -> N
 
 def test_a_budget_that_is_used_up_by_turns_too_is_used_up(tmp_path: Path, models: Path) -> None:
     """The turns are longer than the margin, and R never reaches 0."""
-    (tmp_path / "chat.jinja").write_text(TEMPLATE)
     with served(models / "one") as (address,):
-        config = configured(
+        config = talking(
             tmp_path,
             models,
-            ROWS,
-            f'teacher.endpoints=["{address}"]',
-            f"data.chat_template={tmp_path / 'chat.jinja'}",
+            address,
             f"budget={json.dumps({**PRUNED, 'initial': 24, 'maximum': 30})}",
             "drift.w_drop=0.001",
-            "rollout.max_context=60",
             "rollout.rollouts_per_prompt=3",
-            ENDS,
         )
         with assembled(config) as run:
             rollouts = run.stream.take(run.stream.rollouts_per_step)
