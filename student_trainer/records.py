@@ -179,8 +179,6 @@ class WeightFormat:
 
     dtype: str | None = None
     """Of the parameters, such as "bfloat16"; None leaves them as the learner has them."""
-    with_tied_head: bool = False
-    """Whether a head that is the embedding is written a second time."""
     as_saved: bool = False
     """Under the names and in the layout of a saved checkpoint, not those in memory: experts one by
     one, for instance, that transformers holds fused."""

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from student_trainer.errors import DatasetError
+from student_trainer.errors import DatasetError, some
 from student_trainer.records import Prompt
 from teacher_wire.errors import FingerprintMismatchError
 from teacher_wire.id_ranges import MAX_RANGES, IdRanges, inside, ranges_of, united
@@ -176,9 +176,7 @@ def _refuse_another(
 
 
 def _first(entries: Sequence[Entry]) -> str:
-    named = ", ".join(map(str, entries[:NUM_NAMED]))
-    more = len(entries) - NUM_NAMED
-    return f"{named} and {more} more" if more > 0 else named
+    return some([str(entry) for entry in entries], NUM_NAMED)
 
 
 def _named(token: str | None) -> str:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from student_trainer.errors import TrainerError
+from student_trainer.errors import TrainerError, one_line
 from student_trainer.learner.families import plain_logits
 from student_trainer.learner.learner import Learner
 from student_trainer.learner.student import student_forward
@@ -120,7 +120,7 @@ async def learner_arm(folder: Path) -> Cells:
 async def hf_sampler_arm(folder: Path) -> Cells:
     """The reference sampler."""
     sampler = HfSampler(model=str(folder), dtype="float32", device=CPU)
-    written = WeightFormat(dtype="float32", with_tied_head=False)
+    written = WeightFormat(dtype="float32")
     return await _sampler_arm(folder, "hf sampler", sampler, written)
 
 
@@ -274,5 +274,5 @@ async def measured(name: str, folder: Path) -> Cells:
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    said = " ".join(str(error).replace(str(folder), "the model").split())
+    said = one_line(error).replace(str(folder), "the model")
     return said.partition("; its output is in")[0][:400]

@@ -22,12 +22,27 @@ STUDENT = "student_trainer/learner/"
 SAMPLERS = "student_trainer/rollouts/samplers/"
 ENGINE = "teacher_server/engine/"
 ARMS_FILE = "benchmarks/families/arms.py"
-LEARNER = (f"{STUDENT}families.py", f"{STUDENT}student.py", "student_trainer/pretrained.py")
+LEARNER = (
+    f"{STUDENT}families.py",
+    f"{STUDENT}student.py",
+    f"{STUDENT}head.py",
+    "student_trainer/pretrained.py",
+)
+SENT = f"{STUDENT}export.py"
 DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "learner": LEARNER,
-    "hf sampler": (*LEARNER, f"{SAMPLERS}hf_sampler.py"),
-    "vLLM sampler": (*LEARNER, f"{SAMPLERS}vllm_sampler.py", f"{SAMPLERS}vllm_reload.py"),
-    "teacher, hf": (f"{ENGINE}hf_engine.py", f"{ENGINE}checkpoint.py"),
+    "hf sampler": (*LEARNER, SENT, f"{SAMPLERS}hf_sampler.py"),
+    "vLLM sampler": (
+        *LEARNER,
+        SENT,
+        f"{SAMPLERS}vllm_sampler.py",
+        f"{SAMPLERS}vllm_reload.py",
+    ),
+    "teacher, hf": (
+        f"{ENGINE}hf_engine.py",
+        f"{ENGINE}float32_head.py",
+        f"{ENGINE}checkpoint.py",
+    ),
     "teacher, vLLM": (
         f"{ENGINE}vllm_engine.py",
         f"{ENGINE}token_scorer.py",

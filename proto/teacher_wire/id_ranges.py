@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,13 @@ def within(ranges: IdRanges, start: int, end: int) -> IdRanges:
 def num_ids(ranges: IdRanges) -> int:
     """How many ids they hold."""
     return sum(end - start for start, end in ranges)
+
+
+def fill(rows: Any, ranges: IdRanges, value: float) -> None:
+    """In place, of an array or tensor [..., V]: what stands at the ids of the ranges. Those beyond
+    V are passed over."""
+    for start, end in ranges:
+        rows[..., start:end] = value
 
 
 def inside(ranges: IdRanges, ids: NDArray[np.int32] | Collection[int]) -> NDArray[np.bool_]:

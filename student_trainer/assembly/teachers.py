@@ -73,7 +73,7 @@ def connected(
     """
     clients: dict[str | None, TeacherClient] = {}
     shared: dict[str | None, SharedIds] = {}
-    own = vocabulary_of(tokenizer)
+    own = Vocabulary.of(tokenizer)
     with ExitStack() as stack:
         for tag in sorted({prompt.teacher for prompt in prompts}, key=lambda tag: tag or ""):
             with _naming(config, tag):
@@ -99,11 +99,6 @@ def _naming(config: TrainerConfig, tag: str | None) -> Iterator[None]:
         if not config.teachers:
             raise
         raise type(error)(f"[{table_of(tag)}]: {error}") from error
-
-
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """What the student's ids mean."""
-    return Vocabulary.of(tokenizer)
 
 
 def warnings(

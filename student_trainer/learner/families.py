@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -161,13 +162,21 @@ def check_family(model: PreTrainedModel) -> None:
         )
 
 
-def plain_logits(model: PreTrainedModel, input_ids_BS: Tensor) -> Tensor:
-    """[B, S, V] as the family's own code has them: evaluation mode, eager attention."""
+def plain_logits(
+    model: PreTrainedModel, input_ids_BS: Tensor, *, num_last: int | None = None
+) -> Tensor:
+    """[B, S, V] as the family's own code has them: evaluation mode, eager attention.
+
+    No more than the last `num_last` positions where the model can leave the others out: those of a
+    long prompt would be gigabytes.
+    """
+    can_leave_out = "logits_to_keep" in signature(model.forward).parameters
+    kept = {"logits_to_keep": num_last} if num_last is not None and can_leave_out else {}
     attention, training = model.config._attn_implementation, model.training
     model.eval()
     model.set_attn_implementation("eager")
     try:
-        logits: Tensor = model(input_ids=input_ids_BS, use_cache=False).logits
+        logits: Tensor = model(input_ids=input_ids_BS, use_cache=False, **kept).logits
     finally:
         model.set_attn_implementation(attention)
         model.train(training)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teacher_wire.id_ranges import IdRanges, num_ids, within
+from teacher_wire.id_ranges import IdRanges, fill, num_ids, within
 
 BLOCK = {"cpu": (512, 1024), "other": (4096, 4096)}
 """Rows and ids of a block: 2 MiB of float32 logits, for a CPU's cache; 64 MiB for a GPU."""
@@ -100,8 +100,7 @@ def reference_logprobs(
     logits_RV = logits_RV / temperature
     if head.excluded_ids:
         left_out_V = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
-        for start, end in head.excluded_ids:
-            left_out_V[start:end] = True
+        fill(left_out_V, head.excluded_ids, True)
         logits_RV = logits_RV.masked_fill(left_out_V, -torch.inf)
     lse_R = torch.logsumexp(logits_RV, dim=-1)
     logprobs_RN = logits_RV.gather(-1, ids_RN) - lse_R.unsqueeze(-1)
@@ -210,7 +209,7 @@ class _Blocks:
         for i, rows, j, vocab, hidden_rD in self._each():
             logits = self._logits(hidden_rD, vocab)
             # After the transform: a soft-cap would make -inf a number.
-            _fill_(logits, self._excluded[j], -torch.inf)
+            fill(logits, self._excluded[j], -torch.inf)
             places, offsets = self._asked(i, j, logits.shape[1])
             picked_RN.view(-1)[places] = logits.view(-1)[offsets]
             if num_ids(self._excluded[j]) == logits.shape[1]:
@@ -240,7 +239,7 @@ class _Blocks:
             gradient.sub_(lse_R[rows].unsqueeze(1)).exp_().mul_(-sums_R1[rows])
             gradient.view(-1).index_add_(0, offsets, grad_flat[places])
             self._head.transform.add_slope_(gradient, logits, self._temperature)
-            _fill_(gradient, self._excluded[j], 0.0)
+            fill(gradient, self._excluded[j], 0.0)
             if bias_grad_V is not None:
                 bias_grad_V[vocab] += gradient.sum(0)
             gradient = _rounded(gradient, self._dtype, for_product=True)
@@ -269,11 +268,6 @@ def _add_block_(
     total_r.copy_(carried_r).add_(exps.sum(1))
     moment_r.add_(exps.mul_(below).sum(1))
     peak_r.copy_(new_peak_r)
-
-
-def _fill_(block: Tensor, ranges: IdRanges, value: float) -> None:
-    for start, end in ranges:
-        block[:, start:end] = value
 
 
 def _slices(length: int, size: int) -> list[slice]:

@@ -7,21 +7,20 @@ is under them, for whoever checks that they arrived. Knows no sampler, no teache
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from inspect import signature
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
 
 from student_trainer.diagnostics.step_report import LearnReport
 from student_trainer.learner.batch import collate, recompute_behavior, split_micro, split_updates
+from student_trainer.learner.export import export_bytes, export_weights
 from student_trainer.learner.families import family_of, head_of, plain_logits
+from student_trainer.learner.flipped import flipped
 from student_trainer.learner.optim import Optimizer
 from student_trainer.learner.precision import lost_in_rounding, sample_of
 from student_trainer.learner.student import student_forward
@@ -38,16 +37,7 @@ from student_trainer.losses.weight_choice import PositionWeight
 from student_trainer.process.stopping import StopRequest
 from student_trainer.records import AS_LEARNT, Rollout, WeightFormat
 from student_trainer.saved_student import save_around, save_student
-from teacher_wire.id_ranges import IdRanges
-
-CHANGED_BIT = 1 << 19
-"""Of a float32's 23 bits of mantissa the fourth from the top."""
-ZERO_CHANGED = 0x3C800001
-"""The float32 that a 0 becomes: 2 ** -6 and the least bit, which no weight of bfloat16 has."""
-MAGNITUDE = 0x7FFFFFFF
-"""Of a float32 all bits but the sign's."""
-FLIPPED_AT_ONCE = 1 << 24
-"""Weights, so that there is no second copy of a large tensor."""
+from teacher_wire.id_ranges import IdRanges, fill
 
 
 class Learner:
@@ -221,11 +211,10 @@ class Learner:
         """The same of plain `model(ids).logits`: eager attention, evaluation mode, float32."""
         ids_S = torch.from_numpy(np.concatenate([prompt_ids, token_ids])).long().to(self._device)
         rows = len(token_ids) + 1
-        with torch.no_grad(), _keeping_logits(self._model, rows):
-            logits_SV = plain_logits(self._model, ids_S.unsqueeze(0))[0]
+        with torch.no_grad():
+            logits_SV = plain_logits(self._model, ids_S.unsqueeze(0), num_last=rows)[0]
         logits_TV = logits_SV[-rows:-1].float()
-        for start, end in self.excluded_ids:
-            logits_TV[:, start:end] = -torch.inf
+        fill(logits_TV, self.excluded_ids, -torch.inf)
         logprobs: NDArray[np.float32] = (
             logits_TV.log_softmax(-1).gather(1, ids_S[len(prompt_ids) :, None])[:, 0].cpu().numpy()
         )
@@ -236,31 +225,9 @@ class Learner:
         dtype = str(self._dtype).removeprefix("torch.")
         return f"{family_of(self._model)}; it computes in {dtype}"
 
-    @contextmanager
-    def changed(self) -> Iterator[None]:
-        """Every weight a little different within, and the very same bits behind it.
-
-        A bit of each mantissa is flipped: 3 to 6 % up or down, which bfloat16 can still tell, and
-        no second copy of the model. A 0, of which that would make next to nothing, changes
-        places with ZERO_CHANGED, and what 0 with the bit is with ZERO_CHANGED with the bit.
-        """
-        self._flip()
-        try:
-            yield
-        finally:
-            self._flip()
-
-    def _flip(self) -> None:
-        with torch.no_grad():
-            for parameter in self._model.parameters():
-                bits = torch.atleast_1d(parameter.view(torch.int32))
-                rows = max(1, FLIPPED_AT_ONCE * len(bits) // max(1, bits.numel()))
-                for part in bits.split(rows):
-                    kind = part & (MAGNITUDE & ~CHANGED_BIT)
-                    is_zero = (kind == 0) | (kind == ZERO_CHANGED)
-                    part.bitwise_xor_(CHANGED_BIT)
-                    # With the bit these two change places too: else two numbers became one.
-                    part.bitwise_xor_(is_zero.to(torch.int32) * (ZERO_CHANGED ^ CHANGED_BIT))
+    def changed(self) -> AbstractContextManager[None]:
+        """Every weight a little different within, and the very same bits behind it."""
+        return flipped(self._model)
 
     @property
     def name_prefix(self) -> str:
@@ -270,58 +237,14 @@ class Learner:
     def export_weights(self, to: Path, written: WeightFormat = AS_LEARNT) -> dict[str, str | None]:
         """Writes the weights as safetensors into a folder, for a sampler to load.
 
-        Returns the names of the tensors, and which other one each is again (a tied head the
-        embedding), if any; `written` may leave those out.
+        Returns the names of all tensors, and which other one each is again (a tied head the
+        embedding), if any: those are not written.
         """
-        weights: dict[str, torch.Tensor] = {}
-        again: dict[str, torch.Tensor] = {}
-        firsts: dict[str, str | None] = {}
-        for name, tensor, dtype, first in self._exported(written):
-            kept = tensor.to("cpu", dtype).contiguous()
-            if first is None:
-                weights[name] = kept
-                continue
-            # safetensors refuses tensors that share memory.
-            kept = kept.clone() if kept.data_ptr() == tensor.data_ptr() else kept
-            as_named = self._named(name, kept, written)
-            again |= as_named
-            firsts |= zip(as_named, self._named(first, kept, written), strict=True)
-        if written.as_saved:
-            weights = revert_weight_conversion(self._model, weights)
-        named = {name: tensor.contiguous() for name, tensor in (weights | again).items()}
-        left_out = frozenset() if written.with_tied_head else again.keys()
-        sent = {name: tensor for name, tensor in named.items() if name not in left_out}
-        save_file(sent, to / "model.safetensors", metadata={"format": "pt"})
-        return {name: firsts.get(name) for name in named}
-
-    def _named(
-        self, name: str, tensor: torch.Tensor, written: WeightFormat
-    ) -> dict[str, torch.Tensor]:
-        """One tensor under the name that it is written by, for itself: a head's may change too."""
-        alone = {name: tensor}
-        return dict(revert_weight_conversion(self._model, alone)) if written.as_saved else alone
+        return export_weights(self._model, to, written)
 
     def export_bytes(self, written: WeightFormat = AS_LEARNT) -> int:
         """Of the tensors that `export_weights` writes."""
-        return sum(
-            tensor.numel() * dtype.itemsize
-            for _, tensor, dtype, first in self._exported(written)
-            if written.with_tied_head or first is None
-        )
-
-    def _exported(
-        self, written: WeightFormat
-    ) -> Iterator[tuple[str, torch.Tensor, torch.dtype, str | None]]:
-        """Name, tensor, how it is written, and under which name it came before, if it did (a
-        tied head). What is no parameter, such as a router's correction, keeps its own arithmetic.
-        """
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        seen: dict[int, str] = {}
-        for name, tensor in self._model.state_dict().items():
-            first = seen.setdefault(tensor.data_ptr(), name)
-            is_converted = written.dtype is not None and name in parameters
-            dtype = getattr(torch, str(written.dtype)) if is_converted else tensor.dtype
-            yield name, tensor.detach(), dtype, None if first == name else first
+        return export_bytes(self._model, written)
 
     def save(self, folder: Path) -> None:
         """The student in Hugging Face format, with its tokenizer."""
@@ -339,17 +262,3 @@ class Learner:
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from there, given a model with the weights of the same checkpoint."""
         self._optimizer.load(state["optimizer"])
-
-
-@contextmanager
-def _keeping_logits(model: PreTrainedModel, rows: int) -> Iterator[None]:
-    """Within it a model makes no more than these last rows of logits, where it can leave any out;
-    a long prompt's would be gigabytes."""
-    if "logits_to_keep" not in signature(model.forward).parameters:
-        yield
-        return
-    hook = model.register_forward_pre_hook(
-        lambda _, inputs, options: (inputs, options | {"logits_to_keep": rows}), with_kwargs=True
-    )
-    with hook:
-        yield

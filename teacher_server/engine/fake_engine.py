@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from teacher_server.engine.base import EngineInfo, EngineRows, ScoreQuery
 from teacher_server.engine.extras import DEFINITIONS, Distribution
 from teacher_wire.errors import EngineError, NonFiniteError
-from teacher_wire.id_ranges import IdRanges
+from teacher_wire.id_ranges import IdRanges, fill
 from teacher_wire.records import MODEL_COLUMNS, ModelRows
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -197,8 +197,7 @@ def full_logprobs(
     ids = np.arange(vocab_size, dtype=np.uint64) * _GOLDEN
     uniform = _mix(_mix(seeds)[:, None] + ids) / np.float64(2**64)
     logits = _LOGIT_RANGE * uniform / temperature
-    for start, end in excluded:
-        logits[:, start:end] = -np.inf
+    fill(logits, excluded, -np.inf)
     peak = logits.max(axis=1, keepdims=True)
     logprobs: NDArray[np.float64] = logits - peak
     logprobs -= np.log(np.exp(logprobs).sum(axis=1, keepdims=True))

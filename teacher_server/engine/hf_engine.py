@@ -28,8 +28,8 @@ from teacher_server.engine.checkpoint import (
 )
 from teacher_server.engine.extras import DEFINITIONS, Distribution
 from teacher_server.engine.float32_head import widen_head
-from teacher_server.engine.row_scores import leave_out_
 from teacher_wire.errors import EngineError
+from teacher_wire.id_ranges import fill
 from teacher_wire.records import MODEL_COLUMNS, ModelRows
 
 MAX_FORWARD_TOKENS = 512
@@ -201,7 +201,7 @@ def _rows(logits_nV: torch.Tensor, query: ScoreQuery, first_token: int) -> Model
     """Rows of the tokens from first_token on."""
     num_rows = len(logits_nV)
     logits_nV = logits_nV.float()
-    leave_out_(logits_nV, query.excluded_ids)
+    fill(logits_nV, query.excluded_ids, -torch.inf)
     logprobs_nV = torch.log_softmax(logits_nV / query.temperature, dim=-1)
     target_ids = query.token_ids[first_token : first_token + num_rows].astype(np.int64)
     targets_n1 = torch.from_numpy(target_ids)[:, None].to(logits_nV.device)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 
 from teacher_server.engine.row_format import EXTRA_AT
-from teacher_wire.id_ranges import IdRanges
 
 LOGITS_AT_ONCE_CPU = 2**24
 LOGITS_AT_ONCE_GPU = 2**26
@@ -45,12 +44,6 @@ def rows_at_once(vocab_size: int, device: str) -> int:
     """Rows to ask the head for in one piece."""
     limit = LOGITS_AT_ONCE_CPU if device == "cpu" else LOGITS_AT_ONCE_GPU
     return max(16, limit // vocab_size)
-
-
-def leave_out_(logits_RV: torch.Tensor, excluded: IdRanges) -> None:
-    """In place: no softmax, top-k, entropy or rank sees these ids."""
-    for start, end in excluded:
-        logits_RV[:, start:end] = -torch.inf
 
 
 def score_rows(

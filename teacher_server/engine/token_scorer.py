@@ -31,7 +31,8 @@ from vllm.v1.pool.metadata import PoolingMetadata
 from teacher_server.engine.base import EXTRAS
 from teacher_server.engine.cpu_head import logits_in_blocks
 from teacher_server.engine.row_format import HEADER, ZERO_BLOCKS_VARIABLE, RowRequest
-from teacher_server.engine.row_scores import leave_out_, rows_at_once, score_rows
+from teacher_server.engine.row_scores import rows_at_once, score_rows
+from teacher_wire.id_ranges import fill
 from vllm_process.children import end_with_parent
 from vllm_process.output import write_where_told
 
@@ -261,12 +262,12 @@ class TokenScorer(Pooler):
 def _leave_out_(logits_RV: torch.Tensor, spans: list[_Span], first_row: int) -> None:
     """In place, of each request what it excludes; the logits are those from first_row on of all."""
     if len(excluded := {span.request.excluded_ids for span in spans}) == 1:
-        leave_out_(logits_RV, *excluded)
+        fill(logits_RV, excluded.pop(), -torch.inf)
         return
     start = -first_row
     for span in spans:
         rows = slice(max(0, start), max(0, start + span.num_rows))
-        leave_out_(logits_RV[rows], span.request.excluded_ids)
+        fill(logits_RV[rows], span.request.excluded_ids, -torch.inf)
         start += span.num_rows
 
 

@@ -102,7 +102,7 @@ def without_a_fingerprint() -> Iterator[None]:
     """A teacher with a tokenizer takes five seconds to start, which is the import of transformers;
     one without has no tokens to compare."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teachers, "vocabulary_of", lambda _: Vocabulary())
+        patch.setattr(teachers.Vocabulary, "of", lambda _: Vocabulary())
         yield
 
 

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from student_trainer.errors import WeightSyncError, one_line
 from student_trainer.pretrained import load_student
 from student_trainer.records import Delta, Finish, SamplingOptions
+from teacher_wire.id_ranges import fill
 
 
 class HfSampler:
@@ -107,8 +108,7 @@ def sampling_logprobs(logits: torch.Tensor, options: SamplingOptions) -> torch.T
     """[V] log-probs of the distribution that is sampled from."""
     if options.excluded_ids:
         logits = logits.clone()
-        for start, end in options.excluded_ids:
-            logits[start:end] = -torch.inf
+        fill(logits, options.excluded_ids, -torch.inf)
     logprobs = torch.log_softmax(logits / (options.temperature or 1.0), dim=-1)
     if options.top_p < 1.0:
         ordered = logprobs.sort(descending=True)

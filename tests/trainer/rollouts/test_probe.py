@@ -275,8 +275,7 @@ async def test_a_checkpoint_may_leave_out_the_name_of_the_base_model(tmp_path: P
     names = renamed(tmp_path, lambda name: name.removeprefix("transformer."))
     assert "h.0.attn.c_attn.weight" in names
     proof = replace(PROOF, checkpoint_names=names)
-    written = replace(AS_SAVED, with_tied_head=False)
-    _, gaps = await proven(tmp_path, proof=proof, written=written)
+    _, gaps = await proven(tmp_path, proof=proof, written=AS_SAVED)
     assert gaps.changed is not None
     assert gaps.changed < CLOSE
 
@@ -288,14 +287,13 @@ async def test_a_checkpoint_may_have_its_tied_head_alone(
     """The embedding's other name; a third one is none of it."""
     folder = write_tiny_student(tmp_path, tied=True)
     head = f"{prefix}lm_head.weight"
-    written = replace(AS_SAVED, with_tied_head=False)
     names = tensor_names(str(folder)) or frozenset()
     proof = replace(PROOF, checkpoint_names=names - {"model.embed_tokens.weight"} | {head})
     if prefix:
         with pytest.raises(WeightSyncError, match=r"^1 tensors .* reach it: model\.embed_tokens"):
-            await proven(folder, proof=proof, written=written)
+            await proven(folder, proof=proof, written=AS_SAVED)
     else:
-        await proven(folder, proof=proof, written=written)
+        await proven(folder, proof=proof, written=AS_SAVED)
         assert "stay as they are in the sampler" not in capsys.readouterr().out
 
 

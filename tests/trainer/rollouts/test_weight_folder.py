@@ -106,19 +106,18 @@ def test_no_folder_that_is_large_enough_is_an_error_with_the_sizes(
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-@pytest.mark.parametrize("with_tied_head", [False, True])
 def test_the_size_is_known_before_and_the_file_is_in_the_samplers_arithmetic(
-    tmp_path: Path, tied: bool, dtype: str | None, with_tied_head: bool
+    tmp_path: Path, tied: bool, dtype: str | None
 ) -> None:
     learner = learner_of(tiny_student(tied=tied))
-    written = WeightFormat(dtype=dtype, with_tied_head=with_tied_head)
+    written = WeightFormat(dtype=dtype)
     learner.export_weights(tmp_path, written)
     size = (tmp_path / "model.safetensors").stat().st_size
     known = learner.export_bytes(written)
     assert known < size < known + module.SLACK_BYTES
     state = load_file(tmp_path / "model.safetensors")
     assert {str(t.dtype) for t in state.values()} == {f"torch.{dtype or 'float32'}"}
-    assert ("lm_head.weight" in state) == (with_tied_head or not tied)
+    assert ("lm_head.weight" in state) == (not tied)
     if dtype:
         assert learner.export_bytes(AS_LEARNT) == pytest.approx(2 * known, rel=0.5)
 
