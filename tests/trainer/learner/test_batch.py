@@ -274,10 +274,10 @@ def test_split_padding_and_order_leave_the_gradient_of_a_step_unchanged(
     }
     for way, parts in ways.items():
         got = step_gradient(model, parts, divergence, weights)
-        # float32, the same sums in another order: seen 2e-7; and 1.1e-6 where attention runs over
-        # a wider row.
+        # float32, the same sums in another order: seen 2e-7; and where attention runs over a wider
+        # row 1.1e-6, with AVX-512 3.6e-6. Padding that counts comes to 0.1 and more.
         gap = ((got - whole).norm() / whole.norm()).item()
-        assert gap <= (3e-6 if way == "wider" else 1e-6), f"{way}: {gap}"
+        assert gap <= (1e-5 if way == "wider" else 1e-6), f"{way}: {gap}"
 
 
 @pytest.mark.parametrize("max_tokens", [1, 12, 20, 33, 1000])
