@@ -22,8 +22,8 @@ TRAINER_CONFIG = ROOT / "configs" / "trainer-language.toml"
 TEACHER_CONFIG = ROOT / "configs" / "teacher-language.toml"
 WHAT_COMES = """\
 SmolLM2-135M-Instruct teaches a copy of itself that lacks 6 of its 30 layers, on this machine's CPU:
-about 20 minutes on two idle cores, 9 GiB of memory, 4 GB of disk. Models and prompts (2 min), the
-held-out prompts before (3 min); both engines start (2 min), 10 steps (10 min); and after (2 min).
+about 25 minutes on two idle cores, 9 GiB of memory, 4 GB of disk. Models and prompts (2 min), the
+held-out prompts before (3 min); both engines start (2 min), 16 steps (16 min); and after (2 min).
 Each stage is kept: after Ctrl-C the same command goes on."""
 
 
