@@ -11,6 +11,7 @@ from rich.console import Console
 
 from student_trainer.assembly import evaluating, from_settings, teachers
 from student_trainer.assembly.own_loss import with_declared_needs
+from student_trainer.assembly.recording import warn
 from student_trainer.assembly.run import started
 from student_trainer.assembly.teachers import Teachers
 from student_trainer.errors import DatasetError
@@ -64,10 +65,12 @@ def evaluate_checkpoint(
                 if needed:
                     raise
                 absent = str(error)
+        bars = stack.enter_context(Bars(Console(stderr=True)))
+        for line in teachers.warnings(config, model, tokenizer, asked):
+            warn(bars.console, line)
         evaluator = evaluating.evaluator(config, problems, grader, tokenizer, asked)
         sampler = from_settings.sampler(config, model, tokenizer)
         stack.enter_context(started(sampler, loop))
-        bars = stack.enter_context(Bars(Console(stderr=True)))
         report = evaluator.report(
             loop,
             sampler,

@@ -142,12 +142,13 @@ def test_ids_beyond_the_smaller_width_take_no_part(
             f"data.heldout={tmp_path / 'train.jsonl'}",
         )
         rollouts = trained(config, monkeypatch)
+        said = " ".join(capsys.readouterr().out.split())
+        evaluate_checkpoint(config, str(config.run.out / "student"), teacher="required")
+        said_by_eval = " ".join(capsys.readouterr().err.split())
     check_rows(rollouts, model, list(range(320, 384)))
-    said = " ".join(capsys.readouterr().out.split())
-    assert (
-        f"the student has {student} logits, the teacher {teacher}: the ids from 320 to 383 take no"
-        in said
-    )
+    widths = f"the student has {student} logits, the teacher {teacher}"
+    for text in (said, said_by_eval):
+        assert f"{widths}: the ids from 320 to 383 take no" in text
     records = list(read_lines(config.run.out / "metrics.jsonl"))
     assert [r["kind"] for r in records].count("step") == 2
     # The sampler's distribution is the learner's after every step.
