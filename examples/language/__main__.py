@@ -23,7 +23,7 @@ TEACHER_CONFIG = ROOT / "configs" / "teacher-language.toml"
 WHAT_COMES = """\
 SmolLM2-135M-Instruct teaches a copy of itself that lacks 6 of its 30 layers, on this machine's CPU:
 about 25 minutes on two idle cores, 9 GiB of memory, 4 GB of disk. Models and prompts (2 min), the
-held-out prompts before (3 min); both engines start (2 min), 16 steps (16 min); and after (2 min).
+held-out prompts before (3 min); both engines start (2 min), 28 steps (16 min); and after (2 min).
 Each stage is kept: after Ctrl-C the same command goes on."""
 
 
