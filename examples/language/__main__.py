@@ -75,13 +75,15 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     stages.prepared(plan, console)
     if arguments.prepare:
         return
+    stages.refuse_other_run(plan)
     teacher = stages.measured(plan, console, "teacher", plan.teacher)
     before = stages.measured(plan, console, "before", plan.student)
-    console.print(report.table(*report.with_rates_alike(teacher, before, before)))
+    alike = report.with_rates_alike(teacher, before, before)
+    console.print(report.table(before=alike[1], teacher=alike[0]))
     stages.train(plan, console)
     after = stages.measured(plan, console, "after", plan.trained)
     teacher, before, after = report.with_rates_alike(teacher, before, after)
-    console.print(report.table(teacher, before, after))
+    console.print(report.table(before=before, after=after, teacher=teacher))
     console.print(report.truncations(plan.config.run.out), highlight=False, soft_wrap=True)
     verdicts = report.verdicts(teacher, before, after)
     for verdict in verdicts:

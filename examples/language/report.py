@@ -106,22 +106,19 @@ def verdicts(
     return found
 
 
-def table(teacher: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> Table:
-    """Every figure before and after, with the teacher's own answers as the mark to reach."""
-    made = Table(title="held-out prompts", title_justify="left", pad_edge=False)
+def table(**models: dict[str, Any]) -> Table:
+    """Every figure of each, a column a model, by kind of prompt."""
+    made = Table(title="held-out prompts", title_justify="left")
     made.add_column("")
-    groups = [group for group in ("all", "instructions", "tasks") if group in after["figures"]]
-    for group in groups:
-        made.add_column(f"{group}: before", justify="right")
-        made.add_column("after", justify="right")
-        made.add_column("teacher", justify="right", style="dim")
-    for name, title in ROWS.items():
-        cells = [
-            f"{model['figures'][group][name]:.3f}"
-            for group in groups
-            for model in (before, after, teacher)
-        ]
-        made.add_row(title, *cells)
+    for name in models:
+        made.add_column(name, justify="right", style="dim" if name == "teacher" else "")
+    first = next(iter(models.values()))
+    for group, figures in first["figures"].items():
+        made.add_section()
+        made.add_row(f"[bold]{group}[/] ({figures['num_responses']} responses)")
+        for name, title in ROWS.items():
+            values = [f"{model['figures'][group][name]:.3f}" for model in models.values()]
+            made.add_row(title, *values)
     return made
 
 

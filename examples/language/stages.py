@@ -195,14 +195,17 @@ def _measure(
     return {"figures": figures, "texts": texts}
 
 
+def refuse_other_run(plan: Plan) -> None:
+    """Raises DemoError for a run that is there and that this one would not go on with."""
+    run = plan.config.run.out
+    if run.is_dir() and _made(plan.out / "run.json", _made_of_a_run(plan)) is None:
+        raise DemoError(f"{run} is of other settings: remove it, or choose another --out")
+
+
 def train(plan: Plan, console: Console) -> None:
     """The two commands, each in a process; goes on where an earlier try was cut off."""
     run = plan.config.run.out
-    made_of = _made_of_a_run(plan)
-    stamp = plan.out / "run.json"
-    if run.is_dir() and _made(stamp, made_of) is None:
-        raise DemoError(f"{run} is of other settings: remove it, or choose another --out")
-    _write(stamp, made_of, {})
+    _write(plan.out / "run.json", _made_of_a_run(plan), {})
     if plan.trained.is_dir():
         console.print(f"trained already: {plan.trained}", highlight=False, soft_wrap=True)
         return
