@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from student_trainer.data import PromptOrder
 from student_trainer.records import Delta, Finish, Prompt, SamplingOptions
 from student_trainer.rollouts.budget import FixedBudget
 from student_trainer.rollouts.rollout import RolloutRules
+from student_trainer.rollouts.samplers.base import Weights
 from student_trainer.rollouts.stream import LoopThread, RolloutStream
 from student_trainer.settings.budget import FixedBudgetSettings
 from student_trainer.special_tokens import SpecialTokens
@@ -61,7 +62,10 @@ class WaitingSampler:
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Nothing runs on."""
 
-    async def load_weights(self, folder: Path) -> None:
+    def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
+        """None is needed."""
+
+    async def load_weights(self, weights: Weights) -> None:
         """There are none."""
 
     async def close(self) -> None:

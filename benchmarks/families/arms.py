@@ -160,18 +160,15 @@ async def _sampler_arm(folder: Path, name: str, sampler: Sampler, written: Weigh
         checkpoint_names=tensor_names(str(folder)) if written.as_saved else None,
     )
     cells: Cells = {}
+    await sampler.start()
     try:
-        await sampler.start()
-        try:
-            cells[f"{name}, loaded"] = Cell(await _sampled_gap(sampler, learner, prompts))
-            await sync.prove(0, proof)
-            with learner.changed(), torch.no_grad():
-                await sync.push(1)
-                cells[f"{name}, synced"] = Cell(await _sampled_gap(sampler, learner, prompts))
-        finally:
-            await sampler.close()
+        cells[f"{name}, loaded"] = Cell(await _sampled_gap(sampler, learner, prompts))
+        await sync.prove(0, proof)
+        with learner.changed(), torch.no_grad():
+            await sync.push(1)
+            cells[f"{name}, synced"] = Cell(await _sampled_gap(sampler, learner, prompts))
     finally:
-        sync.close()
+        await sampler.close()
     return cells
 
 

@@ -37,6 +37,7 @@ DEPENDS_ON: dict[str, tuple[str, ...]] = {
         SENT,
         f"{SAMPLERS}vllm_sampler.py",
         f"{SAMPLERS}vllm_reload.py",
+        "student_trainer/rollouts/weight_buffer.py",
     ),
     "teacher, hf": (
         f"{ENGINE}hf_engine.py",

@@ -15,10 +15,12 @@ from student_trainer.learner.memory import free_memory, refuse_too_large
 from student_trainer.learner.optim import Optimizer
 from student_trainer.pretrained import load_generation_config, load_tokenizer
 from student_trainer.records import Prompt, SamplingOptions, WeightFormat
-from student_trainer.rollouts.samplers.base import Sampler
+from student_trainer.rollouts.samplers.base import Passage, Sampler
 from student_trainer.rollouts.samplers.hf_sampler import HfSampler
 from student_trainer.rollouts.samplers.stop_strings import StopStringSampler
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
+from student_trainer.rollouts.weight_buffer import WeightBuffer
+from student_trainer.rollouts.weight_folder import WeightFolder
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.settings.sampler import HfSamplerSettings, VllmSamplerSettings
 from student_trainer.special_tokens import SpecialTokens
@@ -279,7 +281,13 @@ def _engine(config: TrainerConfig, model: str, stop: tuple[int, ...]) -> Sampler
         cpu_cores=settings.cpu_cores,
         seed=config.run.seed,
         stop_ids=stop,
+        passage=passage(settings.weights_dir),
     )
+
+
+def passage(weights_dir: Path | None) -> Passage:
+    """How weights come into the engine's process. Raises ConfigError."""
+    return WeightBuffer() if weights_dir is None else WeightFolder(weights_dir)
 
 
 def optimizer(config: TrainerConfig, model: PreTrainedModel) -> Optimizer:

@@ -223,7 +223,7 @@ def _assemble(
     learner.excluded_ids = asked.excluded_ids
     evaluator = evaluating.evaluator(config, problems.heldout, grader, tokenizer, asked)
     sampler = running.sampler if running else from_settings.sampler(config, start_from, tokenizer)
-    sync = stack.enter_context(closing(syncing.sync(config, learner, sampler, problems, say)))
+    sync = syncing.sync(config, learner, sampler, problems, say)
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), asked, bars)
     state = checkpoints.train_state(config, learner, stream)
     for line in checkpoints.gone_on(state, goes_on):

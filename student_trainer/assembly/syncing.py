@@ -37,7 +37,6 @@ def sync(
         probe_prompts=[prompt.token_ids[:room] for prompt in problems.train[:NUM_PROBE_PROMPTS]],
         max_logprob_gap=from_settings.max_sync_gap_nats(config),
         written=from_settings.weight_format(config),
-        folder=config.sampler.weights_dir,
         say=say,
         excluded_ids=learner.excluded_ids,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -14,34 +15,39 @@ from transformers.core_model_loading import revert_weight_conversion
 from student_trainer.records import WeightFormat
 
 
-def export_weights(
-    model: PreTrainedModel, to: Path, written: WeightFormat
-) -> dict[str, str | None]:
-    """Writes the weights as safetensors into a folder, each once.
+def exported(model: PreTrainedModel, written: WeightFormat) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors on the CPU, each once, in the model's order.
 
-    Returns the names of all tensors, and which other one each is again (a tied head the embedding),
-    if any: those are not written.
+    One layer after another is converted: with those that its receiver has passed on, no second copy
+    of the model. A tensor may be the model's own memory.
     """
-    weights: dict[str, Tensor] = {}
-    again: dict[str, str | None] = {}
-    for name, tensor, dtype, first in _exported(model, written):
-        if first is None:
-            weights[name] = tensor.to("cpu", dtype).contiguous()
-        else:
-            again |= zip(
-                _named(model, name, tensor, written),
-                _named(model, first, tensor, written),
-                strict=True,
-            )
-    if written.as_saved:
-        weights = revert_weight_conversion(model, weights)
-    sent = {name: tensor.contiguous() for name, tensor in weights.items()}
+    own = (item[:3] for item in _exported(model, written) if item[3] is None)
+    for _, layer in groupby(own, key=lambda item: _layer_of(item[0])):
+        weights = {name: tensor.to("cpu", dtype) for name, tensor, dtype in layer}
+        if written.as_saved:
+            weights = revert_weight_conversion(model, weights)
+        for name, tensor in weights.items():
+            yield name, tensor.contiguous()
+
+
+def tied_names(model: PreTrainedModel, written: WeightFormat) -> dict[str, str]:
+    """Names of tensors that are another one again, such as a tied head, and the name of that."""
+    again: dict[str, str] = {}
+    for name, tensor, _, first in _exported(model, written):
+        if first is not None:
+            names = (_named(model, alias, tensor, written) for alias in (name, first))
+            again |= zip(*names, strict=True)
+    return again
+
+
+def export_weights(model: PreTrainedModel, to: Path, written: WeightFormat) -> None:
+    """Writes the weights as safetensors into a folder, each once."""
+    sent = dict(exported(model, written))
     save_file(sent, to / "model.safetensors", metadata={"format": "pt"})
-    return dict.fromkeys(sent) | again
 
 
 def export_bytes(model: PreTrainedModel, written: WeightFormat) -> int:
-    """Of the tensors that `export_weights` writes."""
+    """Of the tensors that `exported` gives."""
     return sum(
         tensor.numel() * dtype.itemsize
         for _, tensor, dtype, first in _exported(model, written)
@@ -61,6 +67,12 @@ def _exported(
         is_converted = written.dtype is not None and name in parameters
         dtype = getattr(torch, str(written.dtype)) if is_converted else tensor.dtype
         yield name, tensor.detach(), dtype, None if first == name else first
+
+
+def _layer_of(name: str) -> str:
+    """Up to the first number: what a conversion of names and layouts has to see at once."""
+    parts = name.split(".")
+    return ".".join(parts[: next((i + 1 for i, p in enumerate(parts) if p.isdigit()), 0)])
 
 
 def _named(model: PreTrainedModel, name: str, tensor: Tensor, written: WeightFormat) -> list[str]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_trainer.diagnostics.step_report import LearnReport
 from student_trainer.learner.batch import collate, recompute_behavior, split_micro, split_updates
-from student_trainer.learner.export import export_bytes, export_weights
+from student_trainer.learner.export import export_bytes, export_weights, exported, tied_names
 from student_trainer.learner.families import family_of, head_of, plain_logits
 from student_trainer.learner.flipped import flipped
 from student_trainer.learner.optim import Optimizer
@@ -234,16 +234,16 @@ class Learner:
         """Of the base model: checkpoints have their names with or without it."""
         return f"{self._model.base_model_prefix}."
 
-    def export_weights(self, to: Path, written: WeightFormat = AS_LEARNT) -> dict[str, str | None]:
-        """Writes the weights as safetensors into a folder, for a sampler to load.
+    def weights(self, written: WeightFormat = AS_LEARNT) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors on the CPU for a sampler to load, each once."""
+        return exported(self._model, written)
 
-        Returns the names of all tensors, and which other one each is again (a tied head the
-        embedding), if any: those are not written.
-        """
-        return export_weights(self._model, to, written)
+    def tied_names(self, written: WeightFormat = AS_LEARNT) -> dict[str, str]:
+        """Names that are not among them, and which other one each is again (a tied head)."""
+        return tied_names(self._model, written)
 
     def export_bytes(self, written: WeightFormat = AS_LEARNT) -> int:
-        """Of the tensors that `export_weights` writes."""
+        """Of the tensors of `weights`."""
         return export_bytes(self._model, written)
 
     def save(self, folder: Path) -> None:
@@ -252,7 +252,7 @@ class Learner:
 
     def save_what_can_be(self, folder: Path) -> None:
         """The bare weights, and what of the rest can be written: for when `save` has failed."""
-        self.export_weights(folder)
+        export_weights(self._model, folder, AS_LEARNT)
         save_around(self._model, self._tokenizer, folder)
 
     def state(self) -> dict[str, Any]:

@@ -12,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 PROBE_TOKENS = 8
-"""Sampled after each prompt."""
+"""Sampled after each prompt before the first rollout."""
+SYNC_PROMPT_TOKENS, SYNC_TOKENS = 16, 4
+"""Of a prompt that is asked after every sync, its end, and sampled after it: any prompt tells which
+weights a sampler has, and each token costs a pass over all of them."""
 CACHE_BLOCK = 128
 """Tokens of vLLM's block of keys and values on a CPU; 16 on a GPU."""
 LONGEST_WINDOW_ON_A_CPU = 1024

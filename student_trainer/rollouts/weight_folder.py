@@ -1,6 +1,7 @@
-"""The folder that weights pass through on their way to the sampler: large enough, and never left.
+"""Weights on their way to the sampler through a folder, where one is named: large enough, and never
+left.
 
-It is in memory (/dev/shm) where there is room. Its name carries the process, and the process holds
+Its name carries the process, and the process holds
 a lock on it as long as it lives: a folder whose lock can be had is of a process that is dead,
 killed perhaps, and is swept by the next run. A process id alone would not tell, because containers
 that share /dev/shm count processes each for themselves.
@@ -12,19 +13,27 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from safetensors.torch import save_file
 
 from student_trainer.errors import ConfigError, WeightSyncError
+from student_trainer.process.writing import writing_to
+from student_trainer.rollouts.weight_buffer import BUFFER_BYTES
 
-SHARED_MEMORY = Path("/dev/shm")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
 PREFIX = "driftline-weights-"
 LOCK_FILE = ".lock"
 SLACK_BYTES = 1 << 20
 """Beside the weights: the header of their file, and blocks that are not full."""
 
 
-class WeightFolder:
+class OwnFolder:
     """A folder of this process, removed when it is closed."""
 
     def __init__(self, parent: Path) -> None:
@@ -40,31 +49,55 @@ class WeightFolder:
         self._lock.close()
 
 
-def weight_folder(num_bytes: int, chosen: Path | None, say: Callable[[str], None]) -> WeightFolder:
-    """A folder with room for so many bytes; what was not expected of it is said.
+class WeightFolder:
+    """Weights on their way as one file of safetensors: as much room again as they take."""
 
-    Sweeps what dead processes of this user have left there before it looks how much is free. Raises
-    ConfigError when the chosen folder is too small, WeightSyncError when none is large enough.
-    """
-    needed = num_bytes + SLACK_BYTES
-    tried = []
-    places = [chosen] if chosen is not None else [SHARED_MEMORY, Path(tempfile.gettempdir())]
-    for place in places:
+    def __init__(self, place: Path) -> None:
+        """A folder of this process's own will be in `place`."""
+        self._place = place
+        self._own: OwnFolder | None = None
+
+    def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
+        """For weights of so many bytes.
+
+        Removes what dead processes of this user have left there, and says so, before it looks how
+        much is free. Raises ConfigError when that is too little.
+        """
+        self.close()
+        place, needed = self._place, num_bytes + SLACK_BYTES
         if not place.is_dir() or not os.access(place, os.W_OK):
-            tried.append(f"{place} is no folder that may be written")
-            continue
+            raise ConfigError(f"sampler.weights_dir: {place} is no folder that may be written")
         if swept := sweep(place):
             say(f"{swept / 1e9:.1f} GB of weights that killed runs had left in {place} are removed")
         free = shutil.disk_usage(place).free
-        if free >= needed:
-            if tried:
-                say(f"{tried[0]}: weights go to the sampler through {place}")
-            return WeightFolder(place)
-        tried.append(f"{place} has {_mb(free)} free, the weights take {_mb(needed)}")
-    remedy = "give it room (docker: --shm-size) or name another folder, sampler.weights_dir"
-    if chosen is not None:
-        raise ConfigError(f"sampler.weights_dir: {tried[0]}; {remedy}")
-    raise WeightSyncError(f"{'; '.join(tried)}; {remedy}")
+        if free < needed:
+            raise ConfigError(
+                f"sampler.weights_dir: {place} has {_mb(free)} free, the weights take "
+                f"{_mb(needed)}; give it room, or name no folder: then they need "
+                f"{_mb(BUFFER_BYTES)} of memory"
+            )
+        self._own = OwnFolder(place)
+
+    async def send(
+        self,
+        weights: Iterator[tuple[str, Tensor]],
+        receive: Callable[[str], Awaitable[T]],
+        num_readers: int = 1,
+    ) -> T:
+        """Calls `receive` with the folder, once they are in it, and returns what it returns. Raises
+        WeightSyncError when they cannot be written."""
+        if self._own is None:
+            raise RuntimeError("no room was made for the weights")
+        path = self._own.path
+        with writing_to(path, WeightSyncError, remedy="make room there, or name no folder"):
+            save_file(dict(weights), path / "model.safetensors", metadata={"format": "pt"})
+        return await receive(str(path))
+
+    def close(self) -> None:
+        """Removes the folder."""
+        if self._own is not None:
+            self._own.close()
+            self._own = None
 
 
 def sweep(place: Path) -> int:

@@ -1,26 +1,26 @@
 """Puts the learner's weights into the sampler, and proves that they arrived.
 
-The weights travel as safetensors in a RAM-backed folder, in the sampler's own arithmetic, and vLLM
-reloads them in place: about 40 ms for a small model. Knows no model: the learner says what its
-log-probs are.
+The learner gives its weights one after another, in the sampler's own arithmetic; how they come to
+the sampler's process is the sampler's. Knows no model: the learner says what its log-probs are.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.errors import WeightSyncError, some
-from student_trainer.process.writing import writing_to
-from student_trainer.records import AS_LEARNT, Delta, SamplingOptions, WeightFormat
+from student_trainer.records import AS_LEARNT, SamplingOptions, WeightFormat
 from student_trainer.rollouts.probe import (
     PROBE_TOKENS,
+    SYNC_PROMPT_TOKENS,
+    SYNC_TOKENS,
     Proof,
     StartGaps,
     cause_after_push,
@@ -28,8 +28,7 @@ from student_trainer.rollouts.probe import (
     cause_of_plain,
     gap_of,
 )
-from student_trainer.rollouts.samplers.base import Sampler
-from student_trainer.rollouts.weight_folder import weight_folder
+from student_trainer.rollouts.samplers.base import Sampler, Weights
 from teacher_wire.id_ranges import IdRanges
 
 LEARNER, PLAIN = "the learner's log-probs", "plain model(ids).logits"
@@ -44,9 +43,11 @@ class WeightOwner(Protocol):
     def name_prefix(self) -> str:
         """Of the base model: checkpoints have their names with or without it."""
 
-    def export_weights(self, to: Path, written: WeightFormat) -> Mapping[str, str | None]:
-        """Writes them as safetensors into a folder; returns their names, and which other one each
-        is again (a tied head the embedding), if any."""
+    def weights(self, written: WeightFormat) -> Weights:
+        """Names and tensors, each once."""
+
+    def tied_names(self, written: WeightFormat) -> Mapping[str, str]:
+        """Names that are not among them, and of which each is another one's (a tied head)."""
 
     def export_bytes(self, written: WeightFormat) -> int:
         """How many bytes of tensors that will be."""
@@ -68,17 +69,21 @@ class WeightOwner(Protocol):
         """Within it every weight is a little different, behind it as before."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Continued:
-    """Tokens that the sampler added to the probe prompts, and its log-probs of them."""
+    """Prompts, the tokens that the sampler added to each, and its log-probs of them."""
 
     prompts: Sequence[NDArray[np.int32]]
-    tokens: list[NDArray[np.int32]]
-    logprobs: list[NDArray[np.float32]]
+    sampled: Sequence[tuple[NDArray[np.int32], NDArray[np.float32]]]
+
+    @property
+    def logprobs(self) -> list[NDArray[np.float32]]:
+        return [logprobs for _, logprobs in self.sampled]
 
     def judged_by(self, logprobs: Logprobs) -> list[NDArray[np.float32]]:
         """The log-probs of another of the same tokens."""
-        return [logprobs(*pair) for pair in zip(self.prompts, self.tokens, strict=True)]
+        pairs = zip(self.prompts, self.sampled, strict=True)
+        return [logprobs(prompt, tokens) for prompt, (tokens, _) in pairs]
 
 
 class WeightSync:
@@ -92,15 +97,13 @@ class WeightSync:
         probe_prompts: Sequence[NDArray[np.int32]],
         max_logprob_gap: float,
         written: WeightFormat = AS_LEARNT,
-        folder: Path | None = None,
         say: Callable[[str], None] = print,
         excluded_ids: IdRanges = (),
     ) -> None:
         """The gap is in nats; it is measured on a few tokens sampled after each probe prompt.
 
-        `excluded_ids` take no part in the learner's distributions. `folder` is where the weights
-        pass through; None chooses. Raises ConfigError and WeightSyncError when they have no room
-        there.
+        `excluded_ids` take no part in the learner's distributions. Raises ConfigError when the
+        weights have no room on their way.
         """
         self._learner = learner
         self._sampler = sampler
@@ -109,7 +112,7 @@ class WeightSync:
         self._written = written
         self._excluded_ids = excluded_ids
         self._say = say
-        self._folder = weight_folder(learner.export_bytes(written), folder, say)
+        sampler.make_room(learner.export_bytes(written), say)
 
     async def prove(
         self,
@@ -158,22 +161,21 @@ class WeightSync:
         Raises WeightSyncError when it passes `max_logprob_gap`.
         """
         await self._load()
-        gap = self._gap(await self._continued(f"probe-{version}", self._probe_prompts))
+        gap = self._gap(await self._continued_a_little(f"probe-{version}"))
         self._check(gap, f"after the sync of step {version} the sampler")
         return gap
 
-    def close(self) -> None:
-        """Removes the folder of weights."""
-        self._folder.close()
-
     async def _load(self) -> Mapping[str, str | None]:
-        path = self._folder.path
-        with writing_to(
-            path, WeightSyncError, remedy="make room there, or set sampler.weights_dir"
-        ):
-            names = self._learner.export_weights(path, self._written)
-        await self._sampler.load_weights(path)
-        return names
+        """Returns the names that were sent, and those of what was not sent again."""
+        sent: dict[str, str | None] = {}
+
+        def noted() -> Weights:
+            for name, tensor in self._learner.weights(self._written):
+                sent[name] = None
+                yield name, tensor
+
+        await self._sampler.load_weights(noted())
+        return sent | dict(self._learner.tied_names(self._written))
 
     def _check(self, gap: float, who: str, cause: str = "", whom: str = LEARNER) -> None:
         if not gap <= self._max_logprob_gap:
@@ -210,19 +212,27 @@ class WeightSync:
         return gap_of(said.judged_by(self._learner.logprobs), said.logprobs)
 
     async def _continued(self, name: str, prompts: Sequence[NDArray[np.int32]]) -> _Continued:
-        sampled = [await self._sampled(f"{name}-{i}", ids) for i, ids in enumerate(prompts)]
-        tokens, logprobs = zip(*sampled, strict=True)
-        return _Continued(prompts=prompts, tokens=[*tokens], logprobs=[*logprobs])
+        # One after the other: the second reads its beginning from the sampler's cache.
+        return _Continued(
+            prompts,
+            [
+                await self._sampled(f"{name}-{i}", ids, PROBE_TOKENS)
+                for i, ids in enumerate(prompts)
+            ],
+        )
+
+    async def _continued_a_little(self, name: str) -> _Continued:
+        ends = [ids[-SYNC_PROMPT_TOKENS:] for ids in self._probe_prompts]
+        asked = (self._sampled(f"{name}-{i}", ids, SYNC_TOKENS) for i, ids in enumerate(ends))
+        return _Continued(ends, await asyncio.gather(*asked))
 
     async def _sampled(
-        self, request_id: str, prompt_ids: NDArray[np.int32]
+        self, request_id: str, prompt_ids: NDArray[np.int32], num_tokens: int
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         options = SamplingOptions(
-            max_tokens=PROBE_TOKENS, temperature=1.0, seed=0, excluded_ids=self._excluded_ids
+            max_tokens=num_tokens, temperature=1.0, seed=0, excluded_ids=self._excluded_ids
         )
-        deltas: list[Delta] = [
-            delta async for delta in self._sampler.generate(request_id, prompt_ids, options)
-        ]
+        deltas = [delta async for delta in self._sampler.generate(request_id, prompt_ids, options)]
         return (
             np.concatenate([delta.token_ids for delta in deltas]),
             np.concatenate([delta.logprobs for delta in deltas]),

@@ -33,8 +33,8 @@ class VllmSamplerSettings(Section):
     cpu_cores: Annotated[str, MayChange()] = Field("auto", pattern=CORES_PATTERN)
     """Cores of the engine on a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares."""
     weights_dir: Annotated[Path | None, MayChange()] = None
-    """Folder that the learner's weights pass through on their way to the sampler; none: /dev/shm,
-    and where that is too small the folder of temporary files."""
+    """Folder that the learner's weights pass through as a file on their way to the sampler; none:
+    no file, but 32 MiB of memory that learner and sampler share, whatever the size of the model."""
 
 
 class HfSamplerSettings(Section):
@@ -43,9 +43,6 @@ class HfSamplerSettings(Section):
     kind: Literal["hf"]
     dtype: SamplerDtype = "auto"
     """Arithmetic of the sampler's copy of the student; auto is float32."""
-    weights_dir: Annotated[Path | None, MayChange()] = None
-    """Folder that the learner's weights pass through on their way to the sampler; none: /dev/shm,
-    and where that is too small the folder of temporary files."""
 
 
 SamplerSettings = Annotated[

@@ -7,14 +7,14 @@ machine.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.records import Delta, Finish, Prompt, SamplingOptions
 from student_trainer.rollouts.rollout import RolloutRules
+from student_trainer.rollouts.samplers.base import Weights
 from student_trainer.special_tokens import SpecialTokens
 from teacher_wire.records import DriftState, ScoreRows, Scores, Timing, TokenSpan, Verdict
 
@@ -101,8 +101,12 @@ class InMemorySampler:
     async def abort(self, request_ids: Sequence[str]) -> None:
         self.aborts += request_ids
 
-    async def load_weights(self, folder: Path) -> None:
-        self.weights = int((folder / "weights").read_text())
+    def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
+        """They pass through nothing."""
+
+    async def load_weights(self, weights: Weights) -> None:
+        ((_, tensor),) = weights
+        self.weights = int(tensor)
 
     async def close(self) -> None:
         """Nothing to free."""

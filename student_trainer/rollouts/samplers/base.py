@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.records import Delta, SamplingOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+Weights: TypeAlias = "Iterator[tuple[str, Tensor]]"
+"""Names and tensors, each once, to be read once: as the sampler reads them from a checkpoint, and
+in its arithmetic."""
 
 
 class Sampler(Protocol):
@@ -26,11 +33,33 @@ class Sampler(Protocol):
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Ends these generations soon; their iterators stop. Unknown ids are ignored."""
 
-    async def load_weights(self, folder: Path) -> None:
-        """Replaces the weights by the safetensors in a folder and drops every cached prefix.
+    def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
+        """For weights of so many bytes on their way here; what was not expected of it is said.
 
-        Must not be called while anything is being generated.
+        Raises ConfigError when there is none.
+        """
+
+    async def load_weights(self, weights: Weights) -> None:
+        """Replaces the weights and drops every cached prefix.
+
+        Must not be called while anything is being generated. Raises WeightSyncError, SamplerError.
         """
 
     async def close(self) -> None:
         """Frees the engine."""
+
+
+class Passage(Protocol):
+    """How weights come from this process into those of a sampler."""
+
+    def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
+        """As of a sampler."""
+
+    async def send(
+        self, weights: Weights, receive: Callable[[str], Awaitable[T]], num_readers: int = 1
+    ) -> T:
+        """Calls `receive` with where they are to be had, by so many processes, and returns what it
+        returns."""
+
+    def close(self) -> None:
+        """Leaves nothing behind."""

@@ -7,18 +7,17 @@ over the ids that take part, cut to the top-p nucleus and renormalised when top_
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from transformers import DynamicCache, PreTrainedModel
 
-from student_trainer.errors import WeightSyncError, one_line
+from student_trainer.errors import WeightSyncError, some
 from student_trainer.pretrained import load_student
 from student_trainer.records import Delta, Finish, SamplingOptions
+from student_trainer.rollouts.samplers.base import Weights
 from teacher_wire.id_ranges import fill
 
 
@@ -83,17 +82,25 @@ class HfSampler:
     async def abort(self, request_ids: Sequence[str]) -> None:
         self._aborted.update(self._running.intersection(request_ids))
 
-    async def load_weights(self, folder: Path) -> None:
-        model = self._model()
-        given = load_file(folder / "model.safetensors")
-        own = model.state_dict()
-        shared = {own[name].data_ptr() for name in given.keys() & own.keys()}
-        # A tied head need not be written: it is the embedding.
-        tied = {name: t for name, t in own.items() if name not in given and t.data_ptr() in shared}
-        try:
-            model.load_state_dict({**tied, **given})
-        except RuntimeError as error:
-            raise WeightSyncError(f"the sampler cannot load them: {one_line(error)}") from error
+    def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
+        """They pass through nothing."""
+
+    async def load_weights(self, weights: Weights) -> None:
+        own = self._model().state_dict()
+        # A tied head need not be sent: it is the embedding.
+        lacking = {tensor.data_ptr(): name for name, tensor in own.items()}
+        for name, tensor in weights:
+            if name not in own or own[name].shape != tensor.shape:
+                known = f"of {[*own[name].shape]}" if name in own else "not at all"
+                raise WeightSyncError(
+                    f"the sampler cannot load them: {name} is sent of {[*tensor.shape]}, the "
+                    f"sampler has it {known}"
+                )
+            own[name].copy_(tensor)
+            lacking.pop(own[name].data_ptr(), None)
+        if lacking:
+            names = sorted(lacking.values())
+            raise WeightSyncError(f"the sampler cannot load them: {some(names)} are not sent")
 
     async def close(self) -> None:
         self._loaded = None

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.records import Delta, Finish, SamplingOptions
-from student_trainer.rollouts.samplers.base import Sampler
+from student_trainer.rollouts.samplers.base import Sampler, Weights
 
 MARGIN_TOKENS = 8
 """Before the window of a stop string: a first token may decode otherwise than within a text."""
@@ -77,8 +76,11 @@ class StopStringSampler:
     async def abort(self, request_ids: Sequence[str]) -> None:
         await self._sampler.abort(request_ids)
 
-    async def load_weights(self, folder: Path) -> None:
-        await self._sampler.load_weights(folder)
+    def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
+        self._sampler.make_room(num_bytes, say)
+
+    async def load_weights(self, weights: Weights) -> None:
+        await self._sampler.load_weights(weights)
 
     async def close(self) -> None:
         await self._sampler.close()

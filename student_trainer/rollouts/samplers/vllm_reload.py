@@ -6,16 +6,19 @@ there. It imports nothing of vLLM before it runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
+
+from student_trainer.rollouts.weight_buffer import received
 
 
 class ReloadsWeights:
     """Mixed into a worker of vLLM, of which it uses `get_model` and `reload_weights`."""
 
-    def reload_every_weight(self: Any, folder: str) -> list[str]:
-        """Reloads from a folder, in which a head that is the embedding stands once; returns the
-        names of parameters that were not in it.
+    def reload_every_weight(self: Any, where: str) -> list[str]:
+        """Reloads from a folder, or from the address of a buffer; a head that is the embedding
+        comes once. Returns the names of parameters that did not come.
 
         vLLM only writes a warning to its log of those.
         """
@@ -33,11 +36,22 @@ class ReloadsWeights:
         _pack_experts_again(model)
         model.load_weights = recorded
         try:
-            self.reload_weights(weights_path=folder)
+            with _given(where) as given:
+                self.reload_weights(**given)
         finally:
             del model.load_weights
         _pack_heads_again(model)
         return sorted(expected - loaded)
+
+
+@contextmanager
+def _given(where: str) -> Iterator[dict[str, Any]]:
+    """What vLLM's `reload_weights` is called with."""
+    if where.startswith("@"):
+        with closing(received(where)) as weights:
+            yield {"weights_iterator": weights}
+    else:
+        yield {"weights_path": where}
 
 
 def _pack_heads_again(model: Any) -> None:

@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -22,7 +21,9 @@ from numpy.typing import NDArray
 
 from student_trainer.errors import SamplerError, WeightSyncError, one_line, some
 from student_trainer.records import Delta, Finish, SamplingOptions
+from student_trainer.rollouts.samplers.base import Passage, Weights
 from student_trainer.rollouts.samplers.vllm_reload import ReloadsWeights
+from student_trainer.rollouts.weight_buffer import WeightBuffer
 from teacher_wire.id_ranges import IdRanges, num_ids, within
 from vllm_process.children import children_end_with_us
 from vllm_process.cores import children_on, executor_on
@@ -62,6 +63,8 @@ class VllmSampler:
     cpu_cores: str
     seed: int
     stop_ids: tuple[int, ...] = ()
+    passage: Passage = field(default_factory=WeightBuffer)
+    """How weights come to it."""
     _engine: AsyncLLM | None = field(default=None, init=False)
     _output: EngineOutput | None = field(default=None, init=False)
 
@@ -174,20 +177,14 @@ class VllmSampler:
     async def abort(self, request_ids: Sequence[str]) -> None:
         await self._running().abort(list(request_ids))
 
-    async def load_weights(self, folder: Path) -> None:
-        from vllm.v1.engine.exceptions import EngineDeadError
+    def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
+        self.passage.make_room(num_bytes, say)
 
+    async def load_weights(self, weights: Weights) -> None:
         engine = self._running()
+        num_readers = engine.vllm_config.parallel_config.world_size
         with self._engine_lives():
-            try:
-                kept = await engine.collective_rpc("reload_every_weight", args=(str(folder),))
-            except EngineDeadError:
-                raise
-            # Whatever the model's code in the engine's process makes of them, as bare Exception.
-            except Exception as error:
-                raise WeightSyncError(
-                    f"vLLM cannot load the learner's weights: {one_line(error)[:300]}"
-                ) from error
+            kept = await self.passage.send(weights, self._receive, num_readers)
             reset = await engine.reset_prefix_cache()
         if names := sorted({name for names in kept for name in names}):
             raise WeightSyncError(
@@ -197,12 +194,29 @@ class VllmSampler:
         if not reset:
             raise RuntimeError("prefix cache not reset: weights were loaded while rollouts ran")
 
+    async def _receive(self, where: str) -> list[list[str]]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            kept: list[list[str]] = await self._running().collective_rpc(
+                "reload_every_weight", args=(where,)
+            )
+        except EngineDeadError:
+            raise
+        # Whatever the model's code in the engine's process makes of them, as bare Exception.
+        except Exception as error:
+            raise WeightSyncError(
+                f"vLLM cannot load the learner's weights: {one_line(error)[:300]}"
+            ) from error
+        return kept
+
     async def close(self) -> None:
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
         if self._output is not None:
             self._output.close()
+        self.passage.close()
 
     @contextmanager
     def _engine_lives(self) -> Iterator[None]:

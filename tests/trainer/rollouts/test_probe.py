@@ -28,6 +28,7 @@ from student_trainer.rollouts.probe import (
     StartGaps,
     probe_prompts,
 )
+from student_trainer.rollouts.samplers.base import Weights
 from student_trainer.rollouts.samplers.hf_sampler import HfSampler
 from student_trainer.rollouts.weight_sync import WeightSync
 from student_trainer.settings.config import load_config
@@ -64,10 +65,7 @@ async def proven(
     sync = WeightSync(
         learner_of(model), engine, probe_prompts=PROMPTS, max_logprob_gap=limit, written=written
     )
-    try:
-        return model, await sync.prove(0, proof)
-    finally:
-        sync.close()
+    return model, await sync.prove(0, proof)
 
 
 def tiny_gpt2(n_positions: int = 64) -> GPT2LMHeadModel:
@@ -155,11 +153,10 @@ class Forgetful(HfSampler):
 
     forgotten = "model.layers.1.input_layernorm.weight"
 
-    async def load_weights(self, folder: Path) -> None:
-        given = load_file(folder / "model.safetensors")
+    async def load_weights(self, weights: Weights) -> None:
+        given = dict(weights)
         given[self.forgotten] = self._model().state_dict()[self.forgotten].clone()
-        save_file(given, folder / "model.safetensors")
-        await super().load_weights(folder)
+        await super().load_weights(iter(given.items()))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +179,6 @@ async def test_a_tensor_that_does_not_arrive_is_found_before_the_first_rollout(
     await engine.start()
     sync = WeightSync(learner_of(before), engine, probe_prompts=PROMPTS, max_logprob_gap=1e-3)
     assert await sync.push(0) < CLOSE
-    sync.close()
 
 
 async def test_a_tensor_of_zeros_that_does_not_arrive_is_found(
@@ -239,9 +235,10 @@ def test_weights_are_sent_under_the_names_of_the_checkpoint(family: str, tmp_pat
     model = load_student(str(folder), dtype=torch.float32, device=CPU)
     learner = learner_of(model)
     assert learner.vocab_size == FAMILY_VOCAB_SIZE
+    given = dict(learner.weights(AS_SAVED))
+    assert given.keys() == tensor_names(str(folder))
     (tmp_path / "sent").mkdir()
-    names = learner.export_weights(tmp_path / "sent", AS_SAVED)
-    assert {name for name, first in names.items() if first is None} == tensor_names(str(folder))
+    save_file(given, tmp_path / "sent" / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(tmp_path / "sent")
     sent = AutoModelForCausalLM.from_pretrained(tmp_path / "sent", dtype=torch.float32)
     for name, tensor in model.state_dict().items():
@@ -355,10 +352,7 @@ async def test_the_probes_of_a_sync_leave_room_for_their_tokens(tmp_path: Path) 
     await sampler.start()
     problems = problems_of(np.arange(20, dtype=np.int32), np.arange(3, dtype=np.int32))
     sync = syncing.sync(config, learner_of(model), sampler, problems, print)
-    try:
-        assert await sync.push(0) < CLOSE
-    finally:
-        sync.close()
+    assert await sync.push(0) < CLOSE
 
 
 def test_plain_log_probs_ask_for_no_logits_of_the_prompt() -> None:

@@ -13,7 +13,7 @@ import gc
 import os
 import signal
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from student_trainer.errors import SamplerError, WeightSyncError
@@ -31,7 +31,9 @@ from student_trainer.records import Delta, Finish, Prompt, SamplingOptions, Weig
 from student_trainer.rollouts.generation import Generation
 from student_trainer.rollouts.probe import Proof, probe_prompts
 from student_trainer.rollouts.samplers import vllm_sampler as vllm_sampler_module
+from student_trainer.rollouts.samplers.base import Weights
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
+from student_trainer.rollouts.weight_folder import WeightFolder
 from student_trainer.rollouts.weight_sync import WeightSync
 from teacher_wire.id_ranges import inside
 from tests.cores import own_core
@@ -391,52 +393,74 @@ async def test_changed_weights_arrive_exactly_and_other_ones_are_noticed(
     changed = load_student(str(checkpoint), dtype=torch.float32, device=torch.device("cpu"))
     learner, probes = learner_of(changed), [PROMPT, PROMPT[:1]]
     sync = WeightSync(learner, sampler, probe_prompts=probes, max_logprob_gap=1e-3, written=AS_SENT)
-    try:
-        proof = Proof(
-            prompts=probe_prompts([PROMPT], max_context=256, sliding_window=None),
-            is_fresh=True,
-            is_as_loaded=True,
-            checkpoint_names=tensor_names(str(checkpoint)),
-        )
-        gaps = await sync.prove(0, proof)
-        assert all(gap is not None and gap < CLOSE for gap in gaps.figures().values())
-        for version in range(3):
-            with torch.no_grad():
-                for parameter in changed.parameters():
-                    parameter += 0.2 * torch.randn_like(parameter)
-            assert await sync.push(version) < CLOSE
-        options = SamplingOptions(max_tokens=20, num_topk=NUM_TOPK, seed=1)
-        check_rows(changed, await deltas(sampler, "after", options), 1.0)
+    proof = Proof(
+        prompts=probe_prompts([PROMPT], max_context=256, sliding_window=None),
+        is_fresh=True,
+        is_as_loaded=True,
+        checkpoint_names=tensor_names(str(checkpoint)),
+    )
+    gaps = await sync.prove(0, proof)
+    assert all(gap is not None and gap < CLOSE for gap in gaps.figures().values())
+    for version in range(3):
+        with torch.no_grad():
+            for parameter in changed.parameters():
+                parameter += 0.2 * torch.randn_like(parameter)
+        assert await sync.push(version) < CLOSE
+    options = SamplingOptions(max_tokens=20, num_topk=NUM_TOPK, seed=1)
+    check_rows(changed, await deltas(sampler, "after", options), 1.0)
 
-        lacking = load_file(checkpoint / "model.safetensors")
-        del lacking["model.norm.weight"]
-        save_file(lacking, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(
-            WeightSyncError, match=r"vLLM keeps 1 tensors .* no model\.norm\.weight"
-        ):
-            await sampler.load_weights(tmp_path)
+    # Through a file they are the very same.
+    folder = WeightFolder(tmp_path)
+    monkeypatch.setattr(sampler, "passage", folder)
+    folder.make_room(learner.export_bytes(AS_SENT), print)
+    await sampler.load_weights(learner.weights(AS_SENT))
+    check_rows(changed, await deltas(sampler, "by a file", options), 1.0)
+    folder.close()
+    monkeypatch.undo()
 
-        # From here on the engine is made to load the weights it began with.
-        async def load_others(folder: Path) -> None:
-            # The tied head, which vLLM on a CPU keeps a packed copy of, came with the embedding.
-            assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-            await load_weights(checkpoint)
+    given = dict(learner.weights(AS_SENT))
+    # The tied head, which vLLM on a CPU keeps a packed copy of, comes with the embedding.
+    assert "lm_head.weight" not in given
+    del given["model.norm.weight"]
+    with pytest.raises(WeightSyncError, match=r"vLLM keeps 1 tensors .* no model\.norm\.weight"):
+        await sampler.load_weights(iter(given.items()))
+    with pytest.raises(WeightSyncError, match=r"vLLM cannot load the learner's weights: .*other"):
+        await sampler.load_weights(iter([("other.weight", torch.ones(1))]))
+    with pytest.raises(MemoryError):
+        await sampler.load_weights(fails_midway(given))
 
-        load_weights = sampler.load_weights
-        monkeypatch.setattr(sampler, "load_weights", load_others)
-        with pytest.raises(WeightSyncError, match="nats, more than"):
-            await sync.push(7)
-    finally:
-        sync.close()
+    # From here on the engine is made to load the weights it began with.
+    async def load_others(weights: Weights) -> None:
+        await load_weights(iter(load_file(checkpoint / "model.safetensors").items()))
+
+    load_weights = sampler.load_weights
+    monkeypatch.setattr(sampler, "load_weights", load_others)
+    with pytest.raises(WeightSyncError, match="nats, more than"):
+        await sync.push(7)
+
+
+def fails_midway(given: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from given.items()
+    raise MemoryError
 
 
 # Last: it ends the engine.
-async def test_an_engine_that_dies_under_a_generation_is_named(sampler: VllmSampler) -> None:
+async def test_an_engine_that_dies_under_a_generation_and_a_sync_is_named(
+    sampler: VllmSampler, learner: PreTrainedModel
+) -> None:
     options = SamplingOptions(max_tokens=240, num_topk=NUM_TOPK, seed=5)
     (engine,) = engines(os.getpid())
     generation = sampler.generate("dies", PROMPT, options)
     await anext(generation)
-    os.kill(int(engine.name), signal.SIGKILL)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in learner_of(learner).weights(AS_SENT):
+            if name == "model.norm.weight":
+                os.kill(int(engine.name), signal.SIGKILL)
+            yield name, tensor
+
+    with pytest.raises(SamplerError, match="vLLM's engine has died"):
+        await sampler.load_weights(weights())
     with pytest.raises(SamplerError, match="vLLM's engine has died"):
         [_ async for _ in generation]
     with pytest.raises(SamplerError, match="vLLM's engine has died"):

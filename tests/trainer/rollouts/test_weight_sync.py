@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 
 from student_trainer.errors import WeightSyncError
 from student_trainer.records import Delta, SamplingOptions
+from student_trainer.rollouts.probe import SYNC_PROMPT_TOKENS, SYNC_TOKENS
+from student_trainer.rollouts.samplers.base import Weights
 from student_trainer.rollouts.samplers.hf_sampler import HfSampler
 from student_trainer.rollouts.weight_sync import WeightSync
 from tests.trainer.learner.made_learners import learner_of
@@ -52,19 +54,16 @@ async def test_changed_weights_arrive_exactly(tmp_path: Path, tied: bool) -> Non
     sampler = await started(write_tiny_student(tmp_path, tied=tied))
     learner = tiny_student(tied=tied)
     sync = sync_of(learner, sampler)
-    try:
-        for version in range(2):
-            change(learner, version)
-            # 1e-4 nats: one token at a time with a cache against all at once, in float32.
-            assert await sync.push(version) < 1e-4
-    finally:
-        sync.close()
+    for version in range(2):
+        change(learner, version)
+        # 1e-4 nats: one token at a time with a cache against all at once, in float32.
+        assert await sync.push(version) < 1e-4
 
 
 class Deaf(HfSampler):
     """Keeps the weights that it has."""
 
-    async def load_weights(self, folder: Path) -> None:
+    async def load_weights(self, weights: Weights) -> None:
         """Does nothing."""
 
 
@@ -76,7 +75,6 @@ async def test_sampler_with_other_weights_is_an_error(tmp_path: Path) -> None:
     change(learner, 0)
     with pytest.raises(WeightSyncError, match=r"sync of step 3 .* nats, more than 0\.001"):
         await sync.push(3)
-    sync.close()
 
 
 class Broken(HfSampler):
@@ -95,20 +93,50 @@ async def test_log_probs_that_are_no_numbers_are_an_error(tmp_path: Path) -> Non
     sync = sync_of(tiny_student(), sampler)
     with pytest.raises(WeightSyncError, match="nan"):
         await sync.push(0)
-    sync.close()
 
 
-async def test_closed_sync_leaves_no_folder(tmp_path: Path) -> None:
-    seen: list[Path] = []
+class Listening(HfSampler):
+    """Notes what a sync asks."""
 
-    class Watching(HfSampler):
-        async def load_weights(self, folder: Path) -> None:
-            seen.append(folder)
-            assert (folder / "model.safetensors").is_file()
+    asked: list[tuple[int, int]]
 
-    sampler = await started(write_tiny_student(tmp_path), Watching)
-    sync = sync_of(tiny_student(), sampler)
-    await sync.push(0)
-    sync.close()
-    assert len(seen) == 1
-    assert not seen[0].exists()
+    async def generate(
+        self, request_id: str, prompt_ids: NDArray[np.int32], options: SamplingOptions
+    ) -> AsyncIterator[Delta]:
+        self.asked.append((len(prompt_ids), options.max_tokens))
+        assert len(self._running) < len(PROBES)
+        async for delta in super().generate(request_id, prompt_ids, options):
+            yield delta
+
+
+async def test_a_sync_asks_for_few_tokens_after_the_ends_of_its_prompts(tmp_path: Path) -> None:
+    sampler = await started(write_tiny_student(tmp_path), Listening)
+    long = np.arange(2, 42, dtype=np.int32)
+    prompts = [long, PROBES[1]]
+    sync = WeightSync(
+        learner_of(tiny_student()), sampler, probe_prompts=prompts, max_logprob_gap=1e-3
+    )
+    sampler.asked = []
+    assert await sync.push(0) < 1e-4
+    assert sampler.asked == [(SYNC_PROMPT_TOKENS, SYNC_TOKENS), (1, SYNC_TOKENS)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+async def test_weights_that_the_sampler_lacks_or_does_not_know_are_named(
+    tmp_path: Path, tied: bool
+) -> None:
+    sampler = await started(write_tiny_student(tmp_path, tied=tied))
+    learner = tiny_student(tied=tied)
+    change(learner, 1)
+    given = dict(learner_of(learner).weights())
+    assert ("lm_head.weight" in given) == (not tied)
+    await sampler.load_weights(iter(given.items()))
+    for name, tensor in learner.state_dict().items():
+        assert torch.equal(sampler._model().state_dict()[name], tensor), name
+    lacking = {name: tensor for name, tensor in given.items() if name != "model.norm.weight"}
+    with pytest.raises(WeightSyncError, match=r"them: model\.norm\.weight are not sent"):
+        await sampler.load_weights(iter(lacking.items()))
+    with pytest.raises(WeightSyncError, match=r"other is sent of \[1\], .* it not at all"):
+        await sampler.load_weights(iter([("other", torch.ones(1))]))
+    with pytest.raises(WeightSyncError, match=r"norm\.weight is sent of \[1\], .* it of \[\d+\]"):
+        await sampler.load_weights(iter([("model.norm.weight", torch.ones(1))]))
