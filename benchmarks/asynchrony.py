@@ -1,8 +1,8 @@
-"""What a queue of rollouts is worth: seconds a step and staleness, by its depth.
+"""What it is worth to generate ahead of the learner: seconds a step and staleness, by its bound.
 
-Sampler and learner only wait, equally long, so that the queue alone is measured: with nothing else
-to pay for, a learner that never waits for the sampler halves the time of a step. Depths beyond 1
-are refused by the settings; they are measured here to show why. Arms are interleaved in one run.
+Sampler and learner only wait, so that the stream alone is measured: with nothing else to pay for, a
+learner that never waits for the sampler halves the time of a step. Rollouts last alike, or are
+long-tailed: an exponential distribution of the same mean. Arms are interleaved in one run.
 
     python -m benchmarks.asynchrony
 """
@@ -15,9 +15,9 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,14 +35,18 @@ from student_trainer.settings.budget import FixedBudgetSettings
 from student_trainer.special_tokens import SpecialTokens
 from teacher_wire.records import DriftState, ScoreRows, Scores, Timing, TokenSpan, Verdict
 
-DEPTHS = (0, 1, 2, 4)
+STALENESS = (0, 1, 2, 4)
+LENGTHS = ("alike", "long-tailed")
 WAIT_S = 0.25
-"""Of the sampler for the rollouts of a step, and of the learner for its updates."""
-NUM_STEPS, NUM_ROLLOUTS, NUM_TOKENS = 8, 8, 4
+"""Of a rollout in the mean, and of the learner for its updates."""
+NUM_STEPS, NUM_ROLLOUTS, NUM_TOKENS = 16, 8, 4
 
 
 class WaitingSampler:
-    """Every rollout takes as long, however many there are."""
+    """A rollout takes as long as its seed says, however many there are."""
+
+    def __init__(self, lengths: str) -> None:
+        self._lengths = lengths
 
     async def start(self) -> None:
         """Nothing to load."""
@@ -50,7 +54,8 @@ class WaitingSampler:
     async def generate(
         self, request_id: str, prompt_ids: NDArray[np.int32], options: SamplingOptions
     ) -> AsyncIterator[Delta]:
-        await asyncio.sleep(WAIT_S)
+        share = np.random.default_rng(options.seed).exponential()
+        await asyncio.sleep(WAIT_S * (share if self._lengths == "long-tailed" else 1.0))
         yield Delta(
             token_ids=np.ones(NUM_TOKENS, np.int32),
             logprobs=np.zeros(NUM_TOKENS, np.float32),
@@ -96,15 +101,17 @@ class InstantSession:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """What one run of one depth came to."""
+    """What one run came to, without its first step, before which nothing was generated."""
 
     step_s: float
-    """Seconds a step, without the first, which fills the queue."""
-    staleness: int
-    """Optimiser rounds between the weights that sampled and those that learn, at the last step."""
+    """Seconds a step."""
+    mean_staleness: float
+    """Optimiser rounds between the weights that began a rollout and those that learn from it."""
+    max_staleness: int
+    """Of all rollouts."""
 
 
-def run(depth: int) -> Steps:
+def run(staleness: int, lengths: str) -> Steps:
     """The loop of train.py, with a learner that sleeps."""
     prompts = [
         Prompt(prompt_id=str(i), text="", token_ids=np.array([i + 1], np.int32), answer=None)
@@ -113,7 +120,7 @@ def run(depth: int) -> Steps:
     with closing(LoopThread()) as loop:
         stream = RolloutStream(
             loop=loop,
-            sampler=WaitingSampler(),
+            sampler=WaitingSampler(lengths),
             open_session=lambda _: InstantSession(),
             prompts=PromptOrder(prompts, prompts_per_step=NUM_ROLLOUTS, seed=0),
             rules={
@@ -128,48 +135,55 @@ def run(depth: int) -> Steps:
             budget=FixedBudget(FixedBudgetSettings(max_tokens=NUM_TOKENS)),
             options=lambda max_tokens: SamplingOptions(max_tokens=max_tokens),
             rollouts_per_prompt=1,
-            queue_depth=depth,
+            max_staleness=staleness,
             seed=0,
             num_steps=NUM_STEPS + 1,
         )
-        started = 0.0
+        started, ages = 0.0, []
         for step in range(NUM_STEPS + 1):
-            taken = stream.take(stream.rollouts_per_step)
+            taken = stream.take_step()
+            ages += [step - rollout.policy_version for rollout in taken.rollouts if step]
             time.sleep(WAIT_S)
-            stream.wait_until_idle()
-            stream.policy_version = step + 1
+            stream.use_version(step + 1)
             started = started or time.monotonic()
         took_s = time.monotonic() - started
-    oldest = min(rollout.policy_version for rollout in taken.rollouts)
-    return Steps(step_s=took_s / NUM_STEPS, staleness=NUM_STEPS - oldest)
+    return Steps(step_s=took_s / NUM_STEPS, mean_staleness=mean(ages), max_staleness=max(ages))
 
 
 def main() -> None:
-    """Runs the depths in turns and prints the table."""
+    """Runs the arms in turns and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, default=ROOT / "runs" / "bench-asynchrony.json")
     arguments = parser.parse_args()
-    runs: dict[int, list[Steps]] = {depth: [] for depth in DEPTHS}
+    arms = [(staleness, lengths) for lengths in LENGTHS for staleness in STALENESS]
+    runs: dict[tuple[int, str], list[Steps]] = {arm: [] for arm in arms}
     for repeat in range(arguments.repeats):
-        turn = repeat % len(DEPTHS)
-        for depth in (*DEPTHS[turn:], *DEPTHS[:turn]):
-            runs[depth].append(run(depth))
-    medians = {depth: median(steps.step_s for steps in runs[depth]) for depth in DEPTHS}
+        turn = repeat % len(arms)
+        for arm in (*arms[turn:], *arms[:turn]):
+            runs[arm].append(run(*arm))
+    medians = {arm: median(steps.step_s for steps in runs[arm]) for arm in arms}
     table = Table(title=f"sampler and learner wait {WAIT_S} s each, {arguments.repeats} runs")
-    for name in ("depth", "staleness", "s a step", "of depth 0"):
+    for name in ("rollouts", "max_staleness", "mean", "most", "s a step", "of 0"):
         table.add_column(name, justify="right")
-    for depth in DEPTHS:
-        stale, ratio = runs[depth][0].staleness, medians[depth] / medians[0]
-        table.add_row(str(depth), str(stale), f"{medians[depth]:.3f}", f"{ratio:.2f}")
+    for arm in arms:
+        staleness, lengths = arm
+        table.add_row(
+            lengths,
+            str(staleness),
+            f"{mean(steps.mean_staleness for steps in runs[arm]):.2f}",
+            str(max(steps.max_staleness for steps in runs[arm])),
+            f"{medians[arm]:.3f}",
+            f"{medians[arm] / medians[0, lengths]:.2f}",
+        )
     Console().print(table)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "made": provenance(),
         "wait_s": WAIT_S,
         "arms": {
-            depth: {"step_s": [s.step_s for s in steps], "staleness": steps[0].staleness}
-            for depth, steps in runs.items()
+            f"{lengths}, {staleness}": [asdict(steps) for steps in runs[staleness, lengths]]
+            for staleness, lengths in arms
         },
     }
     arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

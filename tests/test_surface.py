@@ -40,10 +40,10 @@ TRAINER_SETTINGS = {
         "micro_batch_tokens updates_per_epoch warmup_steps weight_decay"
     ),
     "rollout": (
-        "chunk_tokens max_context prompts_per_step rollouts_per_prompt stop_strings stop_tokens "
-        "student_topk temperature top_p"
+        "chunk_tokens max_context max_staleness prompts_per_step rollouts_per_prompt stop_strings "
+        "stop_tokens student_topk temperature tokens_per_step top_p"
     ),
-    "run": "otlp_endpoint out queue_depth seed steps texts",
+    "run": "otlp_endpoint out seed steps texts",
     "sampler": (
         "cpu_cores dtype enforce_eager gpu_memory_utilization kind kv_cache_gib "
         "max_num_seqs stream_interval weights_dir"

@@ -84,15 +84,15 @@ class Run:
     def swap_weights(self, version: int) -> float | None:
         """Moves the learner's weights into the sampler; returns the log-prob gap, in nats.
 
-        None when the run was asked to stop meanwhile: then nobody will sample from them.
+        What is under way goes on with them. None when the run was asked to stop meanwhile: then
+        nobody will sample from them.
         """
         try:
             with self.stop.may_give_up():
-                self.stream.wait_until_idle()
                 gap = self.running.loop.run(self.sync.push(version))
         except Stopped:
             return None
-        self.stream.policy_version = version
+        self.stream.use_version(version)
         return gap
 
     def evaluation_due(self) -> bool:
@@ -106,14 +106,14 @@ class Run:
         """What the sampler's weights make of the held-out problems; at both ends with samples."""
         step, ends = self.state.step, (0, self.config.run.steps)
         with self.stop.may_give_up():
-            self.stream.wait_until_idle()
-            report = self.evaluator.report(
-                self.running.loop,
-                self.running.sampler,
-                step=step,
-                with_samples=step in ends,
-                progress=lambda done, total: self.recorder.progress("evaluation", done, total),
-            )
+            with self.stream.idle():
+                report = self.evaluator.report(
+                    self.running.loop,
+                    self.running.sampler,
+                    step=step,
+                    with_samples=step in ends,
+                    progress=lambda done, total: self.recorder.progress("evaluation", done, total),
+                )
         self.recorder.evaluation(report)
 
     def texts(self, rollouts: Sequence[Rollout]) -> tuple[SampleText, ...]:
@@ -322,7 +322,8 @@ def _stream(
             config, max_tokens, asked.excluded_ids
         ),
         rollouts_per_prompt=config.rollout.rollouts_per_prompt,
-        queue_depth=config.run.queue_depth,
+        max_staleness=config.rollout.max_staleness,
+        tokens_per_step=config.rollout.tokens_per_step,
         seed=config.run.seed,
         num_steps=config.run.steps,
         progress=lambda done, total: bars.update("rollouts", done, total),

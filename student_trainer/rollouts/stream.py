@@ -1,21 +1,23 @@
-"""Scored rollouts, one after another, and a step's worth ahead of the learner. Only in here is the
-teacher asked.
+"""Scored rollouts, one after another, and as far ahead of the learner as they may grow old. Only in
+here is the teacher asked.
 
 Generation and scoring run on one asyncio loop in a thread of its own; the learner's thread takes
-finished rollouts in the order of their prompts. Depth 0 generates when it is asked; depth 1 keeps
-as many under way as a step takes while the learner works, with weights one optimiser step old.
-Deeper is no faster: rollouts that wait to be learnt from only grow older. Knows no model.
+finished rollouts in the order of their prompts. With a staleness of 0 nothing is generated before
+it is asked for. Else a step's worth is always under way: as one ends the next one begins, while the
+learner works and while the others end. Knows no model.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import count as counted
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -33,6 +35,9 @@ T = TypeVar("T")
 OpenSession: TypeAlias = Callable[[Prompt], TeacherSession]
 """A session at the teacher of a prompt, given what that teacher is to see of it."""
 CLOSE_TIMEOUT_S = 5.0
+MAX_ROUNDS_PER_STEP = 8
+"""Times its rollouts that a step takes to have its tokens: a student that says nothing at all must
+not be waited for."""
 SIGNAL_POLL_S = 0.5
 
 
@@ -89,9 +94,28 @@ class Taken:
     num_unscored: int
     """Rollouts that the teacher scored nothing of; they are not in the list."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens of all."""
+        return sum(len(rollout) for rollout in self.rollouts)
+
+    def and_more(self, others: Taken) -> Taken:
+        """These, and others taken after them."""
+        return Taken(
+            rollouts=self.rollouts + others.rollouts,
+            num_unscored=self.num_unscored + others.num_unscored,
+        )
+
 
 class RolloutStream:
-    """The rollouts of a run, from the first step on: `rollouts_per_prompt` of each prompt."""
+    """The rollouts of a run, from the first step on: `rollouts_per_prompt` of each prompt.
+
+    How far it goes ahead: a rollout that begins with the weights of version V, when n rollouts were
+    taken before those weights were there, is at most the n + R (S + 1)th (R a step's rollouts, S
+    the staleness allowed). Each step takes R at least, so its weights are at most S versions old
+    when it is learnt from. Of those at most R are generated at once, and none begins while R
+    finished ones wait: they would only grow old.
+    """
 
     def __init__(
         self,
@@ -104,14 +128,16 @@ class RolloutStream:
         budget: LengthBudget,
         options: Callable[[int], SamplingOptions],
         rollouts_per_prompt: int,
-        queue_depth: int,
+        max_staleness: int,
         seed: int,
         num_steps: int,
+        tokens_per_step: int | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """`options` are those of a rollout, given the most tokens that it may have.
 
-        `rules` are those of each teacher, by what a prompt calls it.
+        `rules` are those of each teacher, by what a prompt calls it. `tokens_per_step`: response
+        tokens that a step has at least; more rollouts are generated for it until it has them.
         """
         self._loop = loop
         self._sampler = sampler
@@ -123,70 +149,139 @@ class RolloutStream:
         self._options = options
         self._rollouts_per_prompt = rollouts_per_prompt
         self.rollouts_per_step = prompts.prompts_per_step * rollouts_per_prompt
-        self._num_ahead = queue_depth * self.rollouts_per_step
+        self._max_staleness = max_staleness
         self._seed = seed
         self._num_steps = num_steps
+        self._tokens_per_step = tokens_per_step
         self._progress = progress
+        self._lock = threading.Lock()
+        """Of what follows: the learner's thread and the loop's begin rollouts."""
         self._under_way: deque[Future[Rollout | None]] = deque()
+        self._num_running = 0
+        self._goes_ahead = True
+        self._coming = self._from(0)
+        self._num_taken = self._num_taken_before_weights = 0
+        self._settled = {"steps": 0, "rollouts": 0}
+        self._policy_version = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._finished: Counter[int] = Counter()
-        self._num_taken = self._num_settled = 0
-        self._coming = self._from_step(0)
-        self.policy_version = 0
-        """Optimiser rounds of the weights in the sampler; set after a sync."""
 
-    def take(self, count: int) -> Taken:
-        """The next `count` rollouts; fewer at the end of the run.
+    @property
+    def policy_version(self) -> int:
+        """Optimiser rounds of the weights in the sampler."""
+        return self._policy_version
+
+    def use_version(self, version: int) -> None:
+        """The sampler has these weights now: what begins from here on is theirs."""
+        with self._lock:
+            self._policy_version = version
+            self._num_taken_before_weights = self._num_taken
+        self._go_ahead()
+
+    def take_step(self) -> Taken:
+        """The rollouts of one step: `rollouts_per_step`, and whole prompts more of them until it
+        has its tokens.
 
         Raises what a rollout raised, TeacherError say, after the others were cancelled.
         """
-        self._launch(count - len(self._under_way))
-        futures = [*islice(self._under_way, count)]
+        taken = self.take(self.rollouts_per_step)
+        while (more := self._num_missing(taken)) > 0:
+            others = self.take(more)
+            taken = taken.and_more(others)
+            if not others.rollouts:
+                break
+        return taken
+
+    def _num_missing(self, taken: Taken) -> int:
+        """Rollouts that a step lacks, if they are as long as those it has."""
+        if self._tokens_per_step is None or not taken.num_tokens:
+            return 0
+        mean_tokens = taken.num_tokens / len(taken.rollouts)
+        wanted = math.ceil(self._tokens_per_step / mean_tokens / self._rollouts_per_prompt)
+        most = MAX_ROUNDS_PER_STEP * self.rollouts_per_step
+        num_taken = len(taken.rollouts) + taken.num_unscored
+        if taken.num_tokens >= self._tokens_per_step or num_taken >= most:
+            return 0
+        missing = max(1, wanted - len(taken.rollouts) // self._rollouts_per_prompt)
+        return min(missing * self._rollouts_per_prompt, self.rollouts_per_step, most - num_taken)
+
+    def take(self, count: int) -> Taken:
+        """The next `count` rollouts; fewer at the end of the run. Raises as `take_step` does."""
+        with self._lock:
+            self._launch(count - len(self._under_way))
+            futures = [*islice(self._under_way, count)]
         outcomes = self._results(futures)
-        for _ in futures:
-            self._under_way.popleft()
-        self._num_taken += len(futures)
-        self._launch(self._num_ahead - len(self._under_way))
+        with self._lock:
+            for _ in futures:
+                self._under_way.popleft()
+            self._num_taken += len(futures)
+        self._go_ahead()
         rollouts = [rollout for rollout in outcomes if rollout is not None]
         return Taken(rollouts=rollouts, num_unscored=len(outcomes) - len(rollouts))
 
     def settle(self) -> None:
-        """What was taken so far is learnt from: a resumed run begins after it."""
-        self._num_settled = self._num_taken
+        """A step is done, and learnt from what was taken so far: a resumed run begins after it."""
+        self._settled = {"steps": self._settled["steps"] + 1, "rollouts": self._num_taken}
 
-    def wait_until_idle(self) -> None:
-        """Returns once nothing is being generated: weights may be replaced."""
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Nothing is generated within; what was under way has ended."""
+        with self._lock:
+            self._goes_ahead = False
         self._results(self._under_way)
+        yield
+        self._goes_ahead = True
+        self._go_ahead()
 
     def close(self) -> None:
         """Ends what is under way; waits a little for a teacher that no longer answers."""
+        with self._lock:
+            self._goes_ahead = False
         with suppress(TimeoutError):
             self._loop.start(_cancel(self._tasks)).result(CLOSE_TIMEOUT_S)
         self._under_way.clear()
 
     def state(self) -> dict[str, Any]:
-        """How many steps' rollouts were learnt from; the others are generated again."""
-        return {"steps": self._num_settled // self.rollouts_per_step}
+        """How many steps are done, and how many rollouts they took; the others are generated
+        again."""
+        return dict(self._settled)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on after so many steps, with weights of as many versions."""
-        self.policy_version = state["steps"]
-        self._num_taken = self._num_settled = state["steps"] * self.rollouts_per_step
-        self._coming = self._from_step(state["steps"])
+        self._settled = dict(state)
+        self._policy_version = state["steps"]
+        self._num_taken = self._num_taken_before_weights = state["rollouts"]
+        self._coming = self._from(self._num_taken)
 
-    def _from_step(self, first_step: int) -> Iterator[tuple[int, int, Prompt]]:
-        """Step, index within the step, and prompt of every rollout that is still to come."""
-        for step in range(first_step, self._num_steps):
-            prompts = self._prompts.step(step)
+    def _from(self, first: int) -> Iterator[tuple[int, int, Prompt]]:
+        """Round, index within the round, and prompt of every rollout that is still to come: a round
+        is a step's prompts, and a step has more than one of them where it lacks tokens."""
+        rounds = counted() if self._tokens_per_step is not None else range(self._num_steps)
+        for round_ in islice(rounds, first // self.rollouts_per_step, None):
+            prompts = self._prompts.step(round_)
             repeated = (prompt for prompt in prompts for _ in range(self._rollouts_per_prompt))
             for index, prompt in enumerate(repeated):
-                yield step, index, prompt
+                if round_ * self.rollouts_per_step + index >= first:
+                    yield round_, index, prompt
+
+    def _go_ahead(self) -> None:
+        """Begins what may begin before it is asked for."""
+        with self._lock:
+            if not self._goes_ahead or self._max_staleness == 0:
+                return
+            steps = min(self._max_staleness + 1, self._num_steps - self._policy_version)
+            last = self._num_taken_before_weights + steps * self.rollouts_per_step
+            may_begin = last - self._num_taken - len(self._under_way)
+            num_waiting = len(self._under_way) - self._num_running
+            if num_waiting < self.rollouts_per_step:
+                self._launch(min(may_begin, self.rollouts_per_step - self._num_running))
 
     def _launch(self, count: int) -> None:
         options = self._options(self.budget.max_tokens)
-        for step, index, prompt in islice(self._coming, max(0, count)):
-            seeded = replace(options, seed=_seed(self._seed, step, index))
-            work = self._rollout(step, index, prompt, seeded, self.policy_version)
+        for round_, index, prompt in islice(self._coming, max(0, count)):
+            seeded = replace(options, seed=_seed(self._seed, round_, index))
+            work = self._rollout(round_, index, prompt, seeded, self._policy_version)
+            self._num_running += 1
             self._under_way.append(self._loop.start(work))
 
     def _results(self, futures: Iterable[Future[Rollout | None]]) -> list[Rollout | None]:
@@ -200,16 +295,16 @@ class RolloutStream:
             raise
 
     async def _rollout(
-        self, step: int, index: int, prompt: Prompt, options: SamplingOptions, version: int
+        self, round_: int, index: int, prompt: Prompt, options: SamplingOptions, version: int
     ) -> Rollout | None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         try:
-            with tracing.span("rollout", step=step, index=index):
+            with tracing.span("rollout", step=round_, index=index):
                 rollout = await run_rollout(
                     prompt,
-                    request_id=f"step{step}-{index}",
+                    request_id=f"step{round_}-{index}",
                     options=options,
                     sampler=self._sampler,
                     session=self._open_session(prompt),
@@ -218,8 +313,11 @@ class RolloutStream:
                 )
         finally:
             self._tasks.discard(task)
-        self._finished[step] += 1
-        self._progress(self._finished[step], self.rollouts_per_step)
+            with self._lock:
+                self._num_running -= 1
+        self._finished[round_] += 1
+        self._progress(self._finished[round_], self.rollouts_per_step)
+        self._go_ahead()
         return rollout
 
 

@@ -84,6 +84,14 @@ class RolloutSettings(Section):
     generation_config."""
     stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Text that ends a response: the token with which one of them is complete is its last."""
+    max_staleness: int = Field(0, ge=0, le=2)
+    """Optimisation rounds by which the weights that began a rollout may be older than those that
+    learn from it. 0: rollouts are generated when the learner asks for them, and it waits. 1: they
+    are while it works, and go on with each step's weights as soon as there are any. 2: those of the
+    step after next begin where a few long ones would leave the sampler with little to do."""
+    tokens_per_step: int | None = Field(None, gt=0)
+    """Response tokens that a step has at least: where its rollouts have fewer, because they were
+    stopped, more prompts are taken up. None: whatever they have."""
     max_context: int = Field(gt=1)
     """Tokens of prompt plus response; the teacher's `max_context` must be as large."""
 

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from student_trainer.settings.section import UNREAD, alternatives, groups, is_by_name, unread
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"run.queue_depth": "rollout.max_staleness"}
 """Dotted name of a setting that is no more -> the one that took its place."""
 RENAMED_VALUES: dict[tuple[str, object], str] = {
     ("teacher.on_absent", "drop"): "finish_unscored",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from student_trainer.settings.section import MayChange, Section
 
@@ -21,9 +21,6 @@ class RunSettings(Section):
     """Optimisation rounds: one batch of rollouts each."""
     texts: Annotated[int, MayChange()] = Field(4, ge=0)
     """Rollouts a step whose text is kept in the run's folder."""
-    queue_depth: int = Field(0, ge=0)
-    """Steps whose rollouts are generated ahead of the learner: 0 generates when asked, 1 while the
-    learner works, with weights one step old. More is refused."""
     otlp_endpoint: Annotated[str, MayChange()] = Field("", pattern="^(https?://.+)?$")
     """OTLP/HTTP address that traces are sent to (needs the extra `otel`); empty for none."""
 
@@ -31,16 +28,6 @@ class RunSettings(Section):
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.out / "checkpoints"
-
-    @field_validator("queue_depth")
-    @classmethod
-    def _not_older_for_nothing(cls, depth: int) -> int:
-        if depth > 1:
-            raise ValueError(
-                "1 is the most: sampler and learner are both busy then, and deeper is no faster "
-                "but learns from older rollouts"
-            )
-        return depth
 
 
 class CheckpointSettings(Section):

@@ -77,15 +77,16 @@ def _about_reuse(config: TrainerConfig) -> Iterator[str]:
     """Weights of the student's drift where the student cannot have drifted."""
     optim = config.optim
     single = optim.epochs * optim.updates_per_epoch == 1
-    fresh = config.run.queue_depth == 0
+    fresh = config.rollout.max_staleness == 0
     for name, weight in config.weights:
         if weight is None or name not in ("block_gate", "importance_ratio"):
             continue
         if fresh and single:
             yield (
                 f"weights.{name}: one update a batch (optim.epochs, optim.updates_per_epoch) of "
-                "rollouts that are never older than it (run.queue_depth = 0): the student is still "
-                "the behavior policy, and the weight is 1 but for what sampler and learner differ"
+                "rollouts that are never older than it (rollout.max_staleness = 0): the student is "
+                "still the behavior policy, and the weight is 1 but for what sampler and learner "
+                "differ"
             )
         if not fresh and config.needs_learner_behavior:
             so = "so with one update a batch it is 1" if single else "not the rollouts' age"

@@ -113,7 +113,7 @@ def test_a_rollout_of_the_trainer_is_a_span_and_its_session_is_below_it(
             budget=FixedBudget(FixedBudgetSettings(max_tokens=4)),
             options=lambda max_tokens: SamplingOptions(max_tokens=max_tokens, num_topk=2),
             rollouts_per_prompt=1,
-            queue_depth=0,
+            max_staleness=0,
             seed=0,
             num_steps=1,
         )

@@ -126,21 +126,27 @@ def test_run_that_was_stopped_at_any_moment_and_resumed_equals_one_that_was_not(
         assert_same_run(config, run_through(config, resume=True), *straight)
 
 
-def test_run_with_a_queue_that_was_stopped_goes_on_from_the_step_that_was_learnt_from(
-    folder: Path, client: InMemoryClient, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("owner", "method", "call"),
+    [(RolloutStream, "take", 3), (WeightSync, "push", 2)],
+    ids=["as rollouts are asked for", "in a sync, the next rollouts under way"],
+)
+def test_run_that_goes_ahead_and_was_stopped_goes_on_from_the_step_that_was_learnt_from(
+    folder: Path,
+    client: InMemoryClient,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type[Any],
+    method: str,
+    call: int,
 ) -> None:
-    # What was generated ahead is generated again, by the weights that go on: so it is in both.
-    results = []
-    for name, (owner, method, call) in {
-        "as rollouts are asked for": (RolloutStream, "take", 3),
-        "in a sync, the next rollouts under way": (WeightSync, "push", 2),
-    }.items():
-        config = settings(folder, name, "run.queue_depth=1")
-        stopped_at(config, monkeypatch, owner, method, call)
-        results.append((config, run_through(config, resume=True)))
-    assert_same_run(*results[0], *results[1])
-    config = results[0][0]
-    assert [s["staleness_min_version"] for s in records(config, "step")] == [0, 0, 2, 2]
+    # What was generated ahead is generated again, by the weights that go on.
+    config = settings(folder, "run", "rollout.max_staleness=1")
+    stopped_at(config, monkeypatch, owner, method, call)
+    run_through(config, resume=True)
+    steps = records(config, "step")
+    assert [s["step"] for s in steps] == [1, 2, 3, 4]
+    assert [s["staleness_min_version"] for s in steps] == [0, 0, 2, 2]
+    assert json.loads((config.run.out / "summary.json").read_text())["finished"] is True
 
 
 def assert_same_run(

@@ -318,7 +318,7 @@ def test_rollouts_that_the_teacher_missed_are_counted_and_warned_of(
 def test_queue_of_one_is_one_step_stale_and_generates_no_more(
     folder: Path, client: InMemoryClient
 ) -> None:
-    config = configured(folder, "run.queue_depth=1")
+    config = configured(folder, "rollout.max_staleness=1")
     run_through(config)
     assert [s["staleness_min_version"] for s in records(config, "step")] == [0, 0, 1, 2]
     # Three evaluations beside them.

@@ -42,7 +42,8 @@ class Sampler(Protocol):
     async def load_weights(self, weights: Weights) -> None:
         """Replaces the weights and drops every cached prefix.
 
-        Must not be called while anything is being generated. Raises WeightSyncError, SamplerError.
+        What is being generated goes on with them: its tokens so far are a prompt to it, computed
+        anew. None is lost or said twice. Raises WeightSyncError, SamplerError.
         """
 
     async def close(self) -> None:

@@ -37,6 +37,8 @@ class HfSampler:
         self._loaded: PreTrainedModel | None = None
         self._running: set[str] = set()
         self._aborted: set[str] = set()
+        self._version = 0
+        """Of the weights: what an older one has cached is computed anew."""
 
     async def start(self) -> None:
         self._loaded = load_student(self._path, dtype=self._dtype, device=self._device).eval()
@@ -47,8 +49,9 @@ class HfSampler:
         model = self._model()
         stop_ids = {*_stop_ids(model), *self._stop_ids}
         generator = torch.Generator().manual_seed(options.seed or 0)
-        cache = DynamicCache(config=model.config)
-        step_ids = torch.from_numpy(prompt_ids).long().unsqueeze(0).to(self._device)
+        sequence = prompt_ids.tolist()
+        cache, version = DynamicCache(config=model.config), self._version
+        step_ids = self._row(sequence)
         self._running.add(request_id)
         try:
             for position in range(options.max_tokens):
@@ -73,8 +76,12 @@ class HfSampler:
                 )
                 if finish is not None:
                     return
-                step_ids = torch.tensor([[token]], device=self._device)
+                sequence.append(token)
+                step_ids = self._row(sequence[-1:])
                 await asyncio.sleep(0)
+                if version != self._version:
+                    cache, version = DynamicCache(config=model.config), self._version
+                    step_ids = self._row(sequence)
         finally:
             self._running.discard(request_id)
             self._aborted.discard(request_id)
@@ -101,9 +108,13 @@ class HfSampler:
         if lacking:
             names = sorted(lacking.values())
             raise WeightSyncError(f"the sampler cannot load them: {some(names)} are not sent")
+        self._version += 1
 
     async def close(self) -> None:
         self._loaded = None
+
+    def _row(self, ids: list[int]) -> torch.Tensor:
+        return torch.tensor([ids], device=self._device)
 
     def _model(self) -> PreTrainedModel:
         if self._loaded is None:

@@ -12,7 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -67,6 +67,7 @@ class VllmSampler:
     """How weights come to it."""
     _engine: AsyncLLM | None = field(default=None, init=False)
     _output: EngineOutput | None = field(default=None, init=False)
+    _num_under_way: int = field(default=0, init=False)
 
     async def start(self) -> None:
         """Loads the model into vLLM; tens of seconds. Raises SamplerError."""
@@ -102,7 +103,8 @@ class VllmSampler:
             dtype=cast("ModelDType", self.dtype),
             max_model_len=self.max_context,
             max_logprobs=max(1, self.max_num_topk),
-            max_num_seqs=self.max_num_seqs,
+            # One for the proof of new weights, which must not wait until a rollout ends.
+            max_num_seqs=self.max_num_seqs + 1,
             logprobs_mode="processed_logprobs",
             stream_interval=self.stream_interval,
             gpu_memory_utilization=self.gpu_memory_utilization,
@@ -149,9 +151,13 @@ class VllmSampler:
             output_kind=RequestOutputKind.DELTA,
         )
         prompt = TokensPrompt(prompt_token_ids=prompt_ids.tolist())
-        with self._engine_lives():
-            async for output in self._running().generate(prompt, params, request_id):
-                yield _delta(request_id, output.outputs[0], options.num_topk)
+        self._num_under_way += 1
+        try:
+            with self._engine_lives():
+                async for output in self._running().generate(prompt, params, request_id):
+                    yield _delta(request_id, output.outputs[0], options.num_topk)
+        finally:
+            self._num_under_way -= 1
 
     def _possible_stop_ids(self) -> list[int]:
         """vLLM refuses an id that the model has no logit for, and that it can never say."""
@@ -181,18 +187,17 @@ class VllmSampler:
         self.passage.make_room(num_bytes, say)
 
     async def load_weights(self, weights: Weights) -> None:
-        engine = self._running()
-        num_readers = engine.vllm_config.parallel_config.world_size
-        with self._engine_lives():
+        async with self._frozen() as engine:
+            num_readers = engine.vllm_config.parallel_config.world_size
             kept = await self.passage.send(weights, self._receive, num_readers)
-            reset = await engine.reset_prefix_cache()
+            reset = await engine.reset_prefix_cache(reset_running_requests=True)
         if names := sorted({name for names in kept for name in names}):
             raise WeightSyncError(
                 f"vLLM keeps {len(names)} tensors of the weights before: the learner's have no "
                 f'{some(names)} as this family\'s model in vLLM expects them; sampler.kind = "hf"'
             )
         if not reset:
-            raise RuntimeError("prefix cache not reset: weights were loaded while rollouts ran")
+            raise RuntimeError("vLLM did not drop its prefix cache after new weights were loaded")
 
     async def _receive(self, where: str) -> list[list[str]]:
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -217,6 +222,20 @@ class VllmSampler:
         if self._output is not None:
             self._output.close()
         self.passage.close()
+
+    @asynccontextmanager
+    async def _frozen(self) -> AsyncIterator[AsyncLLM]:
+        """The engine, in which nothing goes on within; no request ends by that."""
+        engine = self._running()
+        with self._engine_lives():
+            if not self._num_under_way:
+                yield engine
+                return
+            await engine.pause_generation(mode="keep", clear_cache=False)
+            try:
+                yield engine
+            finally:
+                await engine.resume_generation()
 
     @contextmanager
     def _engine_lives(self) -> Iterator[None]:

@@ -179,6 +179,32 @@ async def test_abandoned_generation_can_be_started_again(checkpoint: Path) -> No
     assert len(ids(await deltas(sampler, "a", SamplingOptions(max_tokens=6, seed=0)))) == 6
 
 
+async def test_a_generation_goes_on_with_new_weights_as_if_its_tokens_were_a_prompt(
+    checkpoint: Path,
+) -> None:
+    other = tiny_student(seed=1).eval()
+    sampler = await started(checkpoint)
+    options = SamplingOptions(max_tokens=12, num_topk=4, seed=3)
+    parts = []
+    async for delta in sampler.generate("a", PROMPT, options):
+        parts.append(delta)
+        if len(parts) == 5:
+            await sampler.load_weights(learner_of(other).weights())
+    tokens = ids(parts)
+    assert len(tokens) == 12
+    sequence = torch.tensor([[*PROMPT.tolist(), *tokens]])
+    seen = np.array([float(part.logprobs[0]) for part in parts])
+    gaps = []
+    for model in (tiny_student().eval(), other):
+        with torch.no_grad():
+            logits = model(sequence).logits[0, len(PROMPT) - 1 : -1]
+        own = torch.log_softmax(logits, -1)[torch.arange(12), torch.tensor(tokens)].numpy()
+        gaps.append(np.abs(own - seen))
+    assert gaps[0][:5].max() < 1e-5
+    assert gaps[1][5:].max() < 1e-5
+    assert min(gaps[0][5:].max(), gaps[1][:5].max()) > 0.01
+
+
 async def test_sampler_that_is_not_started_says_so() -> None:
     with pytest.raises(RuntimeError, match="not started"):
         await deltas(

@@ -9,6 +9,7 @@ of order 10. The engine's batch and its deltas are whatever the machine's speed 
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import os
 import signal
@@ -384,6 +385,57 @@ async def test_a_loop_that_vllm_ends_by_itself_is_a_typed_error(
     # Of 240 draws from some 20 likely ids two in a row are the same.
     with pytest.raises(SamplerError, match="the generation loop with the reason 'repetition'"):
         await deltas(sampler, "loop", SamplingOptions(max_tokens=240, seed=1))
+
+
+async def test_what_is_under_way_goes_on_with_new_weights(
+    sampler: VllmSampler, learner: PreTrainedModel
+) -> None:
+    """Twice, with more rollouts than the engine takes at once: no token is lost or said twice."""
+    options = SamplingOptions(max_tokens=200, num_topk=NUM_TOPK)
+    versions, begun = [learner], asyncio.Event()
+
+    async def generated(index: int) -> list[Delta]:
+        parts = []
+        seeded = replace(options, seed=index)
+        async for delta in sampler.generate(f"swap-{index}", PROMPT, seeded):
+            parts.append(delta)
+            if sum(map(len, parts)) >= 24 * len(versions):
+                begun.set()
+        return parts
+
+    rollouts = [asyncio.create_task(generated(index)) for index in range(20)]
+    for _ in range(2):
+        await begun.wait()
+        begun.clear()
+        changed = copy.deepcopy(versions[-1])
+        with torch.no_grad():
+            for parameter in changed.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        await sampler.load_weights(learner_of(changed).weights(AS_SENT))
+        versions.append(changed)
+    mixed = 0
+    for parts in await asyncio.gather(*rollouts):
+        tokens, seen = joined(parts, "token_ids"), joined(parts, "logprobs")
+        assert parts[-1].finish in (Finish.LENGTH, Finish.STOP)
+        assert len(tokens) == 200 or parts[-1].finish is Finish.STOP
+        position = torch.arange(len(tokens))
+        ids = torch.from_numpy(tokens).long()
+        gaps = np.stack(
+            [
+                np.abs(expected_logprobs(model, tokens, 1.0)[position, ids].numpy() - seen)
+                for model in versions
+            ]
+        )
+        # Every token is of one version, and never of an older one than the token before.
+        assert gaps.min(0).max() < CLOSE
+        newest = 0
+        for column in gaps.T:
+            newest += int(np.argmax(column[newest:] < CLOSE))
+            assert column[newest] < CLOSE
+        mixed += newest > 0
+    assert mixed >= 10
+    await sampler.load_weights(learner_of(learner).weights(AS_SENT))
+    check_rows(learner, await deltas(sampler, "back", replace(options, max_tokens=20)), 1.0)
 
 
 # Before last: it leaves other weights behind.

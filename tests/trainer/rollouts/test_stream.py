@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from student_trainer.data import PromptOrder
-from student_trainer.records import Prompt, SamplingOptions
+from student_trainer.records import Delta, Prompt, SamplingOptions
 from student_trainer.rollouts import stream as stream_module
 from student_trainer.rollouts.budget import FixedBudget
-from student_trainer.rollouts.stream import LoopThread, RolloutStream, Taken
+from student_trainer.rollouts.stream import (
+    MAX_ROUNDS_PER_STEP,
+    LoopThread,
+    RolloutStream,
+    Taken,
+)
 from student_trainer.settings.budget import FixedBudgetSettings
 from teacher_wire.errors import EngineError, NotReadyError
 from tests.trainer.in_memory import InMemorySampler, ScriptedSession, prompt, rules
@@ -34,8 +40,9 @@ def stream(
     loop: LoopThread,
     sampler: InMemorySampler,
     *,
-    queue_depth: int = 0,
+    max_staleness: int = 0,
     num_steps: int = 10,
+    tokens_per_step: int | None = None,
     open_session: Callable[[Prompt], ScriptedSession] = lambda _: ScriptedSession(),
     finish_when_absent: bool = False,
 ) -> RolloutStream:
@@ -49,9 +56,10 @@ def stream(
         budget=FixedBudget(FixedBudgetSettings(max_tokens=12)),
         options=lambda max_tokens: SamplingOptions(max_tokens=max_tokens, num_topk=2),
         rollouts_per_prompt=2,
-        queue_depth=queue_depth,
+        max_staleness=max_staleness,
         seed=5,
         num_steps=num_steps,
+        tokens_per_step=tokens_per_step,
     )
 
 
@@ -64,10 +72,10 @@ def contents(taken: Taken) -> list[tuple[str, list[int], list[float]]]:
 
 
 @pytest.mark.parametrize("count", [1, 4, 6])
-def test_neither_depth_nor_portion_changes_the_given_the_same_weights(
+def test_neither_staleness_nor_portion_changes_the_given_the_same_weights(
     loop: LoopThread, count: int
 ) -> None:
-    ahead = stream(loop, InMemorySampler(), queue_depth=1)
+    ahead = stream(loop, InMemorySampler(), max_staleness=1)
     at_once = stream(loop, InMemorySampler())
     left = [item for _ in range(12 // count) for item in contents(ahead.take(count))]
     right = [item for _ in range(3) for item in contents(at_once.take(4))]
@@ -83,12 +91,12 @@ def test_given_one_prompt_and_of_two_steps_differ(loop: LoopThread) -> None:
     assert len(set(sampler.seeds.values())) == 12
 
 
-@pytest.mark.parametrize(("depth", "versions"), [(0, [0, 1, 2, 3]), (1, [0, 0, 1, 2])])
+@pytest.mark.parametrize(("staleness", "versions"), [(0, [0, 1, 2, 3]), (1, [0, 0, 1, 2])])
 def test_rollout_records_the_version_of_the_weights_that_sampled_it(
-    loop: LoopThread, depth: int, versions: list[int]
+    loop: LoopThread, staleness: int, versions: list[int]
 ) -> None:
     sampler = InMemorySampler()
-    given = stream(loop, sampler, queue_depth=depth)
+    given = stream(loop, sampler, max_staleness=staleness)
     seen = []
     for step in range(4):
         rollouts = given.take(4).rollouts
@@ -101,22 +109,24 @@ def test_rollout_records_the_version_of_the_weights_that_sampled_it(
                 if name.startswith(f"step{step}-")
             ]
             assert any(np.array_equal(rollout.response_ids, ids) for ids in possible)
-        given.wait_until_idle()
-        sampler.weights = given.policy_version = step + 1
+        with given.idle():
+            sampler.weights = step + 1
+            given.use_version(step + 1)
     assert seen == [{version} for version in versions]
 
 
-@pytest.mark.parametrize("depth", [0, 1])
-def test_nothing_is_generated_for_steps_that_do_not_come(loop: LoopThread, depth: int) -> None:
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_nothing_is_generated_for_steps_that_do_not_come(loop: LoopThread, staleness: int) -> None:
     sampler = InMemorySampler()
-    given = stream(loop, sampler, queue_depth=depth, num_steps=2)
+    given = stream(loop, sampler, max_staleness=staleness, num_steps=2)
     assert [len(given.take(4).rollouts) for _ in range(3)] == [4, 4, 0]
-    given.wait_until_idle()
+    with given.idle():
+        pass
     assert {name.split("-")[0] for name in sampler.seeds} == {"step0", "step1"}
 
 
-@pytest.mark.parametrize("depth", [0, 1])
-def test_failed_rollout_cancels_the_others_and_is_raised(loop: LoopThread, depth: int) -> None:
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_failed_rollout_cancels_the_others_and_is_raised(loop: LoopThread, staleness: int) -> None:
     sampler = InMemorySampler()
     sessions: list[ScriptedSession] = []
 
@@ -127,7 +137,7 @@ def test_failed_rollout_cancels_the_others_and_is_raised(loop: LoopThread, depth
         return sessions[-1]
 
     with pytest.raises(EngineError, match="boom"):
-        stream(loop, sampler, queue_depth=depth, open_session=open_session).take(4)
+        stream(loop, sampler, max_staleness=staleness, open_session=open_session).take(4)
     assert sampler.running == {}
     assert [session.num_closed for session in sessions] == [1] * 4
 
@@ -165,7 +175,7 @@ def test_closed_source_leaves_nothing_running(loop: LoopThread) -> None:
         sessions.append(ScriptedSession(turns_per_append=0 if len(sessions) < 4 else 1_000_000))
         return sessions[-1]
 
-    given = stream(loop, sampler, queue_depth=1, open_session=open_session)
+    given = stream(loop, sampler, max_staleness=1, open_session=open_session)
     given.take(4)
     wait_until(lambda: len(sessions) == 8)
     given.close()
@@ -192,35 +202,130 @@ def test_teacher_that_does_not_answer_does_not_keep_a_source_from_closing(
         sessions.append(kind(turns_per_append=pause))
         return sessions[-1]
 
-    given = stream(loop, InMemorySampler(), queue_depth=1, open_session=open_session)
+    given = stream(loop, InMemorySampler(), max_staleness=1, open_session=open_session)
     given.take(4)
     wait_until(lambda: sum(s.num_under_way for s in sessions) >= 4)
     given.close()  # without a bound it never ends
 
 
-@pytest.mark.parametrize(("depth", "expected"), [(0, [1]), (1, [1, 2])])
+@pytest.mark.parametrize(("staleness", "expected"), [(0, [1]), (1, [1, 2])])
 def test_what_a_step_needs_is_generated_while_the_one_before_is_learnt_from(
-    loop: LoopThread, depth: int, expected: list[int]
+    loop: LoopThread, staleness: int, expected: list[int]
 ) -> None:
     """The learner is this thread: while it waits for the sampler, the sampler is not waiting."""
     sampler = InMemorySampler()
-    given = stream(loop, sampler, queue_depth=depth)
+    given = stream(loop, sampler, max_staleness=staleness)
     given.take(4)
-    # A learner that goes on only when the next step's rollouts have ended can do so at depth 1.
-    given.wait_until_idle()
+    # A learner that goes on only when the next step's rollouts have ended can do so with 1.
+    with given.idle():
+        pass
     assert sorted({1 + int(name[4 : name.index("-")]) for name in sampler.ended}) == expected
     assert sampler.running == {}
 
 
+@pytest.mark.parametrize("staleness", [0, 1, 2, 3])
+def test_no_rollout_is_older_than_allowed_and_none_more_than_a_step_waits(
+    loop: LoopThread, staleness: int
+) -> None:
+    """However long each takes."""
+    turns = iter(np.random.default_rng(staleness).integers(0, 60, 1000).tolist())
+    sampler = WatchedSampler()
+    given = stream(
+        loop,
+        sampler,
+        max_staleness=staleness,
+        num_steps=30,
+        open_session=lambda _: ScriptedSession(turns_per_append=next(turns)),
+    )
+    oldest = []
+    for step in range(30):
+        rollouts = given.take_step().rollouts
+        assert len(rollouts) == 4
+        oldest.append(step - min(r.policy_version for r in rollouts))
+        sampler.weights = step + 1
+        given.use_version(step + 1)
+    assert max(oldest) <= staleness
+    assert (max(oldest) > 0) == (staleness > 0)
+    assert sampler.most_running <= 4
+    assert given.take_step().rollouts == []
+
+
+class WatchedSampler(InMemorySampler):
+    """Remembers how many it had at once."""
+
+    most_running = 0
+
+    async def generate(
+        self, request_id: str, prompt_ids: NDArray[np.int32], options: SamplingOptions
+    ) -> AsyncIterator[Delta]:
+        async for delta in super().generate(request_id, prompt_ids, options):
+            self.most_running = max(self.most_running, len(self.running))
+            yield delta
+
+
+def test_others_begin_while_a_long_rollout_ends(loop: LoopThread) -> None:
+    """The one of the next step that lasts keeps the step after it from nothing but being taken."""
+    sampler = InMemorySampler()
+    sessions: list[ScriptedSession] = []
+
+    def open_session(_: Prompt) -> ScriptedSession:
+        sessions.append(ScriptedSession(turns_per_append=10**9 if len(sessions) == 4 else 0))
+        return sessions[-1]
+
+    given = stream(loop, sampler, max_staleness=1, open_session=open_session)
+    given.take_step()
+    wait_until(lambda: sum(name.startswith("step1-") for name in sampler.ended) == 4)
+    assert not any(name.startswith("step2-") for name in sampler.seeds)
+    given.use_version(1)
+    wait_until(lambda: sum(name.startswith("step2-") for name in sampler.ended) >= 3)
+    assert given.policy_version == 1
+    given.close()
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_step_takes_more_prompts_until_it_has_its_tokens(
+    loop: LoopThread, staleness: int
+) -> None:
+    """Three tokens each: four rollouts have twelve of twenty, and whole prompts are added."""
+
+    def made() -> RolloutStream:
+        sampler = InMemorySampler(stop_after=3)
+        return stream(loop, sampler, max_staleness=staleness, tokens_per_step=20, num_steps=4)
+
+    straight, cut = made(), made()
+    steps = []
+    for version in range(1, 5):
+        taken = straight.take_step()
+        steps.append(contents(taken))
+        assert (len(taken.rollouts), taken.num_tokens) == (8, 24)
+        straight.settle()
+        straight.use_version(version)
+    rollouts = [rollout for step in steps for rollout in step]
+    assert len({str(rollout) for rollout in rollouts}) == 32
+    for version in range(1, 3):
+        cut.take_step()
+        cut.settle()
+        cut.use_version(version)
+    assert cut.state() == {"steps": 2, "rollouts": 16}
+    resumed = made()
+    resumed.load(cut.state())
+    assert [contents(resumed.take_step()) for _ in range(2)] == steps[2:]
+
+
+def test_a_step_does_not_wait_for_tokens_of_a_student_that_says_nothing(loop: LoopThread) -> None:
+    given = stream(loop, InMemorySampler(stop_after=1), tokens_per_step=10**6)
+    assert len(given.take_step().rollouts) == 4 * MAX_ROUNDS_PER_STEP
+
+
 def test_stream_goes_on_after_what_was_learnt_from(loop: LoopThread) -> None:
-    straight, cut = (stream(loop, InMemorySampler(), queue_depth=1) for _ in range(2))
+    straight, cut = (stream(loop, InMemorySampler(), max_staleness=1) for _ in range(2))
     expected = [contents(straight.take(4)) for _ in range(3)]
     cut.take(4)
     cut.settle()
     # Taken and not learnt from: a step that was given up.
     cut.take(4)
-    assert cut.state() == {"steps": 1}
-    resumed = stream(loop, InMemorySampler(), queue_depth=1)
+    assert cut.state() == {"steps": 1, "rollouts": 4}
+    resumed = stream(loop, InMemorySampler(), max_staleness=1)
     resumed.load(cut.state())
     assert resumed.policy_version == 1
     assert [contents(resumed.take(4)) for _ in range(2)] == expected[1:]

@@ -135,10 +135,13 @@ def test_newlines_are_the_tokens_whose_text_holds_one(path: Path) -> None:
         ([GATE, RATIO], ["block_gate: one update a batch", "importance_ratio: one update"]),
         ([GATE, "optim.epochs=2"], []),
         ([GATE, "optim.updates_per_epoch=2"], []),
-        ([RATIO, "run.queue_depth=1"], []),
-        ([*NUCLEUS, RATIO, "run.queue_depth=1"], ["within the batch only: so with one update"]),
+        ([RATIO, "rollout.max_staleness=1"], []),
         (
-            [*NUCLEUS, RATIO, "run.queue_depth=1", "optim.epochs=2"],
+            [*NUCLEUS, RATIO, "rollout.max_staleness=1"],
+            ["within the batch only: so with one update"],
+        ),
+        (
+            [*NUCLEUS, RATIO, "rollout.max_staleness=1", "optim.epochs=2"],
             ["within the batch only: not the rollouts' age"],
         ),
         ([*NUCLEUS, RATIO, "optim.epochs=2"], []),

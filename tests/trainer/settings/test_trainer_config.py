@@ -330,8 +330,8 @@ def test_missing_setting_is_named(smallest: Path) -> None:
         ),
         (["weights.entropy_top.ratio=0"], r"entropy_top\.ratio: .*greater than 0"),
         (
-            ["run.queue_depth=2"],
-            r"run\.queue_depth: .*1 is the most: .* deeper is no faster but learns from older",
+            ["run.queue_depth=1"],
+            r"run\.queue_depth is now rollout\.max_staleness",
         ),
         (["run.steps=0"], r"run\.steps: .*greater than 0 \(got 0\)"),
         (["rollout.temperature=0"], r"rollout\.temperature: .*\(got 0\)"),
