@@ -21,6 +21,10 @@ from student_trainer.losses.inputs import Candidates, LossInputs
 from student_trainer.records import Rollout
 from teacher_wire.id_ranges import IdRanges
 
+PART_COSTS = {"cpu": 64, "other": 1024}
+"""What a micro-batch costs besides its positions, in positions: gradients that are added up, calls
+of kernels, and those that a GPU computes as fast with more to do."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -53,14 +57,19 @@ class Batch:
         temperature: float,
         dtype: torch.dtype = torch.float32,
         excluded_ids: IdRanges = (),
+        only_counted: bool = False,
     ) -> Gathered:
-        """The student at the response tokens, at the teacher's top-k and at its own top-k."""
+        """The student at the response tokens, at the teacher's top-k and at its own top-k.
+
+        `only_counted` leaves 0.0 at tokens that do not count: no loss sees them, and the head is
+        spared their rows.
+        """
         return student_forward(
             model,
             self.input_ids_BS,
             self.prompt_lengths_B,
             self.response_ids_BT,
-            self.response_mask_BT,
+            self.mask_BT if only_counted else self.response_mask_BT,
             (self.teacher_topk_ids_BTK, self.student_topk_ids_BTJ),
             temperature=temperature,
             dtype=dtype,
@@ -70,7 +79,7 @@ class Batch:
     def loss_inputs(self, gathered: Gathered) -> LossInputs:
         """What the losses see: this batch and the student's present view of it.
 
-        Raises NonFiniteLossError when the student gives a real token no finite log-prob.
+        Raises NonFiniteLossError when the student gives a token no finite log-prob.
         """
         if not gathered.logprobs_BT.isfinite().all():
             raise NonFiniteLossError("the student's log-probs are not finite: it has diverged")
@@ -172,22 +181,42 @@ def split_updates(
     return [[rollouts[i] for i in part] for part in np.array_split(order, num_updates) if len(part)]
 
 
-def split_micro(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
+def part_costs(device: torch.device) -> int:
+    """Of a micro-batch, in positions."""
+    return PART_COSTS["cpu" if device.type == "cpu" else "other"]
+
+
+def split_micro(
+    rollouts: Sequence[Rollout], max_tokens: int, *, part_costs: int = PART_COSTS["cpu"]
+) -> list[list[Rollout]]:
     """Parts whose padded size is at most `max_tokens`, a longer rollout alone; short with short.
 
-    The rollouts of a part have a teacher's top-k of one size: none is padded with what no teacher
-    said.
+    Of all such divisions that with the least to compute: positions, padding included, where one
+    part more counts as `part_costs` of them. The rollouts of a part have a teacher's top-k of one
+    size: none is padded with what no teacher said.
     """
+    by_length = sorted(rollouts, key=lambda r: (_teacher_k(r), _sequence_length(r)))
+    lengths = [_sequence_length(rollout) for rollout in by_length]
+    # Least cost of the first n, and where the last part of them begins.
+    cheapest: list[tuple[int, int]] = [(0, 0)]
+    for end, longest in enumerate(lengths, 1):
+        fitting = max(1, max_tokens // longest) if longest else end
+        first = max(0, end - fitting)
+        same_k = [
+            start
+            for start in range(first, end)
+            if _teacher_k(by_length[start]) == _teacher_k(by_length[end - 1])
+        ]
+        cheapest.append(
+            min((cheapest[at][0] + (end - at) * longest + part_costs, at) for at in same_k)
+        )
     parts: list[list[Rollout]] = []
-    longest = 0
-    for rollout in sorted(rollouts, key=lambda r: (_teacher_k(r), _sequence_length(r))):
-        length = _sequence_length(rollout)
-        fits = bool(parts) and max(longest, length) * (len(parts[-1]) + 1) <= max_tokens
-        if not fits or _teacher_k(parts[-1][0]) != _teacher_k(rollout):
-            parts.append([])
-        parts[-1].append(rollout)
-        longest = length
-    return parts
+    end = len(by_length)
+    while end:
+        start = cheapest[end][1]
+        parts.append(by_length[start:end])
+        end = start
+    return parts[::-1]
 
 
 def recompute_behavior(
@@ -206,7 +235,7 @@ def recompute_behavior(
     like. Also keeps them at the teacher's top-k, which no sampler knows while it generates.
     """
     recomputed = []
-    for part in split_micro(rollouts, micro_batch_tokens):
+    for part in split_micro(rollouts, micro_batch_tokens, part_costs=part_costs(device)):
         with torch.no_grad():
             batch = collate(part, device)
             gathered = batch.forward(

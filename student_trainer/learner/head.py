@@ -138,15 +138,24 @@ class _TwoPasses(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         blocks: _Blocks = ctx.blocks
+        grad_RN, lse_R = gradients[0].float(), ctx.lse_R
         hidden_grad_RD = torch.zeros_like(blocks.hidden_RD, dtype=torch.float32)
+        # Clipped, or of no weight: a row without gradient gives none to anything.
+        rows = grad_RN.ne(0).any(1).nonzero().squeeze(1)
+        is_part = len(rows) < len(grad_RN)
+        if is_part:
+            blocks, grad_RN, lse_R = blocks.of(rows), grad_RN[rows], lse_R[rows]
+        found_rD = torch.zeros_like(blocks.hidden_RD, dtype=torch.float32) if is_part else None
         with torch.no_grad(), torch.autocast(blocks.hidden_RD.device.type, enabled=False):
             blocks.second_pass(
-                gradients[0].float(),
-                ctx.lse_R,
-                hidden_grad_RD if needs_hidden else None,
+                grad_RN,
+                lse_R,
+                (hidden_grad_RD if found_rD is None else found_rD) if needs_hidden else None,
                 _gradient(ctx.weight) if needs_weight else None,
                 _gradient(ctx.bias) if needs_bias else None,
             )
+        if found_rD is not None:
+            hidden_grad_RD[rows] = found_rD
         grad = hidden_grad_RD.to(blocks.hidden_RD.dtype) if needs_hidden else None
         return grad, None, None, None, None, None, None
 
@@ -157,7 +166,7 @@ class _Blocks:
     def __init__(
         self, head: Head, hidden_RD: Tensor, ids_RN: Tensor, temperature: float, dtype: torch.dtype
     ) -> None:
-        self.hidden_RD = hidden_RD
+        self.hidden_RD, self._ids_RN = hidden_RD, ids_RN
         self._head, self._temperature, self._dtype = head, temperature, dtype
         kind = "cpu" if hidden_RD.device.type == "cpu" else "other"
         num_rows, width = BLOCK[kind]
@@ -177,6 +186,12 @@ class _Blocks:
         self._ends = counts.cumsum(0).tolist()
         self._offsets = ((row % num_rows) * width + flat % width)[self._order]
         self._shape = ids_RN.shape
+
+    def of(self, rows: Tensor) -> _Blocks:
+        """The same of some of the rows."""
+        return _Blocks(
+            self._head, self.hidden_RD[rows], self._ids_RN[rows], self._temperature, self._dtype
+        )
 
     def _asked(self, i: int, j: int, width: int) -> tuple[Tensor, Tensor]:
         """Places in the flat [R, N] of the ids in a block, and in the flat block itself."""

@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_trainer.diagnostics.step_report import LearnReport
-from student_trainer.learner.batch import collate, recompute_behavior, split_micro, split_updates
+from student_trainer.learner.batch import (
+    collate,
+    part_costs,
+    recompute_behavior,
+    split_micro,
+    split_updates,
+)
 from student_trainer.learner.export import export_bytes, export_weights, exported, tied_names
 from student_trainer.learner.families import family_of, head_of, plain_logits
 from student_trainer.learner.flipped import flipped
@@ -165,13 +171,15 @@ class Learner:
     def _accumulate(self, rollouts: Sequence[Rollout]) -> StepSums:
         """The gradient of one update, added up over micro-batches, and its sums."""
         parts: list[StepSums] = []
-        for micro in split_micro(rollouts, self._micro_batch_tokens):
+        costs = part_costs(self._device)
+        for micro in split_micro(rollouts, self._micro_batch_tokens, part_costs=costs):
             batch = collate(micro, self._device)
             gathered = batch.forward(
                 self._model,
                 temperature=self._temperature,
                 dtype=self._dtype,
                 excluded_ids=self.excluded_ids,
+                only_counted=True,
             )
             inputs = batch.loss_inputs(gathered)
             sums = objective(

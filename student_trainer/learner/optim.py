@@ -75,15 +75,17 @@ class Optimizer:
         """
         if dist.is_available() and dist.is_initialized():
             self._sum_gradients_over_processes()
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) * scale
         if not math.isfinite(norm):
             self._adamw.zero_grad(set_to_none=True)
             raise NonFiniteLossError(
                 f"the gradient norm is {norm}; the weights are left as they were"
             )
+        # Scaled and clipped in one pass over gradients that no cache holds.
+        clipped = scale * min(1.0, self._max_grad_norm / (norm + 1e-6))
+        if gradients:
+            torch._foreach_mul_(gradients, clipped)
         for group in self._adamw.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(self.learning_rate)
