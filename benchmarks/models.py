@@ -61,7 +61,7 @@ def checkpoint(name: str, folder: Path = FOLDER) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
     _write_model(shape, partial)
-    _write_tokenizer(shape.vocab, partial)
+    write_tokenizer(shape.vocab, partial)
     (partial / SHAPE_FILE).write_text(wanted, encoding="utf-8")
     partial.rename(path)
     return path
@@ -101,7 +101,8 @@ def _write_model(shape: Shape, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _write_tokenizer(vocab_size: int, folder: Path) -> None:
+def write_tokenizer(vocab_size: int, folder: Path) -> None:
+    """One word for every id."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

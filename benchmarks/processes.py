@@ -92,6 +92,12 @@ class Answering:
             await self._answer()
         self._listens = True
 
+    @property
+    def pid(self) -> int:
+        """Of the process. Only while it runs."""
+        assert self._child is not None
+        return self._child.process.pid
+
     async def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Its answer. Raises RuntimeError with the error it answers, StartError when it is gone."""
         assert self._child is not None

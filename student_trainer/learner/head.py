@@ -6,7 +6,8 @@ Two passes. The first, without gradient, goes over blocks of rows and, within th
 vocabulary, and keeps a running maximum, sum and entropy of the softmax; only hidden states, ids and
 one number a row outlive it. The second makes every block again, turns it into its own gradient, and
 adds the gradients of head and hidden state in place. A block is small enough to stay in a cache, so
-that the memory needed does not grow with R or V.
+that the memory needed does not grow with R or V. Rows whose loss is renormalised on their ids need
+no second pass: there the softmax cancels, and the gradient is at the ids alone.
 
 The gradient of the head is added to `weight.grad` by the second pass itself: a second [V, D] for
 autograd to add would be the largest tensor of a training step. `torch.autograd.grad` does not see
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from teacher_wire.id_ranges import IdRanges, fill, num_ids, within
 
@@ -28,6 +30,10 @@ BLOCK = {"cpu": (512, 1024), "other": (4096, 4096)}
 """Rows and ids of a block: 2 MiB of float32 logits, for a CPU's cache; 64 MiB for a GPU."""
 LOWEST = -1e4
 """Nats below the maximum of what counts as nought: a logit of -inf has no entropy, and no NaN."""
+
+BALANCED = 1e-6
+"""Of the sum of a row's sizes, what its gradients add up to at most where they add up to nought:
+float32's rounding of a hundred of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,22 +146,21 @@ class _TwoPasses(torch.autograd.Function):
         blocks: _Blocks = ctx.blocks
         grad_RN, lse_R = gradients[0].float(), ctx.lse_R
         hidden_grad_RD = torch.zeros_like(blocks.hidden_RD, dtype=torch.float32)
-        # Clipped, or of no weight: a row without gradient gives none to anything.
-        rows = grad_RN.ne(0).any(1).nonzero().squeeze(1)
-        is_part = len(rows) < len(grad_RN)
-        if is_part:
-            blocks, grad_RN, lse_R = blocks.of(rows), grad_RN[rows], lse_R[rows]
-        found_rD = torch.zeros_like(blocks.hidden_RD, dtype=torch.float32) if is_part else None
+        weight_grad = _gradient(ctx.weight) if needs_weight else None
+        bias_grad = _gradient(ctx.bias) if needs_bias else None
         with torch.no_grad(), torch.autocast(blocks.hidden_RD.device.type, enabled=False):
-            blocks.second_pass(
-                grad_RN,
-                lse_R,
-                (hidden_grad_RD if found_rD is None else found_rD) if needs_hidden else None,
-                _gradient(ctx.weight) if needs_weight else None,
-                _gradient(ctx.bias) if needs_bias else None,
-            )
-        if found_rD is not None:
-            hidden_grad_RD[rows] = found_rD
+            at_ids_R = blocks.only_at_ids(grad_RN)
+            for rows_R, is_sparse in ((~at_ids_R, False), (at_ids_R, True)):
+                if not rows_R.any():
+                    continue
+                part = blocks if rows_R.all() else blocks.of(rows_R)
+                found_rD = torch.zeros_like(part.hidden_RD, dtype=torch.float32)
+                gradients_of = (found_rD if needs_hidden else None, weight_grad, bias_grad)
+                if is_sparse:
+                    part.sparse_pass(grad_RN[rows_R], *gradients_of)
+                else:
+                    part.second_pass(grad_RN[rows_R], lse_R[rows_R], *gradients_of)
+                hidden_grad_RD[rows_R] = found_rD
         grad = hidden_grad_RD.to(blocks.hidden_RD.dtype) if needs_hidden else None
         return grad, None, None, None, None, None, None
 
@@ -187,11 +192,21 @@ class _Blocks:
         self._offsets = ((row % num_rows) * width + flat % width)[self._order]
         self._shape = ids_RN.shape
 
-    def of(self, rows: Tensor) -> _Blocks:
+    def of(self, rows_R: Tensor) -> _Blocks:
         """The same of some of the rows."""
         return _Blocks(
-            self._head, self.hidden_RD[rows], self._ids_RN[rows], self._temperature, self._dtype
+            self._head, self.hidden_RD[rows_R], self._ids_RN[rows_R], self._temperature, self._dtype
         )
+
+    def only_at_ids(self, grad_RN: Tensor) -> Tensor:
+        """bool [R]: whose logits have a gradient at the ids asked for and nowhere else.
+
+        Rows without any; and, where products are float32 and logits not capped, those whose
+        gradients add up to nought: what a loss gives that is renormalised on its ids.
+        """
+        sizes_R = grad_RN.abs().sum(1)
+        is_plain = self._dtype == torch.float32 and self._head.transform.soft_cap is None
+        return grad_RN.sum(1).abs() <= BALANCED * sizes_R if is_plain else sizes_R == 0
 
     def _asked(self, i: int, j: int, width: int) -> tuple[Tensor, Tensor]:
         """Places in the flat [R, N] of the ids in a block, and in the flat block itself."""
@@ -263,6 +278,38 @@ class _Blocks:
                 _add_product(hidden_grad_RD[rows], gradient, weight)
             if weight_grad_VD is not None:
                 _add_product(weight_grad_VD[vocab], gradient.T, hidden_rD)
+
+    def sparse_pass(
+        self,
+        grad_RN: Tensor,
+        hidden_grad_RD: Tensor | None,
+        weight_grad_VD: Tensor | None,
+        bias_grad_V: Tensor | None,
+    ) -> None:
+        """The same for rows of `only_at_ids`: no logit is made again."""
+        if not grad_RN.any():
+            return
+        weight_VD, ids_RN = self._head.weight_VD, self._ids_RN
+        grad_RN = grad_RN * (self._head.transform.scale / self._temperature)
+        for start, end in self._head.excluded_ids:
+            grad_RN = grad_RN.masked_fill((ids_RN >= start) & (ids_RN < end), 0.0)
+        if bias_grad_V is not None:
+            bias_grad_V.index_add_(0, ids_RN.flatten(), grad_RN.flatten())
+        if hidden_grad_RD is not None:
+            hidden_grad_RD += embedding_bag(
+                ids_RN, weight_VD, per_sample_weights=grad_RN, mode="sum"
+            )
+        if weight_grad_VD is not None:
+            rows = torch.arange(len(ids_RN), device=ids_RN.device).repeat_interleave(
+                ids_RN.shape[1]
+            )
+            by_id = torch.sparse_coo_tensor(
+                torch.stack([ids_RN.flatten(), rows]),
+                grad_RN.flatten(),
+                (len(weight_VD), len(ids_RN)),
+                check_invariants=False,
+            )
+            weight_grad_VD.addmm_(by_id, self.hidden_RD)
 
 
 def _add_block_(

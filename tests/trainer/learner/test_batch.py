@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from student_trainer.errors import NonFiniteLossError
+from student_trainer.learner import student
 from student_trainer.learner.batch import (
     Batch,
     collate,
@@ -21,6 +24,7 @@ from student_trainer.learner.batch import (
     split_micro,
     split_updates,
 )
+from student_trainer.learner.head import Head
 from student_trainer.losses.objective import (
     Divergence,
     merge,
@@ -175,6 +179,82 @@ def test_micro_batches_hold_every_rollout_once_within_their_size(
     for part in parts:
         padded = collate(part, CPU).input_ids_BS.numel()
         assert padded <= max_tokens or len(part) == 1
+
+
+def positions(parts: list[list[Rollout]]) -> int:
+    """To compute, padding included."""
+    return sum(collate(part, CPU).input_ids_BS.numel() for part in parts)
+
+
+def divisions(rollouts: list[Rollout]) -> Iterator[list[list[Rollout]]]:
+    """Every way to cut a list into parts."""
+    if not rollouts:
+        yield []
+    for end in range(1, len(rollouts) + 1):
+        for rest in divisions(rollouts[end:]):
+            yield [rollouts[:end], *rest]
+
+
+@settings(deadline=None, max_examples=40)
+@given(lengths=LENGTHS, max_tokens=st.integers(1, 60), part_costs=st.integers(0, 30))
+def test_no_other_micro_batches_of_neighbours_in_length_cost_less(
+    lengths: list[tuple[int, int]], max_tokens: int, part_costs: int
+) -> None:
+    def cost(parts: list[list[Rollout]]) -> int:
+        return positions(parts) + part_costs * len(parts)
+
+    rollouts = rollouts_of(lengths)
+    found = split_micro(rollouts, max_tokens, part_costs=part_costs)
+    by_length = sorted(rollouts, key=lambda r: len(r.prompt.token_ids) + len(r))
+    allowed = [
+        cost(parts)
+        for parts in divisions(by_length)
+        if all(len(part) == 1 or positions([part]) <= max_tokens for part in parts)
+    ]
+    assert cost(found) == min(allowed)
+
+
+def test_a_short_rollout_is_not_padded_to_a_far_longer_one() -> None:
+    rollouts = rollouts_of([(10, 290)] * 3 + [(10, 20)] * 3)
+    parts = split_micro(rollouts, 16_384)
+    assert sorted(map(len, parts)) == [3, 3]
+    assert positions(parts) == 3 * 300 + 3 * 30
+
+
+def test_what_does_not_count_has_no_row_in_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the gradient is the same to the bit of the sums that are left."""
+    rows: list[int] = []
+    plain = student.head_logprobs
+
+    def counted(head: Head, hidden_RD: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rows.append(len(hidden_RD))
+        return plain(head, hidden_RD, *args, **kwargs)
+
+    monkeypatch.setattr(student, "head_logprobs", counted)
+    model, divergence = tiny_student(), next(iter(DIVERGENCES.values()))
+    rng = np.random.default_rng(3)
+    batch = collate([random_rollout(rng, num_response=n, masked=2) for n in (5, 9, 3)], CPU)
+    found = []
+    for only_counted in (False, True):
+        model.zero_grad()
+        gathered = batch.forward(model, temperature=1.0, only_counted=only_counted)
+        objective(batch.loss_inputs(gathered), divergence=divergence).loss_sum.backward()
+        found.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
+    assert rows == [17, 11]
+    assert (found[0] - found[1]).norm() <= 1e-6 * found[0].norm()
+
+
+def test_rollouts_of_which_nothing_counts_have_a_gradient_of_nought() -> None:
+    model, divergence = tiny_student(), next(iter(DIVERGENCES.values()))
+    rng = np.random.default_rng(3)
+    batch = collate([random_rollout(rng, num_response=3, masked=3)], CPU)
+    gathered = batch.forward(model, temperature=1.0, only_counted=True)
+    sums = objective(batch.loss_inputs(gathered), divergence=divergence)
+    sums.loss_sum.backward()
+    assert sums.num_tokens.item() == 0
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
 
 @settings(deadline=None)

@@ -239,3 +239,62 @@ def test_a_tied_embedding_gets_both_gradients() -> None:
         return weight.grad
 
     assert_close([gradient(head_logprobs)], [gradient(reference_logprobs)])
+
+
+def renormalised(way: Way, tensors: dict[str, Tensor], head: dict[str, Any]) -> list[Tensor]:
+    """Gradients of a loss that is renormalised on its ids in every second row, which is what Local
+    Support Matching is; of every fourth row nothing is wanted."""
+    weight, bias, hidden = (
+        tensors[name].clone().requires_grad_() for name in ("weight", "bias", "hidden")
+    )
+    made_head = Head(weight_VD=weight, bias_V=bias, **head)
+    logprobs, _ = way(made_head, hidden, tensors["ids"], temperature=0.7)
+    kept = logprobs.masked_fill(logprobs.isinf(), -50.0)
+    kept = torch.stack([kept[::2].log_softmax(-1), kept[1::2]], 1).flatten(0, 1)
+    weights = tensors["factor"].clone()
+    weights[::4] = 0.0
+    (kept * weights).sum().backward()
+    return [leaf.grad for leaf in (hidden, weight, bias) if leaf.grad is not None]
+
+
+@pytest.mark.parametrize("excluded", [(), ((0, 7), (40, 41))], ids=["every_id", "some_ids"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_loss_renormalised_on_its_ids_has_the_gradient_of_all_logits(
+    transform: LogitTransform, excluded: IdRanges
+) -> None:
+    head = {"transform": transform, "excluded_ids": excluded}
+    ours = renormalised(head_logprobs, made(), head)
+    assert_close(ours, renormalised(reference_logprobs, made(), head))
+
+
+@pytest.mark.parametrize(("balanced", "expected"), [(True, 0), (False, 50)])
+def test_only_rows_with_a_gradient_of_every_logit_are_made_again(
+    balanced: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    plain = head_module._Blocks.second_pass
+
+    def counted(self: Any, grad_RN: Tensor, *rest: Any) -> None:
+        rows.append(len(grad_RN))
+        plain(self, grad_RN, *rest)
+
+    monkeypatch.setattr(head_module._Blocks, "second_pass", counted)
+    tensors = made()
+    weight, hidden = (tensors[name].requires_grad_() for name in ("weight", "hidden"))
+    logprobs, _ = head_logprobs(Head(weight_VD=weight), hidden, tensors["ids"])
+    kept = logprobs.log_softmax(-1) if balanced else logprobs
+    (kept * tensors["factor"]).sum().backward()
+    assert sum(rows) == expected
+    assert hidden.grad is not None
+    assert hidden.grad.abs().sum() > 0
+
+
+def test_a_gradient_that_is_no_number_is_passed_on() -> None:
+    tensors = made()
+    weight, hidden = (tensors[name].requires_grad_() for name in ("weight", "hidden"))
+    logprobs, _ = head_logprobs(Head(weight_VD=weight), hidden, tensors["ids"])
+    tensors["factor"][3, 0] = torch.nan
+    (logprobs * tensors["factor"]).sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad[3].isnan().all()
+    assert hidden.grad[4].isfinite().all()

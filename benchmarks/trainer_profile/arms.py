@@ -1,0 +1,44 @@
+"""On which cores sampler and teacher run, and how their threads wait for each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+"""For either OpenMP: a thread that waits for another gives its core away at once."""
+ACTIVE = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "300000"}
+"""GNU OpenMP's own choice where nothing is said: a third of a million turns, then sleep."""
+
+
+def _cores() -> list[str]:
+    return [str(core) for core in sorted(os.sched_getaffinity(0))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One way to share the cores."""
+
+    sampler_cores: str | None
+    """None leaves the configuration's."""
+    teacher_cores: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """Of the trainer."""
+        return {} if self.sampler_cores is None else {"sampler.cpu_cores": self.sampler_cores}
+
+
+def _made() -> dict[str, Arm]:
+    first, last, every = _cores()[0], _cores()[-1], ",".join(_cores())
+    return {
+        "shipped": Arm(sampler_cores=None, teacher_cores=last),
+        "apart": Arm(sampler_cores=first, teacher_cores=last),
+        "shared": Arm(sampler_cores=every, teacher_cores=every, environment=ACTIVE),
+        "passive": Arm(sampler_cores=every, teacher_cores=every, environment=PASSIVE),
+    }
+
+
+ARMS = _made()

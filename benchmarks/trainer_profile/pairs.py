@@ -1,0 +1,150 @@
+"""Two pairs of models to take a step with, and how trainer and teacher are configured for them.
+
+The playground's are trained; those in SmolLM2's shape are random, for time does not depend on the
+values. With one update a step, like the comparison with other trainers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.provenance import ROOT
+
+FOLDER = ROOT / "runs" / "bench-models"
+CHECKPOINTS = ROOT / "examples" / "playground" / "checkpoints"
+NUM_PROMPTS, PROMPT_WORDS = 1024, (40, 80)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama:
+    """What decides the cost of a Llama."""
+
+    layers: int
+    hidden: int = 576
+    heads: int = 9
+    kv_heads: int = 3
+    intermediate: int = 1536
+    vocab: int = 49_152
+    positions: int = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A student and its teacher."""
+
+    config: Path
+    teacher_config: Path
+    rollouts: int
+    max_tokens: int
+    max_context: int
+    student: Path | Llama
+    teacher: Path | Llama
+    train: Path | None = None
+    """None makes prompts of random words."""
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self, out: Path, endpoint: str, steps: int) -> dict[str, Any]:
+        """Of the trainer, on top of the configuration; makes the student if it is not there."""
+        student = _made(self.student)
+        return {
+            "run.out": str(out),
+            "run.steps": steps,
+            "student.model": str(student),
+            "data.train": str(self.train or _prompts(student)),
+            "data.heldout": None,
+            "teacher.endpoints": [endpoint],
+            "rollout.prompts_per_step": self.rollouts,
+            "rollout.max_context": self.max_context,
+            "budget.max_tokens": self.max_tokens,
+            "optim.epochs": 1,
+            "optim.updates_per_epoch": 1,
+            "checkpoint.every_steps": steps + 1,
+            **self.changes,
+        }
+
+    def teacher_words(self) -> list[str]:
+        """Of the teacher's command line; makes the teacher if it is not there."""
+        words = ["--config", str(self.teacher_config), "--model", str(_made(self.teacher))]
+        return [*words, "--max-context", str(self.max_context)]
+
+
+LAYERS = Llama(layers=24), Llama(layers=30)
+PAIRS = {
+    "playground": Pair(
+        config=ROOT / "configs" / "trainer-demo.toml",
+        teacher_config=ROOT / "configs" / "teacher-demo.toml",
+        rollouts=64,
+        max_tokens=288,
+        max_context=320,
+        student=CHECKPOINTS / "student",
+        teacher=CHECKPOINTS / "teacher",
+        train=CHECKPOINTS / "train.jsonl",
+    ),
+    "smollm2": Pair(
+        config=ROOT / "configs" / "trainer-language.toml",
+        teacher_config=ROOT / "configs" / "teacher-language.toml",
+        rollouts=16,
+        max_tokens=128,
+        max_context=384,
+        student=LAYERS[0],
+        teacher=LAYERS[1],
+        changes={"sampler.max_num_seqs": 16},
+    ),
+}
+GROWING = Llama(layers=2)
+
+
+def _made(model: Path | Llama) -> Path:
+    """The folder of a checkpoint, made now if it is a shape and not there yet."""
+    if isinstance(model, Path):
+        return model
+    path = FOLDER / f"llama-{model.layers}x{model.hidden}-{model.vocab}"
+    if path.is_dir():
+        return path
+    partial = path.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _write(model, partial)
+    partial.rename(path)
+    return path
+
+
+def _write(shape: Llama, folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from benchmarks.models import write_tokenizer
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=shape.positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        dtype="float32",
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    write_tokenizer(shape.vocab, folder)
+
+
+def _prompts(student: Path) -> Path:
+    """Lines of random words of the random student's tokenizer, beside it."""
+    path = student / "prompts.jsonl"
+    if not path.is_file():
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(*PROMPT_WORDS, NUM_PROMPTS)
+        texts = [" ".join(f"t{i}" for i in rng.integers(2, 4096, length)) for length in lengths]
+        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
