@@ -16,6 +16,26 @@ IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 cannot set OpenMP's threads there; we set them before the process starts."""
 
 
+class CoresError(ValueError):
+    """Cores that this process may not use; the message names them and what there is."""
+
+
+def check_cores(cores: str) -> None:
+    """Raises CoresError for a core that is not there, or that this process is kept from.
+
+    Linux would pass over it without a word, and the engine's threads would share those that are
+    left.
+    """
+    if cores == AUTO:
+        return
+    there = os.sched_getaffinity(0)
+    if absent := sorted({int(core) for core in cores.split(",")} - there):
+        raise CoresError(
+            f"names core {', '.join(map(str, absent))}, and this process may use "
+            f'{len(there)}: {", ".join(map(str, sorted(there)))}; name those, or "{AUTO}"'
+        )
+
+
 def executor_on(cores: str) -> str | None:
     """vLLM's distributed_executor_backend; None is vLLM's own choice."""
     return None if cores == AUTO else IN_ENGINE_CORE

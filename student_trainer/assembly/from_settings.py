@@ -26,6 +26,7 @@ from student_trainer.settings.sampler import HfSamplerSettings, VllmSamplerSetti
 from student_trainer.special_tokens import SpecialTokens
 from student_trainer.stop_tokens import stop_token_ids
 from teacher_wire.id_ranges import IdRanges
+from vllm_process.cores import CoresError, check_cores
 
 EXACT_GAP_NATS, ROUNDED_GAP_NATS = 1e-3, 0.5
 """What learner and sampler may be apart: both in float32 (below 1e-4 for small models of every
@@ -268,6 +269,10 @@ def _engine(config: TrainerConfig, model: str, stop: tuple[int, ...]) -> Sampler
     settings = config.sampler
     if isinstance(settings, HfSamplerSettings):
         return HfSampler(model=model, dtype=settings.dtype, device=device(config), stop_ids=stop)
+    try:
+        check_cores(settings.cpu_cores)
+    except CoresError as error:
+        raise ConfigError(f"sampler.cpu_cores is {settings.cpu_cores!r}, which {error}") from error
     return VllmSampler(
         model=model,
         dtype=sampler_dtype(config),

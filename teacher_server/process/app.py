@@ -28,7 +28,7 @@ from teacher_server.process.loading import build_engine, describe, load_tokenize
 from teacher_server.process.parts import Limits, TeacherParts
 from teacher_server.process.watchdog import Watchdog, sample_loop_lag
 from teacher_server.rpc.stream import StreamLimits
-from teacher_server.settings import TeacherConfig
+from teacher_server.settings import ConfigError, TeacherConfig
 from teacher_wire.errors import EngineError, TeacherError
 from teacher_wire.records import TeacherInfo
 from teacher_wire.vocabulary import Vocabulary
@@ -281,6 +281,8 @@ async def serve(config: TeacherConfig) -> int:
         engine = await asyncio.to_thread(build_engine, config)
         tokenizer = await asyncio.to_thread(load_tokenizer, config)
         info = await asyncio.to_thread(describe, config, engine, tokenizer)
+    except ConfigError:
+        raise
     except (TeacherError, OSError, ValueError) as error:
         told = " ".join(str(error).split())
         if isinstance(error, PermissionError):

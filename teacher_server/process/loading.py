@@ -9,17 +9,18 @@ from typing import Any
 
 from teacher_server.engine.base import ScoringEngine
 from teacher_server.engine.fake_engine import FakeEngine, fake_fingerprint
-from teacher_server.settings import TeacherConfig
+from teacher_server.settings import ConfigError, TeacherConfig
 from teacher_wire import __version__
 from teacher_wire.end_tokens import united
 from teacher_wire.fingerprint import weights_digest
 from teacher_wire.records import TeacherInfo
 from teacher_wire.tokenizer_file import faithful
 from teacher_wire.vocabulary import Vocabulary
+from vllm_process.cores import CoresError, check_cores
 
 
 def build_engine(config: TeacherConfig) -> ScoringEngine:
-    """The engine of the configuration, not started. Imports no other engine."""
+    """The engine of the configuration, not started. Imports no other engine. Raises ConfigError."""
     if config.engine == "fake":
         return FakeEngine(
             vocab_size=config.fake_vocab_size,
@@ -40,6 +41,10 @@ def build_engine(config: TeacherConfig) -> ScoringEngine:
         from teacher_server.engine.hf_engine import HfEngine
 
         return HfEngine(**common, device=config.device, max_sessions=config.hf_sessions)
+    try:
+        check_cores(config.cpu_cores)
+    except CoresError as error:
+        raise ConfigError(f"cpu_cores is {config.cpu_cores!r}, which {error}") from error
     from teacher_server.engine.vllm_engine import VllmEngine
 
     return VllmEngine(

@@ -1,0 +1,65 @@
+"""Cores that an engine is told to run on. Run: python -m pytest tests/faults/test_cores.py"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from student_trainer.assembly import from_settings
+from student_trainer.errors import ConfigError
+from student_trainer.settings.config import load_config
+from teacher_server.cli import main
+from tests.trainer.learner.tiny_student import write_tiny_student
+from tests.trainer.settings.smallest_config import SMALLEST
+from vllm_process.cores import CoresError, check_cores, children_on
+
+HERE = sorted(os.sched_getaffinity(0))
+ABSENT = max(HERE) + 1
+"""There is no such core, or this process is kept from it."""
+
+
+def test_cores_that_are_there_are_taken() -> None:
+    for cores in ("auto", str(HERE[0]), ",".join(map(str, HERE))):
+        check_cores(cores)
+
+
+def test_a_core_that_is_not_there_is_named_with_those_that_are() -> None:
+    with pytest.raises(CoresError, match=rf"names core {ABSENT}, and this process may use"):
+        check_cores(f"{HERE[0]},{ABSENT}")
+
+
+def test_a_teacher_with_more_cores_than_there_are_does_not_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(write_tiny_student(tmp_path))
+    words = ["serve", "--model", model, "--cpu-cores", str(ABSENT), "--grpc-port", "0"]
+    assert main([*words, "--http-port", "0"]) == 2
+    told = capsys.readouterr().err
+    assert f"cpu_cores is '{ABSENT}', which names core {ABSENT}, and this process may use" in told
+    assert "name those" in told
+
+
+def test_a_trainer_with_more_cores_than_there_are_does_not_start(tmp_path: Path) -> None:
+    student = write_tiny_student(tmp_path / "student")
+    path = tmp_path / "smallest.toml"
+    path.write_text(SMALLEST)
+    config = load_config(path, [f"sampler.cpu_cores='{ABSENT}'", f"student.model={student}"])
+    with pytest.raises(ConfigError, match=rf"sampler.cpu_cores is '{ABSENT}', which names core"):
+        from_settings.sampler(config, str(student))
+
+
+def test_children_run_on_the_cores_named_and_this_process_where_it_did() -> None:
+    said = "import json, os; print(json.dumps([sorted(os.sched_getaffinity(0)), dict(os.environ)]))"
+    before = dict(os.environ)
+    with children_on(str(HERE[-1])):
+        out = subprocess.run([sys.executable, "-c", said], capture_output=True, check=True)
+    cores, environment = json.loads(out.stdout)
+    assert cores == [HERE[-1]]
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert sorted(os.sched_getaffinity(0)) == HERE
+    assert dict(os.environ) == before
