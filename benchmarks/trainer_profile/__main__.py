@@ -64,7 +64,8 @@ async def running(
     ready.unlink(missing_ok=True)
     command = [sys.executable, "-m", "teacher_server.cli", "serve", *pair.teacher_words()]
     command += ["--ready-file", str(ready), "--grpc-port", "0", "--http-port", "0"]
-    command += ["--cpu-cores", arm.teacher_cores]
+    if arm.teacher_cores is not None:
+        command += ["--cpu-cores", arm.teacher_cores]
     async with AsyncExitStack() as stack:
         teacher = stack.enter_context(
             processes.child(f"profile-teacher-{name}", command, env=arm.environment)

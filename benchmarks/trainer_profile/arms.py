@@ -22,8 +22,8 @@ class Arm:
     """One way to share the cores."""
 
     sampler_cores: str | None
-    """None leaves the configuration's."""
-    teacher_cores: str
+    teacher_cores: str | None
+    """None leaves the configuration's, of either."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:

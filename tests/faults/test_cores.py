@@ -48,7 +48,7 @@ def test_a_trainer_with_more_cores_than_there_are_does_not_start(tmp_path: Path)
     student = write_tiny_student(tmp_path / "student")
     path = tmp_path / "smallest.toml"
     path.write_text(SMALLEST)
-    config = load_config(path, [f"sampler.cpu_cores='{ABSENT}'", f"student.model={student}"])
+    config = load_config(path, [f'sampler.cpu_cores="{ABSENT}"', f"student.model={student}"])
     with pytest.raises(ConfigError, match=rf"sampler.cpu_cores is '{ABSENT}', which names core"):
         from_settings.sampler(config, str(student))
 
