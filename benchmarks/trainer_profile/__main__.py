@@ -2,6 +2,7 @@
 
     python -m benchmarks.trainer_profile --json PATH              both pairs, as shipped
     python -m benchmarks.trainer_profile --pairs playground --arms apart shared passive
+    python -m benchmarks.trainer_profile --growth                 how each phase grows
 
 A teacher server and a trainer run as processes of their own; an arm says on which cores, and how
 their threads wait for each other. What they do is read from /proc: processor time by process and
@@ -19,17 +20,19 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from benchmarks import processes
-from benchmarks.measuring import turned, wide_console
+from benchmarks.measuring import PAUSE_S, turned, wide_console
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.trainer_profile.arms import ARMS, Arm
 from benchmarks.trainer_profile.clocks import Clocks
-from benchmarks.trainer_profile.pairs import PAIRS, Pair
+from benchmarks.trainer_profile.growth import growth, growth_table
+from benchmarks.trainer_profile.pairs import GROWING, PAIRS, Pair
 from benchmarks.trainer_profile.steps import Step, matrix_rate, ratios, shown
 from student_trainer.process.writing import write_whole
 
@@ -62,7 +65,8 @@ async def running(
     out.mkdir(parents=True, exist_ok=True)
     ready = out / "teacher.ready.json"
     ready.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "teacher_server.cli", "serve", *pair.teacher_words()]
+    command = ["nice", "-n", str(arm.teacher_niceness)] if arm.teacher_niceness else []
+    command += [sys.executable, "-m", "teacher_server.cli", "serve", *pair.teacher_words()]
     command += ["--ready-file", str(ready), "--grpc-port", "0", "--http-port", "0"]
     if arm.teacher_cores is not None:
         command += ["--cpu-cores", arm.teacher_cores]
@@ -91,14 +95,15 @@ async def measure(
     for round_ in range(arguments.rounds):
         for group in turned([*map(tuple, groups)], round_):
             async with AsyncExitStack() as stack:
-                alive = {}
-                for name in group:
-                    made = running(
-                        f"{pair_name}-{name}", PAIRS[pair_name], ARMS[name], arguments.set
-                    )
-                    alive[name] = await stack.enter_async_context(made)
+                made = [
+                    running(f"{pair_name}-{name}", PAIRS[pair_name], ARMS[name], arguments.set)
+                    for name in group
+                ]
+                started = await asyncio.gather(*map(stack.enter_async_context, made))
+                alive = dict(zip(group, started, strict=True))
                 for step in range(-1, arguments.steps):
                     for name in turned(list(alive), max(step, 0)):
+                        await asyncio.sleep(PAUSE_S)
                         taken = await alive[name].take(arguments.do)
                         console.print(f"{pair_name} {name} {step + 1}: {taken}", highlight=False)
                         if step >= 0:
@@ -129,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--one-at-a-time", action="store_true", help="for want of memory")
     made.add_argument("--idle-s", type=float, default=0.0, help="look on after the last step, too")
     made.add_argument("--set", action="append", default=[], help="trainer setting, key=value")
+    made.add_argument("--growth", action="store_true", help="of a random model, by phase, instead")
     made.add_argument("--quick", action="store_true", help="one step of the playground")
     return made
 
@@ -140,9 +146,15 @@ async def main(words: Sequence[str] | None = None, console: Console | None = Non
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rates = [await asyncio.to_thread(matrix_rate)]
     began = time.monotonic()
-    found: Mapping[str, Mapping[str, list[Step]]] = {
-        name: await measure(arguments, name, console) for name in arguments.pairs
-    }
+    found: Mapping[str, Mapping[str, list[Step]]] = {}
+    grown: dict[str, Any] = {}
+    if arguments.growth:
+        async with running("growth", GROWING, ARMS[arguments.arms[0]], arguments.set) as pairing:
+            say = partial(console.print, highlight=False)
+            grown = await growth(pairing.take, repeats=1 if arguments.quick else 3, said=say)
+        console.print(growth_table(grown))
+    else:
+        found = {name: await measure(arguments, name, console) for name in arguments.pairs}
     rates.append(await asyncio.to_thread(matrix_rate))
     record: dict[str, Any] = {
         "made": provenance(),
@@ -152,6 +164,7 @@ async def main(words: Sequence[str] | None = None, console: Console | None = Non
         "matrix_gflop_per_s": [round(rate, 1) for rate in rates],
         "took_s": round(time.monotonic() - began, 1),
         "ratios": ratios(found),
+        "growth": grown,
         "pairs": {
             pair: {arm: [step.record() for step in steps] for arm, steps in arms.items()}
             for pair, arms in found.items()

@@ -25,10 +25,15 @@ class Arm:
     teacher_cores: str | None
     """None leaves the configuration's, of either."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    teacher_niceness: int = 0
+    """How much less than others the teacher asks for a core."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings of the trainer."""
 
     def settings(self) -> dict[str, Any]:
         """Of the trainer."""
-        return {} if self.sampler_cores is None else {"sampler.cpu_cores": self.sampler_cores}
+        cores = {} if self.sampler_cores is None else {"sampler.cpu_cores": self.sampler_cores}
+        return cores | dict(self.changes)
 
 
 def _made() -> dict[str, Arm]:
@@ -38,6 +43,12 @@ def _made() -> dict[str, Arm]:
         "apart": Arm(sampler_cores=first, teacher_cores=last),
         "shared": Arm(sampler_cores=every, teacher_cores=every, environment=ACTIVE),
         "passive": Arm(sampler_cores=every, teacher_cores=every, environment=PASSIVE),
+        "passive_nice": Arm(
+            sampler_cores=every, teacher_cores=every, environment=PASSIVE, teacher_niceness=10
+        ),
+        "apart_blocks": Arm(
+            sampler_cores=first, teacher_cores=last, changes={"rollout.chunk_tokens": 32}
+        ),
     }
 
 

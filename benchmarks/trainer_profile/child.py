@@ -2,9 +2,10 @@
 
     python -m benchmarks.trainer_profile.child CONFIG [KEY=VALUE ...]
 
-answers each question {"do": "step"} with one step: spans of the monotonic clock by phase, seconds
-of the learner by part, tokens, and what its threads are called; one JSON object a line. {"do":
-"rollout"} takes rollouts and learns nothing; {"do": "idle", "seconds": ...} waits.
+answers each question {"do": "step"} with one step, of "rollouts" and "max_tokens" where it says so:
+spans of the monotonic clock by phase, seconds of the learner by part, tokens, and what its threads
+are called; one JSON object a line. {"do": "rollout"} takes rollouts and learns nothing; {"do":
+"idle", "seconds": ...} waits.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from student_trainer.assembly.run import Run, assembled
 from student_trainer.learner import batch, head, learner
 from student_trainer.learner.optim import Optimizer
 from student_trainer.recording.phase_clock import PhaseClock
+from student_trainer.rollouts.budget import FixedBudget
+from student_trainer.settings.budget import FixedBudgetSettings
 from student_trainer.settings.config import load_config
 
 PROBE = "probe"
@@ -110,8 +113,13 @@ class Spans:
         return parts
 
 
-def step(run: Run, _: dict[str, Any]) -> dict[str, Any]:
-    """A whole one."""
+def step(run: Run, question: dict[str, Any]) -> dict[str, Any]:
+    """A whole one, of as many rollouts and tokens as are asked for."""
+    stream = run.stream
+    stream.rollouts_per_step = int(question.get("rollouts", stream.rollouts_per_step))
+    if "max_tokens" in question:
+        settings = FixedBudgetSettings(max_tokens=int(question["max_tokens"]))
+        stream.budget = FixedBudget(settings)
     report = train.take_step(run, run.state.step)
     run.stream.settle()
     run.state.step = report.step

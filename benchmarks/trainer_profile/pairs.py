@@ -97,7 +97,17 @@ PAIRS = {
         changes={"sampler.max_num_seqs": 16},
     ),
 }
-GROWING = Llama(layers=2)
+GROWING = Pair(
+    config=ROOT / "configs" / "trainer-language.toml",
+    teacher_config=ROOT / "configs" / "teacher-language.toml",
+    rollouts=128,
+    max_tokens=1024,
+    max_context=1184,
+    student=Llama(layers=2),
+    teacher=Llama(layers=2),
+    changes={"sampler.max_num_seqs": 128, "optim.micro_batch_tokens": 16_384},
+)
+"""For how time grows: it is told of less than it may take."""
 
 
 def _made(model: Path | Llama) -> Path:

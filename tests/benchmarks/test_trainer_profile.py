@@ -14,6 +14,7 @@ from rich.console import Console
 from benchmarks.trainer_profile import __main__ as profile
 from benchmarks.trainer_profile.arms import Arm
 from benchmarks.trainer_profile.clocks import Clocks, Look, Ran
+from benchmarks.trainer_profile.growth import exponent
 from benchmarks.trainer_profile.pairs import Pair
 from benchmarks.trainer_profile.steps import ratios
 from tests.trainer.learner.tiny_student import write_tiny_student
@@ -97,12 +98,12 @@ async def test_a_step_is_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     monkeypatch.setattr(profile, "ROOT", tmp_path)
     async with profile.running("tiny", pair, AS_CONFIGURED, []) as running:
-        step = await running.take("step")
+        step = await running.take("step", rollouts=3, max_tokens=5)
         again = await running.take("rollout")
         idle = await running.take("idle", seconds=0.1)
     assert [phase.name for phase in step.phases] == ["rollout", "learn", "sync", "probe"]
     assert sum(phase.seconds for phase in step.phases) <= step.seconds
-    assert step.kept > 0
+    assert 3 <= step.kept <= 15
     learn = step.phase("learn")
     assert learn is not None
     assert {"body, forward", "head, first pass", "losses", "optimiser"} <= set(step.parts)
@@ -121,3 +122,8 @@ async def test_a_step_is_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "of it the learner" in text
     assert "teacher: main thread" in text or "trainer: main thread" in text
     assert ratios({"tiny": {"one": [step], "two": [step]}})["tiny_learn_two_over_one"] == 1.0
+
+
+def test_the_exponent_of_a_power_is_found() -> None:
+    assert exponent({size: 3.0 * size**1.5 for size in (8, 16, 64)}) == pytest.approx(1.5)
+    assert exponent({8: 2.0, 16: 2.0, 32: 2.0}) == pytest.approx(0.0)
