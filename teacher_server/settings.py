@@ -96,7 +96,8 @@ class TeacherConfig(BaseSettings):
     tensor_parallel_size: Annotated[Count, VLLM] = 1
     """GPUs that share the model"""
     cpu_cores: Annotated[str, Field(pattern=CORES_PATTERN), VLLM] = "auto"
-    """cores of the engine on a CPU, such as 0 or 2,3"""
+    """cores of the engine on a CPU, such as 0 or 2,3; shared takes all, and gives one away while it
+    waits, beside another engine"""
     enforce_eager: Annotated[bool, VLLM] = False
     """no compiled graphs: starts sooner, runs slower"""
     hf_sessions: Annotated[Count, HF] = 64
@@ -271,7 +272,7 @@ def _problem(detail: Mapping[str, Any]) -> str:
         choices = ", ".join(get_args(_FIELDS[name].annotation))
         return f"{name} is {value!r}, must be one of {choices}"
     if kind == "string_pattern_mismatch":
-        return f"{name} is {value!r}, must be like '0' or '2,3', or auto"
+        return f"{name} is {value!r}, must be like '0' or '2,3', or auto or shared"
     return _wrong_type(name, value)
 
 

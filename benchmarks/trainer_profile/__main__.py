@@ -1,7 +1,7 @@
 """What each core does while the trainer takes a step, phase by phase, and inside the learner.
 
     python -m benchmarks.trainer_profile --json PATH              both pairs, as shipped
-    python -m benchmarks.trainer_profile --pairs playground --arms apart shared passive
+    python -m benchmarks.trainer_profile --pairs playground --arms apart both shared
     python -m benchmarks.trainer_profile --growth                 how each phase grows
 
 A teacher server and a trainer run as processes of their own; an arm says on which cores, and how

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-"""For either OpenMP: a thread that waits for another gives its core away at once."""
+from vllm_process.cores import SHARED
+
 ACTIVE = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "300000"}
 """GNU OpenMP's own choice where nothing is said: a third of a million turns, then sleep."""
 
@@ -41,11 +41,9 @@ def _made() -> dict[str, Arm]:
     return {
         "shipped": Arm(sampler_cores=None, teacher_cores=last),
         "apart": Arm(sampler_cores=first, teacher_cores=last),
-        "shared": Arm(sampler_cores=every, teacher_cores=every, environment=ACTIVE),
-        "passive": Arm(sampler_cores=every, teacher_cores=every, environment=PASSIVE),
-        "passive_nice": Arm(
-            sampler_cores=every, teacher_cores=every, environment=PASSIVE, teacher_niceness=10
-        ),
+        "both": Arm(sampler_cores=every, teacher_cores=every, environment=ACTIVE),
+        "shared": Arm(sampler_cores=SHARED, teacher_cores=SHARED),
+        "shared_nice": Arm(sampler_cores=SHARED, teacher_cores=SHARED, teacher_niceness=10),
         "apart_blocks": Arm(
             sampler_cores=first, teacher_cores=last, changes={"rollout.chunk_tokens": 32}
         ),

@@ -1,6 +1,8 @@
 """Which cores of a CPU a vLLM engine runs on.
 
-"auto" leaves the choice to vLLM; "0" or "2,3" names cores.
+"auto" leaves the choice to vLLM; "0" or "2,3" names cores, which the engine then has for itself:
+its threads spin while they wait for each other. "shared" is all cores, each given away while a
+thread waits, so that another engine goes on there.
 """
 
 from __future__ import annotations
@@ -9,8 +11,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-AUTO = "auto"
-CORES_PATTERN = r"^(auto|\d+(,\d+)*)$"
+AUTO, SHARED = "auto", "shared"
+CORES_PATTERN = rf"^({AUTO}|{SHARED}|\d+(,\d+)*)$"
+PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+"""For GNU's OpenMP, which vLLM's CPU wheel loads with torch, and for LLVM's and Intel's. Spinning,
+a thread would keep the core that the one it waits for, or another engine, could use."""
 IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """The model runs in the engine core's own process. vLLM turns "uni" into "mp" on a CPU, because it
 cannot set OpenMP's threads there; we set them before the process starts."""
@@ -26,7 +31,7 @@ def check_cores(cores: str) -> None:
     Linux would pass over it without a word, and the engine's threads would share those that are
     left.
     """
-    if cores == AUTO:
+    if cores in (AUTO, SHARED):
         return
     there = os.sched_getaffinity(0)
     if absent := sorted({int(core) for core in cores.split(",")} - there):
@@ -43,18 +48,22 @@ def executor_on(cores: str) -> str | None:
 
 @contextmanager
 def children_on(cores: str) -> Iterator[None]:
-    """Processes started within run on these cores only, one thread each; "auto" leaves them be."""
+    """Processes started within run on these cores only, a thread each; "auto" leaves them be."""
     if cores == AUTO:
         yield
         return
-    chosen = {int(core) for core in cores.split(",")}
-    before = os.sched_getaffinity(0), os.environ.get("OMP_NUM_THREADS")
+    mine = os.sched_getaffinity(0)
+    chosen = mine if cores == SHARED else {int(core) for core in cores.split(",")}
+    told = {"OMP_NUM_THREADS": str(len(chosen))} | (PASSIVE if cores == SHARED else {})
+    before = {name: os.environ.get(name) for name in told}
     os.sched_setaffinity(0, chosen)
-    os.environ["OMP_NUM_THREADS"] = str(len(chosen))
+    os.environ |= told
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before[0])
-        os.environ.pop("OMP_NUM_THREADS")
-        if before[1] is not None:
-            os.environ["OMP_NUM_THREADS"] = before[1]
+        os.sched_setaffinity(0, mine)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value

@@ -31,7 +31,8 @@ class VllmSamplerSettings(Section):
     enforce_eager: Annotated[bool, MayChange()] = True
     """Without compiled graphs: starts sooner, generates slower."""
     cpu_cores: Annotated[str, MayChange()] = Field("auto", pattern=CORES_PATTERN)
-    """Cores of the engine on a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares."""
+    """Cores of the engine on a CPU: "0" or "2,3", "auto" for all but those that vLLM spares, or
+    "shared" for all, each given away while it waits: beside a teacher on the same machine."""
     weights_dir: Annotated[Path | None, MayChange()] = None
     """Folder that the learner's weights pass through as a file on their way to the sampler; none:
     no file, but 32 MiB of memory that learner and sampler share, whatever the size of the model."""

@@ -24,7 +24,7 @@ ABSENT = max(HERE) + 1
 
 
 def test_cores_that_are_there_are_taken() -> None:
-    for cores in ("auto", str(HERE[0]), ",".join(map(str, HERE))):
+    for cores in ("auto", "shared", str(HERE[0]), ",".join(map(str, HERE))):
         check_cores(cores)
 
 
@@ -53,13 +53,23 @@ def test_a_trainer_with_more_cores_than_there_are_does_not_start(tmp_path: Path)
         from_settings.sampler(config, str(student))
 
 
-def test_children_run_on_the_cores_named_and_this_process_where_it_did() -> None:
+@pytest.mark.parametrize(
+    ("cores", "expected", "passive"),
+    [(str(HERE[-1]), HERE[-1:], False), ("shared", HERE, True), ("auto", HERE, False)],
+)
+def test_children_run_on_the_cores_that_are_set_and_this_process_where_it_did(
+    cores: str, expected: list[int], passive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "77")
     said = "import json, os; print(json.dumps([sorted(os.sched_getaffinity(0)), dict(os.environ)]))"
     before = dict(os.environ)
-    with children_on(str(HERE[-1])):
+    with children_on(cores):
         out = subprocess.run([sys.executable, "-c", said], capture_output=True, check=True)
-    cores, environment = json.loads(out.stdout)
-    assert cores == [HERE[-1]]
-    assert environment["OMP_NUM_THREADS"] == "1"
+    found, environment = json.loads(out.stdout)
+    assert found == expected
+    assert environment["OMP_NUM_THREADS"] == ("77" if cores == "auto" else str(len(expected)))
+    assert (environment.get("OMP_WAIT_POLICY") == "passive") is passive
+    assert (environment.get("GOMP_SPINCOUNT") == "0") is passive
     assert sorted(os.sched_getaffinity(0)) == HERE
     assert dict(os.environ) == before
