@@ -9,9 +9,6 @@ from typing import Any
 
 from vllm_process.cores import SHARED
 
-ACTIVE = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "300000"}
-"""GNU OpenMP's own choice where nothing is said: a third of a million turns, then sleep."""
-
 
 def _cores() -> list[str]:
     return [str(core) for core in sorted(os.sched_getaffinity(0))]
@@ -25,6 +22,7 @@ class Arm:
     teacher_cores: str | None
     """None leaves the configuration's, of either."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    """Of both, on top of this process's."""
     teacher_niceness: int = 0
     """How much less than others the teacher asks for a core."""
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -41,7 +39,7 @@ def _made() -> dict[str, Arm]:
     return {
         "shipped": Arm(sampler_cores=None, teacher_cores=last),
         "apart": Arm(sampler_cores=first, teacher_cores=last),
-        "both": Arm(sampler_cores=every, teacher_cores=every, environment=ACTIVE),
+        "both": Arm(sampler_cores=every, teacher_cores=every),
         "shared": Arm(sampler_cores=SHARED, teacher_cores=SHARED),
         "shared_nice": Arm(sampler_cores=SHARED, teacher_cores=SHARED, teacher_niceness=10),
         "apart_blocks": Arm(
