@@ -41,6 +41,17 @@ def check_cores(cores: str) -> None:
         )
 
 
+def wait_passively(cores: str) -> None:
+    """Where an engine shares its cores, this process's threads give theirs away too.
+
+    Only before it loads an OpenMP, with torch: that reads its environment once. What is set
+    already stays.
+    """
+    if cores == SHARED:
+        for name, value in PASSIVE.items():
+            os.environ.setdefault(name, value)
+
+
 def executor_on(cores: str) -> str | None:
     """vLLM's distributed_executor_backend; None is vLLM's own choice."""
     return None if cores == AUTO else IN_ENGINE_CORE

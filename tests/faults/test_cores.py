@@ -16,7 +16,7 @@ from student_trainer.settings.config import load_config
 from teacher_server.cli import main
 from tests.trainer.learner.tiny_student import write_tiny_student
 from tests.trainer.settings.smallest_config import SMALLEST
-from vllm_process.cores import CoresError, check_cores, children_on
+from vllm_process.cores import CoresError, check_cores, children_on, wait_passively
 
 HERE = sorted(os.sched_getaffinity(0))
 ABSENT = max(HERE) + 1
@@ -73,3 +73,22 @@ def test_children_run_on_the_cores_that_are_set_and_this_process_where_it_did(
     assert (environment.get("GOMP_SPINCOUNT") == "0") is passive
     assert sorted(os.sched_getaffinity(0)) == HERE
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(("cores", "passive"), [("shared", True), ("auto", False), ("0", False)])
+def test_a_trainer_beside_engines_that_share_their_cores_gives_them_away_too(
+    cores: str, passive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "")  # so that what is set here does not outlive the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    wait_passively(cores)
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    assert (os.environ.get("OMP_WAIT_POLICY") == "passive") is passive
+
+
+def test_a_trainer_says_how_it_waits_before_an_openmp_is_loaded() -> None:
+    said = "import sys, student_trainer.cli; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", said], capture_output=True, check=True, text=True)
+    assert out.stdout.strip() == "False"
