@@ -163,7 +163,8 @@ RULES = [
     Rule(
         modules="student_trainer.rollouts.*",
         never="student_trainer.rollouts.samplers.vllm_sampler "
-        "student_trainer.rollouts.samplers.hf_sampler",
+        "student_trainer.rollouts.samplers.hf_sampler "
+        "student_trainer.rollouts.samplers.hf_batched_sampler",
         why="assembly chooses implementations",
     ),
     Rule(

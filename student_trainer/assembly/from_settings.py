@@ -16,13 +16,18 @@ from student_trainer.learner.optim import Optimizer
 from student_trainer.pretrained import load_generation_config, load_tokenizer
 from student_trainer.records import Prompt, SamplingOptions, WeightFormat
 from student_trainer.rollouts.samplers.base import Passage, Sampler
+from student_trainer.rollouts.samplers.hf_batched_sampler import HfBatchedSampler
 from student_trainer.rollouts.samplers.hf_sampler import HfSampler
 from student_trainer.rollouts.samplers.stop_strings import StopStringSampler
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from student_trainer.rollouts.weight_buffer import WeightBuffer
 from student_trainer.rollouts.weight_folder import WeightFolder
 from student_trainer.settings.config import TrainerConfig
-from student_trainer.settings.sampler import HfSamplerSettings, VllmSamplerSettings
+from student_trainer.settings.sampler import (
+    HfBatchedSamplerSettings,
+    HfSamplerSettings,
+    VllmSamplerSettings,
+)
 from student_trainer.special_tokens import SpecialTokens
 from student_trainer.stop_tokens import stop_token_ids
 from teacher_wire.id_ranges import IdRanges
@@ -194,9 +199,9 @@ def check_memory(config: TrainerConfig, model: str) -> list[str]:
 
 def _sampler_bytes(config: TrainerConfig, where: torch.device) -> float:
     """What a sampler beside the learner, not started yet, will take of the same memory."""
-    if not isinstance(config.sampler, VllmSamplerSettings):
+    if isinstance(config.sampler, HfSamplerSettings):
         return 0.0
-    if where.type == "cpu":
+    if where.type == "cpu" or isinstance(config.sampler, HfBatchedSamplerSettings):
         return config.sampler.kv_cache_gib * 2**30
     if where.type == "cuda" and where.index in (None, 0):
         return config.sampler.gpu_memory_utilization * torch.cuda.mem_get_info(where)[1]
@@ -235,11 +240,21 @@ def max_sync_gap_nats(config: TrainerConfig) -> float:
 def weight_format(config: TrainerConfig) -> WeightFormat:
     """How weights are written for the sampler: in its arithmetic, and a tied head once.
 
-    vLLM reads checkpoints, and passes over what it does not know; the reference sampler has the
-    learner's own names.
+    vLLM reads checkpoints, and passes over what it does not know; the samplers over transformers
+    have the learner's own names.
     """
-    is_vllm = not isinstance(config.sampler, HfSamplerSettings)
+    is_vllm = isinstance(config.sampler, VllmSamplerSettings)
     return WeightFormat(dtype=sampler_dtype(config), as_saved=is_vllm)
+
+
+def shares_weights(config: TrainerConfig) -> bool:
+    """Whether the sampler of a run generates with the learner's own model."""
+    settings = config.sampler
+    return (
+        isinstance(settings, HfBatchedSamplerSettings)
+        and settings.weights != "copied"
+        and config.why_not_shared is None
+    )
 
 
 def stop_ids(
@@ -251,11 +266,15 @@ def stop_ids(
 
 
 def sampler(
-    config: TrainerConfig, model: str, tokenizer: PreTrainedTokenizerBase | None = None
+    config: TrainerConfig,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    shared: PreTrainedModel | None = None,
 ) -> Sampler:
-    """The generating engine, not started; None for the checkpoint's own tokenizer."""
+    """The generating engine, not started; None for the checkpoint's own tokenizer. `shared` is the
+    learner's own model of the checkpoint, where the sampler is to generate with that."""
     tokenizer = tokenizer or load_tokenizer(model)
-    engine = _engine(config, model, stop_ids(config, model, tokenizer))
+    engine = _engine(config, model, stop_ids(config, model, tokenizer), shared)
     if not config.rollout.stop_strings:
         return engine
 
@@ -265,8 +284,21 @@ def sampler(
     return StopStringSampler(engine, config.rollout.stop_strings, decoded)
 
 
-def _engine(config: TrainerConfig, model: str, stop: tuple[int, ...]) -> Sampler:
+def _engine(
+    config: TrainerConfig, model: str, stop: tuple[int, ...], shared: PreTrainedModel | None
+) -> Sampler:
     settings = config.sampler
+    if isinstance(settings, HfBatchedSamplerSettings):
+        return HfBatchedSampler(
+            model=model if shared is None else shared,
+            dtype=sampler_dtype(config),
+            device=device(config),
+            max_num_seqs=settings.max_num_seqs,
+            stream_interval=settings.stream_interval,
+            kv_cache_gib=settings.kv_cache_gib,
+            cpu_threads=settings.cpu_threads,
+            stop_ids=stop,
+        )
     if isinstance(settings, HfSamplerSettings):
         return HfSampler(model=model, dtype=settings.dtype, device=device(config), stop_ids=stop)
     try:

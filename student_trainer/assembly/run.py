@@ -222,8 +222,15 @@ def _assemble(
     )
     learner.excluded_ids = asked.excluded_ids
     evaluator = evaluating.evaluator(config, problems.heldout, grader, tokenizer, asked)
-    sampler = running.sampler if running else from_settings.sampler(config, start_from, tokenizer)
-    sync = syncing.sync(config, learner, sampler, problems, say)
+    shares = running is None and from_settings.shares_weights(config)
+    sampler = (
+        running.sampler
+        if running
+        else from_settings.sampler(
+            config, start_from, tokenizer, learner.lent_model if shares else None
+        )
+    )
+    sync = syncing.sync(config, learner, sampler, problems, say, shares_weights=shares)
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), asked, bars)
     state = checkpoints.train_state(config, learner, stream)
     for line in checkpoints.gone_on(state, goes_on):

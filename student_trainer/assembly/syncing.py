@@ -27,16 +27,18 @@ def sync(
     sampler: Sampler,
     problems: Problems,
     say: Callable[[str], None],
+    *,
+    shares_weights: bool = False,
 ) -> WeightSync:
-    """What moves the weights, step after step. Its probes fit the context, with what they sample;
-    of a longer prompt the beginning."""
+    """What moves the weights, step after step, unless the sampler shares them. Its probes fit the
+    context, with what they sample; of a longer prompt the beginning."""
     room = max(1, config.rollout.max_context - PROBE_TOKENS)
     return WeightSync(
         learner,
         sampler,
         probe_prompts=[prompt.token_ids[:room] for prompt in problems.train[:NUM_PROBE_PROMPTS]],
         max_logprob_gap=from_settings.max_sync_gap_nats(config),
-        written=from_settings.weight_format(config),
+        written=None if shares_weights else from_settings.weight_format(config),
         say=say,
         excluded_ids=learner.excluded_ids,
     )

@@ -98,6 +98,12 @@ class Learner:
         return len(head_of(self._model).weight_VD)
 
     @property
+    def lent_model(self) -> PreTrainedModel:
+        """The model itself, for a sampler that only reads it, and never while anything is learnt.
+        It has it back in the mode that it was in."""
+        return self._model
+
+    @property
     def sliding_window(self) -> int | None:
         """Tokens that an attention of the model sees at most; None for all of them."""
         window: int | None = getattr(

@@ -96,14 +96,15 @@ class WeightSync:
         *,
         probe_prompts: Sequence[NDArray[np.int32]],
         max_logprob_gap: float,
-        written: WeightFormat = AS_LEARNT,
+        written: WeightFormat | None = AS_LEARNT,
         say: Callable[[str], None] = print,
         excluded_ids: IdRanges = (),
     ) -> None:
         """The gap is in nats; it is measured on a few tokens sampled after each probe prompt.
 
-        `excluded_ids` take no part in the learner's distributions. Raises ConfigError when the
-        weights have no room on their way.
+        `excluded_ids` take no part in the learner's distributions. `written` is None where the
+        sampler has the learner's own weights: nothing is sent, and all else is proven. Raises
+        ConfigError when the weights have no room on their way.
         """
         self._learner = learner
         self._sampler = sampler
@@ -112,7 +113,8 @@ class WeightSync:
         self._written = written
         self._excluded_ids = excluded_ids
         self._say = say
-        sampler.make_room(learner.export_bytes(written), say)
+        if written is not None:
+            sampler.make_room(learner.export_bytes(written), say)
 
     async def prove(
         self,
@@ -127,7 +129,8 @@ class WeightSync:
         changed weights: unchanged ones would not show what the sampler passes over. In the end it
         has the learner's own. Raises WeightSyncError naming gap, limit and likely cause.
         """
-        dtype, about = self._written.dtype, self._learner.about()
+        dtype = None if self._written is None else self._written.dtype
+        about = self._learner.about()
         # Long prompts once: they tell how the sampler computes, any prompt which weights it has.
         short = self._probe_prompts if proof.is_as_loaded else proof.prompts
         plain = loaded = None
@@ -167,15 +170,17 @@ class WeightSync:
 
     async def _load(self) -> Mapping[str, str | None]:
         """Returns the names that were sent, and those of what was not sent again."""
+        if (written := self._written) is None:
+            return {}
         sent: dict[str, str | None] = {}
 
         def noted() -> Weights:
-            for name, tensor in self._learner.weights(self._written):
+            for name, tensor in self._learner.weights(written):
                 sent[name] = None
                 yield name, tensor
 
         await self._sampler.load_weights(noted())
-        return sent | dict(self._learner.tied_names(self._written))
+        return sent | dict(self._learner.tied_names(written))
 
     def _check(self, gap: float, who: str, cause: str = "", whom: str = LEARNER) -> None:
         if not gap <= self._max_logprob_gap:

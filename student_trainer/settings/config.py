@@ -32,7 +32,11 @@ from student_trainer.settings.evaluation import EvalSettings
 from student_trainer.settings.loss import ImportedLossSettings, LossSettings, Needs
 from student_trainer.settings.problems import explain
 from student_trainer.settings.run import CheckpointSettings, RunSettings, TrackerSettings
-from student_trainer.settings.sampler import SamplerSettings, VllmSamplerSettings
+from student_trainer.settings.sampler import (
+    HfBatchedSamplerSettings,
+    SamplerSettings,
+    VllmSamplerSettings,
+)
 from student_trainer.settings.section import MayChange, Section
 from student_trainer.settings.teacher import NamedTeacherSettings, TeacherName, TeacherSettings
 from student_trainer.settings.weights import WeightSettings
@@ -175,7 +179,18 @@ class TrainerConfig(Section):
                 f"eval.max_tokens is {self.eval.max_tokens} and must leave room for a prompt in "
                 f"rollout.max_context {self.rollout.max_context}"
             )
+        self._check_shared_weights()
         return self
+
+    def _check_shared_weights(self) -> None:
+        """That a sampler that is to share the learner's weights can."""
+        sampler = self.sampler
+        if not isinstance(sampler, HfBatchedSamplerSettings) or sampler.weights != "shared":
+            return
+        if why := self.why_not_shared:
+            raise ValueError(
+                f"sampler.weights is 'shared', and {why}: 'copied', or 'auto' for whichever can be"
+            )
 
     def _check_drift(self, tag: str | None, teacher_k: int) -> None:
         """That what a teacher's drift policy compares is there."""
@@ -251,6 +266,17 @@ class TrainerConfig(Section):
         except ValueError as error:
             raise ConfigError(str(error)) from None
         return config
+
+    @property
+    def why_not_shared(self) -> str | None:
+        """Why no sampler can generate with the learner's own weights; None where one can."""
+        if self.student.dtype != "float32":
+            return f"student.dtype is {self.student.dtype!r}, whose weights are float32"
+        if self.sampler.dtype not in ("auto", "float32"):
+            return f"sampler.dtype is {self.sampler.dtype!r} and the learner's weights are float32"
+        if self.run.queue_depth > 0:
+            return f"run.queue_depth is {self.run.queue_depth}: it generates while they change"
+        return None
 
     @property
     def collected_topk(self) -> int:

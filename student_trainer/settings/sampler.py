@@ -46,8 +46,34 @@ class HfSamplerSettings(Section):
     """Arithmetic of the sampler's copy of the student; auto is float32."""
 
 
+class HfBatchedSamplerSettings(Section):
+    """transformers with continuous batching, in the trainer's process: starts in a second, needs no
+    vLLM, and is the faster one for small models."""
+
+    kind: Literal["hf_batched"]
+    dtype: SamplerDtype = "auto"
+    """Arithmetic of the sampler's copy of the student; auto is `student.dtype`."""
+    weights: Annotated[Literal["auto", "shared", "copied"], MayChange()] = "auto"
+    """Whose weights it generates with. "shared": the learner's own model, so that nothing is loaded
+    or sent; needs float32 on both sides and `run.queue_depth` 0. "copied": a model of its own.
+    "auto": shared where it can be."""
+    max_num_seqs: Annotated[int, MayChange()] = Field(64, gt=0)
+    """Rollouts generated at once; more wait."""
+    stream_interval: Annotated[int, MayChange()] = Field(8, gt=0)
+    """Tokens a rollout hands out at once: fewer are judged sooner and cost more processor time."""
+    kv_cache_gib: Annotated[float, MayChange()] = Field(1.0, gt=0)
+    """Memory that the KV cache may come to, in GiB: as many rollouts as it holds to their ends, up
+    to `max_num_seqs`, are generated at once. Less is taken where less is needed."""
+    cpu_threads: Annotated[int | None, MayChange()] = Field(None, gt=0)
+    """Threads of a step on a CPU; none: one for a student of less than ten million parameters, else
+    as many as PyTorch takes."""
+    weights_dir: Annotated[Path | None, MayChange()] = None
+    """Folder that the learner's weights pass through on their way to a copy; none: /dev/shm, and
+    where that is too small the folder of temporary files."""
+
+
 SamplerSettings = Annotated[
-    VllmSamplerSettings | HfSamplerSettings,
+    VllmSamplerSettings | HfSamplerSettings | HfBatchedSamplerSettings,
     Field(discriminator="kind"),
     default_kind("kind", "vllm"),
 ]

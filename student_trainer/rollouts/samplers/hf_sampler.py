@@ -1,7 +1,6 @@
 """The reference sampler: transformers, a token at a time, a rollout at a time. Obvious and slow.
 
-It samples from exactly the distribution whose log-probs it reports: softmax(logits / temperature)
-over the ids that take part, cut to the top-p nucleus and renormalised when top_p < 1.
+It samples from exactly the distribution whose log-probs it reports (sampling.py).
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
-from student_trainer.errors import WeightSyncError, some
 from student_trainer.pretrained import load_student
 from student_trainer.records import Delta, Finish, SamplingOptions
 from student_trainer.rollouts.samplers.base import Weights
-from teacher_wire.id_ranges import fill
+from student_trainer.rollouts.samplers.loaded_model import end_ids, load_sent_weights
+from student_trainer.rollouts.samplers.sampling import Uniforms, drawn
 
 
 class HfSampler:
@@ -47,8 +46,8 @@ class HfSampler:
         self, request_id: str, prompt_ids: NDArray[np.int32], options: SamplingOptions
     ) -> AsyncIterator[Delta]:
         model = self._model()
-        stop_ids = {*_stop_ids(model), *self._stop_ids}
-        generator = torch.Generator().manual_seed(options.seed or 0)
+        stop_ids = {*end_ids(model), *self._stop_ids}
+        uniforms = Uniforms(options.seed)
         sequence = prompt_ids.tolist()
         cache, version = DynamicCache(config=model.config), self._version
         step_ids = self._row(sequence)
@@ -57,9 +56,8 @@ class HfSampler:
             for position in range(options.max_tokens):
                 with torch.no_grad():
                     logits = model(step_ids, past_key_values=cache).logits[0, -1].float().cpu()
-                logprobs = sampling_logprobs(logits, options)
-                token = _choose(logprobs, options, generator)
-                topk = logprobs.topk(options.num_topk)
+                row = drawn(logits, options, uniforms.take(1)[0])
+                token = int(row.token_ids)
                 finish = None
                 if token in stop_ids:
                     finish = Finish.STOP
@@ -69,9 +67,9 @@ class HfSampler:
                     finish = Finish.LENGTH
                 yield Delta(
                     token_ids=np.array([token], np.int32),
-                    logprobs=np.array([logprobs[token]], np.float32),
-                    topk_ids=topk.indices.int().numpy()[None],
-                    topk_logprobs=topk.values.numpy()[None],
+                    logprobs=np.array([row.logprobs], np.float32),
+                    topk_ids=row.topk_ids.int().numpy()[None],
+                    topk_logprobs=row.topk_logprobs.numpy()[None],
                     finish=finish,
                 )
                 if finish is not None:
@@ -93,21 +91,7 @@ class HfSampler:
         """They pass through nothing."""
 
     async def load_weights(self, weights: Weights) -> None:
-        own = self._model().state_dict()
-        # A tied head need not be sent: it is the embedding.
-        lacking = {tensor.data_ptr(): name for name, tensor in own.items()}
-        for name, tensor in weights:
-            if name not in own or own[name].shape != tensor.shape:
-                known = f"of {[*own[name].shape]}" if name in own else "not at all"
-                raise WeightSyncError(
-                    f"the sampler cannot load them: {name} is sent of {[*tensor.shape]}, the "
-                    f"sampler has it {known}"
-                )
-            own[name].copy_(tensor)
-            lacking.pop(own[name].data_ptr(), None)
-        if lacking:
-            names = sorted(lacking.values())
-            raise WeightSyncError(f"the sampler cannot load them: {some(names)} are not sent")
+        load_sent_weights(self._model(), weights)
         self._version += 1
 
     async def close(self) -> None:
@@ -120,29 +104,3 @@ class HfSampler:
         if self._loaded is None:
             raise RuntimeError("the sampler is not started")
         return self._loaded
-
-
-def sampling_logprobs(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
-    """[V] log-probs of the distribution that is sampled from."""
-    if options.excluded_ids:
-        logits = logits.clone()
-        fill(logits, options.excluded_ids, -torch.inf)
-    logprobs = torch.log_softmax(logits / (options.temperature or 1.0), dim=-1)
-    if options.top_p < 1.0:
-        ordered = logprobs.sort(descending=True)
-        mass_before = ordered.values.exp().cumsum(-1) - ordered.values.exp()
-        outside = ordered.indices[mass_before >= options.top_p]
-        logprobs[outside] = -torch.inf
-        logprobs = torch.log_softmax(logprobs, dim=-1)
-    return logprobs
-
-
-def _choose(logprobs: torch.Tensor, options: SamplingOptions, generator: torch.Generator) -> int:
-    if options.temperature == 0.0:
-        return int(logprobs.argmax())
-    return int(torch.multinomial(logprobs.exp(), 1, generator=generator))
-
-
-def _stop_ids(model: PreTrainedModel) -> set[int]:
-    stop = model.generation_config.eos_token_id
-    return set(stop) if isinstance(stop, list) else {stop}

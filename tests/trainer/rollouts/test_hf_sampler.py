@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from student_trainer.records import Delta, Finish, SamplingOptions
-from student_trainer.rollouts.samplers.hf_sampler import HfSampler, sampling_logprobs
+from student_trainer.rollouts.samplers.hf_sampler import HfSampler
+from student_trainer.rollouts.samplers.sampling import sampling_logprobs
 from teacher_wire.id_ranges import inside
 from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import EOS_ID, VOCAB_SIZE, tiny_student, write_tiny_student
