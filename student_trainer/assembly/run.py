@@ -222,14 +222,7 @@ def _assemble(
     )
     learner.excluded_ids = asked.excluded_ids
     evaluator = evaluating.evaluator(config, problems.heldout, grader, tokenizer, asked)
-    shares = running is None and from_settings.shares_weights(config)
-    sampler = (
-        running.sampler
-        if running
-        else from_settings.sampler(
-            config, start_from, tokenizer, learner.lent_model if shares else None
-        )
-    )
+    sampler, shares = _sampler(config, start_from, tokenizer, learner, running)
     sync = syncing.sync(config, learner, sampler, problems, say, shares_weights=shares)
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), asked, bars)
     state = checkpoints.train_state(config, learner, stream)
@@ -306,6 +299,21 @@ def _learner(
         stop=stop,
         copied_to=getattr(torch, from_settings.sampler_dtype(config)),
     )
+
+
+def _sampler(
+    config: TrainerConfig,
+    start_from: str,
+    tokenizer: PreTrainedTokenizerBase,
+    learner: Learner,
+    running: RunningSampler | None,
+) -> tuple[Sampler, bool]:
+    """What generates, and whether it does so with the learner's own model."""
+    if running is not None:
+        return running.sampler, False
+    shares = from_settings.shares_weights(config)
+    shared = learner.lent_model if shares else None
+    return from_settings.sampler(config, start_from, tokenizer, shared), shares
 
 
 def _stream(

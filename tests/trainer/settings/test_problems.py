@@ -42,7 +42,7 @@ def refusal(path: Path, *overrides: str) -> str:
         ),
         (
             ["sampler.kind=hf", "sampler.max_num_seqs=3"],
-            "sampler.max_num_seqs is read by kind vllm only; kind is hf",
+            "sampler.max_num_seqs is read by kind vllm and hf_batched only; kind is hf",
         ),
         (
             ["weights.prefix_importance.alpha=0.5"],
@@ -101,7 +101,7 @@ def test_what_the_sampler_reads_is_taken(smallest: Path, kind: str) -> None:
         ),
         ("run.kind=3", "run.kind: unknown setting"),
         ("zzz=3", "zzz: unknown setting"),
-        ("sampler.kind=hff", "sampler.kind is 'hff', must be one of vllm, hf"),
+        ("sampler.kind=hff", "sampler.kind is 'hff', must be one of vllm, hf, hf_batched"),
         ("sampler=3", "sampler is 3, must be a table of settings"),
         ("weights.prune=true", "weights.prune is True, must be a table of settings"),
     ],

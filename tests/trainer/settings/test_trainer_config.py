@@ -27,6 +27,7 @@ from teacher_wire.records import DriftPolicy
 from tests.trainer.settings.smallest_config import SMALLEST
 
 CONFIGS = Path(__file__).parents[3] / "configs"
+SHARED = 'sampler={"kind":"hf_batched","weights":"shared"}'
 TOPK_LOSS = ["loss.kind=student_topk_reverse_kl", "drift.metric=teacher_top_p_accept"]
 V2_LOSS = ["loss.support=student_topk_and_sampled", "drift.metric=teacher_top_p_accept"]
 
@@ -98,6 +99,8 @@ def test_a_budget_does_not_grow_on_bad_events_alone(smallest: Path) -> None:
         (["student.dtype=bfloat16"], 0.5),
         (["sampler.dtype=bfloat16"], 0.5),
         (['sampler={"kind":"hf"}', "student.dtype=bfloat16"], 0.5),
+        (['sampler={"kind":"hf_batched"}'], 1e-3),
+        (['sampler={"kind":"hf_batched"}', "student.dtype=bfloat16"], 0.5),
         (["student.dtype=bfloat16", "optim.max_sync_gap_nats=0.2"], 0.2),
     ],
 )
@@ -333,6 +336,12 @@ def test_missing_setting_is_named(smallest: Path) -> None:
             ["run.queue_depth=1"],
             r"run\.queue_depth is now rollout\.max_staleness",
         ),
+        (
+            [SHARED, "run.queue_depth=1"],
+            r"sampler\.weights is 'shared', and run\.queue_depth is 1: .*'copied', or 'auto'",
+        ),
+        ([SHARED, "student.dtype=bfloat16"], r"student\.dtype is 'bfloat16'.*'copied'"),
+        ([SHARED, "sampler.dtype=bfloat16"], r"sampler\.dtype is 'bfloat16'.*'copied'"),
         (["run.steps=0"], r"run\.steps: .*greater than 0 \(got 0\)"),
         (["rollout.temperature=0"], r"rollout\.temperature: .*\(got 0\)"),
         (["rollout.temperature=Infinity"], r"rollout\.temperature: .*finite.*\(got inf\)"),
