@@ -6,6 +6,7 @@ longer than a sliding window and than a block of the cache, and read in pieces.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -22,9 +23,10 @@ from student_trainer.learner.families import plain_logits
 from student_trainer.learner.learner import Learner
 from student_trainer.learner.student import student_forward
 from student_trainer.pretrained import load_student, tensor_names
-from student_trainer.records import SamplingOptions, WeightFormat
+from student_trainer.records import Delta, SamplingOptions, WeightFormat
 from student_trainer.rollouts.probe import Proof, probe_prompts
 from student_trainer.rollouts.samplers.base import Sampler
+from student_trainer.rollouts.samplers.hf_batched_sampler import HfBatchedSampler
 from student_trainer.rollouts.samplers.hf_sampler import HfSampler
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from student_trainer.rollouts.weight_sync import WeightSync
@@ -124,6 +126,21 @@ async def hf_sampler_arm(folder: Path) -> Cells:
     return await _sampler_arm(folder, "hf sampler", sampler, written)
 
 
+async def hf_batched_sampler_arm(folder: Path) -> Cells:
+    """The batched sampler over transformers, with weights of its own."""
+    sampler = HfBatchedSampler(
+        model=str(folder),
+        dtype="float32",
+        device=CPU,
+        max_num_seqs=8,
+        stream_interval=8,
+        kv_cache_gib=1.0,
+        cpu_threads=1,
+    )
+    written = WeightFormat(dtype="float32")
+    return await _sampler_arm(folder, "batched sampler", sampler, written)
+
+
 async def vllm_sampler_arm(folder: Path) -> Cells:
     """vLLM as a run starts it."""
     sampler = VllmSampler(
@@ -175,10 +192,16 @@ async def _sampler_arm(folder: Path, name: str, sampler: Sampler, written: Weigh
 async def _sampled_gap(
     sampler: Sampler, learner: Learner, prompts: list[NDArray[np.int32]]
 ) -> float:
-    gaps = []
-    for index, prompt in enumerate(prompts):
+    """Of all prompts at once, as a run has them."""
+
+    async def said(index: int) -> list[Delta]:
         options = SamplingOptions(max_tokens=16, temperature=1.0, seed=index)
-        parts = [part async for part in sampler.generate(f"family-{index}", prompt, options)]
+        name = f"family-{index}"
+        return [part async for part in sampler.generate(name, prompts[index], options)]
+
+    gaps = []
+    together = await asyncio.gather(*map(said, range(len(prompts))))
+    for prompt, parts in zip(prompts, together, strict=True):
         tokens = np.concatenate([part.token_ids for part in parts])
         logprobs = np.concatenate([part.logprobs for part in parts])
         if np.abs(logprobs).mean() < UNSURE_NATS:
@@ -251,6 +274,10 @@ Arm = Callable[[Path], Awaitable[Cells]]
 ARMS: dict[str, tuple[Arm, tuple[str, ...]]] = {
     "learner": (learner_arm, ("learner",)),
     "hf sampler": (hf_sampler_arm, ("hf sampler, loaded", "hf sampler, synced")),
+    "batched sampler": (
+        hf_batched_sampler_arm,
+        ("batched sampler, loaded", "batched sampler, synced"),
+    ),
     "vLLM sampler": (vllm_sampler_arm, ("vLLM sampler, loaded", "vLLM sampler, synced")),
     "teacher, hf": (hf_teacher_arm, ("teacher, hf",)),
     "teacher, vLLM": (vllm_teacher_arm, ("teacher, vLLM",)),

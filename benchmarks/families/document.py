@@ -29,9 +29,17 @@ LEARNER = (
     "student_trainer/pretrained.py",
 )
 SENT = f"{STUDENT}export.py"
+OVER_TRANSFORMERS = (*LEARNER, SENT, f"{SAMPLERS}sampling.py", f"{SAMPLERS}loaded_model.py")
 DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "learner": LEARNER,
-    "hf sampler": (*LEARNER, SENT, f"{SAMPLERS}hf_sampler.py"),
+    "hf sampler": (*OVER_TRANSFORMERS, f"{SAMPLERS}hf_sampler.py"),
+    "batched sampler": (
+        *OVER_TRANSFORMERS,
+        f"{SAMPLERS}hf_batched_sampler.py",
+        f"{SAMPLERS}running_batch.py",
+        f"{SAMPLERS}slot_cache.py",
+        f"{SAMPLERS}batch_check.py",
+    ),
     "vLLM sampler": (
         *LEARNER,
         SENT,

@@ -20,7 +20,7 @@ CACHE_BLOCK = 128
 """Tokens of vLLM's block of keys and values on a CPU; 16 on a GPU."""
 LONGEST_WINDOW_ON_A_CPU = 1024
 """Of a sliding attention that a probe still goes beyond; a longer prompt would take minutes."""
-HF = 'sampler.kind = "hf"'
+HF = 'sampler.kind = "hf_batched"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

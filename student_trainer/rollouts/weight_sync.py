@@ -205,7 +205,7 @@ class WeightSync:
             raise WeightSyncError(
                 f"{len(unknown)} tensors of the student have names that the sampler's checkpoint "
                 f"does not have, and would not reach it: {some(unknown)}{others}. Save the student "
-                'once with transformers and train that, or sampler.kind = "hf"'
+                'once with transformers and train that, or sampler.kind = "hf_batched"'
             )
         if kept:
             self._say(

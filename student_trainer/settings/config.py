@@ -274,8 +274,8 @@ class TrainerConfig(Section):
             return f"student.dtype is {self.student.dtype!r}, whose weights are float32"
         if self.sampler.dtype not in ("auto", "float32"):
             return f"sampler.dtype is {self.sampler.dtype!r} and the learner's weights are float32"
-        if self.run.queue_depth > 0:
-            return f"run.queue_depth is {self.run.queue_depth}: it generates while they change"
+        if (staleness := self.rollout.max_staleness) > 0:
+            return f"rollout.max_staleness is {staleness}: it generates while they change"
         return None
 
     @property

@@ -84,7 +84,7 @@ def test_a_shared_model_is_loaded_once_and_written_nowhere(
         train(run)
 
 
-@pytest.mark.parametrize("given", ["run.queue_depth=1", "student.dtype=bfloat16"])
+@pytest.mark.parametrize("given", ["rollout.max_staleness=1", "student.dtype=bfloat16"])
 def test_weights_that_cannot_be_shared_are_copied(
     folder: Path, monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:

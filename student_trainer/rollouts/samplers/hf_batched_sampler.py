@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel
 from student_trainer.errors import SamplerError, one_line
 from student_trainer.pretrained import load_student
 from student_trainer.records import Delta, SamplingOptions
+from student_trainer.rollouts.samplers.base import Weights
 from student_trainer.rollouts.samplers.batch_check import check_batch, check_state
 from student_trainer.rollouts.samplers.loaded_model import end_ids, load_sent_weights
 from student_trainer.rollouts.samplers.running_batch import Events, Request, RunningBatch
@@ -111,9 +111,12 @@ class HfBatchedSampler:
         if requests:
             self._asked.put(lambda: self._end(requests))
 
-    async def load_weights(self, folder: Path) -> None:
-        """Nothing is to be dropped with them: keys and values go with their rollouts."""
-        await self._done(lambda: self._replace_weights(folder))
+    def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
+        """They pass through nothing."""
+
+    async def load_weights(self, weights: Weights) -> None:
+        """Of rollouts that have ended nothing is to be dropped: keys and values go with them."""
+        await self._done(lambda: self._replace_weights(weights))
 
     async def close(self) -> None:
         if self._thread is None:
@@ -233,13 +236,12 @@ class HfBatchedSampler:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(work)
 
-    def _replace_weights(self, folder: Path) -> None:
-        if not self._running().is_idle:
-            raise RuntimeError("weights were loaded while rollouts ran")
+    def _replace_weights(self, weights: Weights) -> None:
         if not isinstance(self.model, str):
             raise RuntimeError("the sampler generates with the learner's own weights")
         assert self._loaded is not None
-        load_sent_weights(self._loaded, folder)
+        load_sent_weights(self._loaded, weights)
+        self._running().compute_anew()
 
 
 def _failed(error: Exception) -> str:

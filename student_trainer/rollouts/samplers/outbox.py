@@ -64,6 +64,10 @@ class Outbox:
         ).tolist()
         return found
 
+    def said(self, slot: int) -> NDArray[np.int32]:
+        """What a row has that was not handed out."""
+        return self._token_ids[slot, : self._filled[slot]]
+
     def take(self, slot: int, num_topk: int, finish: Finish | None) -> Delta:
         """What a row has said since the last time."""
         filled = self._filled[slot]

@@ -40,6 +40,8 @@ class Request:
     uniforms: Uniforms = field(init=False)
     alike: SamplingOptions = field(init=False)
     """Equal for requests that are drawn for in the same way."""
+    said: list[NDArray[np.int32]] = field(init=False, default_factory=list)
+    """What was handed out of it."""
 
     def __post_init__(self) -> None:
         self.uniforms = Uniforms(self.options.seed)
@@ -111,6 +113,23 @@ class RunningBatch:
             *self._leave(dict.fromkeys(slots, Finish.TRUNCATED)),
         ]
 
+    def compute_anew(self) -> None:
+        """Keys and values of all that the rows have, after the model's weights have changed."""
+        ids = [
+            np.concatenate([row.prompt_ids, *row.said, self._outbox.said(slot)])
+            for slot, row in enumerate(self._rows)
+        ]
+        self._cache.clear()
+        if not ids:
+            return
+        longest = max(row.longest for row in self._rows)
+        self._cache.make_room(len(ids), longest, self._most_rows(longest))
+        for part in _in_passes(ids):
+            past = _past_of(self._model, _padded(part))
+            for number, row_ids in enumerate(part):
+                states = [(keys[number], values[number]) for keys, values in past]
+                self._cache.add(states, len(row_ids) - 1, 1)
+
     def clear(self) -> None:
         """Drops all of them without a word."""
         self._waiting.clear()
@@ -139,7 +158,7 @@ class RunningBatch:
         for slot in self._outbox.full(n):
             if not is_end[slot] and self._left[slot] > 0:
                 row = self._rows[slot]
-                events.append((row, self._outbox.take(slot, row.options.num_topk, None)))
+                events.append((row, self._taken(slot, None)))
                 self._outbox.refill(slot, row.uniforms)
         over = np.flatnonzero(is_end | (self._left[:n] <= 0)).tolist()
         return events + self._leave(
@@ -209,8 +228,7 @@ class RunningBatch:
         if not finishes:
             return []
         events = [
-            (row := self._rows[slot], self._outbox.take(slot, row.options.num_topk, finish))
-            for slot, finish in finishes.items()
+            (self._rows[slot], self._taken(slot, finish)) for slot, finish in finishes.items()
         ]
         for origin, to in self._cache.remove(finishes):
             self._rows[to] = self._rows[origin]
@@ -220,6 +238,12 @@ class RunningBatch:
         del self._rows[self._cache.num_rows :]
         self._find_alike()
         return events
+
+    def _taken(self, slot: int, finish: Finish | None) -> Delta:
+        row = self._rows[slot]
+        delta = self._outbox.take(slot, row.options.num_topk, finish)
+        row.said.append(delta.token_ids)
+        return delta
 
     def _find_alike(self) -> None:
         kinds = {row.alike for row in self._rows}
@@ -259,6 +283,18 @@ def _prefills(groups: Sequence[list[Request]]) -> list[list[list[Request]]]:
         else:
             batches.append([group])
     return batches
+
+
+def _in_passes(rows: Sequence[NDArray[np.int32]]) -> list[list[NDArray[np.int32]]]:
+    """In their order, as many together as a forward pass takes."""
+    passes: list[list[NDArray[np.int32]]] = []
+    for ids in rows:
+        together = [*passes[-1], ids] if passes else []
+        if together and len(together) * max(map(len, together)) <= PREFILL_TOKENS:
+            passes[-1].append(ids)
+        else:
+            passes.append([ids])
+    return passes
 
 
 def _padded(prompts: Sequence[NDArray[np.int32]]) -> Tensor:

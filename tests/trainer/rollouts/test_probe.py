@@ -255,7 +255,7 @@ async def test_names_that_the_checkpoint_does_not_have_are_refused(tmp_path: Pat
     assert "model.layers.0.mlp.experts.gate_up_proj" in said
     assert "instead" in said
     assert "the checkpoint has model.layers.0.mlp.experts.0.down_proj.weight" in said
-    assert 'sampler.kind = "hf"' in said
+    assert 'sampler.kind = "hf_batched"' in said
 
 
 def renamed(folder: Path, name: Callable[[str], str]) -> frozenset[str]:

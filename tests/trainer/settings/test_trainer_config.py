@@ -337,8 +337,8 @@ def test_missing_setting_is_named(smallest: Path) -> None:
             r"run\.queue_depth is now rollout\.max_staleness",
         ),
         (
-            [SHARED, "run.queue_depth=1"],
-            r"sampler\.weights is 'shared', and run\.queue_depth is 1: .*'copied', or 'auto'",
+            [SHARED, "rollout.max_staleness=1"],
+            r"sampler\.weights is 'shared', and rollout\.max_staleness is 1: .*'copied', or 'auto'",
         ),
         ([SHARED, "student.dtype=bfloat16"], r"student\.dtype is 'bfloat16'.*'copied'"),
         ([SHARED, "sampler.dtype=bfloat16"], r"sampler\.dtype is 'bfloat16'.*'copied'"),
