@@ -69,9 +69,11 @@ class HfBatchedSampler:
         self._thread = threading.Thread(target=self._work, name="sampler", daemon=True)
         threads = torch.get_num_threads()
         self._thread.start()
-        await self._done(self._load)
-        # PyTorch gives threads that begin later what the last one chose for itself.
-        torch.set_num_threads(threads)
+        try:
+            await self._done(self._load)
+        finally:
+            # PyTorch gives threads that begin later what the last one chose for itself.
+            torch.set_num_threads(threads)
 
     async def generate(
         self, request_id: str, prompt_ids: NDArray[np.int32], options: SamplingOptions

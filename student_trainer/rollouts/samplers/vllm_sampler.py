@@ -77,7 +77,8 @@ class VllmSampler:
             self._build(self._output)
         except ImportError as error:
             raise SamplerError(
-                f'vLLM is not installed whole: {error}; `make setup`, or sampler.kind = "hf_batched"'
+                f"vLLM is not installed whole: {error}; `make setup`, or "
+                'sampler.kind = "hf_batched"'
             ) from error
         # Whatever the model's code raises, and vLLM's own checks.
         except Exception as error:
@@ -194,7 +195,8 @@ class VllmSampler:
         if names := sorted({name for names in kept for name in names}):
             raise WeightSyncError(
                 f"vLLM keeps {len(names)} tensors of the weights before: the learner's have no "
-                f'{some(names)} as this family\'s model in vLLM expects them; sampler.kind = "hf_batched"'
+                f"{some(names)} as this family's model in vLLM expects them; "
+                'sampler.kind = "hf_batched"'
             )
         if not reset:
             raise RuntimeError("vLLM did not drop its prefix cache after new weights were loaded")
