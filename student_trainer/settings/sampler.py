@@ -55,8 +55,8 @@ class HfBatchedSamplerSettings(Section):
     """Arithmetic of the sampler's copy of the student; auto is `student.dtype`."""
     weights: Annotated[Literal["auto", "shared", "copied"], MayChange()] = "auto"
     """Whose weights it generates with. "shared": the learner's own model, so that nothing is loaded
-    or sent; needs float32 on both sides and `rollout.max_staleness` 0. "copied": a model of its own.
-    "auto": shared where it can be."""
+    or sent; needs float32 on both sides and `rollout.max_staleness` 0. "copied": a model of its
+    own. "auto": shared where it can be."""
     max_num_seqs: Annotated[int, MayChange()] = Field(64, gt=0)
     """Rollouts generated at once; more wait."""
     stream_interval: Annotated[int, MayChange()] = Field(8, gt=0)
