@@ -56,17 +56,15 @@ def distil(
     """Trains; returns the run's folder. Raises TrainerError and TeacherError."""
     with ExitStack() as stack:
         with waiting(console, "sampler: loading vLLM and the student"):
-            from student_trainer.settings.config import load_config
-            from student_trainer.settings.sampler import VllmSamplerSettings
             from vllm_process.cores import wait_passively
 
-            config = load_config(TRAINER_CONFIG, overrides)
-            if isinstance(config.sampler, VllmSamplerSettings):
-                wait_passively(config.sampler.cpu_cores)
+            wait_passively()
             from student_trainer.assembly.run import assembled, running_sampler
             from student_trainer.recording.run_folder import refuse_occupied
+            from student_trainer.settings.config import load_config
             from student_trainer.train import train
 
+            config = load_config(TRAINER_CONFIG, overrides)
             refuse_occupied(config.run.out, overwrite=overwrite)
             running = stack.enter_context(running_sampler(config, config.student.model))
         with waiting(console, "teacher server: loading and self-test"):

@@ -20,7 +20,6 @@ from student_trainer.process.failures import failure_line, keep_traceback, needs
 from student_trainer.process.stopping import EXIT_TERMINATED, Stopped, StopRequest
 from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.settings.reference import reference
-from student_trainer.settings.sampler import VllmSamplerSettings
 from student_trainer.settings.warnings import warnings
 from student_trainer.train_state import complete_checkpoints, step_of
 from teacher_wire import tracing
@@ -219,8 +218,7 @@ def _train_until_stopped(
     config: TrainerConfig, arguments: argparse.Namespace, stop: StopRequest
 ) -> None:
     with stop.may_give_up():
-        if isinstance(config.sampler, VllmSamplerSettings):
-            wait_passively(config.sampler.cpu_cores)
+        wait_passively()
         _quiet_libraries()
         from student_trainer.assembly.run import assembled
         from student_trainer.train import train

@@ -96,8 +96,8 @@ class TeacherConfig(BaseSettings):
     tensor_parallel_size: Annotated[Count, VLLM] = 1
     """GPUs that share the model"""
     cpu_cores: Annotated[str, Field(pattern=CORES_PATTERN), VLLM] = "auto"
-    """cores of the engine on a CPU, such as 0 or 2,3; shared takes all, and gives one away while it
-    waits, beside another engine"""
+    """cores of the engine on a CPU, such as 0 or 2,3; shared takes all and gives one away while it
+    waits, shared:1 is one thread on any of them"""
     enforce_eager: Annotated[bool, VLLM] = False
     """no compiled graphs: starts sooner, runs slower"""
     hf_sessions: Annotated[Count, HF] = 64

@@ -41,6 +41,10 @@ def _made() -> dict[str, Arm]:
         "apart": Arm(sampler_cores=first, teacher_cores=last),
         "both": Arm(sampler_cores=every, teacher_cores=every),
         "shared": Arm(sampler_cores=SHARED, teacher_cores=SHARED),
+        "single": Arm(sampler_cores=f"{SHARED}:1", teacher_cores=f"{SHARED}:1"),
+        "single_nice": Arm(
+            sampler_cores=f"{SHARED}:1", teacher_cores=f"{SHARED}:1", teacher_niceness=10
+        ),
         "shared_nice": Arm(sampler_cores=SHARED, teacher_cores=SHARED, teacher_niceness=10),
         "apart_blocks": Arm(
             sampler_cores=first, teacher_cores=last, changes={"rollout.chunk_tokens": 32}

@@ -8,6 +8,8 @@ are called; one JSON object a line. {"do": "rollout"} takes rollouts and learns 
 "idle", "seconds": ...} waits.
 """
 
+# ruff: noqa: E402 - how threads wait is said before torch is loaded, as the command line does
+
 from __future__ import annotations
 
 import asyncio
@@ -18,6 +20,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
+
+from vllm_process.cores import wait_passively
+
+wait_passively()
 
 import torch
 

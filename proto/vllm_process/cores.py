@@ -2,23 +2,25 @@
 
 "auto" leaves the choice to vLLM; "0" or "2,3" names cores, which the engine then has for itself:
 its threads spin while they wait for each other. "shared" is all cores, each given away while a
-thread waits, so that another engine goes on there.
+thread waits, so that another engine goes on there; "shared:1" is one thread, wherever there is room.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 AUTO, SHARED = "auto", "shared"
-CORES_PATTERN = rf"^({AUTO}|{SHARED}|\d+(,\d+)*)$"
+CORES_PATTERN = rf"^({AUTO}|{SHARED}(:[1-9]\d*)?|\d+(,\d+)*)$"
 PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 """For GNU's OpenMP, which vLLM's CPU wheel loads with torch, and for LLVM's and Intel's. Spinning,
 a thread would keep the core that the one it waits for, or another engine, could use."""
 IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """The model runs in the engine core's own process. vLLM turns "uni" into "mp" on a CPU, because it
 cannot set OpenMP's threads there; we set them before the process starts."""
+_set_here: set[str] = set()
+"""Of PASSIVE's names, those that `wait_passively` has set."""
 
 
 class CoresError(ValueError):
@@ -31,9 +33,16 @@ def check_cores(cores: str) -> None:
     Linux would pass over it without a word, and the engine's threads would share those that are
     left.
     """
-    if cores in (AUTO, SHARED):
-        return
     there = os.sched_getaffinity(0)
+    if cores == AUTO:
+        return
+    if cores.startswith(SHARED):
+        if (asked := _num_threads(cores)) > len(there):
+            raise CoresError(
+                f"asks for {asked} threads, and this process may use {len(there)} cores: at most "
+                f'"{SHARED}:{len(there)}"'
+            )
+        return
     if absent := sorted({int(core) for core in cores.split(",")} - there):
         raise CoresError(
             f"names core {', '.join(map(str, absent))}, and this process may use "
@@ -41,15 +50,15 @@ def check_cores(cores: str) -> None:
         )
 
 
-def wait_passively(cores: str) -> None:
-    """Where an engine shares its cores, this process's threads give theirs away too.
+def wait_passively() -> None:
+    """This process's threads give their cores away while they wait for each other.
 
     Only before it loads an OpenMP, with torch: that reads its environment once. What is set
-    already stays.
+    already stays. Engines with cores of their own are not told.
     """
-    if cores == SHARED:
-        for name, value in PASSIVE.items():
-            os.environ.setdefault(name, value)
+    for name in PASSIVE.keys() - os.environ.keys():
+        os.environ[name] = PASSIVE[name]
+        _set_here.add(name)
 
 
 def executor_on(cores: str) -> str | None:
@@ -59,22 +68,35 @@ def executor_on(cores: str) -> str | None:
 
 @contextmanager
 def children_on(cores: str) -> Iterator[None]:
-    """Processes started within run on these cores only, a thread each; "auto" leaves them be."""
-    if cores == AUTO:
-        yield
-        return
+    """Processes started within run on these cores only, a thread each; "auto" leaves the choice to
+    them."""
     mine = os.sched_getaffinity(0)
-    chosen = mine if cores == SHARED else {int(core) for core in cores.split(",")}
-    told = {"OMP_NUM_THREADS": str(len(chosen))} | (PASSIVE if cores == SHARED else {})
+    is_shared = cores.startswith(SHARED)
+    named = None if is_shared or cores == AUTO else {int(core) for core in cores.split(",")}
+    told: dict[str, str | None] = dict(PASSIVE) if is_shared else dict.fromkeys(_set_here)
+    if cores != AUTO:
+        told["OMP_NUM_THREADS"] = str(_num_threads(cores))
     before = {name: os.environ.get(name) for name in told}
-    os.sched_setaffinity(0, chosen)
-    os.environ |= told
+    os.sched_setaffinity(0, named or mine)
+    _set(told)
     try:
         yield
     finally:
         os.sched_setaffinity(0, mine)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _num_threads(cores: str) -> int:
+    """Of an engine whose cores are not left to it."""
+    if cores.startswith(SHARED):
+        return int(cores.partition(":")[2] or len(os.sched_getaffinity(0)))
+    return len(set(cores.split(",")))
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    """None takes one away."""
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

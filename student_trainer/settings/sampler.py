@@ -32,7 +32,7 @@ class VllmSamplerSettings(Section):
     """Without compiled graphs: starts sooner, generates slower."""
     cpu_cores: Annotated[str, MayChange()] = Field("auto", pattern=CORES_PATTERN)
     """Cores of the engine on a CPU: "0" or "2,3", "auto" for all but those that vLLM spares, or
-    "shared" for all, each given away while it waits: beside a teacher on the same machine."""
+    "shared" for all, each given away while it waits; "shared:1" is one thread on any of them."""
     weights_dir: Annotated[Path | None, MayChange()] = None
     """Folder that the learner's weights pass through as a file on their way to the sampler; none:
     no file, but 32 MiB of memory that learner and sampler share, whatever the size of the model."""

@@ -24,13 +24,16 @@ ABSENT = max(HERE) + 1
 
 
 def test_cores_that_are_there_are_taken() -> None:
-    for cores in ("auto", "shared", str(HERE[0]), ",".join(map(str, HERE))):
+    for cores in ("auto", "shared", "shared:1", str(HERE[0]), ",".join(map(str, HERE))):
         check_cores(cores)
 
 
 def test_a_core_that_is_not_there_is_named_with_those_that_are() -> None:
     with pytest.raises(CoresError, match=rf"names core {ABSENT}, and this process may use"):
         check_cores(f"{HERE[0]},{ABSENT}")
+    more = len(HERE) + 1
+    with pytest.raises(CoresError, match=rf"asks for {more} threads, and this process may use"):
+        check_cores(f"shared:{more}")
 
 
 def test_a_teacher_with_more_cores_than_there_are_does_not_start(
@@ -54,11 +57,16 @@ def test_a_trainer_with_more_cores_than_there_are_does_not_start(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("cores", "expected", "passive"),
-    [(str(HERE[-1]), HERE[-1:], False), ("shared", HERE, True), ("auto", HERE, False)],
+    ("cores", "expected", "threads", "passive"),
+    [
+        (str(HERE[-1]), HERE[-1:], 1, False),
+        ("shared", HERE, len(HERE), True),
+        ("shared:1", HERE, 1, True),
+        ("auto", HERE, 77, False),
+    ],
 )
 def test_children_run_on_the_cores_that_are_set_and_this_process_where_it_did(
-    cores: str, expected: list[int], passive: bool, monkeypatch: pytest.MonkeyPatch
+    cores: str, expected: list[int], threads: int, passive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "77")
@@ -68,24 +76,31 @@ def test_children_run_on_the_cores_that_are_set_and_this_process_where_it_did(
         out = subprocess.run([sys.executable, "-c", said], capture_output=True, check=True)
     found, environment = json.loads(out.stdout)
     assert found == expected
-    assert environment["OMP_NUM_THREADS"] == ("77" if cores == "auto" else str(len(expected)))
+    assert environment["OMP_NUM_THREADS"] == str(threads)
     assert (environment.get("OMP_WAIT_POLICY") == "passive") is passive
     assert (environment.get("GOMP_SPINCOUNT") == "0") is passive
     assert sorted(os.sched_getaffinity(0)) == HERE
     assert dict(os.environ) == before
 
 
-@pytest.mark.parametrize(("cores", "passive"), [("shared", True), ("auto", False), ("0", False)])
-def test_a_trainer_beside_engines_that_share_their_cores_gives_them_away_too(
-    cores: str, passive: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_trainer_gives_its_cores_away_while_it_waits_unless_it_is_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+    for name in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
         monkeypatch.setenv(name, "")  # so that what is set here does not outlive the test
         monkeypatch.delenv(name)
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    wait_passively(cores)
+    monkeypatch.setattr("vllm_process.cores._set_here", set())
+    wait_passively()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
-    assert (os.environ.get("OMP_WAIT_POLICY") == "passive") is passive
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    # An engine with cores of its own spins as it always did; what somebody else set is his.
+    with children_on(str(HERE[0])):
+        assert "OMP_WAIT_POLICY" not in os.environ
+        assert os.environ["GOMP_SPINCOUNT"] == "7"
+    with children_on("shared"):
+        assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
 
 
 def test_a_trainer_says_how_it_waits_before_an_openmp_is_loaded() -> None:
