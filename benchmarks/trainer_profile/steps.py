@@ -135,14 +135,15 @@ def shown(title: str, steps: Sequence[Step]) -> list[Table]:
     """Medians: of the phases, by process, and of the learner's parts."""
     if not steps:
         return []
-    whole = median(step.seconds for step in steps) or 1.0
+    asked = [step for step in steps if step.phase("idle") is None] or steps
+    whole = median(step.seconds for step in asked) or 1.0
     table = Table(title=f"{title}: {whole:.2f} s", title_justify="left", pad_edge=False)
     for column in ("phase", "s", "share", "who", "on a core, s", "share", "waited for one, s"):
         table.add_column(column, justify="left" if column in ("phase", "who") else "right")
     for name in dict.fromkeys(phase.name for step in steps for phase in step.phases):
         phases = [phase for step in steps if (phase := step.phase(name)) is not None]
         seconds = median(phase.seconds for phase in phases)
-        table.add_row(name, f"{seconds:.2f}", f"{seconds / whole:.0%}")
+        table.add_row(name, f"{seconds:.2f}", "" if name == "idle" else f"{seconds / whole:.0%}")
         for who in sorted({who for phase in phases for who in phase.ran}):
             ran = median(phase.ran.get(who, 0.0) for phase in phases)
             waited = median(phase.waited.get(who, 0.0) for phase in phases)

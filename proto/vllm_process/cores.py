@@ -2,7 +2,7 @@
 
 "auto" leaves the choice to vLLM; "0" or "2,3" names cores, which the engine then has for itself:
 its threads spin while they wait for each other. "shared" is all cores, each given away while a
-thread waits, so that another engine goes on there; "shared:1" is one thread, wherever there is room.
+thread waits, so that another engine goes on there; "shared:1" is one thread on any of them.
 """
 
 from __future__ import annotations
