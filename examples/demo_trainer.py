@@ -59,7 +59,8 @@ def distil(
             from vllm_process.cores import wait_passively
 
             wait_passively()
-            from student_trainer.assembly.run import assembled, running_sampler
+            from student_trainer.assembly.run import assembled
+            from student_trainer.assembly.sampling import running_sampler
             from student_trainer.recording.run_folder import refuse_occupied
             from student_trainer.settings.config import load_config
             from student_trainer.train import train

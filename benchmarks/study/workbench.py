@@ -19,7 +19,8 @@ from rich.console import Console
 
 from benchmarks.study.arms import BASE_CONFIG, Arm
 from examples.demo import teacher_server
-from student_trainer.assembly.run import RunningSampler, assembled, running_sampler
+from student_trainer.assembly.run import assembled
+from student_trainer.assembly.sampling import RunningSampler, running_sampler
 from student_trainer.errors import TrainerError
 from student_trainer.recording.json_lines import read_profiles, read_run
 from student_trainer.settings.config import TrainerConfig, load_config

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _VARIABLE = "DRIFTLINE_ENGINE_PARENT"
@@ -34,6 +35,11 @@ def children_end_with_us() -> Iterator[None]:
         del os.environ[_VARIABLE]
 
 
+def has_engines() -> bool:
+    """Whether an engine core of this process runs, one that is starting too."""
+    return any(_is_engine(child) for child in multiprocessing.active_children())
+
+
 def kill_engines() -> None:
     """Ends at once the engine cores that this process has, one that is starting too.
 
@@ -41,8 +47,12 @@ def kill_engines() -> None:
     vLLM runs no plugin before it has shaken hands.
     """
     for child in multiprocessing.active_children():
-        if child.name.startswith("EngineCore"):
+        if _is_engine(child):
             child.kill()
+
+
+def _is_engine(child: BaseProcess) -> bool:
+    return child.name.startswith("EngineCore")
 
 
 def end_with_parent() -> None:

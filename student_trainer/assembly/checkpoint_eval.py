@@ -12,7 +12,7 @@ from rich.console import Console
 from student_trainer.assembly import evaluating, from_settings, teachers
 from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.recording import warn
-from student_trainer.assembly.run import started
+from student_trainer.assembly.sampling import started
 from student_trainer.assembly.teachers import Teachers
 from student_trainer.errors import DatasetError
 from student_trainer.pretrained import load_tokenizer, load_vocab_size

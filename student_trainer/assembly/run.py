@@ -1,7 +1,8 @@
 """Puts a run together from its configuration: the only place that knows every part.
 
-Order matters: what is cheap and can refuse comes first (data, tokenizer, handshake with the
-teacher), then the learner, and the sampler, which takes tens of seconds, last.
+Order matters: what is cheap and can refuse comes first (data, tokenizer, memory). Then the sampler,
+which takes tens of seconds, is begun; while its process loads, the learner does, and the handshake
+with the teacher is made. What fails of these ends the sampler too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_trainer.assembly import (
     checkpoints,
@@ -26,6 +27,7 @@ from student_trainer.assembly.evaluating import Evaluator
 from student_trainer.assembly.from_settings import Problems
 from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.recording import recorded, warn
+from student_trainer.assembly.sampling import RunningSampler, SamplerStart, begun
 from student_trainer.data import PromptOrder
 from student_trainer.diagnostics.step_report import SampleText
 from student_trainer.evaluation.evaluate import rollout_text
@@ -50,14 +52,6 @@ from student_trainer.saved_student import check_saveable, save_or_rescue
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.special_tokens import SpecialTokens
 from student_trainer.train_state import TrainState, complete_checkpoints, step_of
-
-
-@dataclass(frozen=True, slots=True)
-class RunningSampler:
-    """A started engine and the loop it lives on; several runs may use it, one after another."""
-
-    loop: LoopThread
-    sampler: Sampler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,24 +148,6 @@ class Run:
 
 
 @contextmanager
-def started(sampler: Sampler, loop: LoopThread) -> Iterator[None]:
-    """Starts the engine that generates, tens of seconds, and frees it again."""
-    try:
-        loop.run(sampler.start())
-        yield
-    finally:
-        loop.run(sampler.close())
-
-
-@contextmanager
-def running_sampler(config: TrainerConfig, model: str) -> Iterator[RunningSampler]:
-    """A sampler on a loop of its own, for several runs or none."""
-    sampler = from_settings.sampler(config, model)
-    with closing(LoopThread()) as loop, started(sampler, loop):
-        yield RunningSampler(loop, sampler)
-
-
-@contextmanager
 def assembled(
     config: TrainerConfig,
     *,
@@ -215,14 +191,25 @@ def _assemble(
     specials = from_settings.special_tokens(config, tokenizer)
     grader = evaluating.checked_grader(config, problems.heldout, stack)
     start_from = config.student.model if goes_on is None else str(goes_on.checkpoint)
-    learner = _learner(config, tokenizer, start_from, stop, say)
+    for line in from_settings.check_memory(config, start_from):
+        say(line)
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
+
+    def sampling(lent: PreTrainedModel | None = None) -> tuple[Sampler, SamplerStart | None]:
+        if running:
+            return running.sampler, None
+        made = from_settings.sampler(config, start_from, tokenizer, lent)
+        return made, stack.enter_context(begun(config, made, loop, bars))
+
+    shares = running is None and from_settings.shares_weights(config)
+    at_once = None if shares else sampling()
+    learner = _learner(config, tokenizer, start_from, stop, say)
+    sampler, start = at_once or sampling(learner.lent_model)
     asked = stack.enter_context(
         teachers.connected(config, loop, problems.all, learner.vocab_size, tokenizer)
     )
     learner.excluded_ids = asked.excluded_ids
     evaluator = evaluating.evaluator(config, problems.heldout, grader, tokenizer, asked)
-    sampler, shares = _sampler(config, start_from, tokenizer, learner, running)
     sync = syncing.sync(config, learner, sampler, problems, say, shares_weights=shares)
     stream = _stream(config, problems.train, specials, RunningSampler(loop, sampler), asked, bars)
     state = checkpoints.train_state(config, learner, stream)
@@ -237,10 +224,8 @@ def _assemble(
         )
     )
     write_progress(config.run.out, finished=False, steps_planned=config.run.steps)
-    if running is None:
-        bars.update("sampler", 0, 1, f"starting {config.sampler.kind}")
-        stack.enter_context(started(sampler, loop))
-        bars.update("sampler", 1, 1, "ready")
+    if start:
+        start.wait()
     proof = syncing.proof(config, learner, problems, start_from, goes_on is None, running is None)
     gaps = loop.run(sync.prove(state.step, proof, progress=partial(bars.update, "probe")))
     record.keep_probe(gaps.figures())
@@ -267,8 +252,6 @@ def _learner(
     stop: StopRequest,
     say: Callable[[str], None],
 ) -> Learner:
-    for line in from_settings.check_memory(config, start_from):
-        say(line)
     weights = methods.weights(config, newline_ids=from_settings.newline_ids(config, tokenizer))
     torch.manual_seed(config.run.seed)
     dtype = from_settings.dtype(config)
@@ -299,21 +282,6 @@ def _learner(
         stop=stop,
         copied_to=getattr(torch, from_settings.sampler_dtype(config)),
     )
-
-
-def _sampler(
-    config: TrainerConfig,
-    start_from: str,
-    tokenizer: PreTrainedTokenizerBase,
-    learner: Learner,
-    running: RunningSampler | None,
-) -> tuple[Sampler, bool]:
-    """What generates, and whether it does so with the learner's own model."""
-    if running is not None:
-        return running.sampler, False
-    shares = from_settings.shares_weights(config)
-    shared = learner.lent_model if shares else None
-    return from_settings.sampler(config, start_from, tokenizer, shared), shares
 
 
 def _stream(

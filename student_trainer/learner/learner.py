@@ -202,22 +202,30 @@ class Learner:
         self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32]
     ) -> NDArray[np.float32]:
         """[T] log-probs of a prompt's continuation at temperature 1, under the present weights."""
-        prompt, response = torch.from_numpy(prompt_ids).long(), torch.from_numpy(token_ids).long()
-        sequence = torch.cat([prompt, response]).unsqueeze(0).to(self._device)
+        (logprobs,) = self.logprobs_of([prompt_ids], [token_ids])
+        return logprobs
+
+    def logprobs_of(
+        self, prompts: Sequence[NDArray[np.int32]], continuations: Sequence[NDArray[np.int32]]
+    ) -> list[NDArray[np.float32]]:
+        """The same of several prompts in one pass, each [T] of its own continuation."""
+        pairs = zip(prompts, continuations, strict=True)
+        responses_BT = _padded(continuations)
+        lengths_B = torch.tensor([len(ids) for ids in continuations])
         with torch.no_grad():
             gathered = student_forward(
                 self._model,
-                sequence,
-                torch.tensor([len(prompt)], device=self._device),
-                response.unsqueeze(0).to(self._device),
-                torch.ones(1, len(response), dtype=torch.bool, device=self._device),
+                _padded([np.concatenate(pair) for pair in pairs]).to(self._device),
+                torch.tensor([len(ids) for ids in prompts], device=self._device),
+                responses_BT.to(self._device),
+                (torch.arange(responses_BT.shape[1]) < lengths_B[:, None]).to(self._device),
                 (),
                 temperature=1.0,
                 dtype=self._dtype,
                 excluded_ids=self.excluded_ids,
             )
-        logprobs: NDArray[np.float32] = gathered.logprobs_BT[0].cpu().numpy()
-        return logprobs
+        rows = zip(gathered.logprobs_BT.cpu().numpy(), lengths_B.tolist(), strict=True)
+        return [row[:length] for row, length in rows]
 
     def plain_logprobs(
         self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32]
@@ -276,3 +284,9 @@ class Learner:
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from there, given a model with the weights of the same checkpoint."""
         self._optimizer.load(state["optimizer"])
+
+
+def _padded(arrays: Sequence[NDArray[np.int32]]) -> torch.Tensor:
+    """[B, T] ids, with zeros behind those of a shorter one."""
+    ids = [torch.from_numpy(array).long() for array in arrays]
+    return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)

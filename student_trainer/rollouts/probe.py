@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 PROBE_TOKENS = 8
 """Sampled after each prompt before the first rollout."""
-SYNC_PROMPT_TOKENS, SYNC_TOKENS = 16, 4
-"""Of a prompt that is asked after every sync, its end, and sampled after it: any prompt tells which
-weights a sampler has, and each token costs a pass over all of them."""
+SYNC_PROMPTS, SYNC_PROMPT_TOKENS, SYNC_TOKENS = 4, 8, 2
+"""Asked at once after every sync, how long each is, and sampled after each. Any prompt tells which
+weights a sampler has, each token of a batch costs a pass over all of them, and a row of it little.
+"""
 CACHE_BLOCK = 128
 """Tokens of vLLM's block of keys and values on a CPU; 16 on a GPU."""
 LONGEST_WINDOW_ON_A_CPU = 1024
@@ -67,6 +68,13 @@ def probe_prompts(
     first = np.resize(text, min(max(CACHE_BLOCK, sliding_window or 0) + PROBE_TOKENS, longest))
     second = np.concatenate([first[:CACHE_BLOCK], np.resize(text[::-1], 2 * PROBE_TOKENS)])
     return [first, second[:longest]]
+
+
+def sync_prompts(prompts: Sequence[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
+    """Short pieces from all over the run's own prompts, whose ends may all be alike."""
+    text = np.concatenate([*prompts])
+    starts = np.linspace(0, max(0, len(text) - SYNC_PROMPT_TOKENS), SYNC_PROMPTS).astype(int)
+    return [text[start : start + SYNC_PROMPT_TOKENS] for start in starts]
 
 
 def gap_of(left: Sequence[NDArray[np.float32]], right: Sequence[NDArray[np.float32]]) -> float:

@@ -67,7 +67,10 @@ class LoopThread:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Waits for a coroutine; an interrupt here cancels it."""
-        future = self.start(work)
+        return self.wait(self.start(work))
+
+    def wait(self, future: Future[T]) -> T:
+        """Waits for what was begun; an interrupt here cancels it."""
         try:
             wait_until_settled([future])
             return future.result()

@@ -19,7 +19,6 @@ from student_trainer.errors import WeightSyncError, some
 from student_trainer.records import AS_LEARNT, SamplingOptions, WeightFormat
 from student_trainer.rollouts.probe import (
     PROBE_TOKENS,
-    SYNC_PROMPT_TOKENS,
     SYNC_TOKENS,
     Proof,
     StartGaps,
@@ -27,6 +26,7 @@ from student_trainer.rollouts.probe import (
     cause_as_loaded,
     cause_of_plain,
     gap_of,
+    sync_prompts,
 )
 from student_trainer.rollouts.samplers.base import Sampler, Weights
 from teacher_wire.id_ranges import IdRanges
@@ -56,6 +56,11 @@ class WeightOwner(Protocol):
         self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32]
     ) -> NDArray[np.float32]:
         """[T] of a prompt's continuation at temperature 1."""
+
+    def logprobs_of(
+        self, prompts: Sequence[NDArray[np.int32]], continuations: Sequence[NDArray[np.int32]]
+    ) -> Sequence[NDArray[np.float32]]:
+        """The same of several, in one pass."""
 
     def plain_logprobs(
         self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32]
@@ -164,7 +169,9 @@ class WeightSync:
         Raises WeightSyncError when it passes `max_logprob_gap`.
         """
         await self._load()
-        gap = self._gap(await self._continued_a_little(f"probe-{version}"))
+        said = await self._continued_at_once(f"probe-{version}", sync_prompts(self._probe_prompts))
+        tokens = [ids for ids, _ in said.sampled]
+        gap = gap_of(self._learner.logprobs_of(said.prompts, tokens), said.logprobs)
         self._check(gap, f"after the sync of step {version} the sampler")
         return gap
 
@@ -226,16 +233,19 @@ class WeightSync:
             ],
         )
 
-    async def _continued_a_little(self, name: str) -> _Continued:
-        ends = [ids[-SYNC_PROMPT_TOKENS:] for ids in self._probe_prompts]
-        asked = (self._sampled(f"{name}-{i}", ids, SYNC_TOKENS) for i, ids in enumerate(ends))
-        return _Continued(ends, await asyncio.gather(*asked))
+    async def _continued_at_once(
+        self, name: str, prompts: Sequence[NDArray[np.int32]]
+    ) -> _Continued:
+        asked = (
+            self._sampled(f"{name}-{i}", ids, SYNC_TOKENS, seed=i) for i, ids in enumerate(prompts)
+        )
+        return _Continued(prompts, await asyncio.gather(*asked))
 
     async def _sampled(
-        self, request_id: str, prompt_ids: NDArray[np.int32], num_tokens: int
+        self, request_id: str, prompt_ids: NDArray[np.int32], num_tokens: int, seed: int = 0
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         options = SamplingOptions(
-            max_tokens=num_tokens, temperature=1.0, seed=0, excluded_ids=self._excluded_ids
+            max_tokens=num_tokens, temperature=1.0, seed=seed, excluded_ids=self._excluded_ids
         )
         deltas = [delta async for delta in self._sampler.generate(request_id, prompt_ids, options)]
         return (

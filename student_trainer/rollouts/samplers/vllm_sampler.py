@@ -8,6 +8,7 @@ process busy and delay the very verdicts that stop a rollout.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import tempfile
@@ -25,7 +26,7 @@ from student_trainer.rollouts.samplers.base import Passage, Weights
 from student_trainer.rollouts.samplers.vllm_reload import ReloadsWeights
 from student_trainer.rollouts.weight_buffer import WeightBuffer
 from teacher_wire.id_ranges import IdRanges, num_ids, within
-from vllm_process.children import children_end_with_us
+from vllm_process.children import children_end_with_us, kill_engines
 from vllm_process.cores import children_on, executor_on
 from vllm_process.output import EngineOutput
 
@@ -39,6 +40,7 @@ MAX_SOCKET_FOLDER_BYTES = 70
 """Of the 107 of a socket's name 37 are the name that vLLM makes."""
 MAX_BIASED_IDS_V2 = 1024
 """Of a request, in vLLM's second model runner; the first has no limit."""
+KILL_AGAIN_S = 0.1
 _NO_COMPILER = "TORCH_COMPILE_DISABLE"
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
 _EXTENSION = f"{ReloadsWeights.__module__}.{ReloadsWeights.__qualname__}"
@@ -68,13 +70,20 @@ class VllmSampler:
     _engine: AsyncLLM | None = field(default=None, init=False)
     _output: EngineOutput | None = field(default=None, init=False)
     _num_under_way: int = field(default=0, init=False)
+    _building: asyncio.Future[None] | None = field(default=None, init=False)
+    _is_given_up: bool = field(default=False, init=False)
 
     async def start(self) -> None:
-        """Loads the model into vLLM; tens of seconds. Raises SamplerError."""
+        """Loads the model into vLLM; tens of seconds. Raises SamplerError.
+
+        The loop is free meanwhile.
+        """
         _check_socket_folder()
         self._output = EngineOutput("sampler")
+        # The engine's process ends with the thread that starts it: this one lasts as the loop does.
+        self._building = asyncio.ensure_future(asyncio.to_thread(self._build, self._output))
         try:
-            self._build(self._output)
+            await asyncio.shield(self._building)
         except ImportError as error:
             raise SamplerError(
                 f"vLLM is not installed whole: {error}; `make setup`, or "
@@ -131,6 +140,8 @@ class VllmSampler:
             output.of_children(),
             _children_compile_nothing() if self.enforce_eager and on_cpu else nullcontext(),
         ):
+            if self._is_given_up:
+                raise RuntimeError("the sampler was closed while it started")
             self._engine = AsyncLLM.from_engine_args(args)
 
     async def generate(
@@ -218,6 +229,12 @@ class VllmSampler:
         return kept
 
     async def close(self) -> None:
+        if self._building is not None:
+            self._is_given_up = True
+            while not self._building.done():
+                # Nothing else ends an engine that starts, and its process may be there any moment.
+                kill_engines()
+                await asyncio.wait({self._building}, timeout=KILL_AGAIN_S)
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None

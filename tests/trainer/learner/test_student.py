@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from transformers import Qwen3ForCausalLM
 from student_trainer.errors import CheckpointError
 from student_trainer.learner.student import Gathered, student_forward
 from student_trainer.pretrained import load_student
+from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import VOCAB_SIZE, tiny_student, write_tiny_student
 
 PROMPT_LENGTHS = [2, 4, 1]
@@ -137,3 +139,14 @@ def test_checkpoint_without_weights_is_named(tmp_path: Path) -> None:
     tiny_student().config.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot load a student"):
         load_student(str(tmp_path), dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_log_probs_of_several_prompts_are_those_of_each() -> None:
+    learner = learner_of(tiny_student())
+    prompts = [np.arange(2, end, dtype=np.int32) for end in (3, 9, 5)]
+    tokens = [np.arange(7, end, dtype=np.int32) for end in (9, 8, 12)]
+    together = learner.logprobs_of(prompts, tokens)
+    for prompt, ids, found in zip(prompts, tokens, together, strict=True):
+        assert found.shape == ids.shape
+        np.testing.assert_allclose(found, learner.logprobs(prompt, ids), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found, learner.plain_logprobs(prompt, ids), rtol=0, atol=1e-5)

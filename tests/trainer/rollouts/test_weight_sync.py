@@ -19,7 +19,12 @@ from transformers import PreTrainedModel
 
 from student_trainer.errors import WeightSyncError
 from student_trainer.records import Delta, SamplingOptions
-from student_trainer.rollouts.probe import SYNC_PROMPT_TOKENS, SYNC_TOKENS
+from student_trainer.rollouts.probe import (
+    SYNC_PROMPT_TOKENS,
+    SYNC_PROMPTS,
+    SYNC_TOKENS,
+    sync_prompts,
+)
 from student_trainer.rollouts.samplers.base import Weights
 from student_trainer.rollouts.samplers.hf_sampler import HfSampler
 from student_trainer.rollouts.weight_sync import WeightSync
@@ -98,27 +103,36 @@ async def test_log_probs_that_are_no_numbers_are_an_error(tmp_path: Path) -> Non
 class Listening(HfSampler):
     """Notes what a sync asks."""
 
-    asked: list[tuple[int, int]]
+    asked: list[tuple[list[int], int]]
 
     async def generate(
         self, request_id: str, prompt_ids: NDArray[np.int32], options: SamplingOptions
     ) -> AsyncIterator[Delta]:
-        self.asked.append((len(prompt_ids), options.max_tokens))
-        assert len(self._running) < len(PROBES)
+        self.asked.append((prompt_ids.tolist(), options.max_tokens))
         async for delta in super().generate(request_id, prompt_ids, options):
             yield delta
 
 
-async def test_a_sync_asks_for_few_tokens_after_the_ends_of_its_prompts(tmp_path: Path) -> None:
+async def test_a_sync_asks_for_few_tokens_after_short_pieces_of_its_prompts(tmp_path: Path) -> None:
     sampler = await started(write_tiny_student(tmp_path), Listening)
-    long = np.arange(2, 42, dtype=np.int32)
-    prompts = [long, PROBES[1]]
+    texts = [np.arange(2, 22, dtype=np.int32), np.arange(22, 42, dtype=np.int32)]
     sync = WeightSync(
-        learner_of(tiny_student()), sampler, probe_prompts=prompts, max_logprob_gap=1e-3
+        learner_of(tiny_student()), sampler, probe_prompts=texts, max_logprob_gap=1e-3
     )
     sampler.asked = []
     assert await sync.push(0) < 1e-4
-    assert sampler.asked == [(SYNC_PROMPT_TOKENS, SYNC_TOKENS), (1, SYNC_TOKENS)]
+    assert {tokens for _, tokens in sampler.asked} == {SYNC_TOKENS}
+    pieces = [prompt for prompt, _ in sampler.asked]
+    assert pieces == [ids.tolist() for ids in sync_prompts(texts)]
+    assert len(pieces) == SYNC_PROMPTS
+    assert len({*map(tuple, pieces)}) == SYNC_PROMPTS
+    assert {len(piece) for piece in pieces} == {SYNC_PROMPT_TOKENS}
+    assert (pieces[0][0], pieces[-1][-1]) == (2, 41)
+
+
+def test_prompts_of_a_sync_may_be_shorter_than_a_piece() -> None:
+    pieces = sync_prompts([np.array([5], np.int32), np.array([6], np.int32)])
+    assert [piece.tolist() for piece in pieces] == [[5, 6]] * SYNC_PROMPTS
 
 
 @pytest.mark.parametrize("tied", [False, True])

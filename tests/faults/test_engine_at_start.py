@@ -1,0 +1,99 @@
+"""vLLM's engine starts while the learner loads and the teacher is asked; none outlives a failure.
+
+Run: python -m pytest tests/faults/test_engine_at_start.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
+from tests.cores import own_core
+from tests.faults.engine_processes import engines
+from tests.faults.trainer_process import trainer
+from tests.faults.training_runs import CHECKPOINTS, Run
+from tests.waiting import LIMIT_S, eventually, wait_until
+from vllm_process.children import has_engines
+
+pytestmark = [pytest.mark.e2e, pytest.mark.vllm, pytest.mark.timeout(2 * LIMIT_S)]
+VLLM = json.dumps({"kind": "vllm", "cpu_cores": own_core(), "enforce_eager": True})
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """A teacher that takes connections and never answers."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield listening
+
+
+def last_line(run: Run, silent: socket.socket, log: Path, **settings: object) -> str:
+    """Of a trainer that fails after its engine has begun; the engine has gone by then."""
+    arguments = run.arguments(
+        f"127.0.0.1:{silent.getsockname()[1]}",
+        sampler=VLLM,
+        teacher__connect_timeout_s=3,
+        **settings,
+    )
+    with trainer(arguments, log) as process:
+        wait_until(lambda: engines(process.pid) or process.poll() is not None)
+        begun = engines(process.pid)
+        assert begun, log.read_text()
+        assert process.wait(LIMIT_S) == 1
+        wait_until(lambda: not any(engine.exists() for engine in begun))
+    return log.read_text().splitlines()[-1]
+
+
+def test_a_teacher_that_does_not_answer_ends_the_engine_too(
+    silent: socket.socket, tmp_path: Path
+) -> None:
+    line = last_line(Run(tmp_path / "run"), silent, tmp_path / "log")
+    assert line.startswith("NotReadyError: ")
+
+
+def test_a_student_that_cannot_be_loaded_is_told_of_first(
+    silent: socket.socket, tmp_path: Path
+) -> None:
+    """Its engine cannot load it either."""
+    student = shutil.copytree(CHECKPOINTS / "student", tmp_path / "student")
+    weights = student / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    run = Run(tmp_path / "run")
+    line = last_line(run, silent, tmp_path / "log", student__model=student)
+    assert line.startswith(f"CheckpointError: {student}: cannot load a student: ")
+
+
+@pytest.mark.parametrize("moment", ["before its engine is there", "with its engine"])
+async def test_a_sampler_that_is_closed_while_it_starts_leaves_no_engine(moment: str) -> None:
+    made = VllmSampler(
+        model=str(CHECKPOINTS / "student"),
+        dtype="float32",
+        max_context=64,
+        max_num_topk=0,
+        max_num_seqs=2,
+        stream_interval=1,
+        kv_cache_gib=0.1,
+        gpu_memory_utilization=0.3,
+        enforce_eager=True,
+        cpu_cores=own_core(),
+        seed=0,
+    )
+    start = asyncio.ensure_future(made.start())
+    if moment == "with its engine":
+        await eventually(has_engines)
+    else:
+        await asyncio.sleep(0)
+    start.cancel()
+    async with asyncio.timeout(LIMIT_S):
+        await made.close()
+    assert not has_engines()
+    with pytest.raises(asyncio.CancelledError):
+        await start

@@ -1,0 +1,115 @@
+"""A sampler starts beside everything else: begun first, waited for last, ended whatever happens.
+
+Run: python -m pytest tests/trainer/test_sampler_start.py. With vLLM: faults/test_engine_at_start.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from multiprocessing.process import BaseProcess
+
+import pytest
+
+from student_trainer.assembly.sampling import SamplerStart, started
+from student_trainer.errors import SamplerError
+from student_trainer.rollouts.stream import LoopThread
+from tests.trainer.in_memory import InMemorySampler
+from tests.waiting import LIMIT_S, wait_until
+
+pytestmark = pytest.mark.timeout(LIMIT_S)
+
+
+class Slow(InMemorySampler):
+    """Starts once it may; its engine, if it has one, is a process."""
+
+    def __init__(self, engine: BaseProcess | None = None) -> None:
+        super().__init__()
+        self.engine, self.may_start = engine, asyncio.Event()
+        self.done: list[str] = []
+
+    async def start(self) -> None:
+        if self.engine:
+            self.engine.start()
+        try:
+            await self.may_start.wait()
+        except asyncio.CancelledError:
+            self.done.append("cancelled")
+            raise
+        self.done.append("started")
+
+    async def close(self) -> None:
+        self.done.append("closed")
+
+
+class Refusing(InMemorySampler):
+    """Does not start."""
+
+    async def start(self) -> None:
+        raise SamplerError("cannot generate")
+
+
+@pytest.fixture
+def loop() -> Iterator[LoopThread]:
+    with closing(LoopThread()) as made:
+        yield made
+
+
+@pytest.fixture
+def engine() -> Iterator[BaseProcess]:
+    """A process that multiprocessing knows by the name that vLLM gives its own."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=time.sleep, args=(LIMIT_S,), name="EngineCore_DP0", daemon=True
+    )
+    yield process
+    if process.pid is not None:
+        process.kill()
+        process.join()
+
+
+def test_it_is_left_alone_once_its_process_runs_and_waited_for_in_the_end(
+    loop: LoopThread, engine: BaseProcess
+) -> None:
+    sampler, said = Slow(engine), list[str]()
+    with closing(SamplerStart(sampler, loop, said.append)) as start:
+        start.begin()
+        assert engine.is_alive()
+        assert (sampler.done, said) == ([], ["starting"])
+
+        async def release() -> None:
+            sampler.may_start.set()
+
+        loop.run(release())
+        start.wait()
+        assert (sampler.done, said) == (["started"], ["starting", "ready"])
+    assert sampler.done == ["started", "closed"]
+
+
+def test_one_that_is_ended_before_it_has_started_is_cancelled_and_closed(
+    loop: LoopThread, engine: BaseProcess
+) -> None:
+    sampler = Slow(engine)
+    with closing(SamplerStart(sampler, loop)) as start:
+        start.begin()
+    wait_until(lambda: len(sampler.done) == 2)
+    assert {*sampler.done} == {"cancelled", "closed"}
+
+
+def test_one_that_was_never_begun_is_closed(loop: LoopThread) -> None:
+    sampler = Slow()
+    SamplerStart(sampler, loop).close()
+    assert sampler.done == ["closed"]
+
+
+def test_what_it_fails_with_waits_for_those_that_come_first(loop: LoopThread) -> None:
+    """A learner that cannot be loaded is told of before a sampler that cannot."""
+    start = SamplerStart(Refusing(), loop)
+    start.begin()
+    with pytest.raises(SamplerError, match="cannot generate"):
+        start.wait()
+    start.close()
+    with pytest.raises(SamplerError), started(Refusing(), loop):
+        pytest.fail("it has not started")
