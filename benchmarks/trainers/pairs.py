@@ -1,0 +1,243 @@
+"""The pairs of models, the arms, and the task that every arm of a pair is given.
+
+What a task says is taken from our configuration of the pair by our own code: prompts in the order
+of the seed, learning rates of the schedule. TRL is given the same, so that nothing of it is chosen
+twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import ROOT
+from benchmarks.trainers.task import Task
+from student_trainer.records import Prompt
+from student_trainer.settings.config import TrainerConfig, load_config
+
+CHECKPOINTS = ROOT / "examples" / "playground" / "checkpoints"
+LANGUAGE = ROOT / "runs" / "language"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two models, what they work on, and how our trainer is configured for them."""
+
+    name: str
+    teacher: Path
+    student: Path
+    heldout: Path
+    config: Path
+    teacher_config: Path
+    rollouts: int
+    """A step, one a prompt."""
+    max_tokens: int
+    max_context: int
+    steps: int
+    """Of a run unless told."""
+    rounds: int
+    save_every: int
+    """Steps; the last is saved too."""
+    num_heldout: int
+    """Prompts of the held-out measurement."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Settings of ours, on top of the configuration."""
+    missing: str = ""
+    """How the models are made, where they are not part of the repository."""
+
+
+PAIRS = {
+    pair.name: pair
+    for pair in (
+        Pair(
+            name="playground",
+            teacher=CHECKPOINTS / "teacher",
+            student=CHECKPOINTS / "student",
+            heldout=CHECKPOINTS / "heldout.jsonl",
+            config=ROOT / "configs" / "trainer-demo.toml",
+            teacher_config=ROOT / "configs" / "teacher-demo.toml",
+            rollouts=64,
+            max_tokens=288,
+            max_context=320,
+            steps=16,
+            rounds=2,
+            save_every=2,
+            num_heldout=128,
+        ),
+        Pair(
+            name="smollm2",
+            teacher=LANGUAGE / "teacher",
+            student=LANGUAGE / "student",
+            heldout=LANGUAGE / "data" / "heldout.jsonl",
+            config=ROOT / "configs" / "trainer-language.toml",
+            teacher_config=ROOT / "configs" / "teacher-language.toml",
+            rollouts=16,
+            max_tokens=128,
+            max_context=384,
+            steps=4,
+            rounds=2,
+            save_every=4,
+            num_heldout=32,
+            changes={"sampler.max_num_seqs": 16},
+            missing="python -m examples.language --prepare",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One way to train."""
+
+    name: str
+    description: str
+    mode: str | None = None
+    """How TRL generates; None for an arm of ours."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Settings of ours."""
+    asked: bool = False
+    """Only runs when it is named."""
+
+
+NO_STOP, STOP = {"drift.stop_in_flight": False}, {"drift.stop_in_flight": True}
+HF = {"sampler": {"kind": "hf"}}
+OURS = "teacher server and trainer as processes, {} sampler, {} in flight"
+TRLS = "trl.DistillationTrainer, teacher in its process, float32, {}"
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm(
+            name="trl",
+            description=TRLS.format("transformers generation"),
+            mode="transformers",
+        ),
+        Arm(
+            name="trl_static",
+            description=TRLS.format('transformers generation, cache_implementation="static"'),
+            mode="static",
+        ),
+        Arm(
+            name="trl_vllm",
+            description=TRLS.format("vLLM in its process"),
+            mode="vllm",
+        ),
+        Arm(name="driftline", description=OURS.format("vLLM", "no stop"), changes=NO_STOP),
+        Arm(name="driftline_stop", description=OURS.format("vLLM", "stop"), changes=STOP),
+        Arm(
+            name="driftline_hf",
+            description=OURS.format("transformers", "no stop"),
+            changes=NO_STOP | HF,
+            asked=True,
+        ),
+        Arm(
+            name="driftline_hf_stop",
+            description=OURS.format("transformers", "stop"),
+            changes=STOP | HF,
+            asked=True,
+        ),
+    )
+}
+
+
+def chosen(names: Sequence[str] | None) -> list[Arm]:
+    """The arms of these names, or all that run unasked."""
+    if names is None:
+        return [arm for arm in ARMS.values() if not arm.asked]
+    return [ARMS[name] for name in names]
+
+
+def overrides(pair: Pair, arm: Arm, *, seed: int, steps: int, out: Path, teacher: str) -> list[str]:
+    """Of our configuration of the pair: one update a step, nothing evaluated, nothing saved."""
+    changes = {
+        **(HF if "sampler" in arm.changes else {}),
+        "run.out": str(out),
+        "run.seed": seed,
+        "run.steps": steps,
+        "student.model": str(pair.student),
+        "teacher.endpoints": [teacher],
+        "data.heldout": None,
+        "rollout.prompts_per_step": pair.rollouts,
+        "rollout.rollouts_per_prompt": 1,
+        "rollout.max_context": pair.max_context,
+        "budget.max_tokens": pair.max_tokens,
+        "optim.epochs": 1,
+        "optim.updates_per_epoch": 1,
+        "checkpoint.every_steps": steps + 1,
+        **{key: value for key, value in pair.changes.items() if not _of(key, arm.changes)},
+        **{key: value for key, value in arm.changes.items() if key != "sampler"},
+    }
+    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+
+
+def _of(key: str, tables: dict[str, Any]) -> bool:
+    """Whether a setting belongs to a table that is replaced as a whole."""
+    return key.partition(".")[0] in tables
+
+
+def task(pair: Pair, arm: Arm, *, seed: int, steps: int, out: Path, teacher: str) -> Task:
+    """What an arm is to do. Raises ConfigError, DatasetError."""
+    from student_trainer.assembly import from_settings
+    from student_trainer.data import PromptOrder
+    from student_trainer.pretrained import load_tokenizer
+
+    lines = overrides(pair, arm, seed=seed, steps=steps, out=out, teacher=teacher)
+    config = load_config(pair.config, lines)
+    problems = from_settings.problems(config, load_tokenizer(str(pair.student)))
+    order = PromptOrder(problems.train, prompts_per_step=pair.rollouts, seed=seed)
+    prompts = [order.step(step) for step in range(steps)]
+    saves = [*range(pair.save_every, steps, pair.save_every), steps]
+    return Task(
+        pair=pair.name,
+        arm=arm.name,
+        seed=seed,
+        student=str(pair.student),
+        teacher=str(pair.teacher),
+        prompts=[[prompt.text for prompt in step] for step in prompts],
+        prompt_ids=[[prompt.token_ids.tolist() for prompt in step] for step in prompts],
+        max_tokens=pair.max_tokens,
+        max_context=pair.max_context,
+        temperature=config.rollout.temperature,
+        learning_rates=learning_rates(config),
+        betas=config.optim.betas,
+        weight_decay=config.optim.weight_decay,
+        max_grad_norm=config.optim.max_grad_norm,
+        save_at=saves,
+        out=str(out),
+        overrides=lines,
+        config=str(pair.config.relative_to(ROOT)),
+    )
+
+
+def learning_rates(config: TrainerConfig) -> list[float]:
+    """Of every update of a run, by our own optimiser."""
+    import torch
+
+    from student_trainer.assembly import from_settings
+
+    model: Any = torch.nn.Linear(1, 1)
+    optimizer, found = from_settings.optimizer(config, model), []
+    for _ in range(config.run.steps):
+        found.append(optimizer.learning_rate)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step(1.0)
+    return found
+
+
+def heldout_prompts(pair: Pair) -> list[Prompt]:
+    """Of the held-out measurement, and of no training."""
+    from student_trainer.assembly import from_settings
+    from student_trainer.pretrained import load_tokenizer
+
+    lines = [
+        f"data.heldout={pair.heldout}",
+        f"eval.num_prompts={pair.num_heldout}",
+        f"eval.max_tokens={pair.max_tokens}",
+        f"rollout.max_context={pair.max_context}",
+        f"budget.max_tokens={pair.max_tokens}",
+    ]
+    config = load_config(pair.config, lines)
+    return from_settings.heldout_problems(config, load_tokenizer(str(pair.student)))

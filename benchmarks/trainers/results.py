@@ -1,0 +1,226 @@
+"""What runs come to: medians by phase, ratios, a table, a file. Knows no trainer.
+
+A record of a run is what `running.run` returns, with `heldout`: figures by the step after which the
+student was saved. The first step of a run counts for nothing but the way to a held-out level.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.measuring import Measured, Sample
+from benchmarks.provenance import provenance
+from student_trainer.process.writing import write_whole
+
+Run = dict[str, Any]
+BEFORE = "0"
+"""Key of the untrained student among held-out figures."""
+MIB = 2**20
+TRLS = ("trl", "trl_static", "trl_vllm")
+PHASES = ("generate", "teacher", "loss", "backward", "learn", "update", "sync", "other")
+
+
+class Results:
+    """The result file as it grows: written after every run and every held-out measurement."""
+
+    def __init__(self, path: Path) -> None:
+        """Goes on from the file, if there is one."""
+        self.path = path
+        self.runs: dict[str, list[Run]] = {}
+        self.errors: dict[str, str] = {}
+        self.before: dict[str, dict[str, float]] = {}
+        """Held-out figures of each pair's untrained student."""
+        if path.exists():
+            written = json.loads(path.read_text(encoding="utf-8"))
+            self.before = written["before"]
+            for name, arm in written["arms"].items():
+                self.runs[name] = arm["runs"]
+                if arm["error"]:
+                    self.errors[name] = arm["error"]
+
+    def has(self, name: str, number: int, digest: str) -> bool:
+        """Whether this round of an arm is there, of the same work."""
+        return any(r["round"] == number and r["of"] == digest for r in self.runs.get(name, []))
+
+    def add(self, name: str, run: Run) -> None:
+        """In place of what was there of the same round, and of runs of other work."""
+        kept = [r for r in self.runs.get(name, []) if r["round"] != run["round"] and _alike(r, run)]
+        self.runs[name] = sorted([*kept, run], key=lambda r: int(r["round"]))
+        self.errors.pop(name, None)
+
+    def fail(self, name: str, error: str) -> None:
+        """An arm that could not do its work; it stays in the table."""
+        self.runs.setdefault(name, [])
+        self.errors[name] = error
+
+    def measured(self, descriptions: Mapping[str, str]) -> dict[str, Measured]:
+        """Every arm: a sample a counted step."""
+        return {
+            name: measured(
+                runs, descriptions.get(name.partition("/")[2], ""), self.errors.get(name)
+            )
+            for name, runs in self.runs.items()
+        }
+
+    def write(self, descriptions: Mapping[str, str], settings: Mapping[str, Any]) -> None:
+        arms = self.measured(descriptions)
+        content = {
+            "made": provenance(),
+            "settings": dict(settings),
+            "ratios": ratios(self.runs, self.errors),
+            "before": self.before,
+            "arms": {name: arm.record() | {"runs": self.runs[name]} for name, arm in arms.items()},
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, json.dumps(content, indent=1) + "\n")
+
+
+def _alike(one: Run, other: Run) -> bool:
+    return len(one["steps"]) == len(other["steps"])
+
+
+def counted(run: Run) -> list[dict[str, Any]]:
+    """The steps of a run that count: all but the first."""
+    return list(run["steps"][1:])
+
+
+def measured(runs: Sequence[Run], description: str, error: str | None) -> Measured:
+    """A sample a counted step; figures of a whole run stand in the first of its samples."""
+    samples = []
+    for run in runs:
+        of_run = figures_of_run(run)
+        for step in counted(run):
+            phases = {f"{name}_s": seconds for name, seconds in step["phases"].items()}
+            tokens = {name: float(step[name]) for name in ("generated_tokens", "prompt_tokens")}
+            samples.append(Sample(seconds=step["seconds"], figures=phases | tokens | of_run))
+            of_run = {}
+    return Measured(description=description, samples=samples, error=error)
+
+
+def figures_of_run(run: Run) -> dict[str, float]:
+    """Those that are there: seconds until the first token, peaks, the held-out divergence at the
+    end."""
+    found = {f"peak_{name}_mib": mib for name, mib in run["peak_mib"].items()}
+    found["ready_s"] = run["ready_s"]
+    if run["start_up_s"] is not None:
+        found["start_up_s"] = run["start_up_s"]
+    if (last := run.get("heldout", {}).get(str(len(run["steps"])))) is not None:
+        found["heldout_reverse_kl"] = last["reverse_kl"]
+    return found
+
+
+def ratios(runs: Mapping[str, list[Run]], errors: Mapping[str, str]) -> dict[str, float | None]:
+    """TRL's fastest mode over ours, by pair; None where either has failed or is not there."""
+    whole = {name: some for name, some in runs.items() if some and name not in errors}
+    found: dict[str, float | None] = {}
+    for pair in sorted({name.partition("/")[0] for name in runs}):
+        of_pair = {n.partition("/")[2]: r for n, r in whole.items() if n.startswith(f"{pair}/")}
+        trl = _fastest(of_pair, TRLS)
+        for ours in ("driftline", "driftline_stop", "driftline_hf", "driftline_hf_stop"):
+            if ours not in of_pair and ours not in ("driftline", "driftline_stop"):
+                continue
+            name = f"{ours}_{pair}"
+            pairs = (of_pair.get(trl or ""), of_pair.get(ours))
+            found[f"trl_step_over_{name}"] = _over(*pairs, step_s)
+            found[f"trl_start_up_over_{name}"] = _over(*pairs, start_up_s)
+            found[f"trl_peak_over_{name}"] = _over(*pairs, peak_mib)
+            found[f"trl_peak_without_teacher_over_{name}"] = _over(*pairs, peak_without_teacher_mib)
+            found[f"sync_share_{name}"] = _share(of_pair.get(ours), "sync")
+    for pair, suffix in (("playground", ""), ("smollm2", "_smollm2")):
+        of_pair = {n.partition("/")[2]: r for n, r in whole.items() if n.startswith(f"{pair}/")}
+        trl = _fastest(of_pair, TRLS)
+        if trl is None:
+            continue
+        for ours, name in (("driftline_stop", "driftline"), ("driftline", "driftline_unstopped")):
+            for key, with_start in (("", False), ("_with_start_up", True)):
+                found[f"trl_seconds_to_same_kl{key}_over_{name}{suffix}"] = _to_same_level(
+                    of_pair[trl], of_pair.get(ours, []), with_start_up=with_start
+                )
+    return {name: None if v is None else round(v, 4) for name, v in found.items()}
+
+
+def _fastest(arms: Mapping[str, list[Run]], names: Sequence[str]) -> str | None:
+    there = [name for name in names if name in arms]
+    return min(there, key=lambda name: step_s(arms[name]), default=None)
+
+
+def _over(over: list[Run] | None, under: list[Run] | None, of: Any) -> float | None:
+    if not over or not under:
+        return None
+    upper, lower = of(over), of(under)
+    return None if upper is None or not lower else float(upper / lower)
+
+
+def step_s(runs: Sequence[Run]) -> float:
+    """Median seconds of a counted step."""
+    return float(median(step["seconds"] for run in runs for step in counted(run)))
+
+
+def start_up_s(runs: Sequence[Run]) -> float | None:
+    """Median seconds from the command to the first generated token."""
+    known = [run["start_up_s"] for run in runs if run["start_up_s"] is not None]
+    return median(known) if known else None
+
+
+def peak_mib(runs: Sequence[Run]) -> float:
+    """Median over runs of the trainer's peak; of TRL's the teacher is in it."""
+    return float(median(run["peak_mib"]["trainer"] for run in runs))
+
+
+def peak_without_teacher_mib(runs: Sequence[Run]) -> float:
+    """The same without the weights of a teacher that is in the process."""
+    weights = runs[0]["settings"].get("teacher_weight_bytes", 0)
+    return peak_mib(runs) - float(weights) / MIB
+
+
+def _share(runs: list[Run] | None, phase: str) -> float | None:
+    """Of the seconds of counted steps, in a phase."""
+    if not runs:
+        return None
+    steps = [step for run in runs for step in counted(run)]
+    return float(sum(s["phases"].get(phase, 0.0) for s in steps) / sum(s["seconds"] for s in steps))
+
+
+def seconds_to(run: Run, level: float) -> float | None:
+    """Seconds of its steps, the first included, until its held-out reverse KL is at a level.
+
+    The divergence is taken to be straight between the steps at which it was measured. None for a
+    run that was never there.
+    """
+    wall = [0.0, *accumulate(step["seconds"] for step in run["steps"])]
+    curve = sorted((int(step), f["reverse_kl"]) for step, f in run["heldout"].items())
+    before: tuple[float, float] | None = None
+    for step, value in curve:
+        if value <= level:
+            if before is None or value == before[1]:
+                return wall[step]
+            part = (before[1] - level) / (before[1] - value)
+            return before[0] + part * (wall[step] - before[0])
+        before = (wall[step], value)
+    return None
+
+
+def _to_same_level(trl: list[Run], ours: list[Run], *, with_start_up: bool) -> float | None:
+    """Median over rounds of TRL's seconds to its end over ours to the same divergence."""
+    found = []
+    for theirs in trl:
+        same = [run for run in ours if run["round"] == theirs["round"]]
+        last = str(len(theirs["steps"]))
+        if not same or last not in theirs.get("heldout", {}) or not same[0].get("heldout"):
+            continue
+        level = theirs["heldout"][last]["reverse_kl"]
+        needed = seconds_to(same[0], level)
+        if needed is None:
+            return None
+        spent = sum(step["seconds"] for step in theirs["steps"])
+        if with_start_up:
+            if theirs["start_up_s"] is None or same[0]["start_up_s"] is None:
+                return None
+            spent, needed = spent + theirs["start_up_s"], needed + same[0]["start_up_s"]
+        found.append(spent / needed)
+    return median(found) if found else None
