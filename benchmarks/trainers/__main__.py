@@ -6,8 +6,8 @@ python -m benchmarks.trainers --pairs smollm2 --arms trl driftline --at-most 1
 
 A round runs every arm of a pair once, each as processes of its own that have the machine to
 themselves; every round has another seed and begins with another arm. Then the saved students are
-measured on held-out prompts. All is written as it comes, and the same command goes on where it was:
-`--at-most` ends it after so many runs, `--no-heldout` and `--only-heldout` part the two.
+measured on held-out prompts. All is written as it comes, and the same command at the same commit goes
+on where it was: `--at-most` ends it after so many runs, `--no-heldout` and `--only-heldout` part the two.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.console import Console
 from benchmarks.measuring import ratio_table, table, turned, wide_console
 from benchmarks.options import sayer
 from benchmarks.processes import first_line
-from benchmarks.provenance import ROOT
+from benchmarks.provenance import ROOT, commit
 from benchmarks.trainers import environment, running
 from benchmarks.trainers import pairs as lineup
 from benchmarks.trainers.pairs import ARMS, PAIRS, Arm, Pair
@@ -89,7 +89,7 @@ def train(
                 name = f"{pair.name}/{arm.name}"
                 if name in results.errors and not arguments.again:
                     continue
-                if results.has(name, number, wanted(pair, arm, number, steps)):
+                if results.has(name, number, wanted(pair, arm, number, steps), commit()):
                     continue
                 if left == 0:
                     return

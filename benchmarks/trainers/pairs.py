@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -179,14 +180,12 @@ def _of(key: str, tables: dict[str, Any]) -> bool:
 
 def task(pair: Pair, arm: Arm, *, seed: int, steps: int, out: Path, teacher: str) -> Task:
     """What an arm is to do. Raises ConfigError, DatasetError."""
-    from student_trainer.assembly import from_settings
     from student_trainer.data import PromptOrder
-    from student_trainer.pretrained import load_tokenizer
 
     lines = overrides(pair, arm, seed=seed, steps=steps, out=out, teacher=teacher)
     config = load_config(pair.config, lines)
-    problems = from_settings.problems(config, load_tokenizer(str(pair.student)))
-    order = PromptOrder(problems.train, prompts_per_step=pair.rollouts, seed=seed)
+    asked = _train_prompts(pair.config, pair.student, pair.max_tokens, pair.max_context)
+    order = PromptOrder(asked, prompts_per_step=pair.rollouts, seed=seed)
     prompts = [order.step(step) for step in range(steps)]
     saves = [*range(pair.save_every, steps, pair.save_every), steps]
     return Task(
@@ -209,6 +208,17 @@ def task(pair: Pair, arm: Arm, *, seed: int, steps: int, out: Path, teacher: str
         overrides=lines,
         config=str(pair.config.relative_to(ROOT)),
     )
+
+
+@cache
+def _train_prompts(path: Path, student: Path, max_tokens: int, max_context: int) -> list[Prompt]:
+    """As our trainer reads them."""
+    from student_trainer.assembly import from_settings
+    from student_trainer.pretrained import load_tokenizer
+
+    lengths = [f"rollout.max_context={max_context}", f"budget.max_tokens={max_tokens}"]
+    config = load_config(path, [*lengths, "data.heldout=null"])
+    return from_settings.problems(config, load_tokenizer(str(student))).train
 
 
 def learning_rates(config: TrainerConfig) -> list[float]:

@@ -43,12 +43,13 @@ class Results:
                 if arm["error"]:
                     self.errors[name] = arm["error"]
 
-    def has(self, name: str, number: int, digest: str) -> bool:
-        """Whether this round of an arm is there, of the same work."""
-        return any(r["round"] == number and r["of"] == digest for r in self.runs.get(name, []))
+    def has(self, name: str, number: int, digest: str, commit: str) -> bool:
+        """Whether this round of an arm is there, of the same work and the same code."""
+        key = (number, digest, commit)
+        return any((r["round"], r["of"], r["commit"]) == key for r in self.runs.get(name, []))
 
     def add(self, name: str, run: Run) -> None:
-        """In place of what was there of the same round, and of runs of other work."""
+        """In place of what was there of the same round, and of runs of other code or length."""
         kept = [r for r in self.runs.get(name, []) if r["round"] != run["round"] and _alike(r, run)]
         self.runs[name] = sorted([*kept, run], key=lambda r: int(r["round"]))
         self.errors.pop(name, None)
@@ -81,7 +82,7 @@ class Results:
 
 
 def _alike(one: Run, other: Run) -> bool:
-    return len(one["steps"]) == len(other["steps"])
+    return one["commit"] == other["commit"] and len(one["steps"]) == len(other["steps"])
 
 
 def counted(run: Run) -> list[dict[str, Any]]:
@@ -192,8 +193,8 @@ def seconds_to(run: Run, level: float) -> float | None:
     The divergence is taken to be straight between the steps at which it was measured. None for a
     run that was never there.
     """
-    wall = [0.0, *accumulate(step["seconds"] for step in run["steps"])]
-    curve = sorted((int(step), f["reverse_kl"]) for step, f in run["heldout"].items())
+    wall = [0.0, *accumulate(float(step["seconds"]) for step in run["steps"])]
+    curve = sorted((int(step), float(f["reverse_kl"])) for step, f in run["heldout"].items())
     before: tuple[float, float] | None = None
     for step, value in curve:
         if value <= level:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ RUN_LIMIT_S = 3600.0
 SAME = ("max_tokens", "temperature", "betas", "weight_decay", "max_grad_norm")
 """What a task says once and both trainers must have gone by."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+TRLS_VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+"""GiB, as our sampler's."""
 Event = dict[str, Any]
 
 
@@ -67,8 +70,9 @@ def _watched(
     path = Path(task.out) / "task.json"
     task.write(path)
     log_name = f"trainers-{task.pair}-{task.arm}"
+    environ = OFFLINE | (TRLS_VLLM if "vllm" in last else {})
     started = time.monotonic()
-    with child(log_name, [*words, str(path), *last], env=OFFLINE, stdout=subprocess.PIPE) as made:
+    with child(log_name, [*words, str(path), *last], env=environ, stdout=subprocess.PIPE) as made:
         with Peaks({"trainer": made.process.pid, **others}) as peaks, _limited(made):
             events = list(_events(made))
         code = made.process.wait()
@@ -180,8 +184,9 @@ def _teacher(pair: Pair) -> Iterator[tuple[str, int]]:
     ready = ready_file()
     flags = ["--model", str(pair.teacher), "--max-context", str(pair.max_context)]
     flags += ["--grpc-port", "0", "--http-port", "0", "--ready-file", str(ready)]
-    # As examples/demo.py: the sampler has the other cores.
-    flags += ["--cpu-cores", str((os.cpu_count() or 1) - 1)]
+    if tomllib.loads(pair.teacher_config.read_text(encoding="utf-8"))["engine"] == "vllm":
+        # As examples/demo.py: the sampler has the other cores.
+        flags += ["--cpu-cores", str((os.cpu_count() or 1) - 1)]
     command = [sys.executable, "-m", "teacher_server.cli", "serve"]
     command += ["--config", str(pair.teacher_config), *flags]
     with child(f"trainers-teacher-{pair.name}", command) as server:

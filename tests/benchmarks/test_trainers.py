@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.trainers import environment, memory, pairs
+from benchmarks.trainers import environment, memory, pairs, running
 from benchmarks.trainers.__main__ import main, parser, size
 from benchmarks.trainers.memory import Peaks, proportional_bytes, tree
 from benchmarks.trainers.pairs import ARMS, PAIRS
@@ -67,6 +67,7 @@ def run(
     return {
         "round": number,
         "of": "work",
+        "commit": "code",
         "ready_s": start_up - 1,
         "start_up_s": start_up,
         "steps": steps,
@@ -263,9 +264,10 @@ def test_results_go_on_where_they_were(tmp_path: Path) -> None:
     results.fail("playground/trl_vllm", "AttributeError: no")
     results.write({"trl": "as it is"}, {"playground": {}})
     again = Results(path)
-    assert again.has("playground/trl", 0, "work")
-    assert not again.has("playground/trl", 0, "other work")
-    assert not again.has("playground/trl", 2, "work")
+    assert again.has("playground/trl", 0, "work", "code")
+    assert not again.has("playground/trl", 0, "other work", "code")
+    assert not again.has("playground/trl", 0, "work", "other code")
+    assert not again.has("playground/trl", 2, "work", "code")
     assert again.errors == {"playground/trl_vllm": "AttributeError: no"}
     written = json.loads(path.read_text())
     assert set(written) == {"made", "settings", "ratios", "before", "arms"}
@@ -275,6 +277,8 @@ def test_results_go_on_where_they_were(tmp_path: Path) -> None:
     assert again.errors == {}
     again.add("playground/trl", run(0, [3.0, 1.0, 1.0]))
     assert [one["round"] for one in again.runs["playground/trl"]] == [0]
+    again.add("playground/trl", run(1, [3.0, 1.0, 1.0], commit="other code"))
+    assert [one["round"] for one in again.runs["playground/trl"]] == [1]
 
 
 def test_memory_is_that_of_a_process_and_all_below_it() -> None:
@@ -291,6 +295,26 @@ def test_memory_is_that_of_a_process_and_all_below_it() -> None:
         child.stdin.close()
     assert peaks.mib()["child"] > 60
     assert proportional_bytes([child.pid]) == 0
+
+
+@pytest.mark.e2e
+def test_our_trainer_does_the_work_that_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Teacher and trainer as processes, with the engines that start at once."""
+    monkeypatch.setattr(running, "RUNS", tmp_path)
+    config = tmp_path / "teacher.toml"
+    config.write_text('engine = "hf"\ndtype = "float32"\nmax_k = 8\n')
+    pair = replace(PLAYGROUND, rollouts=2, max_tokens=8, teacher_config=config)
+    found = running.run(pair, ARMS["driftline_hf"], 0, steps=STEPS, environments={}, said=print)
+    assert [step["step"] for step in found["steps"]] == [1, 2]
+    assert found["of"] == task("driftline_hf").digest()
+    assert 0 < found["ready_s"] < found["start_up_s"]
+    for step in found["steps"]:
+        assert sum(step["phases"].values()) == pytest.approx(step["seconds"])
+        assert step["loss_tokens"] == step["generated_tokens"] == 16
+    assert (tmp_path / "playground" / "driftline_hf-0" / "step2" / "model.safetensors").is_file()
+    assert min(found["peak_mib"]["trainer"], found["peak_mib"]["teacher"]) > 0
 
 
 def test_an_environment_that_is_given_is_used_as_it_is(tmp_path: Path) -> None:
