@@ -6,8 +6,9 @@ python -m benchmarks.trainers --pairs smollm2 --arms trl driftline --at-most 1
 
 A round runs every arm of a pair once, each as processes of its own that have the machine to
 themselves; every round has another seed and begins with another arm. Then the saved students are
-measured on held-out prompts. All is written as it comes, and the same command at the same commit goes
-on where it was: `--at-most` ends it after so many runs, `--no-heldout` and `--only-heldout` part the two.
+measured on held-out prompts. All is written as it comes, and the same command at the same commit
+goes on where it was: `--at-most` ends it after so many runs, `--no-heldout` and `--only-heldout`
+part the two.
 """
 
 from __future__ import annotations
