@@ -34,6 +34,7 @@ from benchmarks.trainers.results import BEFORE, PHASES, Results, ratios
 QUICK_STEPS, QUICK_ROUNDS = 3, 1
 FIGURES = {f"{name}_s": ".2f" for name in PHASES} | {
     "generated_tokens": ",.0f",
+    "others_cores": ".2f",
     "start_up_s": ".0f",
     "peak_trainer_mib": ",.0f",
     "heldout_reverse_kl": ".4f",
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, help="of every arm, default by pair")
     made.add_argument("--steps", type=int, help="of a run, at least 2, default by pair")
     made.add_argument("--at-most", type=int, metavar="N", help="runs; the same command goes on")
-    made.add_argument("--again", action="store_true", help="arms that failed, once more")
+    made.add_argument("--again", action="store_true", help="what failed, or ran beside others")
     parts = made.add_mutually_exclusive_group()
     parts.add_argument("--no-heldout", action="store_true", help="train only")
     parts.add_argument("--only-heldout", action="store_true", help="measure what was trained")
@@ -90,7 +91,9 @@ def train(
                 name = f"{pair.name}/{arm.name}"
                 if name in results.errors and not arguments.again:
                     continue
-                if results.has(name, number, wanted(pair, arm, number, steps), commit()):
+                digest = wanted(pair, arm, number, steps)
+                again = arguments.again
+                if results.has(name, number, digest, commit(), mostly_quiet=again):
                     continue
                 if left == 0:
                     return

@@ -1,7 +1,8 @@
 """What runs come to: medians by phase, ratios, a table, a file. Knows no trainer.
 
 A record of a run is what `running.run` returns, with `heldout`: figures by the step after which the
-student was saved. The first step of a run counts for nothing but the way to a held-out level.
+student was saved. The first step of a run counts for nothing but the way to a held-out level, and
+one beside which others computed for nothing at all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ Run = dict[str, Any]
 BEFORE = "0"
 """Key of the untrained student among held-out figures."""
 MIB = 2**20
+QUIET_CORES = 0.1
+"""What others may have of the machine beside a step that counts."""
+QUIET_START_CORES = 0.25
+"""The same beside a start-up."""
 TRLS = ("trl", "trl_static", "trl_vllm")
 PHASES = ("generate", "teacher", "loss", "backward", "learn", "update", "sync", "other")
 
@@ -33,20 +38,25 @@ class Results:
         self.path = path
         self.runs: dict[str, list[Run]] = {}
         self.errors: dict[str, str] = {}
+        """Of arms that could not do their work."""
         self.before: dict[str, dict[str, float]] = {}
         """Held-out figures of each pair's untrained student."""
         if path.exists():
             written = json.loads(path.read_text(encoding="utf-8"))
-            self.before = written["before"]
-            for name, arm in written["arms"].items():
-                self.runs[name] = arm["runs"]
-                if arm["error"]:
-                    self.errors[name] = arm["error"]
+            self.before, self.errors = written["before"], written["failed"]
+            self.runs = {name: arm["runs"] for name, arm in written["arms"].items()}
 
-    def has(self, name: str, number: int, digest: str, commit: str) -> bool:
-        """Whether this round of an arm is there, of the same work and the same code."""
+    def has(
+        self, name: str, number: int, digest: str, commit: str, *, mostly_quiet: bool = False
+    ) -> bool:
+        """Whether this round of an arm is there, of the same work and code; and with at least half
+        of its steps but the first quiet, if it must be."""
         key = (number, digest, commit)
-        return any((r["round"], r["of"], r["commit"]) == key for r in self.runs.get(name, []))
+        return any(
+            (run["round"], run["of"], run["commit"]) == key
+            and (not mostly_quiet or 2 * len(counted(run)) >= len(run["steps"]) - 1)
+            for run in self.runs.get(name, [])
+        )
 
     def add(self, name: str, run: Run) -> None:
         """In place of what was there of the same round, and of runs of other code or length."""
@@ -75,6 +85,7 @@ class Results:
             "settings": dict(settings),
             "ratios": ratios(self.runs, self.errors),
             "before": self.before,
+            "failed": self.errors,
             "arms": {name: arm.record() | {"runs": self.runs[name]} for name, arm in arms.items()},
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,19 +96,27 @@ def _alike(one: Run, other: Run) -> bool:
     return one["commit"] == other["commit"] and len(one["steps"]) == len(other["steps"])
 
 
+def quiet(step: Mapping[str, Any]) -> bool:
+    """Whether nobody else computed beside a step."""
+    return bool(step["others_cores"] <= QUIET_CORES)
+
+
 def counted(run: Run) -> list[dict[str, Any]]:
-    """The steps of a run that count: all but the first."""
-    return list(run["steps"][1:])
+    """The steps of a run that count: the quiet ones but for the first of all."""
+    return [step for step in run["steps"][1:] if quiet(step)]
 
 
 def measured(runs: Sequence[Run], description: str, error: str | None) -> Measured:
     """A sample a counted step; figures of a whole run stand in the first of its samples."""
-    samples = []
+    samples: list[Sample] = []
+    if runs and not error and not any(counted(run) for run in runs):
+        error = f"no step without others at work (more than {QUIET_CORES} cores)"
     for run in runs:
         of_run = figures_of_run(run)
         for step in counted(run):
             phases = {f"{name}_s": seconds for name, seconds in step["phases"].items()}
-            tokens = {name: float(step[name]) for name in ("generated_tokens", "prompt_tokens")}
+            told = ("generated_tokens", "prompt_tokens", "others_cores")
+            tokens = {name: float(step[name]) for name in told}
             samples.append(Sample(seconds=step["seconds"], figures=phases | tokens | of_run))
             of_run = {}
     return Measured(description=description, samples=samples, error=error)
@@ -108,7 +127,7 @@ def figures_of_run(run: Run) -> dict[str, float]:
     end."""
     found = {f"peak_{name}_mib": mib for name, mib in run["peak_mib"].items()}
     found["ready_s"] = run["ready_s"]
-    if run["start_up_s"] is not None:
+    if run["start_up_s"] is not None and run["others_cores_at_start"] <= QUIET_START_CORES:
         found["start_up_s"] = run["start_up_s"]
     if (last := run.get("heldout", {}).get(str(len(run["steps"])))) is not None:
         found["heldout_reverse_kl"] = last["reverse_kl"]
@@ -117,7 +136,11 @@ def figures_of_run(run: Run) -> dict[str, float]:
 
 def ratios(runs: Mapping[str, list[Run]], errors: Mapping[str, str]) -> dict[str, float | None]:
     """TRL's fastest mode over ours, by pair; None where either has failed or is not there."""
-    whole = {name: some for name, some in runs.items() if some and name not in errors}
+    whole = {
+        name: some
+        for name, some in runs.items()
+        if name not in errors and any(counted(run) for run in some)
+    }
     found: dict[str, float | None] = {}
     for pair in sorted({name.partition("/")[0] for name in runs}):
         of_pair = {n.partition("/")[2]: r for n, r in whole.items() if n.startswith(f"{pair}/")}
@@ -163,8 +186,9 @@ def step_s(runs: Sequence[Run]) -> float:
 
 
 def start_up_s(runs: Sequence[Run]) -> float | None:
-    """Median seconds from the command to the first generated token."""
-    known = [run["start_up_s"] for run in runs if run["start_up_s"] is not None]
+    """Median seconds from the command to the first generated token, of quiet starts."""
+    figures = [figures_of_run(run) for run in runs]
+    known = [found["start_up_s"] for found in figures if "start_up_s" in found]
     return median(known) if known else None
 
 
@@ -187,13 +211,29 @@ def _share(runs: list[Run] | None, phase: str) -> float | None:
     return float(sum(s["phases"].get(phase, 0.0) for s in steps) / sum(s["seconds"] for s in steps))
 
 
+def undisturbed(run: Run) -> list[float]:
+    """Seconds of every step; of one that was not quiet, the mean of the nearest quiet ones before
+    and after it. Empty where none was."""
+    steps = run["steps"]
+    calm = [place for place, step in enumerate(steps) if quiet(step)]
+    found = []
+    for place in range(len(steps)) if calm else ():
+        before = [p for p in calm if p <= place][-1:]
+        after = [p for p in calm if p >= place][:1]
+        nearest = {*before, *after}
+        found.append(sum(float(steps[p]["seconds"]) for p in nearest) / len(nearest))
+    return found
+
+
 def seconds_to(run: Run, level: float) -> float | None:
     """Seconds of its steps, the first included, until its held-out reverse KL is at a level.
 
     The divergence is taken to be straight between the steps at which it was measured. None for a
     run that was never there.
     """
-    wall = [0.0, *accumulate(float(step["seconds"]) for step in run["steps"])]
+    wall = [0.0, *accumulate(undisturbed(run))]
+    if len(wall) == 1:
+        return None
     curve = sorted((int(step), float(f["reverse_kl"])) for step, f in run["heldout"].items())
     before: tuple[float, float] | None = None
     for step, value in curve:
@@ -218,10 +258,11 @@ def _to_same_level(trl: list[Run], ours: list[Run], *, with_start_up: bool) -> f
         needed = seconds_to(same[0], level)
         if needed is None:
             return None
-        spent = sum(step["seconds"] for step in theirs["steps"])
+        spent = sum(undisturbed(theirs))
         if with_start_up:
-            if theirs["start_up_s"] is None or same[0]["start_up_s"] is None:
+            starts = start_up_s(trl), start_up_s(ours)
+            if starts[0] is None or starts[1] is None:
                 return None
-            spent, needed = spent + theirs["start_up_s"], needed + same[0]["start_up_s"]
+            spent, needed = spent + starts[0], needed + starts[1]
         found.append(spent / needed)
     return median(found) if found else None

@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.processes import Child, child, ready_file, what_failed
 from benchmarks.provenance import ROOT, commit
 from benchmarks.trainers import environment, pairs
+from benchmarks.trainers.load import Others
 from benchmarks.trainers.memory import Peaks
 from benchmarks.trainers.pairs import Arm, Pair
 from benchmarks.trainers.task import Task, prompts_digest
@@ -74,7 +75,7 @@ def _watched(
     started = time.monotonic()
     with child(log_name, [*words, str(path), *last], env=environ, stdout=subprocess.PIPE) as made:
         with Peaks({"trainer": made.process.pid, **others}) as peaks, _limited(made):
-            events = list(_events(made))
+            events = list(_beside_others(_events(made)))
         code = made.process.wait()
         log = made.log
     if code or not events or events[-1]["event"] != "done":
@@ -87,6 +88,13 @@ def _events(made: Child) -> Iterator[Event]:
     for line in made.process.stdout:
         yield json.loads(line)
     made.process.stdout.close()
+
+
+def _beside_others(events: Iterator[Event]) -> Iterator[Event]:
+    """The same, each told what others had of the machine since the one before."""
+    others = Others.since(time.monotonic())
+    for event in events:
+        yield event | {"others_cores": others.cores(time.monotonic())}
 
 
 @contextmanager
@@ -112,6 +120,9 @@ def record_of(events: Sequence[Event], started: float) -> dict[str, Any]:
     return {
         "ready_s": round(at["ready"] - started, 2),
         "start_up_s": None if first is None else round(first - started, 2),
+        "others_cores_at_start": max(
+            event["others_cores"] for event in events if event["event"] in ("ready", "first_token")
+        ),
         "steps": [
             {key: value for key, value in event.items() if key not in ("event", "at")}
             for event in events

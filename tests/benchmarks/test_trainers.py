@@ -19,9 +19,17 @@ import pytest
 
 from benchmarks.trainers import environment, memory, pairs, running
 from benchmarks.trainers.__main__ import main, parser, size
+from benchmarks.trainers.load import _own_s, busy_s, processor_s
 from benchmarks.trainers.memory import Peaks, proportional_bytes, tree
 from benchmarks.trainers.pairs import ARMS, PAIRS
-from benchmarks.trainers.results import Results, measured, ratios, seconds_to
+from benchmarks.trainers.results import (
+    Results,
+    measured,
+    ratios,
+    seconds_to,
+    start_up_s,
+    undisturbed,
+)
 from benchmarks.trainers.running import differences, record_of
 from benchmarks.trainers.task import Task, phases_apart, prompts_digest
 from student_trainer.settings.config import load_config
@@ -47,7 +55,8 @@ def task(arm: str = "trl") -> Task:
 
 
 def recorded() -> dict[str, Any]:
-    return record_of([json.loads(line) for line in TRL_LINES.splitlines()], STARTED)
+    events = [json.loads(line) | {"others_cores": 0.0} for line in TRL_LINES.splitlines()]
+    return record_of(events, STARTED)
 
 
 def run(
@@ -61,6 +70,7 @@ def run(
             "phases": {"generate": value / 2, "sync": value / 10},
             "generated_tokens": 100,
             "prompt_tokens": 10,
+            "others_cores": 0.02,
         }
         for index, value in enumerate(seconds)
     ]
@@ -70,6 +80,7 @@ def run(
         "commit": "code",
         "ready_s": start_up - 1,
         "start_up_s": start_up,
+        "others_cores_at_start": 0.02,
         "steps": steps,
         "settings": {},
         "peak_mib": {"trainer": peak, "shared": 0.0},
@@ -251,9 +262,58 @@ def test_seconds_to_the_level_of_trl_compare_round_by_round() -> None:
     runs = {"playground/trl": theirs, "playground/driftline_stop": ours}
     found = ratios(runs, {})
     assert found["trl_seconds_to_same_kl_over_driftline"] == pytest.approx((2.5 + 5.0) / 2)
-    assert found["trl_seconds_to_same_kl_with_start_up_over_driftline"] == pytest.approx(1.0)
+    assert found["trl_seconds_to_same_kl_with_start_up_over_driftline"] == pytest.approx(
+        (20 / 21 + 20 / 19) / 2, abs=1e-4
+    )
     ours[1]["heldout"] = heldout(step0=2.0, step2=1.75)
     assert ratios(runs, {})["trl_seconds_to_same_kl_over_driftline"] is None
+
+
+def test_a_step_beside_others_is_not_counted() -> None:
+    one = run(0, [9.0, 2.0, 40.0, 4.0])
+    one["steps"][2]["others_cores"] = 0.8
+    arm = measured([one], "text", None)
+    assert [sample.seconds for sample in arm.samples] == [2.0, 4.0]
+    assert undisturbed(one) == [9.0, 2.0, 3.0, 4.0]
+    for step in one["steps"]:
+        step["others_cores"] = 0.8
+    assert measured([one], "text", None).error == (
+        "no step without others at work (more than 0.1 cores)"
+    )
+    assert undisturbed(one) == []
+    assert (
+        ratios({"smollm2/trl": [one], "smollm2/driftline": [run(0, [1.0, 1.0])]}, {})[
+            "trl_step_over_driftline_smollm2"
+        ]
+        is None
+    )
+
+
+def test_a_run_mostly_beside_others_is_done_again_where_asked(tmp_path: Path) -> None:
+    results = Results(tmp_path / "trainers.json")
+    one = run(0, [9.0, 2.0, 40.0, 4.0])
+    results.add("playground/trl", one)
+    one["steps"][2]["others_cores"] = 0.8
+    assert results.has("playground/trl", 0, "work", "code", mostly_quiet=True)
+    one["steps"][3]["others_cores"] = 0.8
+    assert results.has("playground/trl", 0, "work", "code")
+    assert not results.has("playground/trl", 0, "work", "code", mostly_quiet=True)
+
+
+def test_a_start_beside_others_is_not_counted() -> None:
+    busy = run(0, [1.0, 1.0], start_up=99.0, others_cores_at_start=1.0)
+    assert start_up_s([busy]) is None
+    assert start_up_s([busy, run(1, [1.0, 1.0], start_up=10.0)]) == 10.0
+
+
+def test_processor_time_of_others_is_told_from_ours() -> None:
+    """A child that computed and was waited for is ours, and takes nothing from the others'."""
+    before, own = busy_s(), _own_s()
+    work = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", work], check=True, timeout=60)
+    assert _own_s() - own >= 0.45
+    assert busy_s() - before >= 0.45
+    assert processor_s([2**22 + 1]) == {}
 
 
 def test_results_go_on_where_they_were(tmp_path: Path) -> None:
@@ -270,10 +330,16 @@ def test_results_go_on_where_they_were(tmp_path: Path) -> None:
     assert not again.has("playground/trl", 2, "work", "code")
     assert again.errors == {"playground/trl_vllm": "AttributeError: no"}
     written = json.loads(path.read_text())
-    assert set(written) == {"made", "settings", "ratios", "before", "arms"}
+    assert set(written) == {"made", "settings", "ratios", "before", "failed", "arms"}
+    assert written["arms"]["playground/trl_vllm"]["error"] == "AttributeError: no"
     arm = written["arms"]["playground/trl"]
     assert (arm["seconds"], arm["median"], arm["description"]) == ([1.0, 2.0], 1.5, "as it is")
-    again.add("playground/trl_vllm", run(0, [3.0, 1.0]))
+    busy = run(0, [3.0, 1.0])
+    busy["steps"][1]["others_cores"] = 0.8
+    again.add("playground/trl_vllm", busy)
+    again.write({}, {})
+    assert json.loads(path.read_text())["arms"]["playground/trl_vllm"]["error"]
+    assert Results(path).errors == {}
     assert again.errors == {}
     again.add("playground/trl", run(0, [3.0, 1.0, 1.0]))
     assert [one["round"] for one in again.runs["playground/trl"]] == [0]
