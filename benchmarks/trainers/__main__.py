@@ -31,6 +31,7 @@ from benchmarks.trainers import pairs as lineup
 from benchmarks.trainers.pairs import ARMS, PAIRS, Arm, Pair
 from benchmarks.trainers.results import BEFORE, PHASES, Results, ratios
 
+QUIET_CORES = 0.1
 QUICK_STEPS, QUICK_ROUNDS = 3, 1
 FIGURES = {f"{name}_s": ".2f" for name in PHASES} | {
     "generated_tokens": ",.0f",
@@ -56,6 +57,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, help="of a run, at least 2, default by pair")
     made.add_argument("--at-most", type=int, metavar="N", help="runs; the same command goes on")
     made.add_argument("--again", action="store_true", help="what failed, or ran beside others")
+    made.add_argument(
+        "--quiet-cores",
+        type=float,
+        default=QUIET_CORES,
+        metavar="CORES",
+        help="what others may have of the machine beside a step that counts (default %(default)s)",
+    )
     parts = made.add_mutually_exclusive_group()
     parts.add_argument("--no-heldout", action="store_true", help="train only")
     parts.add_argument("--only-heldout", action="store_true", help="measure what was trained")
@@ -101,7 +109,13 @@ def train(
                 said(f"round {number + 1}/{rounds} {name}: {steps} steps")
                 try:
                     run = running.run(
-                        pair, arm, number, steps=steps, environments=environments, said=said
+                        pair,
+                        arm,
+                        number,
+                        steps=steps,
+                        environments=environments,
+                        quiet_cores=arguments.quiet_cores,
+                        said=said,
                     )
                 except Exception as error:  # noqa: BLE001 - whatever fails in an arm is its result
                     results.fail(name, first_line(error))

@@ -22,10 +22,6 @@ Run = dict[str, Any]
 BEFORE = "0"
 """Key of the untrained student among held-out figures."""
 MIB = 2**20
-QUIET_CORES = 0.1
-"""What others may have of the machine beside a step that counts."""
-QUIET_START_CORES = 0.25
-"""The same beside a start-up."""
 TRLS = ("trl", "trl_static", "trl_vllm")
 PHASES = ("generate", "teacher", "loss", "backward", "learn", "update", "sync", "other")
 
@@ -96,21 +92,21 @@ def _alike(one: Run, other: Run) -> bool:
     return one["commit"] == other["commit"] and len(one["steps"]) == len(other["steps"])
 
 
-def quiet(step: Mapping[str, Any]) -> bool:
-    """Whether nobody else computed beside a step."""
-    return bool(step["others_cores"] <= QUIET_CORES)
+def quiet(run: Run, step: Mapping[str, Any]) -> bool:
+    """Whether others had no more of the machine beside a step than its run was to bear."""
+    return bool(step["others_cores"] <= run["quiet_cores"])
 
 
 def counted(run: Run) -> list[dict[str, Any]]:
     """The steps of a run that count: the quiet ones but for the first of all."""
-    return [step for step in run["steps"][1:] if quiet(step)]
+    return [step for step in run["steps"][1:] if quiet(run, step)]
 
 
 def measured(runs: Sequence[Run], description: str, error: str | None) -> Measured:
     """A sample a counted step; figures of a whole run stand in the first of its samples."""
     samples: list[Sample] = []
     if runs and not error and not any(counted(run) for run in runs):
-        error = f"no step without others at work (more than {QUIET_CORES} cores)"
+        error = f"no step without others at work (more than {runs[0]['quiet_cores']} cores)"
     for run in runs:
         of_run = figures_of_run(run)
         for step in counted(run):
@@ -127,7 +123,7 @@ def figures_of_run(run: Run) -> dict[str, float]:
     end."""
     found = {f"peak_{name}_mib": mib for name, mib in run["peak_mib"].items()}
     found["ready_s"] = run["ready_s"]
-    if run["start_up_s"] is not None and run["others_cores_at_start"] <= QUIET_START_CORES:
+    if run["start_up_s"] is not None and run["others_cores_at_start"] <= run["quiet_cores"]:
         found["start_up_s"] = run["start_up_s"]
     if (last := run.get("heldout", {}).get(str(len(run["steps"])))) is not None:
         found["heldout_reverse_kl"] = last["reverse_kl"]
@@ -215,7 +211,7 @@ def undisturbed(run: Run) -> list[float]:
     """Seconds of every step; of one that was not quiet, the mean of the nearest quiet ones before
     and after it. Empty where none was."""
     steps = run["steps"]
-    calm = [place for place, step in enumerate(steps) if quiet(step)]
+    calm = [place for place, step in enumerate(steps) if quiet(run, step)]
     found = []
     for place in range(len(steps)) if calm else ():
         before = [p for p in calm if p <= place][-1:]

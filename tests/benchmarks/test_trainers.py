@@ -81,6 +81,7 @@ def run(
         "ready_s": start_up - 1,
         "start_up_s": start_up,
         "others_cores_at_start": 0.02,
+        "quiet_cores": 0.1,
         "steps": steps,
         "settings": {},
         "peak_mib": {"trainer": peak, "shared": 0.0},
@@ -372,7 +373,9 @@ def test_our_trainer_does_the_work_that_was_asked(
     config = tmp_path / "teacher.toml"
     config.write_text('engine = "hf"\ndtype = "float32"\nmax_k = 8\n')
     pair = replace(PLAYGROUND, rollouts=2, max_tokens=8, teacher_config=config)
-    found = running.run(pair, ARMS["driftline_hf"], 0, steps=STEPS, environments={}, said=print)
+    found = running.run(
+        pair, ARMS["driftline_hf"], 0, steps=STEPS, environments={}, quiet_cores=9.0, said=print
+    )
     assert [step["step"] for step in found["steps"]] == [1, 2]
     assert found["of"] == task("driftline_hf").digest()
     assert 0 < found["ready_s"] < found["start_up_s"]
