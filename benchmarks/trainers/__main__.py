@@ -33,13 +33,17 @@ from benchmarks.trainers.results import BEFORE, PHASES, Results, ratios
 
 QUIET_CORES = 0.1
 QUICK_STEPS, QUICK_ROUNDS = 3, 1
-FIGURES = {f"{name}_s": ".2f" for name in PHASES} | {
-    "generated_tokens": ",.0f",
-    "others_cores": ".2f",
-    "start_up_s": ".0f",
-    "peak_trainer_mib": ",.0f",
-    "heldout_reverse_kl": ".4f",
-}
+SHOWN = (
+    {f"{name}_s": ".2f" for name in PHASES},
+    {
+        "generated_tokens": ",.0f",
+        "start_up_s": ".1f",
+        "peak_trainer_mib": ",.0f",
+        "heldout_reverse_kl": ".4f",
+        "others_cores": ".2f",
+    },
+)
+"""Two tables a pair."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -109,13 +113,7 @@ def train(
                 said(f"round {number + 1}/{rounds} {name}: {steps} steps")
                 try:
                     run = running.run(
-                        pair,
-                        arm,
-                        number,
-                        steps=steps,
-                        environments=environments,
-                        quiet_cores=arguments.quiet_cores,
-                        said=said,
+                        pair, arm, number, steps=steps, environments=environments, said=said
                     )
                 except Exception as error:  # noqa: BLE001 - whatever fails in an arm is its result
                     results.fail(name, first_line(error))
@@ -173,7 +171,7 @@ def measure(
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What goes into the file: of each pair its shape; no path of this machine."""
     names = ("rollouts", "max_tokens", "max_context", "save_every", "num_heldout")
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"quiet_cores": arguments.quiet_cores}
     for pair in PAIRS.values():
         rounds, steps = size(arguments, pair)
         shape = {name: getattr(pair, name) for name in names}
@@ -189,12 +187,13 @@ def show(results: Results, console: Console) -> None:
             if name.startswith(f"{pair}/")
         }
         if arms:
-            told = {
-                name: form
-                for name, form in FIGURES.items()
-                if any(arm.figure(name) is not None for arm in arms.values())
-            }
-            console.print(table(pair, arms, reference="driftline", figures=told))
+            for figures in SHOWN:
+                told = {
+                    name: form
+                    for name, form in figures.items()
+                    if any(arm.figure(name) is not None for arm in arms.values())
+                }
+                console.print(table(pair, arms, reference=None, figures=told))
     console.print(ratio_table(ratios(results.runs, results.errors)))
 
 
@@ -204,7 +203,7 @@ def main(words: Sequence[str] | None = None, console: Console | None = None) -> 
         if not PAIRS[name].student.is_dir():
             console.print(f"{name}: its models are not there: {PAIRS[name].missing}")
             return 2
-    results, settings = Results(arguments.json), settings_of(arguments)
+    results, settings = Results(arguments.json, arguments.quiet_cores), settings_of(arguments)
     if not arguments.only_heldout:
         train(arguments, results, settings, console)
     if not arguments.no_heldout:

@@ -29,9 +29,10 @@ PHASES = ("generate", "teacher", "loss", "backward", "learn", "update", "sync", 
 class Results:
     """The result file as it grows: written after every run and every held-out measurement."""
 
-    def __init__(self, path: Path) -> None:
-        """Goes on from the file, if there is one."""
-        self.path = path
+    def __init__(self, path: Path, quiet_cores: float) -> None:
+        """Goes on from the file, if there is one. A step counts where others had no more than
+        `quiet_cores` of the machine, in runs of before as well."""
+        self.path, self.quiet_cores = path, quiet_cores
         self.runs: dict[str, list[Run]] = {}
         self.errors: dict[str, str] = {}
         """Of arms that could not do their work."""
@@ -40,7 +41,10 @@ class Results:
         if path.exists():
             written = json.loads(path.read_text(encoding="utf-8"))
             self.before, self.errors = written["before"], written["failed"]
-            self.runs = {name: arm["runs"] for name, arm in written["arms"].items()}
+            self.runs = {
+                name: [run | {"quiet_cores": quiet_cores} for run in arm["runs"]]
+                for name, arm in written["arms"].items()
+            }
 
     def has(
         self, name: str, number: int, digest: str, commit: str, *, mostly_quiet: bool = False
@@ -56,6 +60,7 @@ class Results:
 
     def add(self, name: str, run: Run) -> None:
         """In place of what was there of the same round, and of runs of other code or length."""
+        run = run | {"quiet_cores": self.quiet_cores}
         kept = [r for r in self.runs.get(name, []) if r["round"] != run["round"] and _alike(r, run)]
         self.runs[name] = sorted([*kept, run], key=lambda r: int(r["round"]))
         self.errors.pop(name, None)
@@ -106,7 +111,7 @@ def measured(runs: Sequence[Run], description: str, error: str | None) -> Measur
     """A sample a counted step; figures of a whole run stand in the first of its samples."""
     samples: list[Sample] = []
     if runs and not error and not any(counted(run) for run in runs):
-        error = f"no step without others at work (more than {runs[0]['quiet_cores']} cores)"
+        error = f"no step beside which others had at most {runs[0]['quiet_cores']} cores"
     for run in runs:
         of_run = figures_of_run(run)
         for step in counted(run):
@@ -122,8 +127,8 @@ def figures_of_run(run: Run) -> dict[str, float]:
     """Those that are there: seconds until the first token, peaks, the held-out divergence at the
     end."""
     found = {f"peak_{name}_mib": mib for name, mib in run["peak_mib"].items()}
-    found["ready_s"] = run["ready_s"]
-    if run["start_up_s"] is not None and run["others_cores_at_start"] <= run["quiet_cores"]:
+    found |= {name: run[name] for name in ("ready_s", "others_cores_at_start")}
+    if run["start_up_s"] is not None:
         found["start_up_s"] = run["start_up_s"]
     if (last := run.get("heldout", {}).get(str(len(run["steps"])))) is not None:
         found["heldout_reverse_kl"] = last["reverse_kl"]
@@ -182,9 +187,8 @@ def step_s(runs: Sequence[Run]) -> float:
 
 
 def start_up_s(runs: Sequence[Run]) -> float | None:
-    """Median seconds from the command to the first generated token, of quiet starts."""
-    figures = [figures_of_run(run) for run in runs]
-    known = [found["start_up_s"] for found in figures if "start_up_s" in found]
+    """Median seconds from the command to the first generated token."""
+    known = [run["start_up_s"] for run in runs if run["start_up_s"] is not None]
     return median(known) if known else None
 
 

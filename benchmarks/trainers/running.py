@@ -42,12 +42,9 @@ def run(
     *,
     steps: int,
     environments: Mapping[str, Path],
-    quiet_cores: float,
     said: Callable[[str], None],
 ) -> dict[str, Any]:
-    """A record of a run: every step, start-up, memory, settings; and how many cores others may have
-    had beside what counts of it. Raises whatever prevents it.
-    """
+    """A record of a run: every step, start-up, memory, settings. Raises whatever prevents it."""
     out = RUNS / pair.name / f"{arm.name}-{number}"
     shutil.rmtree(out, ignore_errors=True)
     if arm.mode is not None:
@@ -64,8 +61,7 @@ def run(
             record = _watched(task, words, [], {"teacher": pid})
     if unlike := differences(task, record["steps"], record["settings"]):
         raise RuntimeError(f"not the work that was asked: {'; '.join(unlike)}")
-    made = {"round": number, "of": task.digest(), "commit": commit(), "quiet_cores": quiet_cores}
-    return made | record
+    return {"round": number, "of": task.digest(), "commit": commit(), **record}
 
 
 def _watched(
