@@ -23,6 +23,8 @@ BEFORE = "0"
 """Key of the untrained student among held-out figures."""
 MIB = 2**20
 TRLS = ("trl", "trl_static", "trl_vllm")
+MODES = {"trl": "trl_default", "trl_static": "trl_static"}
+"""What the ratios call single modes of TRL; `trl` is the fastest."""
 PHASES = ("generate", "teacher", "loss", "backward", "learn", "update", "sync", "other")
 
 
@@ -152,6 +154,8 @@ def ratios(runs: Mapping[str, list[Run]], errors: Mapping[str, str]) -> dict[str
             name = f"{ours}_{pair}"
             pairs = (of_pair.get(trl or ""), of_pair.get(ours))
             found[f"trl_step_over_{name}"] = _over(*pairs, step_s)
+            for mode, words in MODES.items():
+                found[f"{words}_step_over_{name}"] = _over(of_pair.get(mode), pairs[1], step_s)
             found[f"trl_start_up_over_{name}"] = _over(*pairs, start_up_s)
             found[f"trl_peak_over_{name}"] = _over(*pairs, peak_mib)
             found[f"trl_peak_without_teacher_over_{name}"] = _over(*pairs, peak_without_teacher_mib)

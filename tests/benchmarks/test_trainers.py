@@ -226,6 +226,8 @@ def test_ratios_are_of_medians_with_the_fastest_mode_of_trl() -> None:
     }
     found = ratios(runs, {"playground/trl_vllm": "AttributeError: no"})
     assert found["trl_step_over_driftline_playground"] == 0.5
+    assert found["trl_default_step_over_driftline_playground"] == 0.75
+    assert found["trl_static_step_over_driftline_playground"] == 0.5
     assert found["trl_start_up_over_driftline_playground"] == 0.25
     assert found["trl_peak_over_driftline_playground"] == 0.75
     assert found["trl_peak_without_teacher_over_driftline_playground"] == 0.5
