@@ -7,7 +7,7 @@ with the teacher is made. What fails of these ends the sampler too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -191,20 +191,13 @@ def _assemble(
     specials = from_settings.special_tokens(config, tokenizer)
     grader = evaluating.checked_grader(config, problems.heldout, stack)
     start_from = config.student.model if goes_on is None else str(goes_on.checkpoint)
-    for line in from_settings.check_memory(config, start_from):
-        say(line)
+    _say_all(say, from_settings.check_memory(config, start_from))
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
-
-    def sampling(lent: PreTrainedModel | None = None) -> tuple[Sampler, SamplerStart | None]:
-        if running:
-            return running.sampler, None
-        made = from_settings.sampler(config, start_from, tokenizer, lent)
-        return made, stack.enter_context(begun(config, made, loop, bars))
-
+    begin = partial(_sampler, config, start_from, tokenizer, running, loop, bars, stack)
     shares = running is None and from_settings.shares_weights(config)
-    at_once = None if shares else sampling()
+    at_once = None if shares else begin(None)
     learner = _learner(config, tokenizer, start_from, stop, say)
-    sampler, start = at_once or sampling(learner.lent_model)
+    sampler, start = at_once or begin(learner.lent_model)
     asked = stack.enter_context(
         teachers.connected(config, loop, problems.all, learner.vocab_size, tokenizer)
     )
@@ -215,9 +208,9 @@ def _assemble(
     state = checkpoints.train_state(config, learner, stream)
     for line in checkpoints.gone_on(state, goes_on):
         bars.console.print(line, highlight=False, markup=False)
-    said = teachers.warnings(config, start_from, tokenizer, asked)
-    for line in (*checkpoints.warnings(config, learner), *syncing.warnings(config, learner), *said):
-        say(line)
+    for about in (checkpoints.warnings, syncing.warnings):
+        _say_all(say, about(config, learner))
+    _say_all(say, teachers.warnings(config, start_from, tokenizer, asked))
     recorder, record = stack.enter_context(
         recorded(
             config, bars, goes_on=goes_on, overwrite=overwrite, asked=asked, decode=problems.decode
@@ -243,6 +236,11 @@ def _assemble(
         running=RunningSampler(loop, sampler),
         stop=stop,
     )
+
+
+def _say_all(say: Callable[[str], None], lines: Iterable[str]) -> None:
+    for line in lines:
+        say(line)
 
 
 def _learner(
@@ -282,6 +280,23 @@ def _learner(
         stop=stop,
         copied_to=getattr(torch, from_settings.sampler_dtype(config)),
     )
+
+
+def _sampler(
+    config: TrainerConfig,
+    start_from: str,
+    tokenizer: PreTrainedTokenizerBase,
+    running: RunningSampler | None,
+    loop: LoopThread,
+    bars: Bars,
+    stack: ExitStack,
+    lent: PreTrainedModel | None,
+) -> tuple[Sampler, SamplerStart | None]:
+    """What generates, begun; with a model that is lent to it, where it can do without its own."""
+    if running is not None:
+        return running.sampler, None
+    made = from_settings.sampler(config, start_from, tokenizer, lent)
+    return made, stack.enter_context(begun(config, made, loop, bars))
 
 
 def _stream(
