@@ -12,10 +12,10 @@ import asyncio
 import math
 import os
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +36,13 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
+T = TypeVar("T")
 MAX_SOCKET_FOLDER_BYTES = 70
 """Of the 107 of a socket's name 37 are the name that vLLM makes."""
 MAX_BIASED_IDS_V2 = 1024
 """Of a request, in vLLM's second model runner; the first has no limit."""
 KILL_AGAIN_S = 0.1
+DEATH_POLL_S = 0.5
 _NO_COMPILER = "TORCH_COMPILE_DISABLE"
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
 _EXTENSION = f"{ReloadsWeights.__module__}.{ReloadsWeights.__qualname__}"
@@ -202,7 +204,7 @@ class VllmSampler:
         async with self._frozen() as engine:
             num_readers = engine.vllm_config.parallel_config.world_size
             kept = await self.passage.send(weights, self._receive, num_readers)
-            reset = await engine.reset_prefix_cache(reset_running_requests=True)
+            reset = await self._answer(engine.reset_prefix_cache(reset_running_requests=True))
         if names := sorted({name for names in kept for name in names}):
             raise WeightSyncError(
                 f"vLLM keeps {len(names)} tensors of the weights before: the learner's have no "
@@ -216,8 +218,8 @@ class VllmSampler:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            kept: list[list[str]] = await self._running().collective_rpc(
-                "reload_every_weight", args=(where,)
+            kept: list[list[str]] = await self._answer(
+                self._running().collective_rpc("reload_every_weight", args=(where,))
             )
         except EngineDeadError:
             raise
@@ -250,11 +252,26 @@ class VllmSampler:
             if not self._num_under_way:
                 yield engine
                 return
-            await engine.pause_generation(mode="keep", clear_cache=False)
+            await self._answer(engine.pause_generation(mode="keep", clear_cache=False))
             try:
                 yield engine
             finally:
-                await engine.resume_generation()
+                if not engine.errored:
+                    await self._answer(engine.resume_generation())
+
+    async def _answer(self, asked: Awaitable[T]) -> T:
+        """Of vLLM's process; who asks it waits for good in vLLM 0.32 when it dies meanwhile."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        answer = asyncio.ensure_future(asked)
+        try:
+            while not answer.done():
+                await asyncio.wait({answer}, timeout=DEATH_POLL_S)
+                if self._running().errored and not answer.done():
+                    raise EngineDeadError
+            return answer.result()
+        finally:
+            answer.cancel()
 
     @contextmanager
     def _engine_lives(self) -> Iterator[None]:
