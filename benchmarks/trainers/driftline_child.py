@@ -123,7 +123,7 @@ def settings(config: TrainerConfig) -> dict[str, Any]:
         "sampler": config.sampler.model_dump(mode="json"),
         "teacher_k": config.teacher.k,
         "student_topk": config.rollout.student_topk,
-        "queue_depth": config.run.queue_depth,
+        "max_staleness": config.rollout.max_staleness,
         "threads": torch.get_num_threads(),
         "device": str(from_settings.device(config)),
     }

@@ -7,22 +7,35 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from student_trainer.errors import SamplerError, WeightSyncError
+from student_trainer.pretrained import load_student
+from student_trainer.records import WeightFormat
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
 from tests.cores import own_core
 from tests.faults.engine_processes import engines
 from tests.faults.trainer_process import trainer
 from tests.faults.training_runs import CHECKPOINTS, Run
+from tests.trainer.learner.made_learners import learner_of
 from tests.waiting import LIMIT_S, eventually, wait_until
 from vllm_process.children import has_engines
 
-pytestmark = [pytest.mark.e2e, pytest.mark.vllm, pytest.mark.timeout(2 * LIMIT_S)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.vllm,
+    pytest.mark.timeout(2 * LIMIT_S),
+    # vLLM leaves its ZeroMQ context to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning"),
+]
 VLLM = json.dumps({"kind": "vllm", "cpu_cores": own_core(), "enforce_eager": True})
 
 
@@ -71,9 +84,9 @@ def test_a_student_that_cannot_be_loaded_is_told_of_first(
     assert line.startswith(f"CheckpointError: {student}: cannot load a student: ")
 
 
-@pytest.mark.parametrize("moment", ["before its engine is there", "with its engine"])
-async def test_a_sampler_that_is_closed_while_it_starts_leaves_no_engine(moment: str) -> None:
-    made = VllmSampler(
+def vllm_sampler() -> VllmSampler:
+    """Of the playground's student."""
+    return VllmSampler(
         model=str(CHECKPOINTS / "student"),
         dtype="float32",
         max_context=64,
@@ -86,6 +99,11 @@ async def test_a_sampler_that_is_closed_while_it_starts_leaves_no_engine(moment:
         cpu_cores=own_core(),
         seed=0,
     )
+
+
+@pytest.mark.parametrize("moment", ["before its engine is there", "with its engine"])
+async def test_a_sampler_that_is_closed_while_it_starts_leaves_no_engine(moment: str) -> None:
+    made = vllm_sampler()
     start = asyncio.ensure_future(made.start())
     if moment == "with its engine":
         await eventually(has_engines)
@@ -97,3 +115,31 @@ async def test_a_sampler_that_is_closed_while_it_starts_leaves_no_engine(moment:
     assert not has_engines()
     with pytest.raises(asyncio.CancelledError):
         await start
+
+
+async def test_a_load_that_fails_and_an_engine_that_dies_in_one_are_told_apart() -> None:
+    model = load_student(
+        str(CHECKPOINTS / "student"), dtype=torch.float32, device=torch.device("cpu")
+    )
+    weights = [*learner_of(model).weights(WeightFormat(as_saved=True))]
+    made = vllm_sampler()
+    await made.start()
+    (engine,) = engines(os.getpid())
+
+    def failing(error: Exception | None) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from weights[:3]
+        if error is not None:
+            raise error
+        os.kill(int(engine.name), signal.SIGKILL)
+        yield from weights[3:]
+
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            with pytest.raises(WeightSyncError, match=r"^vLLM cannot load .*other"):
+                await made.load_weights(iter([("other.weight", torch.ones(1))]))
+            with pytest.raises(MemoryError):
+                await made.load_weights(failing(MemoryError()))
+            with pytest.raises(SamplerError, match="vLLM's engine has died"):
+                await made.load_weights(failing(None))
+    finally:
+        await made.close()

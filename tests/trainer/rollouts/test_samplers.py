@@ -476,10 +476,6 @@ async def test_changed_weights_arrive_exactly_and_other_ones_are_noticed(
     del given["model.norm.weight"]
     with pytest.raises(WeightSyncError, match=r"vLLM keeps 1 tensors .* no model\.norm\.weight"):
         await sampler.load_weights(iter(given.items()))
-    with pytest.raises(WeightSyncError, match=r"vLLM cannot load the learner's weights: .*other"):
-        await sampler.load_weights(iter([("other.weight", torch.ones(1))]))
-    with pytest.raises(MemoryError):
-        await sampler.load_weights(fails_midway(given))
 
     # From here on the engine is made to load the weights it began with.
     async def load_others(weights: Weights) -> None:
@@ -489,11 +485,6 @@ async def test_changed_weights_arrive_exactly_and_other_ones_are_noticed(
     monkeypatch.setattr(sampler, "load_weights", load_others)
     with pytest.raises(WeightSyncError, match="nats, more than"):
         await sync.push(7)
-
-
-def fails_midway(given: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from given.items()
-    raise MemoryError
 
 
 # Last: it ends the engine.
