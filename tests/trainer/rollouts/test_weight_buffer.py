@@ -209,7 +209,8 @@ async def test_weights_that_fail_midway_are_what_is_raised_and_the_reader_ends(
     with pytest.raises(MemoryError, match="no more of them"):
         await within(buffer.send(weights(), reader))
     assert await reader.ended() == 1
-    assert reader.error.startswith("Connection")
+    # Any ConnectionError: it says that a piece is free to nobody, or hears no more.
+    assert reader.error.startswith(("Connection", "BrokenPipe"))
 
 
 async def test_a_sending_that_is_cancelled_ends_the_reader(
