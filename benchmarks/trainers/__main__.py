@@ -168,11 +168,12 @@ def measure(
             results.write(DESCRIPTIONS, settings)
 
 
-def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What goes into the file: of each pair its shape; no path of this machine."""
+def settings_of(arguments: argparse.Namespace, results: Results) -> dict[str, Any]:
+    """What goes into the file: of each of its pairs the shape; no path of this machine."""
     names = ("rollouts", "max_tokens", "max_context", "save_every", "num_heldout")
     found: dict[str, Any] = {"quiet_cores": arguments.quiet_cores}
-    for pair in PAIRS.values():
+    there = {*arguments.pairs, *(name.partition("/")[0] for name in results.runs)}
+    for pair in (pair for name, pair in PAIRS.items() if name in there):
         rounds, steps = size(arguments, pair)
         shape = {name: getattr(pair, name) for name in names}
         found[pair.name] = {**shape, "rounds": rounds, "steps": steps, "changes": pair.changes}
@@ -203,7 +204,8 @@ def main(words: Sequence[str] | None = None, console: Console | None = None) -> 
         if not PAIRS[name].student.is_dir():
             console.print(f"{name}: its models are not there: {PAIRS[name].missing}")
             return 2
-    results, settings = Results(arguments.json, arguments.quiet_cores), settings_of(arguments)
+    results = Results(arguments.json, arguments.quiet_cores)
+    settings = settings_of(arguments, results)
     if not arguments.only_heldout:
         train(arguments, results, settings, console)
     if not arguments.no_heldout:
