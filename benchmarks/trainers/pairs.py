@@ -105,6 +105,7 @@ class Arm:
 
 NO_STOP, STOP = {"drift.stop_in_flight": False}, {"drift.stop_in_flight": True}
 HF = {"sampler": {"kind": "hf"}}
+BATCHED = {"sampler": {"kind": "hf_batched"}}
 OURS = "teacher server and trainer as processes, {} sampler, {} in flight"
 TRLS = "trl.DistillationTrainer, teacher in its process, float32, {}"
 ARMS = {
@@ -127,6 +128,18 @@ ARMS = {
         ),
         Arm(name="driftline", description=OURS.format("vLLM", "no stop"), changes=NO_STOP),
         Arm(name="driftline_stop", description=OURS.format("vLLM", "stop"), changes=STOP),
+        Arm(
+            name="driftline_batched",
+            description=OURS.format("batched transformers", "no stop"),
+            changes=NO_STOP | BATCHED,
+            asked=True,
+        ),
+        Arm(
+            name="driftline_batched_stop",
+            description=OURS.format("batched transformers", "stop"),
+            changes=STOP | BATCHED,
+            asked=True,
+        ),
         Arm(
             name="driftline_hf",
             description=OURS.format("transformers", "no stop"),

@@ -25,6 +25,8 @@ MIB = 2**20
 TRLS = ("trl", "trl_static", "trl_vllm")
 MODES = {"trl": "trl_default", "trl_static": "trl_static"}
 """What the ratios call single modes of TRL; `trl` is the fastest."""
+SAMPLERS = ("driftline", "driftline_batched", "driftline_hf")
+OURS = tuple(name + stop for name in SAMPLERS for stop in ("", "_stop"))
 PHASES = ("generate", "teacher", "loss", "backward", "learn", "update", "sync", "other")
 
 
@@ -148,7 +150,7 @@ def ratios(runs: Mapping[str, list[Run]], errors: Mapping[str, str]) -> dict[str
     for pair in sorted({name.partition("/")[0] for name in runs}):
         of_pair = {n.partition("/")[2]: r for n, r in whole.items() if n.startswith(f"{pair}/")}
         trl = _fastest(of_pair, TRLS)
-        for ours in ("driftline", "driftline_stop", "driftline_hf", "driftline_hf_stop"):
+        for ours in OURS:
             if ours not in of_pair and ours not in ("driftline", "driftline_stop"):
                 continue
             name = f"{ours}_{pair}"
