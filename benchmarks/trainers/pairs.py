@@ -166,7 +166,8 @@ def chosen(names: Sequence[str] | None) -> list[Arm]:
 def overrides(pair: Pair, arm: Arm, *, seed: int, steps: int, out: Path, teacher: str) -> list[str]:
     """Of our configuration of the pair: one update a step, nothing evaluated, nothing saved."""
     changes = {
-        **(HF if "sampler" in arm.changes else {}),
+        # A whole table comes before its settings.
+        **{key: value for key, value in arm.changes.items() if key == "sampler"},
         "run.out": str(out),
         "run.seed": seed,
         "run.steps": steps,
