@@ -67,9 +67,6 @@ class HfBatchedSamplerSettings(Section):
     cpu_threads: Annotated[int | None, MayChange()] = Field(None, gt=0)
     """Threads of a step on a CPU; none: one for a student of less than ten million parameters, else
     as many as PyTorch takes."""
-    weights_dir: Annotated[Path | None, MayChange()] = None
-    """Folder that the learner's weights pass through on their way to a copy; none: /dev/shm, and
-    where that is too small the folder of temporary files."""
 
 
 SamplerSettings = Annotated[

@@ -337,6 +337,10 @@ def test_missing_setting_is_named(smallest: Path) -> None:
             r"run\.queue_depth is now rollout\.max_staleness",
         ),
         (
+            ['sampler={"kind":"hf_batched","weights_dir":"/tmp"}'],
+            r"sampler\.weights_dir is read by kind vllm only; kind is hf_batched",
+        ),
+        (
             [SHARED, "rollout.max_staleness=1"],
             r"sampler\.weights is 'shared', and rollout\.max_staleness is 1: .*'copied', or 'auto'",
         ),
