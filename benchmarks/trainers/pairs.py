@@ -103,11 +103,15 @@ class Arm:
     """Only runs when it is named."""
 
 
-NO_STOP, STOP = {"drift.stop_in_flight": False}, {"drift.stop_in_flight": True}
-HF = {"sampler": {"kind": "hf"}}
-BATCHED = {"sampler": {"kind": "hf_batched"}}
-OURS = "teacher server and trainer as processes, {} sampler, {} in flight"
 TRLS = "trl.DistillationTrainer, teacher in its process, float32, {}"
+OURS = "teacher server and trainer as processes, {} sampler, {} in flight"
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "driftline": ("vLLM", {}),
+    "driftline_batched": ("batched transformers", {"sampler": {"kind": "hf_batched"}}),
+    "driftline_hf": ("transformers", {"sampler": {"kind": "hf"}}),
+}
+"""Our arms without the stop: a sampler, and the settings that say so; the first is the default."""
+STOPS = {"": False, "_stop": True}
 ARMS = {
     arm.name: arm
     for arm in (
@@ -126,31 +130,15 @@ ARMS = {
             description=TRLS.format("vLLM in its process"),
             mode="vllm",
         ),
-        Arm(name="driftline", description=OURS.format("vLLM", "no stop"), changes=NO_STOP),
-        Arm(name="driftline_stop", description=OURS.format("vLLM", "stop"), changes=STOP),
-        Arm(
-            name="driftline_batched",
-            description=OURS.format("batched transformers", "no stop"),
-            changes=NO_STOP | BATCHED,
-            asked=True,
-        ),
-        Arm(
-            name="driftline_batched_stop",
-            description=OURS.format("batched transformers", "stop"),
-            changes=STOP | BATCHED,
-            asked=True,
-        ),
-        Arm(
-            name="driftline_hf",
-            description=OURS.format("transformers", "no stop"),
-            changes=NO_STOP | HF,
-            asked=True,
-        ),
-        Arm(
-            name="driftline_hf_stop",
-            description=OURS.format("transformers", "stop"),
-            changes=STOP | HF,
-            asked=True,
+        *(
+            Arm(
+                name=name + ending,
+                description=OURS.format(words, "stop" if stops else "no stop"),
+                changes={"drift.stop_in_flight": stops} | changes,
+                asked=bool(changes),
+            )
+            for name, (words, changes) in SAMPLERS.items()
+            for ending, stops in STOPS.items()
         ),
     )
 }

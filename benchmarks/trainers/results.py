@@ -25,8 +25,8 @@ MIB = 2**20
 TRLS = ("trl", "trl_static", "trl_vllm")
 MODES = {"trl": "trl_default", "trl_static": "trl_static"}
 """What the ratios call single modes of TRL; `trl` is the fastest."""
-SAMPLERS = ("driftline", "driftline_batched", "driftline_hf")
-OURS = tuple(name + stop for name in SAMPLERS for stop in ("", "_stop"))
+UNASKED = ("driftline", "driftline_stop")
+"""Of our arms those whose ratios are there, empty, where they were not run."""
 PHASES = ("generate", "teacher", "loss", "backward", "learn", "update", "sync", "other")
 
 
@@ -150,8 +150,8 @@ def ratios(runs: Mapping[str, list[Run]], errors: Mapping[str, str]) -> dict[str
     for pair in sorted({name.partition("/")[0] for name in runs}):
         of_pair = {n.partition("/")[2]: r for n, r in whole.items() if n.startswith(f"{pair}/")}
         trl = _fastest(of_pair, TRLS)
-        for ours in OURS:
-            if ours not in of_pair and ours not in ("driftline", "driftline_stop"):
+        for ours in dict.fromkeys((*UNASKED, *of_pair)):
+            if ours in TRLS:
                 continue
             name = f"{ours}_{pair}"
             pairs = (of_pair.get(trl or ""), of_pair.get(ours))
