@@ -9,7 +9,6 @@ alone; log-probs are of order 1 to 10. Families are of other sizes: that of chec
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -41,6 +40,7 @@ from tests.trainer.learner.tiny_student import (
     tiny_student,
     write_tiny_student,
 )
+from tests.trainer.rollouts.swaps_in_flight import changed_copy, newest_version
 from tests.waiting import LIMIT_S
 
 CPU = torch.device("cpu")
@@ -435,10 +435,7 @@ async def test_what_is_under_way_goes_on_with_new_weights(sampler: HfBatchedSamp
         async with asyncio.timeout(LIMIT_S):
             await begun.wait()
         begun.clear()
-        changed = copy.deepcopy(versions[-1])
-        with torch.no_grad():
-            for parameter in changed.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
+        changed = changed_copy(versions[-1], 0.1)
         await sampler.load_weights(learner_of(changed).weights())
         versions.append(changed)
     learners, mixed = [learner_of(model) for model in versions], 0
@@ -449,12 +446,8 @@ async def test_what_is_under_way_goes_on_with_new_weights(sampler: HfBatchedSamp
         tokens, seen = joined(parts, "token_ids"), joined(parts, "logprobs")
         assert (len(tokens), parts[-1].finish) == (120, Finish.LENGTH)
         prompt = PROMPT[: 1 + index % 4]
-        gaps = [np.abs(learner.logprobs(prompt, tokens) - seen) for learner in learners]
-        newest = 0
-        for column in np.stack(gaps).T:
-            newest += int(np.argmax(column[newest:] < 10 * CLOSE))
-            assert column[newest] < 10 * CLOSE
-        mixed += newest > 0
+        own = [learner.logprobs(prompt, tokens) for learner in learners]
+        mixed += newest_version(own, seen, 10 * CLOSE) > 0
     assert mixed >= 8
 
 

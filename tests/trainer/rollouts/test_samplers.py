@@ -9,7 +9,6 @@ of order 10. The engine's batch and its deltas are whatever the machine's speed 
 from __future__ import annotations
 
 import asyncio
-import copy
 import gc
 import os
 import signal
@@ -41,6 +40,7 @@ from tests.cores import own_core
 from tests.faults.engine_processes import engines
 from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import EOS_ID, SHAPE, VOCAB_SIZE
+from tests.trainer.rollouts.swaps_in_flight import changed_copy, newest_version
 
 pytestmark = [
     pytest.mark.vllm,
@@ -407,10 +407,7 @@ async def test_what_is_under_way_goes_on_with_new_weights(
     for _ in range(2):
         await begun.wait()
         begun.clear()
-        changed = copy.deepcopy(versions[-1])
-        with torch.no_grad():
-            for parameter in changed.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
+        changed = changed_copy(versions[-1], 0.1)
         await sampler.load_weights(learner_of(changed).weights(AS_SENT))
         versions.append(changed)
     mixed = 0
@@ -420,19 +417,8 @@ async def test_what_is_under_way_goes_on_with_new_weights(
         assert len(tokens) == 200 or parts[-1].finish is Finish.STOP
         position = torch.arange(len(tokens))
         ids = torch.from_numpy(tokens).long()
-        gaps = np.stack(
-            [
-                np.abs(expected_logprobs(model, tokens, 1.0)[position, ids].numpy() - seen)
-                for model in versions
-            ]
-        )
-        # Every token is of one version, and never of an older one than the token before.
-        assert gaps.min(0).max() < CLOSE
-        newest = 0
-        for column in gaps.T:
-            newest += int(np.argmax(column[newest:] < CLOSE))
-            assert column[newest] < CLOSE
-        mixed += newest > 0
+        own = [expected_logprobs(model, tokens, 1.0)[position, ids].numpy() for model in versions]
+        mixed += newest_version(own, seen, CLOSE) > 0
     assert mixed >= 10
     await sampler.load_weights(learner_of(learner).weights(AS_SENT))
     check_rows(learner, await deltas(sampler, "back", replace(options, max_tokens=20)), 1.0)
