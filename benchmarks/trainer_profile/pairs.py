@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.provenance import ROOT
+from benchmarks.trainer_work import CHECKPOINTS, LANGUAGE, PLAYGROUND, Work
 
 FOLDER = ROOT / "runs" / "bench-models"
-CHECKPOINTS = ROOT / "examples" / "playground" / "checkpoints"
 NUM_PROMPTS, PROMPT_WORDS = 1024, (40, 80)
 
 
@@ -35,36 +35,20 @@ class Llama:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class Pair(Work):
     """A student and its teacher."""
 
-    config: Path
-    teacher_config: Path
-    rollouts: int
-    max_tokens: int
-    max_context: int
     student: Path | Llama
     teacher: Path | Llama
     train: Path | None = None
     """None makes prompts of random words."""
-    changes: dict[str, Any] = field(default_factory=dict)
 
     def settings(self, out: Path, endpoint: str, steps: int) -> dict[str, Any]:
         """Of the trainer, on top of the configuration; makes the student if it is not there."""
         student = _made(self.student)
         return {
-            "run.out": str(out),
-            "run.steps": steps,
-            "student.model": str(student),
+            **self.step_settings(out, student, endpoint, steps),
             "data.train": str(self.train or _prompts(student)),
-            "data.heldout": None,
-            "teacher.endpoints": [endpoint],
-            "rollout.prompts_per_step": self.rollouts,
-            "rollout.max_context": self.max_context,
-            "budget.max_tokens": self.max_tokens,
-            "optim.epochs": 1,
-            "optim.updates_per_epoch": 1,
-            "checkpoint.every_steps": steps + 1,
             **self.changes,
         }
 
@@ -77,29 +61,20 @@ class Pair:
 LAYERS = Llama(layers=24), Llama(layers=30)
 PAIRS = {
     "playground": Pair(
-        config=ROOT / "configs" / "trainer-demo.toml",
-        teacher_config=ROOT / "configs" / "teacher-demo.toml",
-        rollouts=64,
-        max_tokens=288,
-        max_context=320,
+        **PLAYGROUND.as_fields(),
         student=CHECKPOINTS / "student",
         teacher=CHECKPOINTS / "teacher",
         train=CHECKPOINTS / "train.jsonl",
     ),
     "smollm2": Pair(
-        config=ROOT / "configs" / "trainer-language.toml",
-        teacher_config=ROOT / "configs" / "teacher-language.toml",
-        rollouts=16,
-        max_tokens=128,
-        max_context=384,
+        **LANGUAGE.as_fields(),
         student=LAYERS[0],
         teacher=LAYERS[1],
-        changes={"sampler.max_num_seqs": 16},
     ),
 }
 GROWING = Pair(
-    config=ROOT / "configs" / "trainer-language.toml",
-    teacher_config=ROOT / "configs" / "teacher-language.toml",
+    config=LANGUAGE.config,
+    teacher_config=LANGUAGE.teacher_config,
     rollouts=128,
     max_tokens=1024,
     max_context=1184,

@@ -15,28 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import ROOT
+from benchmarks.trainer_work import CHECKPOINTS, LANGUAGE, PLAYGROUND, Work
 from benchmarks.trainers.task import Task
 from student_trainer.records import Prompt
 from student_trainer.settings.config import TrainerConfig, load_config
 
-CHECKPOINTS = ROOT / "examples" / "playground" / "checkpoints"
-LANGUAGE = ROOT / "runs" / "language"
+DEMO = ROOT / "runs" / "language"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class Pair(Work):
     """Two models, what they work on, and how our trainer is configured for them."""
 
     name: str
     teacher: Path
     student: Path
     heldout: Path
-    config: Path
-    teacher_config: Path
-    rollouts: int
-    """A step, one a prompt."""
-    max_tokens: int
-    max_context: int
     steps: int
     """Of a run unless told."""
     rounds: int
@@ -44,8 +38,6 @@ class Pair:
     """Steps; the last is saved too."""
     num_heldout: int
     """Prompts of the held-out measurement."""
-    changes: dict[str, Any] = field(default_factory=dict)
-    """Settings of ours, on top of the configuration."""
     missing: str = ""
     """How the models are made, where they are not part of the repository."""
 
@@ -58,11 +50,7 @@ PAIRS = {
             teacher=CHECKPOINTS / "teacher",
             student=CHECKPOINTS / "student",
             heldout=CHECKPOINTS / "heldout.jsonl",
-            config=ROOT / "configs" / "trainer-demo.toml",
-            teacher_config=ROOT / "configs" / "teacher-demo.toml",
-            rollouts=64,
-            max_tokens=288,
-            max_context=320,
+            **PLAYGROUND.as_fields(),
             steps=16,
             rounds=2,
             save_every=2,
@@ -70,19 +58,14 @@ PAIRS = {
         ),
         Pair(
             name="smollm2",
-            teacher=LANGUAGE / "teacher",
-            student=LANGUAGE / "student",
-            heldout=LANGUAGE / "data" / "heldout.jsonl",
-            config=ROOT / "configs" / "trainer-language.toml",
-            teacher_config=ROOT / "configs" / "teacher-language.toml",
-            rollouts=16,
-            max_tokens=128,
-            max_context=384,
+            teacher=DEMO / "teacher",
+            student=DEMO / "student",
+            heldout=DEMO / "data" / "heldout.jsonl",
+            **LANGUAGE.as_fields(),
             steps=4,
             rounds=2,
             save_every=4,
             num_heldout=32,
-            changes={"sampler.max_num_seqs": 16},
             missing="python -m examples.language --prepare",
         ),
     )
@@ -152,23 +135,13 @@ def chosen(names: Sequence[str] | None) -> list[Arm]:
 
 
 def overrides(pair: Pair, arm: Arm, *, seed: int, steps: int, out: Path, teacher: str) -> list[str]:
-    """Of our configuration of the pair: one update a step, nothing evaluated, nothing saved."""
+    """Of our configuration of the pair."""
     changes = {
         # A whole table comes before its settings.
         **{key: value for key, value in arm.changes.items() if key == "sampler"},
-        "run.out": str(out),
+        **pair.step_settings(out, pair.student, teacher, steps),
         "run.seed": seed,
-        "run.steps": steps,
-        "student.model": str(pair.student),
-        "teacher.endpoints": [teacher],
-        "data.heldout": None,
-        "rollout.prompts_per_step": pair.rollouts,
         "rollout.rollouts_per_prompt": 1,
-        "rollout.max_context": pair.max_context,
-        "budget.max_tokens": pair.max_tokens,
-        "optim.epochs": 1,
-        "optim.updates_per_epoch": 1,
-        "checkpoint.every_steps": steps + 1,
         **{key: value for key, value in pair.changes.items() if not _of(key, arm.changes)},
         **{key: value for key, value in arm.changes.items() if key != "sampler"},
     }
