@@ -24,7 +24,7 @@ from student_trainer.settings.warnings import warnings
 from student_trainer.train_state import complete_checkpoints, step_of
 from teacher_wire import tracing
 from vllm_process.children import kill_engines
-from vllm_process.cores import wait_passively
+from vllm_process.cores import wait_briefly
 
 EXIT_FAILED = 1
 PAIRS_WRITTEN = 10
@@ -218,7 +218,7 @@ def _train_until_stopped(
     config: TrainerConfig, arguments: argparse.Namespace, stop: StopRequest
 ) -> None:
     with stop.may_give_up():
-        wait_passively()
+        wait_briefly()
         _quiet_libraries()
         from student_trainer.assembly.run import assembled
         from student_trainer.train import train

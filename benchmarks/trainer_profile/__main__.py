@@ -35,7 +35,7 @@ from benchmarks.trainer_profile.growth import growth, growth_table
 from benchmarks.trainer_profile.pairs import GROWING, PAIRS, Pair
 from benchmarks.trainer_profile.steps import Step, matrix_rate, ratios, shown
 from student_trainer.process.writing import write_whole
-from vllm_process.cores import wait_passively
+from vllm_process.cores import wait_briefly
 
 STEPS = 1000
 """That a run is told to have; it takes as many as it is asked for."""
@@ -145,7 +145,7 @@ async def main(words: Sequence[str] | None = None, console: Console | None = Non
     if arguments.quick:
         arguments.pairs, arguments.steps = ["playground"], 1
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    wait_passively()
+    wait_briefly()
     rates = [await asyncio.to_thread(matrix_rate)]
     began = time.monotonic()
     found: Mapping[str, Mapping[str, list[Step]]] = {}

@@ -21,9 +21,9 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_process.cores import wait_passively
+from vllm_process.cores import wait_briefly
 
-wait_passively()
+wait_briefly()
 
 import torch
 

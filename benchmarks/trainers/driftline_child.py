@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.provenance import versions
 from benchmarks.trainers.task import Task, Tell, prompts_digest, telling
 from student_trainer.settings.config import TrainerConfig, load_config
+from vllm_process.cores import wait_briefly
 
 if TYPE_CHECKING:
     from student_trainer.assembly.run import Run
@@ -130,6 +131,7 @@ def settings(config: TrainerConfig) -> dict[str, Any]:
 
 
 def main() -> None:
+    wait_briefly()  # as the command line does
     task = Task.read(Path(sys.argv[1]))
     with telling() as tell:
         config = load_config(Path(task.config), task.overrides)

@@ -35,9 +35,14 @@ def children_end_with_us() -> Iterator[None]:
         del os.environ[_VARIABLE]
 
 
+def engines() -> list[BaseProcess]:
+    """The engine cores of this process, one that is starting too."""
+    return [child for child in multiprocessing.active_children() if _is_engine(child)]
+
+
 def has_engines() -> bool:
-    """Whether an engine core of this process runs, one that is starting too."""
-    return any(_is_engine(child) for child in multiprocessing.active_children())
+    """Whether there is one."""
+    return bool(engines())
 
 
 def kill_engines() -> None:
@@ -46,9 +51,8 @@ def kill_engines() -> None:
     For the end of a process: an engine core waits minutes for one that went while it started, since
     vLLM runs no plugin before it has shaken hands.
     """
-    for child in multiprocessing.active_children():
-        if _is_engine(child):
-            child.kill()
+    for engine in engines():
+        engine.kill()
 
 
 def _is_engine(child: BaseProcess) -> bool:

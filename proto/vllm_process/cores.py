@@ -8,19 +8,27 @@ thread waits, so that another engine goes on there; "shared:1" is one thread on 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vllm_process.children import engines
 
 AUTO, SHARED = "auto", "shared"
 CORES_PATTERN = rf"^({AUTO}|{SHARED}(:[1-9]\d*)?|\d+(,\d+)*)$"
 PASSIVE = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 """For GNU's OpenMP, which vLLM's CPU wheel loads with torch, and for LLVM's and Intel's. Spinning,
 a thread would keep the core that the one it waits for, or another engine, could use."""
+BRIEF = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+"""Spinning for half a millisecond at most, and a twentieth where several threads of a process have
+threads of their own: there GNU's OpenMP, told anything but "active", hardly spins at all, and an
+operation of 30 us takes three times as long."""
 IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """The model runs in the engine core's own process. vLLM turns "uni" into "mp" on a CPU, because it
 cannot set OpenMP's threads there; we set them before the process starts."""
 _set_here: set[str] = set()
-"""Of PASSIVE's names, those that `wait_passively` has set."""
+"""Of BRIEF's names, those that `wait_briefly` has set."""
 
 
 class CoresError(ValueError):
@@ -50,14 +58,14 @@ def check_cores(cores: str) -> None:
         )
 
 
-def wait_passively() -> None:
-    """This process's threads give their cores away while they wait for each other.
+def wait_briefly() -> None:
+    """This process's threads give their cores away when they have waited a little for each other.
 
     Only before it loads an OpenMP, with torch: that reads its environment once. What is set
     already stays. Engines with cores of their own are not told.
     """
-    for name in PASSIVE.keys() - os.environ.keys():
-        os.environ[name] = PASSIVE[name]
+    for name in BRIEF.keys() - os.environ.keys():
+        os.environ[name] = BRIEF[name]
         _set_here.add(name)
 
 
@@ -69,7 +77,7 @@ def executor_on(cores: str) -> str | None:
 @contextmanager
 def children_on(cores: str) -> Iterator[None]:
     """Processes started within run on these cores only, a thread each; "auto" leaves the choice to
-    them."""
+    them. What an engine that was started within has idling takes no core from what computes."""
     mine = os.sched_getaffinity(0)
     is_shared = cores.startswith(SHARED)
     named = None if is_shared or cores == AUTO else {int(core) for core in cores.split(",")}
@@ -84,6 +92,24 @@ def children_on(cores: str) -> Iterator[None]:
     finally:
         os.sched_setaffinity(0, mine)
         _set(before)
+    _keep_gloo_from_preempting()
+
+
+def _keep_gloo_from_preempting() -> None:
+    """Of an engine core that is alone and has no workers: others have messages in gloo's loops.
+
+    On one device there is a loop for each of its groups, a dozen, that wakes a hundred times a
+    second and finds nothing: each time it would push a thread that computes off its core, the
+    learner's too, and the others of its parallel region would wait for it. Only on Linux; where
+    threads may not be set, nothing changes.
+    """
+    cores = engines()
+    if sys.platform != "linux" or len(cores) != 1:
+        return
+    with suppress(OSError):
+        for thread in Path(f"/proc/{cores[0].pid}/task").iterdir():
+            if (thread / "comm").read_text().startswith("gloo_tcp_loop"):
+                os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
 
 
 def _num_threads(cores: str) -> int:

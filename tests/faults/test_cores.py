@@ -16,7 +16,7 @@ from student_trainer.settings.config import load_config
 from teacher_server.cli import main
 from tests.trainer.learner.tiny_student import write_tiny_student
 from tests.trainer.settings.smallest_config import SMALLEST
-from vllm_process.cores import CoresError, check_cores, children_on, wait_passively
+from vllm_process.cores import CoresError, check_cores, children_on, wait_briefly
 
 HERE = sorted(os.sched_getaffinity(0))
 ABSENT = max(HERE) + 1
@@ -83,7 +83,7 @@ def test_children_run_on_the_cores_that_are_set_and_this_process_where_it_did(
     assert dict(os.environ) == before
 
 
-def test_a_trainer_gives_its_cores_away_while_it_waits_unless_it_is_told_otherwise(
+def test_a_trainer_gives_its_cores_away_when_it_has_waited_a_little_unless_told_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
@@ -91,16 +91,17 @@ def test_a_trainer_gives_its_cores_away_while_it_waits_unless_it_is_told_otherwi
         monkeypatch.delenv(name)
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     monkeypatch.setattr("vllm_process.cores._set_here", set())
-    wait_passively()
+    wait_briefly()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    assert os.environ["KMP_BLOCKTIME"] == "1"
     # An engine with cores of its own spins as it always did; what somebody else set is his.
     with children_on(str(HERE[0])):
         assert "OMP_WAIT_POLICY" not in os.environ
         assert os.environ["GOMP_SPINCOUNT"] == "7"
     with children_on("shared"):
         assert os.environ["OMP_WAIT_POLICY"] == "passive"
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
 
 
 def test_a_trainer_says_how_it_waits_before_an_openmp_is_loaded() -> None:

@@ -246,6 +246,17 @@ async def test_a_response_ends_at_a_stop_token_of_the_run(
     assert parts[-1].finish is Finish.STOP
 
 
+async def test_an_idle_loop_of_the_engine_takes_no_core_from_a_thread_that_computes(
+    sampler: VllmSampler,
+) -> None:
+    threads = [thread for core in engines(os.getpid()) for thread in (core / "task").iterdir()]
+    loops = [t for t in threads if (t / "comm").read_text().startswith("gloo_tcp_loop")]
+    assert loops
+    for thread in threads:
+        policy = os.sched_getscheduler(int(thread.name))
+        assert policy == (os.SCHED_BATCH if thread in loops else os.SCHED_OTHER)
+
+
 async def test_generation_without_topk_still_has_log_probs(sampler: VllmSampler) -> None:
     parts = await deltas(sampler, "bare", SamplingOptions(max_tokens=9, seed=1))
     assert joined(parts, "topk_ids").shape == (len(joined(parts, "token_ids")), 0)
