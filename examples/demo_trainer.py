@@ -56,9 +56,9 @@ def distil(
     """Trains; returns the run's folder. Raises TrainerError and TeacherError."""
     with ExitStack() as stack:
         with waiting(console, "sampler: loading vLLM and the student"):
-            from vllm_process.cores import wait_passively
+            from vllm_process.cores import wait_briefly
 
-            wait_passively()
+            wait_briefly()
             from student_trainer.assembly.run import assembled
             from student_trainer.assembly.sampling import running_sampler
             from student_trainer.recording.run_folder import refuse_occupied
