@@ -103,11 +103,11 @@ def _keep_gloo_from_preempting() -> None:
     learner's too, and the others of its parallel region would wait for it. Only on Linux; where
     threads may not be set, nothing changes.
     """
-    cores = engines()
-    if sys.platform != "linux" or len(cores) != 1:
+    running = engines()
+    if sys.platform != "linux" or len(running) != 1:
         return
     with suppress(OSError):
-        for thread in Path(f"/proc/{cores[0].pid}/task").iterdir():
+        for thread in Path(f"/proc/{running[0].pid}/task").iterdir():
             if (thread / "comm").read_text().startswith("gloo_tcp_loop"):
                 os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
 
