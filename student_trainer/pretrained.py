@@ -88,6 +88,23 @@ def tensor_names(path: str) -> frozenset[str] | None:
         return frozenset(weights.keys())
 
 
+def refuse_quantised(path: str) -> None:
+    """Raises CheckpointError for a student of fewer bits, before it is loaded: neither its weights
+    nor an adapter on them could be trained."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    # Whatever the library that reads it makes of a malformed file.
+    except Exception as error:
+        reason = one_line(error)
+        raise CheckpointError(f"{path}: cannot read its configuration: {reason}") from error
+    if (found := getattr(config, "quantization_config", None)) is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        raise CheckpointError(
+            f"{path}: its weights are quantised ({method}), so it can be neither trained nor "
+            "saved, nor be the base of an adapter: take the checkpoint that they were made from"
+        )
+
+
 def load_student(
     path: str,
     *,

@@ -182,6 +182,8 @@ class WeightFormat:
     as_saved: bool = False
     """Under the names and in the layout of a saved checkpoint, not those in memory: experts one by
     one, for instance, that transformers holds fused."""
+    adapter_alone: bool = False
+    """The matrices of an adapter, by peft's names, for a sampler that has its base."""
 
 
 AS_LEARNT = WeightFormat()

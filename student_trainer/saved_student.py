@@ -27,15 +27,24 @@ def save_student(
     folder: Path,
     *,
     stop_ids: Collection[int] = (),
+    save_adapter: Callable[[Path], None] | None = None,
 ) -> None:
     """In Hugging Face format; `stop_ids` end its responses besides those that it has already.
+
+    `save_adapter` writes what was learnt of a model that is otherwise its base; the generation
+    config stands beside it for whoever loads both.
 
     Files may be read by whom the umask lets: safetensors gives them to their owner alone.
     """
     if (config := model.generation_config) is not None:
         ends = list(united(config.eos_token_id, [*stop_ids]))
         config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-    model.save_pretrained(folder)
+    if save_adapter is None:
+        model.save_pretrained(folder)
+    else:
+        save_adapter(folder)
+        if config is not None:
+            config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     readable = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
@@ -58,11 +67,6 @@ def check_saveable(
     Returns what was mended, in words; None for nothing. Raises CheckpointError naming what of the
     student `name` could not be saved after the training.
     """
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise CheckpointError(
-            f"{name}: its weights are quantised, so it can be neither trained nor saved: take the "
-            "checkpoint that they were made from"
-        )
     mended = _mend_generation_config(model)
     try:
         with tempfile.TemporaryDirectory(prefix="driftline-save-") as folder:

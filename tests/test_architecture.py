@@ -89,8 +89,9 @@ RULES = [
         never="vllm",
         but="teacher_server.engine.vllm_engine teacher_server.engine.token_scorer "
         "student_trainer.rollouts.samplers.vllm_sampler "
-        "student_trainer.rollouts.samplers.vllm_reload",
-        why="four files know vllm",
+        "student_trainer.rollouts.samplers.vllm_reload "
+        "student_trainer.rollouts.samplers.vllm_adapter",
+        why="five files know vllm",
     ),
     Rule(
         modules="*",

@@ -50,6 +50,7 @@ TRAINER_SETTINGS = {
     ),
     "special_tokens": "occurrences tokens",
     "student": "attention device dtype gradient_checkpointing model",
+    "student.lora": "adapter alpha base_name rank rslora sync targets",
     "teacher": (
         "connect_timeout_s endpoints k logprob_dtype on_absent tls_ca tls_cert tls_key token_file"
     ),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
-from student_trainer.assembly import evaluating, from_settings, teachers
+from student_trainer.assembly import adapting, evaluating, from_settings, syncing, teachers
 from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.recording import warn
 from student_trainer.assembly.sampling import started
@@ -18,6 +21,7 @@ from student_trainer.errors import DatasetError
 from student_trainer.pretrained import load_tokenizer, load_vocab_size
 from student_trainer.recording.run_folder import RUN_FILE, STUDENT, excluded_ids_of, run_of
 from student_trainer.recording.terminal import Bars
+from student_trainer.rollouts.samplers.base import Sampler
 from student_trainer.rollouts.stream import LoopThread
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.settings.teacher import TeacherSettings
@@ -38,11 +42,12 @@ def evaluate_checkpoint(
 
     The held-out divergences need a teacher: `auto` does without where none answers, and says why,
     unless the problems have no answers, of which nobody else could say anything. What took no part
-    in the run of the checkpoint takes none here, whichever teachers are asked. Raises what a run
-    raises before its first step.
+    in the run of the checkpoint takes none here, whichever teachers are asked. An adapter is
+    evaluated on the student of the configuration. Raises what a run raises before its first step.
     """
-    config = with_declared_needs(config)
-    tokenizer = load_tokenizer(model)
+    config = adapting.with_adapter_of(with_declared_needs(config), Path(model))
+    base = model if config.student.lora is None else config.student.model
+    tokenizer = load_tokenizer(base)
     problems = from_settings.heldout_problems(config, tokenizer)
     if not problems:
         raise DatasetError("there are no problems to evaluate: data.heldout must name them")
@@ -50,12 +55,11 @@ def evaluate_checkpoint(
         grader = evaluating.checked_grader(config, problems, stack)
         loop = stack.enter_context(closing(LoopThread()))
         run, excluded_before = _of_its_run(config, model)
-        asked = Teachers(excluded_before=excluded_before)
-        absent = "not asked for"
+        asked, absent = Teachers(excluded_before=excluded_before), "not asked for"
         if teacher != "none" and config.eval.teacher_samples:
             needed = teacher == "required" or problems[0].answer is None
             patient = config if needed else _in_short(config)
-            width = load_vocab_size(model)
+            width = load_vocab_size(base)
             connected = teachers.connected(
                 patient, loop, problems, width, tokenizer, excluded_before
             )
@@ -66,11 +70,10 @@ def evaluate_checkpoint(
                     raise
                 absent = str(error)
         bars = stack.enter_context(Bars(Console(stderr=True)))
-        for line in teachers.warnings(config, model, tokenizer, asked):
+        for line in teachers.warnings(config, base, tokenizer, asked):
             warn(bars.console, line)
         evaluator = evaluating.evaluator(config, problems, grader, tokenizer, asked)
-        sampler = from_settings.sampler(config, model, tokenizer)
-        stack.enter_context(started(sampler, loop))
+        sampler = stack.enter_context(_sampler(config, base, tokenizer, loop, bars))
         report = evaluator.report(
             loop,
             sampler,
@@ -80,14 +83,37 @@ def evaluate_checkpoint(
         )
     return {
         "checkpoint": model,
-        "teacher": ", ".join(client.info.model_id for client in asked.clients.values()) or None,
         "without_teacher": absent or None,
         "run": None if run is None else str(run),
-        "excluded_ids": [list(span) for span in asked.excluded_ids],
         "num_prompts": len(problems),
+        **_told(asked),
         "accuracy": report.accuracy,
         **report.written(),
         "texts": [asdict(sample) for sample in report.samples],
+    }
+
+
+@contextmanager
+def _sampler(
+    config: TrainerConfig,
+    base: str,
+    tokenizer: PreTrainedTokenizerBase,
+    loop: LoopThread,
+    bars: Bars,
+) -> Iterator[Sampler]:
+    """What generates, with the adapter, where there is one."""
+    sampler = from_settings.sampler(config, base, tokenizer)
+    with started(sampler, loop):
+        if config.student.lora is not None:
+            syncing.load_adapter(config, sampler, loop, partial(warn, bars.console))
+        yield sampler
+
+
+def _told(asked: Teachers) -> dict[str, Any]:
+    """Who scored, and what took no part."""
+    return {
+        "teacher": ", ".join(client.info.model_id for client in asked.clients.values()) or None,
+        "excluded_ids": [list(span) for span in asked.excluded_ids],
     }
 
 

@@ -8,12 +8,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from student_trainer.assembly import adapting
 from student_trainer.data import Limits, PromptFormat, RowFields, Source, load_prompts
 from student_trainer.data.templates import template_of
 from student_trainer.errors import ConfigError
 from student_trainer.learner.memory import free_memory, refuse_too_large
 from student_trainer.learner.optim import Optimizer
-from student_trainer.pretrained import load_generation_config, load_tokenizer
+from student_trainer.pretrained import (
+    load_generation_config,
+    load_tokenizer,
+    refuse_quantised,
+)
 from student_trainer.records import Prompt, SamplingOptions, WeightFormat
 from student_trainer.rollouts.samplers.base import Passage, Sampler
 from student_trainer.rollouts.samplers.hf_batched_sampler import HfBatchedSampler
@@ -172,11 +177,13 @@ def dtype(config: TrainerConfig) -> torch.dtype:
     return found
 
 
-def check_memory(config: TrainerConfig, model: str) -> list[str]:
-    """Raises ConfigError for a student that cannot fit where the learner runs, before it is loaded.
+def check_student(config: TrainerConfig, model: str) -> list[str]:
+    """Raises ConfigError for a student that cannot fit where the learner runs, CheckpointError for
+    one that is quantised, before it is loaded.
 
     Returns a warning for one that fits only with gradient checkpointing and is trained without.
     """
+    refuse_quantised(model)
     where = device(config)
     if (free_bytes := free_memory(where)) is None:
         return []
@@ -193,6 +200,7 @@ def check_memory(config: TrainerConfig, model: str) -> list[str]:
         longest=longest,
         gradient_checkpointing=config.student.gradient_checkpointing,
         device=where,
+        lora=adapting.shape_of(config),
     )
     return [tight] if tight else []
 
@@ -244,7 +252,12 @@ def weight_format(config: TrainerConfig) -> WeightFormat:
     have the learner's own names.
     """
     is_vllm = isinstance(config.sampler, VllmSamplerSettings)
-    return WeightFormat(dtype=sampler_dtype(config), as_saved=is_vllm)
+    adapter_alone = adapting.in_vllm(config) is not None
+    return WeightFormat(
+        dtype=sampler_dtype(config),
+        as_saved=is_vllm and not adapter_alone,
+        adapter_alone=adapter_alone,
+    )
 
 
 def shares_weights(config: TrainerConfig) -> bool:
@@ -318,12 +331,15 @@ def _engine(
         cpu_cores=settings.cpu_cores,
         seed=config.run.seed,
         stop_ids=stop,
-        passage=passage(settings.weights_dir),
+        passage=passage(config, settings.weights_dir),
+        adapter=adapting.in_vllm(config),
     )
 
 
-def passage(weights_dir: Path | None) -> Passage:
+def passage(config: TrainerConfig, weights_dir: Path | None) -> Passage:
     """How weights come into the engine's process. Raises ConfigError."""
+    if adapting.in_vllm(config) is not None:
+        return adapting.adapter_passage(config, weights_dir)
     return WeightBuffer() if weights_dir is None else WeightFolder(weights_dir)
 
 

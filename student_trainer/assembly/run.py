@@ -11,11 +11,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_trainer.assembly import (
+    adapting,
     checkpoints,
     evaluating,
     from_settings,
@@ -190,13 +192,14 @@ def _assemble(
     tokenizer = problems.tokenizer
     specials = from_settings.special_tokens(config, tokenizer)
     grader = evaluating.checked_grader(config, problems.heldout, stack)
-    start_from = config.student.model if goes_on is None else str(goes_on.checkpoint)
-    _say_all(say, from_settings.check_memory(config, start_from))
+    checkpoint = None if goes_on is None else goes_on.checkpoint
+    start_from = adapting.model_of(config, checkpoint)
+    _say_all(say, from_settings.check_student(config, start_from))
     loop = running.loop if running else stack.enter_context(closing(LoopThread()))
     begin = partial(_sampler, config, start_from, tokenizer, running, loop, bars, stack)
     shares = running is None and from_settings.shares_weights(config)
     at_once = None if shares else begin(None)
-    learner = _learner(config, tokenizer, start_from, stop, say)
+    learner = _learner(config, tokenizer, start_from, checkpoint, stop, say)
     sampler, start = at_once or begin(learner.lent_model)
     asked = stack.enter_context(
         teachers.connected(config, loop, problems.all, learner.vocab_size, tokenizer)
@@ -208,9 +211,7 @@ def _assemble(
     state = checkpoints.train_state(config, learner, stream)
     for line in checkpoints.gone_on(state, goes_on):
         bars.console.print(line, highlight=False, markup=False)
-    for about in (checkpoints.warnings, syncing.warnings):
-        _say_all(say, about(config, learner))
-    _say_all(say, teachers.warnings(config, start_from, tokenizer, asked))
+    _say_all(say, _warnings(config, learner, start_from, tokenizer, asked))
     recorder, record = stack.enter_context(
         recorded(
             config, bars, goes_on=goes_on, overwrite=overwrite, asked=asked, decode=problems.decode
@@ -238,6 +239,19 @@ def _assemble(
     )
 
 
+def _warnings(
+    config: TrainerConfig,
+    learner: Learner,
+    start_from: str,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: teachers.Teachers,
+) -> Iterator[str]:
+    """What to know of this run before its first step."""
+    yield from checkpoints.warnings(config, learner)
+    yield from syncing.warnings(config, learner)
+    yield from teachers.warnings(config, start_from, tokenizer, asked)
+
+
 def _say_all(say: Callable[[str], None], lines: Iterable[str]) -> None:
     for line in lines:
         say(line)
@@ -247,6 +261,7 @@ def _learner(
     config: TrainerConfig,
     tokenizer: PreTrainedTokenizerBase,
     start_from: str,
+    checkpoint: Path | None,
     stop: StopRequest,
     say: Callable[[str], None],
 ) -> Learner:
@@ -255,7 +270,8 @@ def _learner(
     dtype = from_settings.dtype(config)
     model = load_student(
         start_from,
-        dtype=torch.float32,
+        # A base that stays as it is need not be held in more than it is computed in.
+        dtype=torch.float32 if config.student.lora is None else dtype,
         device=from_settings.device(config),
         attention=config.student.attention,
         gradient_checkpointing=config.student.gradient_checkpointing,
@@ -263,6 +279,7 @@ def _learner(
     )
     if mended := check_saveable(model, tokenizer, start_from):
         say(mended)
+    adapter = adapting.adapter(config, model, checkpoint)
     return Learner(
         model,
         tokenizer,
@@ -279,6 +296,7 @@ def _learner(
         stop_ids=from_settings.stop_ids(config, start_from, tokenizer),
         stop=stop,
         copied_to=getattr(torch, from_settings.sampler_dtype(config)),
+        adapter=adapter,
     )
 
 

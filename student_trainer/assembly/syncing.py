@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from student_trainer.assembly import from_settings
+import torch
+
+from student_trainer.assembly import adapting, from_settings
 from student_trainer.assembly.from_settings import Problems
+from student_trainer.learner.export import export_bytes, exported
 from student_trainer.learner.learner import Learner
-from student_trainer.pretrained import tensor_names
+from student_trainer.pretrained import load_student, tensor_names
 from student_trainer.rollouts.probe import (
     LONGEST_WINDOW_ON_A_CPU,
     PROBE_TOKENS,
@@ -15,6 +18,7 @@ from student_trainer.rollouts.probe import (
     probe_prompts,
 )
 from student_trainer.rollouts.samplers.base import Sampler
+from student_trainer.rollouts.stream import LoopThread
 from student_trainer.rollouts.weight_sync import WeightSync
 from student_trainer.settings.config import TrainerConfig
 
@@ -44,6 +48,25 @@ def sync(
     )
 
 
+def load_adapter(
+    config: TrainerConfig, sampler: Sampler, loop: LoopThread, say: Callable[[str], None]
+) -> None:
+    """Has a sampler that runs generate with the adapter that the settings name, as it is there.
+
+    Raises ConfigError, CheckpointError, WeightSyncError.
+    """
+    written = from_settings.weight_format(config)
+    model = load_student(
+        config.student.model,
+        dtype=from_settings.dtype(config),
+        device=torch.device("cpu"),
+        attention=config.student.attention,
+    )
+    adapter = adapting.adapter(config, model, None)
+    sampler.make_room(export_bytes(model, written, adapter), say)
+    loop.run(sampler.load_weights(exported(model, written, adapter)))
+
+
 def proof(
     config: TrainerConfig,
     learner: Learner,
@@ -53,6 +76,10 @@ def proof(
     is_as_loaded: bool,
 ) -> Proof:
     """What is proven before the first rollout."""
+    lora = config.student.lora
+    if lora is not None and (lora.adapter is not None or not is_fresh):
+        # The sampler has loaded the base, and the learner begins with what was learnt of it.
+        is_as_loaded = False
     as_saved = from_settings.weight_format(config).as_saved
     window = learner.sliding_window
     return Proof(
@@ -69,12 +96,27 @@ def proof(
 
 def warnings(config: TrainerConfig, learner: Learner) -> Iterator[str]:
     """What the proof leaves out."""
+    yield from _of_a_merged_adapter(config)
     window = learner.sliding_window
     if _is_passed(config, window) and not _is_probed(config, window):
         yield (
             f"the student's sliding window is {window} tokens: that the sampler computes more than "
             f"that as the learner does is not proven on a CPU (at most {LONGEST_WINDOW_ON_A_CPU}). "
             f"rollout.max_context up to {window} needs no proof"
+        )
+
+
+def _of_a_merged_adapter(config: TrainerConfig) -> Iterator[str]:
+    """Base and adapter one after the other are not what they are in one matrix of 16 bits."""
+    dtype, settings = from_settings.sampler_dtype(config), config.student.lora
+    if settings is None or dtype == "float32" or from_settings.shares_weights(config):
+        return
+    if not from_settings.weight_format(config).adapter_alone:
+        yield (
+            f"the sampler has the adapter merged into weights in {dtype}, the learner has it "
+            f"beside its base: a difference of tenths of a nat is rounding and may be as large as "
+            "the adapter's whole effect, so that the sync is not proven. student.lora.sync = "
+            '"adapter" compares like with like, and so does float32'
         )
 
 

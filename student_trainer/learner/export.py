@@ -1,4 +1,7 @@
-"""The learner's weights as a sampler reads them: which tensors, by which names, in which dtype."""
+"""The learner's weights as a sampler reads them: which tensors, by which names, in which dtype.
+
+An adapter of them is merged in, tensor by tensor, into what is handed out.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from student_trainer.learner.adapter import Adapter, merged, own_name
 from student_trainer.records import WeightFormat
 
 
-def exported(model: PreTrainedModel, written: WeightFormat) -> Iterator[tuple[str, Tensor]]:
+def exported(
+    model: PreTrainedModel, written: WeightFormat, adapter: Adapter | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors on the CPU, each once, in the model's order.
 
     One layer after another is converted: with those that its receiver has passed on, no second copy
-    of the model. A tensor may be the model's own memory.
+    of the model. A tensor may be the model's own memory. `adapter` is read where it goes alone.
     """
+    if written.adapter_alone:
+        for name, tensor, dtype in _of_adapter(adapter, written):
+            yield name, tensor.to("cpu", dtype).contiguous()
+        return
     own = (item[:3] for item in _exported(model, written) if item[3] is None)
     for _, layer in groupby(own, key=lambda item: _layer_of(item[0])):
-        weights = {name: tensor.to("cpu", dtype) for name, tensor, dtype in layer}
+        weights = {
+            name: merged(model, name, tensor).to("cpu", dtype) for name, tensor, dtype in layer
+        }
         if written.as_saved:
             weights = revert_weight_conversion(model, weights)
         for name, tensor in weights.items():
@@ -33,6 +45,8 @@ def exported(model: PreTrainedModel, written: WeightFormat) -> Iterator[tuple[st
 def tied_names(model: PreTrainedModel, written: WeightFormat) -> dict[str, str]:
     """Names of tensors that are another one again, such as a tied head, and the name of that."""
     again: dict[str, str] = {}
+    if written.adapter_alone:
+        return again
     for name, tensor, _, first in _exported(model, written):
         if first is not None:
             names = (_named(model, alias, tensor, written) for alias in (name, first))
@@ -46,8 +60,12 @@ def export_weights(model: PreTrainedModel, to: Path, written: WeightFormat) -> N
     save_file(sent, to / "model.safetensors", metadata={"format": "pt"})
 
 
-def export_bytes(model: PreTrainedModel, written: WeightFormat) -> int:
+def export_bytes(
+    model: PreTrainedModel, written: WeightFormat, adapter: Adapter | None = None
+) -> int:
     """Of the tensors that `exported` gives."""
+    if written.adapter_alone:
+        return sum(t.numel() * dtype.itemsize for _, t, dtype in _of_adapter(adapter, written))
     return sum(
         tensor.numel() * dtype.itemsize
         for _, tensor, dtype, first in _exported(model, written)
@@ -55,14 +73,26 @@ def export_bytes(model: PreTrainedModel, written: WeightFormat) -> int:
     )
 
 
+def _of_adapter(
+    adapter: Adapter | None, written: WeightFormat
+) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """Name, tensor, and how it is written."""
+    if adapter is None:
+        raise RuntimeError("asked for the adapter of a model without one")
+    for name, tensor in adapter.tensors().items():
+        yield name, tensor, getattr(torch, written.dtype or "float32")
+
+
 def _exported(
     model: PreTrainedModel, written: WeightFormat
 ) -> Iterator[tuple[str, Tensor, torch.dtype, str | None]]:
     """Name, tensor, how it is written, and under which name it came before, if it did. What is no
     parameter, such as a router's correction, keeps its own arithmetic."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {own_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     seen: dict[int, str] = {}
-    for name, tensor in model.state_dict().items():
+    for found, tensor in model.state_dict().items():
+        if (name := own_name(found)) is None:
+            continue
         first = seen.setdefault(tensor.data_ptr(), name)
         is_converted = written.dtype is not None and name in parameters
         dtype = getattr(torch, str(written.dtype)) if is_converted else tensor.dtype

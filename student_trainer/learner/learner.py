@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_trainer.diagnostics.step_report import LearnReport
+from student_trainer.learner.adapter import Adapter
 from student_trainer.learner.batch import (
     collate,
     part_costs,
@@ -68,12 +69,14 @@ class Learner:
         stop: StopRequest | None = None,
         excluded_ids: IdRanges = (),
         copied_to: torch.dtype = torch.float32,
+        adapter: Adapter | None = None,
     ) -> None:
-        """`dtype`: of the arithmetic; the weights are float32 whatever it is.
+        """`dtype`: of the arithmetic; the weights that are learnt are float32 whatever it is.
         `recomputes_behavior`: behavior log-probs are the learner's own, not the sampler's.
         `stop_ids` end the student's responses, besides what its generation config says.
         `excluded_ids` take no part in its distributions, and learn nothing as what is said; they
-        may be set until the first step. `copied_to`: of the sampler's copy of the weights."""
+        may be set until the first step. `copied_to`: of the sampler's copy of the weights.
+        `adapter`: what is learnt of a model that has one, all else being frozen."""
         self._model = model
         self._tokenizer = tokenizer
         self._optimizer = optimizer
@@ -90,6 +93,7 @@ class Learner:
         self._stop = stop or StopRequest()
         self.excluded_ids = excluded_ids
         self._copied_to = copied_to
+        self._adapter = adapter
         self._device = next(model.parameters()).device
 
     @property
@@ -115,10 +119,8 @@ class Learner:
     def checkpoint_bytes(self) -> int:
         """Of the weights and the optimiser's state, nearly all that a checkpoint holds."""
         moments = self._optimizer.bytes_per_parameter
-        return sum(
-            p.numel() * (p.element_size() + int(moments * p.requires_grad))
-            for p in self._model.parameters()
-        )
+        saved = self._learnt() if self._adapter else self._model.parameters()
+        return sum(p.numel() * (p.element_size() + int(moments * p.requires_grad)) for p in saved)
 
     def learn(self, rollouts: Sequence[Rollout], step: int) -> LearnReport:
         """All optimiser updates of one step.
@@ -149,12 +151,15 @@ class Learner:
         )
 
     def _sample(self) -> torch.Tensor | None:
-        return sample_of(self._model.parameters()) if self._copied_to != torch.float32 else None
+        return sample_of(self._learnt()) if self._copied_to != torch.float32 else None
+
+    def _learnt(self) -> Iterator[torch.nn.Parameter]:
+        return (p for p in self._model.parameters() if p.requires_grad)
 
     def _lost_since(self, before: torch.Tensor | None) -> float | None:
         if before is None:
             return None
-        return lost_in_rounding(before, sample_of(self._model.parameters()), self._copied_to)
+        return lost_in_rounding(before, sample_of(self._learnt()), self._copied_to)
 
     def _with_behavior(self, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
         if not self._recomputes_behavior:
@@ -245,10 +250,11 @@ class Learner:
     def about(self) -> str:
         """Family, arithmetic, and what its config says of logits and attention; for a person."""
         dtype = str(self._dtype).removeprefix("torch.")
-        return f"{family_of(self._model)}; it computes in {dtype}"
+        adapted = " with an adapter" if self._adapter else ""
+        return f"{family_of(self._model)}{adapted}; it computes in {dtype}"
 
     def changed(self) -> AbstractContextManager[None]:
-        """Every weight a little different within, and the very same bits behind it."""
+        """Every weight that is learnt a little different within, the very same bits behind it."""
         return flipped(self._model)
 
     @property
@@ -258,7 +264,7 @@ class Learner:
 
     def weights(self, written: WeightFormat = AS_LEARNT) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors on the CPU for a sampler to load, each once."""
-        return exported(self._model, written)
+        return exported(self._model, written, self._adapter)
 
     def tied_names(self, written: WeightFormat = AS_LEARNT) -> dict[str, str]:
         """Names that are not among them, and which other one each is again (a tied head)."""
@@ -266,15 +272,24 @@ class Learner:
 
     def export_bytes(self, written: WeightFormat = AS_LEARNT) -> int:
         """Of the tensors of `weights`."""
-        return export_bytes(self._model, written)
+        return export_bytes(self._model, written, self._adapter)
 
     def save(self, folder: Path) -> None:
-        """The student in Hugging Face format, with its tokenizer."""
-        save_student(self._model, self._tokenizer, folder, stop_ids=self._stop_ids)
+        """The student in Hugging Face format, or its adapter in peft's, with its tokenizer."""
+        save_student(
+            self._model,
+            self._tokenizer,
+            folder,
+            stop_ids=self._stop_ids,
+            save_adapter=self._adapter.save if self._adapter else None,
+        )
 
     def save_what_can_be(self, folder: Path) -> None:
         """The bare weights, and what of the rest can be written: for when `save` has failed."""
-        export_weights(self._model, folder, AS_LEARNT)
+        if self._adapter is None:
+            export_weights(self._model, folder, AS_LEARNT)
+        else:
+            self._adapter.save(folder)
         save_around(self._model, self._tokenizer, folder)
 
     def state(self) -> dict[str, Any]:

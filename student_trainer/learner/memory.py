@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from student_trainer.errors import ConfigError
+from student_trainer.learner.adapter import LoraShape, num_adapted
 from student_trainer.learner.families import attention_for
 from student_trainer.learner.head import BLOCK
 from student_trainer.learner.optim import STATE_BYTES, OptimizerKind
@@ -62,39 +63,56 @@ def learner_memory(
     longest: int,
     gradient_checkpointing: bool,
     device: torch.device,
-    counts: tuple[int, int] | None = None,
+    counts: ParameterCounts | None = None,
 ) -> LearnerMemory:
-    """For micro-batches of up to `tokens`, a longest sequence of `longest`, all weights trained.
+    """For micro-batches of up to `tokens`, a longest sequence of `longest`.
 
-    `counts` are the `parameter_counts`; None makes the model to count them.
+    `counts` are the `parameter_counts`; None makes the model to count them, all of it trained.
     """
     text = config.get_text_config(decoder=True)
-    parameters, in_layers = counts or parameter_counts(config)
+    counts = counts or parameter_counts(config)
+    held, trained, in_layers = counts.frozen, counts.trained, counts.in_layers
     layers, hidden = text.num_hidden_layers, text.hidden_size
     a_layer = tokens * _layer_bytes_per_token(config, dtype, longest, device)
     if gradient_checkpointing:
         kept = layers * tokens * 4 * hidden + a_layer * (1 + BACKWARD_OF_A_LAYER)
     else:
         kept = a_layer * (layers + BACKWARD_OF_A_LAYER)
-    rounded = 0 if dtype == torch.float32 else 2 * in_layers
+    # Frozen weights are held as they are computed with.
+    rounded = 0 if dtype == torch.float32 or held else 2 * in_layers
     rows, ids = BLOCK["cpu" if device.type == "cpu" else "other"]
     return LearnerMemory(
-        weights=4 * parameters,
-        gradients=4 * parameters,
-        optimizer=STATE_BYTES[optimizer] * parameters,
+        weights=dtype.itemsize * held + 4 * trained,
+        gradients=4 * trained,
+        optimizer=STATE_BYTES[optimizer] * trained,
         activations=kept + tokens * 24 * hidden,
         rounded_weights=rounded / (layers if gradient_checkpointing else 1),
         head=HEAD_BLOCKS * 4 * min(rows, tokens) * min(ids, text.vocab_size),
     )
 
 
-def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
-    """All parameters, and those but embedding and head. Takes no memory."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterCounts:
+    """Of a student under training."""
+
+    trained: int
+    frozen: int
+    in_layers: int
+    """Of the student alone, all but embedding and head."""
+
+
+def parameter_counts(config: PretrainedConfig, lora: LoraShape | None = None) -> ParameterCounts:
+    """With an adapter the student itself is frozen. Takes no memory."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     everything = sum(parameter.numel() for parameter in model.parameters())
-    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    return everything, everything - sum(parameter.numel() for parameter in ends)
+    head = model.get_output_embeddings()
+    ends = {model.get_input_embeddings().weight, head.weight}
+    in_layers = everything - sum(parameter.numel() for parameter in ends)
+    if lora is None:
+        return ParameterCounts(trained=everything, frozen=0, in_layers=in_layers)
+    adapted = num_adapted(model, lora, head)
+    return ParameterCounts(trained=adapted, frozen=everything, in_layers=in_layers)
 
 
 def _layer_bytes_per_token(
@@ -129,6 +147,7 @@ def refuse_too_large(
     longest: int,
     gradient_checkpointing: bool,
     device: torch.device,
+    lora: LoraShape | None = None,
 ) -> str | None:
     """Raises ConfigError for a student that cannot fit even with checkpointing.
 
@@ -145,7 +164,7 @@ def refuse_too_large(
             tokens=tokens,
             longest=longest,
             device=device,
-            counts=parameter_counts(config),
+            counts=parameter_counts(config, lora),
         )
         with_it = estimate(gradient_checkpointing=True)
         as_set = estimate(gradient_checkpointing=gradient_checkpointing)

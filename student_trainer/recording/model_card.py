@@ -46,6 +46,7 @@ def model_card(folder: Path) -> str:
         base_model=student if HUB_NAME.fullmatch(student) and not Path(student).exists() else None,
         teacher={"model_id": "", "revision": "", "dtype": "", "engine": "", "weights_digest": ""}
         | last.get("teacher", {}),
+        is_adapter=any(name.startswith("student.lora.") for name in settings),
         settings=settings,
         starts=starts,
         summary={"wall_s": None} | summary,

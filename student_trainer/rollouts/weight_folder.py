@@ -13,8 +13,9 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 from safetensors.torch import save_file
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PREFIX = "driftline-weights-"
 LOCK_FILE = ".lock"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 SLACK_BYTES = 1 << 20
 """Beside the weights: the header of their file, and blocks that are not full."""
 
@@ -52,9 +54,14 @@ class OwnFolder:
 class WeightFolder:
     """Weights on their way as one file of safetensors: as much room again as they take."""
 
-    def __init__(self, place: Path) -> None:
-        """A folder of this process's own will be in `place`."""
+    def __init__(
+        self, place: Path, *, file: str = "model.safetensors", beside: Mapping[str, str] = NOTHING
+    ) -> None:
+        """A folder of this process's own will be in `place`, with the weights as `file` and what
+        stands `beside` them, text by the name of its file."""
         self._place = place
+        self._file = file
+        self._beside = beside
         self._own: OwnFolder | None = None
 
     def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
@@ -77,6 +84,8 @@ class WeightFolder:
                 f"{_mb(BUFFER_BYTES)} of memory"
             )
         self._own = OwnFolder(place)
+        for name, text in self._beside.items():
+            (self._own.path / name).write_text(text, encoding="utf-8")
 
     async def send(
         self,
@@ -90,7 +99,7 @@ class WeightFolder:
             raise RuntimeError("no room was made for the weights")
         path = self._own.path
         with writing_to(path, WeightSyncError, remedy="make room there, or name no folder"):
-            save_file(dict(weights), path / "model.safetensors", metadata={"format": "pt"})
+            save_file(dict(weights), path / self._file, metadata={"format": "pt"})
         return await receive(str(path))
 
     def close(self) -> None:

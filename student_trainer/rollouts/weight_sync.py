@@ -153,9 +153,12 @@ class WeightSync:
         progress(1, 3, "with changed weights")
         with self._learner.changed():
             sent = await self._load()
-            changed = self._gap(await self._continued("probe-changed", short))
+            said = await self._continued("probe-changed", short)
+            own = said.judged_by(self._learner.logprobs)
+        changed = gap_of(own, said.logprobs)
         self._check_names(sent, proof.checkpoint_names)
         self._check(changed, "the sampler, sent changed weights,", cause)
+        self._check_arrived(changed, gap_of(own, said.judged_by(self._learner.logprobs)), cause)
         progress(2, 3, "with its own weights")
         await self._load()
         pushed = self._gap(await self._continued(f"probe-start-{version}", short))
@@ -195,6 +198,14 @@ class WeightSync:
                 f"{who} differs from {whom} by {gap:.3g} nats, more than "
                 f"{self._max_logprob_gap:.3g} (optim.max_sync_gap_nats)"
                 f"{': ' if cause else ''}{cause}"
+            )
+
+    def _check_arrived(self, gap: float, change: float, cause: str) -> None:
+        """A limit as wide as bfloat16 needs may be wider than what the change makes of a token."""
+        if not gap <= change / 2:
+            raise WeightSyncError(
+                f"the sampler, sent changed weights, differs from the learner by {gap:.3g} nats, "
+                f"where the change itself is of {change:.3g}: {cause}"
             )
 
     def _check_names(self, sent: Mapping[str, str | None], known: Collection[str] | None) -> None:

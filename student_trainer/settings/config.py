@@ -29,6 +29,7 @@ from student_trainer.settings.budget import (
 from student_trainer.settings.data import DataSettings
 from student_trainer.settings.drift import DriftSettings, OverlapRatioSettings
 from student_trainer.settings.evaluation import EvalSettings
+from student_trainer.settings.lora import LoraSettings
 from student_trainer.settings.loss import ImportedLossSettings, LossSettings, Needs
 from student_trainer.settings.problems import explain
 from student_trainer.settings.run import CheckpointSettings, RunSettings, TrackerSettings
@@ -55,8 +56,8 @@ class StudentSettings(Section):
     model: str
     """Folder or name of a Hugging Face checkpoint, with its tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the learner. Weights, gradients and the optimizer's state are float32 with
-    either, so that bfloat16 loses no update."""
+    """Arithmetic of the learner. Weights that are learnt, gradients and the optimizer's state are
+    float32 with either, so that bfloat16 loses no update; a frozen base is held in it."""
     device: Annotated[str, MayChange()] = "auto"
     """Where the learner runs: "cpu", "cuda", "cuda:1"; "auto" takes CUDA when there is one."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -65,6 +66,8 @@ class StudentSettings(Section):
     gradient_checkpointing: Annotated[bool, MayChange()] = False
     """Keeps the input of each layer alone for the backward pass and makes the rest again: the same
     gradient, a fraction of the memory, a third more time."""
+    lora: LoraSettings | None = None
+    """A low-rank adapter is trained in place of the weights; none: all of them are."""
 
 
 class RolloutSettings(Section):
@@ -180,6 +183,12 @@ class TrainerConfig(Section):
                 f"rollout.max_context {self.rollout.max_context}"
             )
         self._check_shared_weights()
+        lora, kind = self.student.lora, self.sampler.kind
+        if lora is not None and lora.sync == "adapter" and kind != "vllm":
+            raise ValueError(
+                f'student.lora.sync is "adapter", and sampler.kind is "{kind}": only vLLM has an '
+                'adapter beside its base; "merged" or "auto"'
+            )
         return self
 
     def _check_shared_weights(self) -> None:

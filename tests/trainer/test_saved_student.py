@@ -122,9 +122,18 @@ def test_a_student_that_cannot_be_saved_is_refused_before_it_is_trained(
     monkeypatch.setattr(type(model.config), "save_pretrained", refuses)
     with pytest.raises(CheckpointError, match=r"could be trained but not saved: .*"):
         check_saveable(model, tokenizer, "student")
-    model.hf_quantizer = object()
-    with pytest.raises(CheckpointError, match=r"^student: its weights are quantised"):
-        check_saveable(model, tokenizer, "student")
+
+
+@pytest.mark.parametrize("lora", [[], ['student.lora={"rank":4}']], ids=["whole", "adapter"])
+def test_a_quantised_student_is_refused_before_it_is_loaded(
+    folder: Path, client: InMemoryClient, lora: list[str]
+) -> None:
+    path = folder / "student" / "config.json"
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | quantised))
+    with pytest.raises(CheckpointError, match=r"weights are quantised \(bitsandbytes\).* adapter"):
+        run_through(configured(folder, *lora))
+    assert client.sessions == []
 
 
 def test_a_run_of_such_a_student_says_so_once_and_saves_it(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from student_trainer.errors import SamplerError, WeightSyncError, one_line, some
 from student_trainer.records import Delta, Finish, SamplingOptions
 from student_trainer.rollouts.samplers.base import Passage, Weights
+from student_trainer.rollouts.samplers.vllm_adapter import AdapterInVllm
 from student_trainer.rollouts.samplers.vllm_reload import ReloadsWeights
 from student_trainer.rollouts.weight_buffer import WeightBuffer
 from teacher_wire.id_ranges import IdRanges, num_ids, within
@@ -33,6 +34,7 @@ from vllm_process.output import EngineOutput
 if TYPE_CHECKING:
     from vllm.config.model import ModelDType
     from vllm.logprobs import FlatLogprobs
+    from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -68,12 +70,15 @@ class VllmSampler:
     seed: int
     stop_ids: tuple[int, ...] = ()
     passage: Passage = field(default_factory=WeightBuffer)
-    """How weights come to it."""
+    """How weights come to it, or the matrices of its adapter: those as files."""
+    adapter: AdapterInVllm | None = None
+    """Of an adapter that takes what `load_weights` brings, beside weights that stay."""
     _engine: AsyncLLM | None = field(default=None, init=False)
     _output: EngineOutput | None = field(default=None, init=False)
     _num_under_way: int = field(default=0, init=False)
     _building: asyncio.Future[None] | None = field(default=None, init=False)
     _is_given_up: bool = field(default=False, init=False)
+    _adapted_by: LoRARequest | None = field(default=None, init=False)
 
     async def start(self) -> None:
         """Loads the model into vLLM; tens of seconds. Raises SamplerError.
@@ -135,6 +140,7 @@ class VllmSampler:
             hf_overrides={} if on_cpu else {"head_dtype": "float32"},
             distributed_executor_backend=executor_on(self.cpu_cores),
             worker_extension_cls=_EXTENSION,
+            **(self.adapter.engine_args() if self.adapter else {}),
         )
         with (
             children_on(self.cpu_cores),
@@ -168,7 +174,9 @@ class VllmSampler:
         self._num_under_way += 1
         try:
             with self._engine_lives():
-                async for output in self._running().generate(prompt, params, request_id):
+                async for output in self._running().generate(
+                    prompt, params, request_id, lora_request=self._adapted_by
+                ):
                     yield _delta(request_id, output.outputs[0], options.num_topk)
         finally:
             self._num_under_way -= 1
@@ -215,18 +223,27 @@ class VllmSampler:
             raise RuntimeError("vLLM did not drop its prefix cache after new weights were loaded")
 
     async def _receive(self, where: str) -> list[list[str]]:
+        """Has the engine read what is there; returns the names of what it kept as it was."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        engine, kept = self._running(), list[list[str]]()
         try:
-            kept: list[list[str]] = await self._answer(
-                self._running().collective_rpc("reload_every_weight", args=(where,))
-            )
+            if self.adapter is not None:
+                await self._answer(engine.add_lora(self.adapter.request(where, replaced=True)))
+                self._adapted_by = self.adapter.request(where, replaced=False)
+            else:
+                kept = await self._answer(
+                    engine.collective_rpc("reload_every_weight", args=(where,))
+                )
         except EngineDeadError:
             raise
         # Whatever the model's code in the engine's process makes of them, as bare Exception.
         except Exception as error:
+            what, remedy = (
+                ("adapter", '; student.lora.sync = "merged"') if self.adapter else ("weights", "")
+            )
             raise WeightSyncError(
-                f"vLLM cannot load the learner's weights: {one_line(error)[:300]}"
+                f"vLLM cannot load the learner's {what}: {one_line(error)[:300]}{remedy}"
             ) from error
         return kept
 

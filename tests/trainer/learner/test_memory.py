@@ -117,11 +117,12 @@ def test_checkpointing_of_sixteen_thousand_tokens_at_1_7b_is_within_eight_gib() 
 
 
 def test_parameters_are_counted_without_making_them() -> None:
-    everything, in_layers = parameter_counts(qwen3("qwen3-8b"))
-    assert everything == pytest.approx(8.19e9, rel=0.01)
-    assert everything - in_layers == 2 * 151_936 * 4096
-    tied, inner = parameter_counts(qwen3("qwen3-0.6b"))
-    assert tied - inner == 151_936 * 1024
+    large = parameter_counts(qwen3("qwen3-8b"))
+    assert large.trained == pytest.approx(8.19e9, rel=0.01)
+    assert large.trained - large.in_layers == 2 * 151_936 * 4096
+    assert large.frozen == 0
+    tied = parameter_counts(qwen3("qwen3-0.6b"))
+    assert tied.trained - tied.in_layers == 151_936 * 1024
 
 
 def asked(**changes: Any) -> dict[str, Any]:
@@ -172,10 +173,10 @@ def test_a_run_is_refused_before_its_student_is_loaded(
 ) -> None:
     write_tiny_student(tmp_path)
     config = load_config(ROOT / "configs" / "trainer-demo.toml", ["student.device=cpu"])
-    assert from_settings.check_memory(config, str(tmp_path)) == []
+    assert from_settings.check_student(config, str(tmp_path)) == []
     monkeypatch.setattr(from_settings, "free_memory", lambda device: 1.08e9)
     with pytest.raises(ConfigError, match=r"this machine has 0\.0 GB free"):
-        from_settings.check_memory(config, str(tmp_path))
+        from_settings.check_student(config, str(tmp_path))
 
 
 def test_memory_of_a_container_is_its_limit(tmp_path: Path) -> None:
