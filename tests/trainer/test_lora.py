@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from student_trainer.assembly import adapting
+from student_trainer.assembly import adapting, from_settings
 from student_trainer.assembly.checkpoint_eval import evaluate_checkpoint
 from student_trainer.assembly.run import assembled
 from student_trainer.errors import CheckpointError, ConfigError
@@ -203,3 +203,27 @@ def test_without_an_adapter_nothing_of_it_is_asked(folder: Path) -> None:
     assert adapting.lora_config(config) is None
     assert adapting.in_vllm(config) is None
     assert adapting.shape_of(config) is None
+
+
+@pytest.mark.parametrize(
+    ("sync", "dtype", "on_gpu", "alone"),
+    [
+        ("auto", "float32", False, False),
+        ("auto", "bfloat16", False, True),
+        ("auto", "float32", True, True),
+        ("adapter", "float32", False, True),
+        ("merged", "bfloat16", True, False),
+    ],
+)
+def test_vllm_has_the_adapter_beside_its_base_where_that_is_faster_or_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, sync: str, dtype: str, on_gpu: bool, alone: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    lora = json.dumps({"rank": 9, "sync": sync})
+    config = configured(
+        folder, f"student.lora={lora}", f"student.dtype={dtype}", 'sampler={"kind":"vllm"}'
+    )
+    found = adapting.in_vllm(config)
+    assert (found is not None) is alone
+    assert from_settings.weight_format(config).adapter_alone is alone
+    assert from_settings.weight_format(config).as_saved is not alone
