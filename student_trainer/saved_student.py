@@ -27,24 +27,21 @@ def save_student(
     folder: Path,
     *,
     stop_ids: Collection[int] = (),
-    save_adapter: Callable[[Path], None] | None = None,
+    save: Callable[[Path], object] | None = None,
 ) -> None:
     """In Hugging Face format; `stop_ids` end its responses besides those that it has already.
 
-    `save_adapter` writes what was learnt of a model that is otherwise its base; the generation
-    config stands beside it for whoever loads both.
+    `save` writes the weights, where it is not the model's own way; the generation config stands
+    beside an adapter too, for whoever loads it on its base.
 
     Files may be read by whom the umask lets: safetensors gives them to their owner alone.
     """
     if (config := model.generation_config) is not None:
         ends = list(united(config.eos_token_id, [*stop_ids]))
         config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-    if save_adapter is None:
-        model.save_pretrained(folder)
-    else:
-        save_adapter(folder)
-        if config is not None:
-            config.save_pretrained(folder)
+    (save or model.save_pretrained)(folder)
+    if config is not None:
+        config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     readable = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):

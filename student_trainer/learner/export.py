@@ -88,13 +88,15 @@ def _exported(
 ) -> Iterator[tuple[str, Tensor, torch.dtype, str | None]]:
     """Name, tensor, how it is written, and under which name it came before, if it did. What is no
     parameter, such as a router's correction, keeps its own arithmetic."""
-    parameters = {own_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     seen: dict[int, str] = {}
     for found, tensor in model.state_dict().items():
         if (name := own_name(found)) is None:
             continue
-        first = seen.setdefault(tensor.data_ptr(), name)
-        is_converted = written.dtype is not None and name in parameters
+        # The part of a spread tensor that a process has may be empty: a tied one is one parameter.
+        tied = parameters.get(found)
+        first = seen.setdefault(tensor.data_ptr() if tied is None else id(tied), name)
+        is_converted = written.dtype is not None and tied is not None
         dtype = getattr(torch, str(written.dtype)) if is_converted else tensor.dtype
         yield name, tensor.detach(), dtype, None if first == name else first
 

@@ -1,4 +1,4 @@
-"""What is learnt a little different for a while: what a sampler passes over shows then."""
+"""Every weight of a model a little different for a while: what a sampler passes over shows then."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from student_trainer.learner.sharding import own_part
+
 CHANGED_BIT = 1 << 19
 """Of a float32's 23 bits of mantissa the fourth from the top."""
-ZERO_CHANGED = 0x3D800001
-"""The float32 that a 0 becomes: 2 ** -4 and the least bit, which no weight of bfloat16 has. Of the
-B of a new adapter, all 0, 2 ** -6 would make less than bfloat16 rounds."""
+ZERO_CHANGED = 0x3C800001
+"""The float32 that a 0 becomes: 2 ** -6 and the least bit, which no weight of bfloat16 has."""
 MAGNITUDE = 0x7FFFFFFF
 """Of a float32 all bits but the sign's."""
 FLIPPED_AT_ONCE = 1 << 24
@@ -21,8 +22,7 @@ FLIPPED_AT_ONCE = 1 << 24
 
 @contextmanager
 def flipped(model: nn.Module) -> Iterator[None]:
-    """Within it every float32 weight that is learnt is a little different, behind it the very same
-    bits.
+    """Within it every float32 weight is a little different, behind it the very same bits.
 
     A bit of each mantissa is flipped: 3 to 6 % up or down, which bfloat16 can still tell, and no
     second copy of the model. A 0, of which that would make next to nothing, changes places with
@@ -37,8 +37,8 @@ def flipped(model: nn.Module) -> Iterator[None]:
 
 def _flip(model: nn.Module) -> None:
     with torch.no_grad():
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            bits = torch.atleast_1d(parameter.view(torch.int32))
+        for parameter in model.parameters():
+            bits = torch.atleast_1d(own_part(parameter).view(torch.int32))
             rows = max(1, FLIPPED_AT_ONCE * len(bits) // max(1, bits.numel()))
             for part in bits.split(rows):
                 kind = part & (MAGNITUDE & ~CHANGED_BIT)

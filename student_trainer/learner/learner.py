@@ -6,8 +6,9 @@ is under them, for whoever checks that they arrived. Knows no sampler, no teache
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from student_trainer.learner.families import family_of, head_of, plain_logits
 from student_trainer.learner.flipped import flipped
 from student_trainer.learner.optim import Optimizer
 from student_trainer.learner.precision import lost_in_rounding, sample_of
+from student_trainer.learner.sharding import is_spread, most
 from student_trainer.learner.student import student_forward
 from student_trainer.losses.objective import (
     Divergence,
@@ -183,7 +185,10 @@ class Learner:
         """The gradient of one update, added up over micro-batches, and its sums."""
         parts: list[StepSums] = []
         costs = part_costs(self._device)
-        for micro in split_micro(rollouts, self._micro_batch_tokens, part_costs=costs):
+        micros = split_micro(rollouts, self._micro_batch_tokens, part_costs=costs)
+        # Of a spread student every pass is one of all processes, which have more or fewer.
+        num_passes = most(len(micros), self._device)
+        for micro in micros:
             batch = collate(micro, self._device)
             gathered = batch.forward(
                 self._model,
@@ -201,7 +206,24 @@ class Learner:
             )
             sums.loss_sum.backward()
             parts.append(sums.detached())
+        for _ in range(len(parts), num_passes):
+            self._pass_for_the_others()
         return sum_over_processes(merge(parts))
+
+    def _pass_for_the_others(self) -> None:
+        """A forward and a backward pass that adds nothing."""
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self._device)
+        gathered = student_forward(
+            self._model,
+            ids,
+            torch.ones(1, dtype=torch.long, device=self._device),
+            ids[:, 1:],
+            torch.ones((1, 1), dtype=torch.bool, device=self._device),
+            (),
+            temperature=self._temperature,
+            dtype=self._dtype,
+        )
+        (0.0 * gathered.logprobs_BT.sum()).backward()
 
     def logprobs(
         self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32]
@@ -254,8 +276,8 @@ class Learner:
         return f"{family_of(self._model)}{adapted}; it computes in {dtype}"
 
     def changed(self) -> AbstractContextManager[None]:
-        """Every weight that is learnt a little different within, the very same bits behind it."""
-        return flipped(self._model)
+        """Every weight that is learnt different within, the very same bits behind it."""
+        return flipped(self._model) if self._adapter is None else self._adapter.changed()
 
     @property
     def name_prefix(self) -> str:
@@ -274,22 +296,31 @@ class Learner:
         """Of the tensors of `weights`."""
         return export_bytes(self._model, written, self._adapter)
 
-    def save(self, folder: Path) -> None:
-        """The student in Hugging Face format, or its adapter in peft's, with its tokenizer."""
-        save_student(
-            self._model,
-            self._tokenizer,
-            folder,
-            stop_ids=self._stop_ids,
-            save_adapter=self._adapter.save if self._adapter else None,
-        )
+    def save(self, folder: Path | None) -> None:
+        """The student in Hugging Face format, or its adapter in peft's, with its tokenizer.
+
+        Of several processes one writes; the others, with no folder, give it their parts.
+        """
+        if self._adapter is not None:
+            tensors = self._adapter.tensors()
+            save_weights: Callable[[Path], object] = partial(self._adapter.save, tensors=tensors)
+        elif is_spread(self._model):
+            parts = exported(self._model, AS_LEARNT)
+            whole = {name: tensor for name, tensor in parts if folder is not None}
+            save_weights = partial(self._model.save_pretrained, state_dict=whole)
+        else:
+            save_weights = self._model.save_pretrained
+        if folder is not None:
+            save_student(
+                self._model, self._tokenizer, folder, stop_ids=self._stop_ids, save=save_weights
+            )
 
     def save_what_can_be(self, folder: Path) -> None:
         """The bare weights, and what of the rest can be written: for when `save` has failed."""
         if self._adapter is None:
             export_weights(self._model, folder, AS_LEARNT)
         else:
-            self._adapter.save(folder)
+            self._adapter.save(folder, self._adapter.tensors())
         save_around(self._model, self._tokenizer, folder)
 
     def state(self) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from student_trainer.errors import ConfigError, NonFiniteLossError
+from student_trainer.learner.sharding import spread_like, whole
 
 OptimizerKind = Literal["adamw", "adamw_8bit"]
 STATE_BYTES: dict[OptimizerKind, float] = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
@@ -68,15 +68,13 @@ class Optimizer:
     def step(self, scale: float) -> float:
         """Applies the accumulated gradients times `scale`; returns their norm before clipping.
 
-        Under torch.distributed the gradients are first summed over its processes: each has those of
-        its own sequences, and `scale` is of the sums over all.
+        Of a student that is spread over processes, each has its part of every gradient, summed over
+        all sequences, and `scale` is of the sums over all.
 
         Raises NonFiniteLossError, with the weights untouched, when the norm is not finite.
         """
-        if dist.is_available() and dist.is_initialized():
-            self._sum_gradients_over_processes()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) * scale
+        norm = float(whole(torch.nn.utils.get_total_norm(gradients))) * scale
         if not math.isfinite(norm):
             self._adamw.zero_grad(set_to_none=True)
             raise NonFiniteLossError(
@@ -96,22 +94,13 @@ class Optimizer:
         self._adamw.zero_grad(set_to_none=True)
         return norm
 
-    def _sum_gradients_over_processes(self) -> None:
-        """A parameter that only some processes used counts as nought in the others."""
-        used = torch.tensor(
-            [float(p.grad is not None) for p in self._parameters],
-            device=self._parameters[0].device,
-        )
-        dist.all_reduce(used, op=dist.ReduceOp.MAX)
-        for parameter, is_used in zip(self._parameters, used.tolist(), strict=True):
-            if is_used:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad, op=dist.ReduceOp.SUM)
-
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs: the moments, and how many updates there were."""
-        moments = self._adamw.state_dict()["state"]
+        """What a resumed run needs: the moments, and how many updates there were. Whole, on however
+        many processes the student is; all of them ask at once."""
+        moments = {
+            number: {name: whole(v) if isinstance(v, Tensor) else v for name, v in moment.items()}
+            for number, moment in self._adamw.state_dict()["state"].items()
+        }
         return {"kind": self._kind, "moments": moments, "updates": self._num_updates}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -122,7 +111,14 @@ class Optimizer:
         if (kind := state.get("kind", "adamw")) != self._kind:
             raise ValueError(f"optim.kind was {kind!r} and is {self._kind!r}")
         groups = self._adamw.state_dict()["param_groups"]
-        self._adamw.load_state_dict({"state": state["moments"], "param_groups": groups})
+        moments = {
+            number: {
+                name: spread_like(v, self._parameters[number]) if isinstance(v, Tensor) else v
+                for name, v in moment.items()
+            }
+            for number, moment in state["moments"].items()
+        }
+        self._adamw.load_state_dict({"state": moments, "param_groups": groups})
         self._num_updates = state["updates"]
 
 

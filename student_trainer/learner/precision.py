@@ -7,13 +7,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from student_trainer.learner.sharding import own_part
+
 SAMPLED = 4096
 """Weights looked at of each parameter, evenly spread: a share of them all is known to 1 %."""
 
 
 def sample_of(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """[n] float32, a copy of weights evenly spread over the parameters; always the same ones."""
-    return torch.cat([_spread(parameter.detach()).float() for parameter in parameters])
+    """[n] float32, a copy of weights evenly spread over the parameters, as far as this process has
+    them; always the same ones."""
+    return torch.cat([_spread(own_part(parameter.detach())).float() for parameter in parameters])
 
 
 def lost_in_rounding(before: Tensor, after: Tensor, dtype: torch.dtype) -> float | None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from student_trainer.learner.families import decoder_of, head_of
 from student_trainer.learner.head import head_logprobs
+from student_trainer.learner.sharding import through_hooks
 from teacher_wire.id_ranges import IdRanges
 
 
@@ -55,13 +56,6 @@ def student_forward(
     are.
     `response_mask_BT` is True for real response tokens.
     """
-    # Without the cache of autocast: it would hold a copy of every weight until the end.
-    with torch.autocast(
-        input_ids_BS.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
-    ):
-        output = decoder_of(model)(input_ids=input_ids_BS, use_cache=False)
-    hidden_BSD: Tensor = output.last_hidden_state
-    hidden_RD = response_hidden(hidden_BSD, prompt_lengths_B, response_mask_BT)
     ids_RN = torch.cat(
         [
             response_ids_BT[response_mask_BT].unsqueeze(-1),
@@ -69,12 +63,14 @@ def student_forward(
         ],
         dim=-1,
     )
-    logprobs_RN, entropy_R = head_logprobs(
-        replace(head_of(model), excluded_ids=excluded_ids),
-        hidden_RD,
+    logprobs_RN, entropy_R = through_hooks(model, response_logprobs)(
+        input_ids_BS,
+        prompt_lengths_B,
+        response_mask_BT,
         ids_RN,
         temperature=temperature,
         dtype=dtype,
+        excluded_ids=excluded_ids,
     )
 
     def unpack(rows: Tensor) -> Tensor:
@@ -91,6 +87,36 @@ def student_forward(
         logprobs_BT=unpack(own.squeeze(-1)),
         logprobs_at_BTN=tuple(unpack(rows) for rows in others),
         entropy_BT=unpack(entropy_R),
+    )
+
+
+def response_logprobs(
+    model: PreTrainedModel,
+    input_ids_BS: Tensor,
+    prompt_lengths_B: Tensor,
+    response_mask_BT: Tensor,
+    ids_RN: Tensor,
+    *,
+    temperature: float,
+    dtype: torch.dtype,
+    excluded_ids: IdRanges,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [R, N] at ids of the response positions that the mask keeps, and entropies [R].
+
+    All that the learner asks of the model's weights.
+    """
+    # Without the cache of autocast: it would hold a copy of every weight until the end.
+    with torch.autocast(
+        input_ids_BS.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
+    ):
+        output = decoder_of(model)(input_ids=input_ids_BS, use_cache=False)
+    hidden_BSD: Tensor = output.last_hidden_state
+    return head_logprobs(
+        replace(head_of(model), excluded_ids=excluded_ids),
+        response_hidden(hidden_BSD, prompt_lengths_B, response_mask_BT),
+        ids_RN,
+        temperature=temperature,
+        dtype=dtype,
     )
 
 

@@ -31,7 +31,6 @@ from student_trainer.learner.adapter import (
     num_adapted,
 )
 from student_trainer.learner.export import exported, tied_names
-from student_trainer.learner.flipped import flipped
 from student_trainer.records import AS_LEARNT, WeightFormat
 from tests.trainer.learner.made_learners import learner_of, optimizer_of
 from tests.trainer.learner.tiny_student import SHAPE, tiny_student
@@ -160,13 +159,18 @@ def test_what_peft_saved_is_gone_on_from(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in made.parameters())
 
 
-def test_weights_that_are_learnt_are_changed_for_a_proof_and_no_others() -> None:
-    """Much enough that a sampler without the change shows."""
+@pytest.mark.parametrize("size", [0.0, 1e-4, 0.2])
+def test_every_matrix_is_changed_for_a_proof_and_nothing_else(size: float) -> None:
+    """Much enough that a sampler without the change shows, however little was learnt."""
     model = tiny_student()
-    adapted(model, new_config(shape(), "base"))
+    made = adapted(model, new_config(shape(), "base"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(size * torch.randn(parameter.shape))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plain = logits(model).log_softmax(-1)
-    with flipped(model):
+    with made.changed():
         moved = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
         assert (logits(model).log_softmax(-1) - plain).abs().max() > 0.5
     assert moved == {name for name in before if ".lora_" in name}
@@ -210,7 +214,8 @@ def test_a_target_that_cannot_be_adapted_is_refused(targets: tuple[str, ...], me
 
 def saved(folder: Path, **changes: Any) -> Path:
     model = tiny_student()
-    with_adapter(model, **changes).save(folder)
+    made = with_adapter(model, **changes)
+    made.save(folder, made.tensors())
     return folder
 
 

@@ -1,0 +1,101 @@
+"""A student spread over the processes of torch.distributed, by FSDP2 (`fully_shard`).
+
+Each process holds a part of every weight, gradient and running mean; a layer's whole weights are
+there while it computes. Gradients are summed, not averaged: the loss has its denominators over all
+processes already. What is read of a weight outside of a forward pass is read whole here, by all
+processes at once, in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+FORWARD = "response_logprobs"
+"""The method of a sharded model by which its hooks see the learner's own forward pass."""
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several that train one student."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether each process has a part of it."""
+    return isinstance(model, FSDPModule)
+
+
+def shard(model: PreTrainedModel, forward: Callable[..., tuple[Tensor, ...]]) -> None:
+    """In place; unchanged for a process alone. `forward(model, ...)` is what the learner calls
+    instead of the model.
+
+    Layer by layer as the family says what must stay together (`_no_split_modules`).
+    """
+    if not is_distributed():
+        return
+    kind = next(model.parameters()).device.type
+    mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    whole = {*(getattr(model, "_no_split_modules", None) or ())}
+    for module in [m for m in model.modules() if type(m).__name__ in whole]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+    setattr(model, FORWARD, MethodType(forward, model))
+    register_fsdp_forward_method(model, FORWARD)
+
+
+def through_hooks(
+    model: PreTrainedModel, forward: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """`forward(model, ...)` as it is to be called: by the sharded model's own method."""
+    if not is_spread(model):
+        return MethodType(forward, model)
+
+    def called(*inputs: Any, **options: Any) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = getattr(model, FORWARD)(*inputs, **options)
+        if not torch.is_grad_enabled():
+            # Else a backward pass does it: until then the ends of the model are whole.
+            cast("FSDPModule", model).reshard()
+        return found
+
+    return called
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process has a part; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process has of it, the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """A whole tensor as another of its shape is spread."""
+    if not isinstance(pattern, DTensor) or tensor.shape != pattern.shape:
+        return tensor
+    return distribute_tensor(
+        tensor.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None
+    )
+
+
+def most(count: int, device: torch.device) -> int:
+    """The largest of the numbers that the processes give."""
+    if not is_distributed():
+        return count
+    found = torch.tensor(count, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
