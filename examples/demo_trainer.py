@@ -26,6 +26,7 @@ from examples.demo import POLL_S, ROOT, TRAINER_CONFIG, address_in
 from student_trainer.errors import TrainerError
 from teacher_client import AccessError
 from teacher_wire.errors import TeacherError
+from vllm_process.imports import uncollected
 
 if TYPE_CHECKING:
     from student_trainer.records import Prompt
@@ -55,7 +56,7 @@ def distil(
 ) -> Path:
     """Trains; returns the run's folder. Raises TrainerError and TeacherError."""
     with ExitStack() as stack:
-        with waiting(console, "sampler: loading vLLM and the student"):
+        with waiting(console, "sampler: loading vLLM and the student"), uncollected():
             from vllm_process.cores import wait_briefly
 
             wait_briefly()

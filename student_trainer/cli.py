@@ -25,6 +25,7 @@ from student_trainer.train_state import complete_checkpoints, step_of
 from teacher_wire import tracing
 from vllm_process.children import kill_engines
 from vllm_process.cores import wait_briefly
+from vllm_process.imports import uncollected
 
 EXIT_FAILED = 1
 PAIRS_WRITTEN = 10
@@ -217,7 +218,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _train_until_stopped(
     config: TrainerConfig, arguments: argparse.Namespace, stop: StopRequest
 ) -> None:
-    with stop.may_give_up():
+    with stop.may_give_up(), uncollected():
         wait_briefly()
         _quiet_libraries()
         from student_trainer.assembly.run import assembled

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from vllm_process.imports import children_uncollected
+
 _VARIABLE = "DRIFTLINE_ENGINE_PARENT"
 _PR_SET_PDEATHSIG = 1
 
@@ -26,11 +28,12 @@ def children_end_with_us() -> Iterator[None]:
     """vLLM's processes started within are killed when this process ends, however it ends.
 
     Strictly it is the thread that starts them which they do not outlive: a thread of asyncio's
-    executor, which lasts as long as its loop.
+    executor, which lasts as long as its loop. They import without collecting.
     """
     os.environ[_VARIABLE] = str(os.getpid())
     try:
-        yield
+        with children_uncollected():
+            yield
     finally:
         del os.environ[_VARIABLE]
 

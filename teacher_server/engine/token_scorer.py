@@ -34,6 +34,7 @@ from teacher_server.engine.row_format import HEADER, ZERO_BLOCKS_VARIABLE, RowRe
 from teacher_server.engine.row_scores import rows_at_once, score_rows
 from teacher_wire.id_ranges import fill
 from vllm_process.children import end_with_parent
+from vllm_process.imports import collect_again
 from vllm_process.output import write_where_told
 
 TASK: PoolingTask = "token_classify"
@@ -58,6 +59,7 @@ def register() -> None:
     """Entry point of vllm.general_plugins; cheap, and harmless when called twice."""
     from vllm import ModelRegistry
 
+    collect_again()
     end_with_parent()
     write_where_told()
     if os.environ.get(ZERO_BLOCKS_VARIABLE) == "1":

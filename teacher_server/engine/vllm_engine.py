@@ -28,6 +28,7 @@ from teacher_server.engine.row_format import ZERO_BLOCKS_VARIABLE, RowCollector,
 from teacher_wire.errors import EngineError
 from vllm_process.children import children_end_with_us
 from vllm_process.cores import children_on, executor_on
+from vllm_process.imports import uncollected
 from vllm_process.output import EngineOutput
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ class VllmEngine:
         os.environ[ZERO_BLOCKS_VARIABLE] = "1"
         self._output = EngineOutput("teacher")
         try:
-            await asyncio.to_thread(self._build, self._output)
+            with uncollected():
+                await asyncio.to_thread(self._build, self._output)
         except (RuntimeError, ValueError, OSError, ImportError) as error:
             why = self._output.cause(error)
             raise EngineError(f"vLLM cannot serve {self.model}: {why}") from error

@@ -32,6 +32,7 @@ from teacher_server.settings import ConfigError, TeacherConfig
 from teacher_wire.errors import EngineError, TeacherError
 from teacher_wire.records import TeacherInfo
 from teacher_wire.vocabulary import Vocabulary
+from vllm_process.imports import uncollected
 
 log = logging.getLogger(__name__)
 
@@ -278,8 +279,9 @@ async def serve(config: TeacherConfig) -> int:
     _check_ready_file(config.ready_file)
     access = Access.from_config(config)
     try:
-        engine = await asyncio.to_thread(build_engine, config)
-        tokenizer = await asyncio.to_thread(load_tokenizer, config)
+        with uncollected():
+            engine = await asyncio.to_thread(build_engine, config)
+            tokenizer = await asyncio.to_thread(load_tokenizer, config)
         info = await asyncio.to_thread(describe, config, engine, tokenizer)
     except ConfigError:
         raise

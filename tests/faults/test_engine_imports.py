@@ -1,0 +1,60 @@
+"""An engine's process imports without collecting, and collects from the plugin on.
+
+Run: pytest tests/faults/test_engine_imports.py
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import sys
+from contextlib import suppress
+from multiprocessing.connection import Connection
+
+import pytest
+
+from vllm_process.children import children_end_with_us
+from vllm_process.imports import collect_again, uncollected
+
+
+def tell(end: Connection) -> None:
+    """Whether a process collects, at its begin and from the plugin on."""
+    before = gc.isenabled()
+    collect_again()
+    end.send((before, gc.isenabled()))
+
+
+def told() -> tuple[bool, bool]:
+    """What a spawned process says."""
+    context = multiprocessing.get_context("spawn")
+    ours, other = context.Pipe()
+    process = context.Process(target=tell, args=(other,))
+    with ours, other:
+        process.start()
+        other.close()
+        said: tuple[bool, bool] = ours.recv()
+        process.join()
+    return said
+
+
+def test_a_process_of_an_engine_collects_once_it_has_imported() -> None:
+    main = sys.modules["__main__"].__spec__
+    with children_end_with_us():
+        assert told() == (False, True)
+    assert sys.modules["__main__"].__spec__ is main
+    assert told() == (True, True)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_this_process_goes_on_as_before(before: bool) -> None:
+    was = gc.isenabled()
+    (gc.enable if before else gc.disable)()
+    try:
+        with suppress(ImportError), uncollected():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == before
+        collect_again()
+        assert gc.isenabled() == before
+    finally:
+        (gc.enable if was else gc.disable)()
