@@ -17,6 +17,7 @@ except ModuleNotFoundError:
 
 from student_trainer.errors import ConfigError, DatasetError, TrainerError
 from student_trainer.process.failures import failure_line, keep_traceback, needs_traceback
+from student_trainer.process.ranks import Ranks, joined
 from student_trainer.process.stopping import EXIT_TERMINATED, Stopped, StopRequest
 from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.settings.reference import reference
@@ -206,7 +207,8 @@ def _train(arguments: argparse.Namespace) -> int:
     stop = StopRequest()
     with stop.on_sigterm(lambda: _last_words(config, arguments)):
         try:
-            _train_until_stopped(config, arguments, stop)
+            with joined() as ranks:
+                _train_until_stopped(config, arguments, stop, ranks)
         except Stopped:
             stop.say_last_words()
             return EXIT_TERMINATED
@@ -216,7 +218,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _train_until_stopped(
-    config: TrainerConfig, arguments: argparse.Namespace, stop: StopRequest
+    config: TrainerConfig, arguments: argparse.Namespace, stop: StopRequest, ranks: Ranks
 ) -> None:
     with stop.may_give_up(), uncollected():
         wait_briefly()
@@ -230,6 +232,7 @@ def _train_until_stopped(
         overwrite=arguments.overwrite,
         accept_changes=arguments.accept_changes,
         stop=stop,
+        ranks=ranks,
     ) as run:
         try:
             train(run)

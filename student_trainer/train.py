@@ -40,7 +40,7 @@ def train(run: Run) -> None:
 def take_step(run: Run, step: int) -> StepReport:
     """Takes rollouts, learns from them, swaps the weights in the sampler; what came of it."""
     clock = PhaseClock()
-    with clock.phase("rollout"), run.stop.may_give_up():
+    with clock.phase("rollout"), run.may_give_up():
         taken = run.stream.take_step()
     rollouts, rollout_s = taken.rollouts, clock.seconds["rollout"]
     if not rollouts:

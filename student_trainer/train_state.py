@@ -45,16 +45,19 @@ class TrainState:
         folder: Path,
         *,
         keep: int,
-        save_weights: Callable[[Path], None],
+        save_weights: Callable[[Path | None], None],
         parts: Mapping[str, Part],
         settings: Mapping[str, str],
+        writes: bool = True,
     ) -> None:
-        """`settings` of the run, by their dotted names, are kept for whoever goes on from it."""
+        """`settings` of the run, by their dotted names, are kept for whoever goes on from it. Of
+        several processes one `writes`; the others give it what they have of weights and parts."""
         self._folder = folder
         self._keep = keep
         self._save_weights = save_weights
         self._parts = parts
         self._settings = dict(settings)
+        self._writes = writes
         self.step = 0
         """Finished steps."""
         self._saved_at = time.monotonic()
@@ -66,6 +69,11 @@ class TrainState:
 
         began = time.monotonic()
         final = self._folder / f"step-{self.step:06d}"
+        if not self._writes:
+            self._save_weights(None)
+            for part in self._parts.values():
+                part.state()
+            return final
         with replaced(final) as partial:
             self._save_weights(partial)
             states = {name: part.state() for name, part in self._parts.items()}

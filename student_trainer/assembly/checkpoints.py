@@ -9,6 +9,7 @@ from pathlib import Path
 
 from student_trainer.errors import ConfigError
 from student_trainer.learner.learner import Learner
+from student_trainer.process.ranks import ALONE, Ranks
 from student_trainer.process.stopping import LIMIT_S
 from student_trainer.rollouts.stream import RolloutStream
 from student_trainer.settings.changes import Change, changes, written
@@ -22,7 +23,9 @@ from student_trainer.train_state import (
 )
 
 
-def train_state(config: TrainerConfig, learner: Learner, stream: RolloutStream) -> TrainState:
+def train_state(
+    config: TrainerConfig, learner: Learner, stream: RolloutStream, ranks: Ranks = ALONE
+) -> TrainState:
     """The state of a run, of the parts that have one."""
     return TrainState(
         config.run.checkpoints,
@@ -30,6 +33,7 @@ def train_state(config: TrainerConfig, learner: Learner, stream: RolloutStream) 
         save_weights=learner.save,
         parts={"learner": learner, "budget": stream.budget, "stream": stream},
         settings=written(config),
+        writes=ranks.is_first,
     )
 
 

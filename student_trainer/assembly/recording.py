@@ -8,15 +8,17 @@ from contextlib import closing, contextmanager
 
 from rich.console import Console
 
-from student_trainer.assembly.checkpoints import GoesOn
+from student_trainer.assembly.parts import Start
 from student_trainer.assembly.teachers import Teachers
 from student_trainer.recording.recorder import Recorder
 from student_trainer.recording.run_folder import RunRecord
+from student_trainer.recording.summary import write_progress
 from student_trainer.recording.terminal import Bars
 from student_trainer.recording.trackers.sink import Tracker, TrackerSink
 from student_trainer.recording.trackers.tensorboard import TensorBoard
 from student_trainer.recording.trackers.trackio import Trackio
 from student_trainer.recording.trackers.wandb import Wandb
+from student_trainer.recording.unrecorded import Unrecorded
 from student_trainer.settings.changes import determining
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.settings.section import resolved
@@ -25,19 +27,20 @@ from student_trainer.train_state import step_of
 
 @contextmanager
 def recorded(
-    config: TrainerConfig,
-    bars: Bars,
-    *,
-    goes_on: GoesOn | None,
-    overwrite: bool,
-    asked: Teachers,
-    decode: Callable[[int], str],
-) -> Iterator[tuple[Recorder, RunRecord]]:
-    """Takes the folder of the run and writes down by what it goes; ends that with the block."""
+    start: Start, bars: Bars, asked: Teachers, decode: Callable[[int], str]
+) -> Iterator[tuple[Recorder | Unrecorded, RunRecord | Unrecorded]]:
+    """Takes the folder of the run and writes down by what it goes; ends that with the block. Of
+    several processes only the first does."""
+    if not start.ranks.is_first:
+        yield Unrecorded(), Unrecorded()
+        return
+    config, goes_on = start.config, start.goes_on
     from_step = None if goes_on is None else step_of(goes_on.checkpoint)
     folder = config.run.out
     teacher = next(iter(asked.clients.values())).info
-    recorder = Recorder(folder, bars, resume_from=from_step, overwrite=overwrite, decode=decode)
+    recorder = Recorder(
+        folder, bars, resume_from=from_step, overwrite=start.replaces, decode=decode
+    )
     about = {
         "from_step": from_step or 0,
         "changes": list(goes_on.lines()) if goes_on else [],
@@ -58,8 +61,9 @@ def recorded(
         ) as record,
     ):
         for name in config.trackers.report_to:
-            start = _tracker(name, config, record, from_step)
-            recorder.add(TrackerSink(name, start, lambda text: warn(bars.console, text)))
+            begin = _tracker(name, config, record, from_step)
+            recorder.add(TrackerSink(name, begin, lambda text: warn(bars.console, text)))
+        write_progress(folder, finished=False, steps_planned=config.run.steps)
         yield recorder, record
 
 

@@ -31,7 +31,7 @@ from student_trainer.learner.families import family_of, head_of, plain_logits
 from student_trainer.learner.flipped import flipped
 from student_trainer.learner.optim import Optimizer
 from student_trainer.learner.precision import lost_in_rounding, sample_of
-from student_trainer.learner.sharding import is_spread, most
+from student_trainer.learner.sharding import is_spread, most, own_share
 from student_trainer.learner.student import student_forward
 from student_trainer.losses.objective import (
     Divergence,
@@ -125,7 +125,8 @@ class Learner:
         return sum(p.numel() * (p.element_size() + int(moments * p.requires_grad)) for p in saved)
 
     def learn(self, rollouts: Sequence[Rollout], step: int) -> LearnReport:
-        """All optimiser updates of one step.
+        """All optimiser updates of one step. Of several processes each is given all rollouts, and
+        computes its share of each update.
 
         A request to stop gives the step up as long as no update has changed the weights; from the
         first update on the others follow, because half of a step cannot be taken back. Raises
@@ -139,7 +140,7 @@ class Learner:
         before = self._sample()
         for update in self._updates(rollouts, step):
             with nullcontext() if grad_norms else self._stop.may_give_up():
-                totals = self._accumulate(update)
+                totals = self._accumulate(own_share(update))
             learning_rate = self._optimizer.learning_rate
             scale = step_scale(totals.weight_sum.item(), totals.num_tokens.item(), normalize)
             grad_norms.append(self._optimizer.step(scale))

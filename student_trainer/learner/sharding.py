@@ -8,10 +8,12 @@ processes at once, in one order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import MethodType
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
+
+from student_trainer.records import Rollout
 
 FORWARD = "response_logprobs"
 """The method of a sharded model by which its hooks see the learner's own forward pass."""
@@ -90,6 +94,22 @@ def spread_like(tensor: Tensor, pattern: Tensor) -> Tensor:
     return distribute_tensor(
         tensor.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None
     )
+
+
+def own_share(rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
+    """Those of an update that this process learns from: of every length as many as the others.
+
+    One that would have none gets one in which no token counts: all take part in every pass.
+    """
+    if not is_distributed():
+        return rollouts
+    by_length = sorted(rollouts, key=lambda r: len(r.prompt.token_ids) + len(r), reverse=True)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    # There and back, so that no process has the longer one every time.
+    own = (rank, 2 * world - 1 - rank)
+    share = [r for i, r in enumerate(by_length) if i % (2 * world) in own]
+    shortest = by_length[-1]
+    return share or [replace(shortest, mask=np.zeros_like(shortest.mask))]
 
 
 def most(count: int, device: torch.device) -> int:

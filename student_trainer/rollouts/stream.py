@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator,
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count as counted
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar, cast
@@ -25,6 +26,8 @@ import numpy as np
 import uvloop
 
 from student_trainer.data import PromptOrder
+from student_trainer.process.ranks import ALONE, Ranks
+from student_trainer.process.stopping import Stopped, StopRequest
 from student_trainer.records import Prompt, Rollout, SamplingOptions
 from student_trainer.rollouts.budget import LengthBudget
 from student_trainer.rollouts.rollout import RolloutRules, TeacherSession, run_rollout
@@ -136,11 +139,15 @@ class RolloutStream:
         num_steps: int,
         tokens_per_step: int | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        ranks: Ranks = ALONE,
+        stop: StopRequest | None = None,
     ) -> None:
         """`options` are those of a rollout, given the most tokens that it may have.
 
         `rules` are those of each teacher, by what a prompt calls it. `tokens_per_step`: response
-        tokens that a step has at least; more rollouts are generated for it until it has them.
+        tokens that a step has at least; more rollouts are generated for it until it has them. Of
+        several processes (`ranks`) each generates those of its prompts, and takes all, unless one
+        is asked to `stop`.
         """
         self._loop = loop
         self._sampler = sampler
@@ -151,7 +158,10 @@ class RolloutStream:
         """How long the next rollouts may be; the loop tells it what came of the last."""
         self._options = options
         self._rollouts_per_prompt = rollouts_per_prompt
-        self.rollouts_per_step = prompts.prompts_per_step * rollouts_per_prompt
+        self._ranks = ranks
+        self._stop = stop or StopRequest()
+        self.rollouts_per_step = prompts.prompts_per_step // ranks.world * rollouts_per_prompt
+        """Of this process."""
         self._max_staleness = max_staleness
         self._seed = seed
         self._num_steps = num_steps
@@ -201,19 +211,22 @@ class RolloutStream:
             return 0
         mean_tokens = taken.num_tokens / len(taken.rollouts)
         wanted = math.ceil(self._tokens_per_step / mean_tokens / self._rollouts_per_prompt)
+        world = self._ranks.world
         most = MAX_ROUNDS_PER_STEP * self.rollouts_per_step
-        num_taken = len(taken.rollouts) + taken.num_unscored
+        num_taken = (len(taken.rollouts) + taken.num_unscored) // world
         if taken.num_tokens >= self._tokens_per_step or num_taken >= most:
             return 0
-        missing = max(1, wanted - len(taken.rollouts) // self._rollouts_per_prompt)
+        missing = wanted - len(taken.rollouts) // self._rollouts_per_prompt
+        missing = max(1, -(-missing // world))
         return min(missing * self._rollouts_per_prompt, self.rollouts_per_step, most - num_taken)
 
     def take(self, count: int) -> Taken:
-        """The next `count` rollouts; fewer at the end of the run. Raises as `take_step` does."""
+        """The next `count` rollouts of every process, in the order of their prompts; fewer at the
+        end of the run. Raises as `take_step` does."""
         with self._lock:
             self._launch(count - len(self._under_way))
             futures = [*islice(self._under_way, count)]
-        outcomes = self._results(futures)
+        outcomes = self._of_all(partial(self._results, futures))
         with self._lock:
             for _ in futures:
                 self._under_way.popleft()
@@ -221,6 +234,26 @@ class RolloutStream:
         self._go_ahead()
         rollouts = [rollout for rollout in outcomes if rollout is not None]
         return Taken(rollouts=rollouts, num_unscored=len(outcomes) - len(rollouts))
+
+    def _of_all(self, results: Callable[[], list[Rollout | None]]) -> list[Rollout | None]:
+        """What every process got, prompt by prompt as one alone would have them.
+
+        One that was asked to stop meanwhile says so before any of them waits for its rollouts.
+        """
+        if self._ranks.world == 1:
+            return results()
+        try:
+            with self._stop.may_give_up():
+                own: list[Rollout | None] | None = results()
+        except Stopped:
+            own = None
+        of_all = self._ranks.gathered(own)
+        found = [outcomes for outcomes in of_all if outcomes is not None]
+        if len(found) < len(of_all):
+            raise Stopped
+        step = self._rollouts_per_prompt
+        parts = range(0, max(map(len, found)), step)
+        return [r for i in parts for outcomes in found for r in outcomes[i : i + step]]
 
     def settle(self) -> None:
         """A step is done, and learnt from what was taken so far: a resumed run begins after it."""
@@ -261,7 +294,7 @@ class RolloutStream:
         is a step's prompts, and a step has more than one of them where it lacks tokens."""
         rounds = counted() if self._tokens_per_step is not None else range(self._num_steps)
         for round_ in islice(rounds, first // self.rollouts_per_step, None):
-            prompts = self._prompts.step(round_)
+            prompts = self._prompts.step(round_)[self._ranks.rank :: self._ranks.world]
             repeated = (prompt for prompt in prompts for _ in range(self._rollouts_per_prompt))
             for index, prompt in enumerate(repeated):
                 if round_ * self.rollouts_per_step + index >= first:
@@ -282,10 +315,16 @@ class RolloutStream:
     def _launch(self, count: int) -> None:
         options = self._options(self.budget.max_tokens)
         for round_, index, prompt in islice(self._coming, max(0, count)):
-            seeded = replace(options, seed=_seed(self._seed, round_, index))
+            seeded = replace(options, seed=_seed(self._seed, round_, self._index_of_all(index)))
             work = self._rollout(round_, index, prompt, seeded, self._policy_version)
             self._num_running += 1
             self._under_way.append(self._loop.start(work))
+
+    def _index_of_all(self, index: int) -> int:
+        """Of one of our rollouts in a round among those of every process."""
+        prompt, copy = divmod(index, self._rollouts_per_prompt)
+        prompt = prompt * self._ranks.world + self._ranks.rank
+        return prompt * self._rollouts_per_prompt + copy
 
     def _results(self, futures: Iterable[Future[Rollout | None]]) -> list[Rollout | None]:
         futures = list(futures)

@@ -37,22 +37,17 @@ from tests.waiting import LIMIT_S
 ROOT = Path(__file__).resolve().parents[3]
 LENGTHS = (5, 11, 2, 7, 1, 9)
 WORLD, STEPS, HALF = 2, 10, 5
+UPDATES = {"checkpointing": 4}
+"""A step; of six rollouts some updates have one, and a process none of its own."""
 KINDS = ("plain", "tied", "checkpointing", "adapter", "bfloat16 base")
 ALONE = WeightFormat(dtype="float32", adapter_alone=True)
 PROMPT, CONTINUED = np.array([5, 6, 7], np.int32), np.array([8, 9, 10, 11], np.int32)
 
 
 def rollouts_of(step: int) -> list[Rollout]:
-    """Recorded: the same in every process."""
+    """Recorded: the same in every process, which learns from its share."""
     rng = np.random.default_rng(step)
     return [random_rollout(rng, num_response=n, masked=int(n > 6)) for n in LENGTHS]
-
-
-def own_rollouts(step: int) -> list[Rollout]:
-    """Of unequal numbers of sequences, tokens and micro-batches; all of them where one is alone."""
-    if not dist.is_initialized():
-        return rollouts_of(step)
-    return rollouts_of(step)[:1] if dist.get_rank() == 0 else rollouts_of(step)[1:]
 
 
 def student_of(kind: str, start: Path | None) -> tuple[PreTrainedModel, Any]:
@@ -86,7 +81,7 @@ def learner_from(kind: str, start: Path | None) -> Learner:
         model,
         weights=[PruneWeight(w_drop=0.1), BlockGate(block_size=4)],
         micro_batch_tokens=16,
-        updates_per_epoch=1,
+        updates_per_epoch=UPDATES.get(kind, 1),
         adapter=adapter,
         dtype=torch.bfloat16 if kind == "bfloat16 base" else torch.float32,
     )
@@ -98,7 +93,7 @@ def learner_from(kind: str, start: Path | None) -> Learner:
 def learnt(kind: str, folder: Path, steps: range, start: Path | None = None) -> dict[str, Any]:
     """What each step reports, and the weights as they are sent; a checkpoint at its end."""
     learner = learner_from(kind, start)
-    reports = [asdict(learner.learn(own_rollouts(step), step)) for step in steps]
+    reports = [asdict(learner.learn(rollouts_of(step), step)) for step in steps]
     written = ALONE if kind in ("adapter", "bfloat16 base") else AS_LEARNT
     before = [*learner.weights(written)]
     with learner.changed():
