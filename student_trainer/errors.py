@@ -8,6 +8,7 @@ TrainerError
 ├── DatasetError      a dataset does not exist, or a line of it is malformed
 ├── SamplerError      the generating engine does not start, or has died
 ├── GraderError       the processes that compare mathematics do not start
+├── ProcessLostError  another process of a run on several has ended
 ├── WeightSyncError   the sampler's log-probs are not the learner's, or weights do not reach it
 └── NonFiniteLossError a loss or a gradient is NaN or infinite; the weights are left as they were
 """
@@ -58,6 +59,10 @@ class SamplerError(TrainerError, RuntimeError):
 
 class GraderError(TrainerError, RuntimeError):
     """The processes that compare mathematics do not start."""
+
+
+class ProcessLostError(TrainerError, RuntimeError):
+    """Another of the processes that train one student has ended."""
 
 
 class WeightSyncError(TrainerError, RuntimeError):

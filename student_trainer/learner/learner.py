@@ -31,7 +31,7 @@ from student_trainer.learner.families import family_of, head_of, plain_logits
 from student_trainer.learner.flipped import flipped
 from student_trainer.learner.optim import Optimizer
 from student_trainer.learner.precision import lost_in_rounding, sample_of
-from student_trainer.learner.sharding import is_spread, most, own_share
+from student_trainer.learner.sharding import give_back_the_ends, is_spread, most, own_share
 from student_trainer.learner.student import student_forward
 from student_trainer.losses.objective import (
     Divergence,
@@ -263,6 +263,7 @@ class Learner:
         rows = len(token_ids) + 1
         with torch.no_grad():
             logits_SV = plain_logits(self._model, ids_S.unsqueeze(0), num_last=rows)[0]
+        give_back_the_ends(self._model)
         logits_TV = logits_SV[-rows:-1].float()
         fill(logits_TV, self.excluded_ids, -torch.inf)
         logprobs: NDArray[np.float32] = (

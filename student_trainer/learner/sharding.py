@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,11 +70,17 @@ def through_hooks(
     def called(*inputs: Any, **options: Any) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = getattr(model, FORWARD)(*inputs, **options)
         if not torch.is_grad_enabled():
-            # Else a backward pass does it: until then the ends of the model are whole.
-            cast("FSDPModule", model).reshard()
+            give_back_the_ends(model)
         return found
 
     return called
+
+
+def give_back_the_ends(model: nn.Module) -> None:
+    """After a forward pass that no backward pass follows: until then embedding and head are whole
+    in every process, and what is read or written of them is not what the student is."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -7,15 +7,18 @@ Alone a process agrees with itself, and PyTorch's distributed package is not eve
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from student_trainer.errors import ConfigError, TrainerError
+from student_trainer.errors import ConfigError, ProcessLostError, TrainerError, one_line
 
 T = TypeVar("T")
+LOST = re.compile(r"closed by peer|Connection (reset|refused)|gloo|NCCL", re.IGNORECASE)
+"""In what PyTorch's backends say when another process is gone."""
 RENDEZVOUS_S = 120.0
 """How long processes that started wait for those that have not."""
 OPERATION_S = 7200.0
@@ -112,6 +115,13 @@ def joined() -> Iterator[Ranks]:
     try:
         _meet(ranks)
         yield ranks
+    except (dist.DistError, RuntimeError) as error:
+        if isinstance(error, TrainerError) or not LOST.search(str(error)):
+            raise
+        raise ProcessLostError(
+            f"a process that trains with this one has ended: {one_line(error)}; what it says of "
+            "itself is the cause, and `train --resume` goes on from the last checkpoint"
+        ) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

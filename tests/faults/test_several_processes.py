@@ -1,0 +1,221 @@
+"""One run on two processes that torchrun starts, with a real teacher: what it learns, and its end.
+
+Run: python -m pytest tests/faults/test_several_processes.py
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from student_trainer import cli
+from student_trainer.assembly.spreading import refuse_spread
+from student_trainer.errors import ConfigError
+from student_trainer.process.ranks import Ranks, joined
+from student_trainer.settings.config import load_config
+from tests.faults.live_server import LiveServer, gone, live_server
+from tests.faults.training_runs import CHECKPOINTS, ROOT, Run
+from tests.rounds import ROUNDS
+from tests.waiting import LIMIT_S, wait_until
+
+STEPS = 2
+TEACHER = ("teacher_server.cli", "serve", "--engine", "hf", "--model", str(CHECKPOINTS / "teacher"))
+SETTINGS: dict[str, Any] = {
+    "run.steps": STEPS,
+    "rollout.student_topk": 16,
+    "data.heldout": CHECKPOINTS / "heldout.jsonl",
+    "eval.num_prompts": 2,
+    "eval.pass_k": 0,
+    "eval.teacher_samples": 2,
+    "student.device": "cpu",
+    "optim.updates_per_epoch": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    folder = tmp_path_factory.mktemp("teacher")
+    with live_server(folder, "--max-context", "512", program=TEACHER) as server:
+        yield server
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return {name.replace(".", "__"): value for name, value in (SETTINGS | changes).items()}
+
+
+@contextmanager
+def both(run: Run, address: str, *flags: str, **changes: Any) -> Iterator[subprocess.Popen[str]]:
+    """Two processes of a run, which end with the block."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "student_trainer.cli", *run.arguments(address, **settings(**changes)), *flags),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def trainers_of(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that train."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def test_two_processes_learn_what_one_does(teacher: LiveServer, tmp_path: Path) -> None:
+    """The same prompts and seeds, so the same rollouts; and one folder, as one would write it.
+
+    The playground's characters have doubles of nearly one probability: after an update rounding
+    decides which of them is said. So the first step is compared figure by figure.
+    """
+    torch.set_num_threads(1)
+    alone = Run(tmp_path / "alone")
+    assert cli.main(alone.arguments(teacher.address, **settings())) == 0
+    run = Run(tmp_path / "both")
+    with both(run, teacher.address) as process:
+        said, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, said
+    for kind in ("step", "eval"):
+        assert len(run.records(kind)) == len(alone.records(kind))
+    first, expected = run.records("step")[0], alone.records("step")[0]
+    of_this_start = {n for n in expected if "seconds" in n or n.endswith("_s")}
+    for name in expected.keys() - of_this_start - {"kind", "sync_gap_nats"}:
+        assert first[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7), name
+    for found in run.records("step"):
+        assert found["rollouts"] == 4
+        assert found["updates"] == 4
+        assert found["sync_gap_nats"] < 1e-4
+    ours, theirs = (r.records("eval")[0]["heldout_reverse_kl"] for r in (run, alone))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    weights, others = run.weights(1), alone.weights(1)
+    assert weights.keys() == others.keys()
+    gap = max(float((weights[name] - others[name]).abs().max()) for name in weights)
+    # AdamW divides a gradient by its size: where it is 0 but for rounding, so is the step's sign.
+    assert gap <= 2.1 * expected["updates"] * expected["learning_rate"]
+    assert said.count("step   1") == 1
+    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == [
+        f"step-{step:06d}" for step in range(1, STEPS + 1)
+    ]
+    assert (run.folder / "student" / "README.md").is_file()
+
+
+LONG = {"run.steps": 1000, "data.heldout": "null", "checkpoint.every_steps": 1000}
+
+
+@contextmanager
+def training(run: Run, address: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], Any]]:
+    """Two processes with a step behind them, and the process ids of both."""
+    before = len(run.records("step"))
+    with both(run, address, *flags, **LONG) as process:
+        wait_until(lambda: len(run.records("step")) > before or process.poll() is not None)
+        pids = trainers_of(process)
+        assert len(pids) == 2
+        yield process, pids
+    assert all(gone(pid) for pid in pids)
+
+
+def test_sigterm_saves_the_last_finished_step(teacher: LiveServer, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with training(run, teacher.address) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=LIMIT_S)
+    (saved,) = (run.folder / "checkpoints").iterdir()
+    done = len(run.records("step"))
+    assert f"SIGTERM: {done} of 1000 steps are saved in {saved}" in said
+    assert torch.load(saved / "trainer_state.pt")["step"] == done
+
+
+@pytest.mark.skipif(not ROUNDS.every_process, reason="part of make faults")
+def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(
+    teacher: LiveServer, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    with training(run, teacher.address) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=LIMIT_S)
+    done = len(run.records("step"))
+    with both(run, teacher.address, **LONG) as process:
+        said, _ = process.communicate(timeout=LIMIT_S)
+    assert "--resume goes on from" in said
+    assert process.returncode != 0
+    with training(run, teacher.address, "--resume") as (process, pids):
+        os.kill(pids[1], signal.SIGKILL)
+        said, _ = process.communicate(timeout=LIMIT_S)
+    assert "a process that trains with this one has ended" in said
+    assert run.records("step")[done]["step"] == done + 1
+
+
+@pytest.mark.parametrize(
+    ("given", "world", "message"),
+    [
+        ("rollout.prompts_per_step=1", 2, r"2 processes, and rollout\.prompts_per_step is 1: each"),
+        ("rollout.prompts_per_step=3", 2, "must be a multiple of 2"),
+        ('sampler={"kind":"hf_batched","weights":"shared"}', 2, r'sampler\.weights is "shared"'),
+        ("optim.kind=adamw_8bit", 2, "optim.kind is 'adamw_8bit'"),
+        ("student.device=cuda:1", 2, "student.device is 'cuda:1'"),
+    ],
+)
+def test_settings_that_several_processes_cannot_share_are_refused(
+    given: str, world: int, message: str
+) -> None:
+    config = load_config(ROOT / "configs" / "trainer-demo.toml", [given])
+    with pytest.raises(ConfigError, match=message):
+        refuse_spread(config, Ranks(world=world))
+    refuse_spread(config, Ranks())
+
+
+def test_an_environment_that_torchrun_did_not_make_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2 and RANK, MASTER_ADDR, MASTER_PORT"):
+        joined().__enter__()
+
+
+def test_others_that_do_not_come_are_an_error_that_names_the_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("student_trainer.process.ranks.RENDEZVOUS_S", 0.2)
+    with pytest.raises(ConfigError, match=r"process 0 of 2 has not met the others at 127\.0\.0\.1"):
+        joined().__enter__()
+
+
+def test_what_the_first_process_refuses_ends_all() -> None:
+    class Second(Ranks):
+        def gathered(self, own: Any) -> list[Any]:
+            return [(None, "run.out holds an earlier run"), own]
+
+    with pytest.raises(ConfigError, match=r"process 0 has refused: run\.out holds"):
+        Second(rank=1, world=2).agreed(lambda: pytest.fail("only the first decides"))
+
+
+def test_other_settings_in_one_process_are_named() -> None:
+    class Two(Ranks):
+        def gathered(self, own: Any) -> list[Any]:
+            return [own, own | {"optim.learning_rate": "0.1"}]
+
+    with pytest.raises(ConfigError, match=r"process 1 has other settings .*optim\.learning_rate"):
+        Two(world=2).check_same({"optim.learning_rate": "0.2", "run.seed": "1"})
