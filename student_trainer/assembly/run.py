@@ -111,6 +111,7 @@ class Run:
                     progress=lambda done, total: self.recorder.progress("evaluation", done, total),
                 )
         self.recorder.evaluation(report)
+        self.state.evaluated(report.values())
 
     def texts(self, rollouts: Sequence[Rollout]) -> tuple[SampleText, ...]:
         """The first few of a step's rollouts, for a person to read."""
