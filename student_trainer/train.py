@@ -49,7 +49,7 @@ def take_step(run: Run, step: int) -> StepReport:
         return StepReport(step=step + 1, unscored_rollouts=taken.num_unscored, seconds=seconds)
 
     with clock.phase("learn"):
-        learning = run.learner.learn(rollouts, step)
+        learning = run.learn(rollouts, step)
     with clock.phase("sync"):
         sync_gap_nats = run.swap_weights(step + 1)
 

@@ -31,11 +31,12 @@ from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.recording import recorded, warn
 from student_trainer.assembly.sampling import RunningSampler, SamplerStart, begun
 from student_trainer.data import PromptOrder
-from student_trainer.diagnostics.step_report import SampleText
+from student_trainer.diagnostics.step_report import LearnReport, SampleText
 from student_trainer.evaluation.evaluate import rollout_text
 from student_trainer.learner.learner import Learner
 from student_trainer.pretrained import load_student, load_tokenizer
 from student_trainer.process.stopping import Stopped, StopRequest
+from student_trainer.recording.failed_update import kept_if_not_finite
 from student_trainer.recording.model_card import write_model_card
 from student_trainer.recording.recorder import Recorder
 from student_trainer.recording.run_folder import (
@@ -76,6 +77,16 @@ class Run:
     def overlap_k(self) -> int | None:
         """Entries compared by the overlap; None when no candidates are sent."""
         return self.config.drift.k if self.config.collected_topk > 0 else None
+
+    def learn(self, rollouts: Sequence[Rollout], step: int) -> LearnReport:
+        """All updates of one step; one that is not finite is kept for a person to look at.
+
+        Raises NonFiniteLossError.
+        """
+        with kept_if_not_finite(
+            self.config.run.out, step + 1, lambda: self.learner.update_under_way
+        ):
+            return self.learner.learn(rollouts, step)
 
     def swap_weights(self, version: int) -> float | None:
         """Moves the learner's weights into the sampler; returns the log-prob gap, in nats.

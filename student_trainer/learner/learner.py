@@ -95,6 +95,8 @@ class Learner:
         self._copied_to = copied_to
         self._adapter = adapter
         self._device = next(model.parameters()).device
+        self.update_under_way: tuple[int, Sequence[Rollout]] = (0, ())
+        """Which update of the step was begun last, from 1 on, and what it learns from."""
 
     @property
     def vocab_size(self) -> int:
@@ -175,9 +177,13 @@ class Learner:
         )
 
     def _updates(self, rollouts: Sequence[Rollout], step: int) -> Iterator[list[Rollout]]:
+        number = 0
         for epoch in range(self._epochs):
             seed = (self._seed, step, epoch)
-            yield from split_updates(rollouts, self._updates_per_epoch, seed=seed)
+            for update in split_updates(rollouts, self._updates_per_epoch, seed=seed):
+                number += 1
+                self.update_under_way = number, update
+                yield update
 
     def _accumulate(self, rollouts: Sequence[Rollout]) -> StepSums:
         """The gradient of one update, added up over micro-batches, and its sums."""
