@@ -9,6 +9,7 @@ TrainerError
 ├── SamplerError      the generating engine does not start, or has died
 ├── GraderError       the processes that compare mathematics do not start
 ├── WeightSyncError   the sampler's log-probs are not the learner's, or weights do not reach it
+├── LearnerMemoryError an update does not fit into memory, however small its micro-batches
 └── NonFiniteLossError a loss or a gradient is NaN or infinite; the weights are left as they were
 """
 
@@ -62,6 +63,10 @@ class GraderError(TrainerError, RuntimeError):
 
 class WeightSyncError(TrainerError, RuntimeError):
     """The sampler does not generate from the learner's weights, or not by its arithmetic."""
+
+
+class LearnerMemoryError(TrainerError, MemoryError):
+    """An update does not fit into memory, in smaller micro-batches either."""
 
 
 class NonFiniteLossError(TrainerError, ArithmeticError):

@@ -309,6 +309,7 @@ def _learner(
         stop=stop,
         copied_to=getattr(torch, from_settings.sampler_dtype(config)),
         adapter=adapter,
+        say=say,
     )
 
 

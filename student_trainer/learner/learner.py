@@ -6,8 +6,9 @@ is under them, for whoever checks that they arrived. Knows no sampler, no teache
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ from student_trainer.diagnostics.step_report import LearnReport
 from student_trainer.learner.adapter import Adapter
 from student_trainer.learner.batch import (
     collate,
-    part_costs,
     recompute_behavior,
-    split_micro,
     split_updates,
 )
 from student_trainer.learner.export import export_bytes, export_weights, exported, tied_names
 from student_trainer.learner.families import family_of, head_of, plain_logits
 from student_trainer.learner.flipped import flipped
+from student_trainer.learner.micro_batches import MicroBatches
 from student_trainer.learner.optim import Optimizer
 from student_trainer.learner.precision import lost_in_rounding, sample_of
 from student_trainer.learner.student import student_forward
@@ -70,13 +70,15 @@ class Learner:
         excluded_ids: IdRanges = (),
         copied_to: torch.dtype = torch.float32,
         adapter: Adapter | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         """`dtype`: of the arithmetic; the weights that are learnt are float32 whatever it is.
         `recomputes_behavior`: behavior log-probs are the learner's own, not the sampler's.
         `stop_ids` end the student's responses, besides what its generation config says.
         `excluded_ids` take no part in its distributions, and learn nothing as what is said; they
         may be set until the first step. `copied_to`: of the sampler's copy of the weights.
-        `adapter`: what is learnt of a model that has one, all else being frozen."""
+        `adapter`: what is learnt of a model that has one, all else being frozen. `say`: to a
+        person, where less fits into memory than `micro_batch_tokens`."""
         self._model = model
         self._tokenizer = tokenizer
         self._optimizer = optimizer
@@ -84,7 +86,6 @@ class Learner:
         self._weights = weights
         self._epochs = epochs
         self._updates_per_epoch = updates_per_epoch
-        self._micro_batch_tokens = micro_batch_tokens
         self._temperature = temperature
         self._seed = seed
         self._dtype = dtype
@@ -95,6 +96,7 @@ class Learner:
         self._copied_to = copied_to
         self._adapter = adapter
         self._device = next(model.parameters()).device
+        self._micro_batches = MicroBatches(micro_batch_tokens, self._device, say)
         self.update_under_way: tuple[int, Sequence[Rollout]] = (0, ())
         """Which update of the step was begun last, from 1 on, and what it learns from."""
 
@@ -129,7 +131,7 @@ class Learner:
 
         A request to stop gives the step up as long as no update has changed the weights; from the
         first update on the others follow, because half of a step cannot be taken back. Raises
-        NonFiniteLossError.
+        NonFiniteLossError, LearnerMemoryError.
         """
         normalize = needs_normalization(self._weights)
         with self._stop.may_give_up():
@@ -139,7 +141,9 @@ class Learner:
         before = self._sample()
         for update in self._updates(rollouts, step):
             with nullcontext() if grad_norms else self._stop.may_give_up():
-                totals = self._accumulate(update)
+                totals = self._micro_batches.fitted(
+                    partial(self._accumulate, update), self._model.zero_grad
+                )
             learning_rate = self._optimizer.learning_rate
             scale = step_scale(totals.weight_sum.item(), totals.num_tokens.item(), normalize)
             grad_norms.append(self._optimizer.step(scale))
@@ -169,7 +173,7 @@ class Learner:
         return recompute_behavior(
             self._model,
             rollouts,
-            micro_batch_tokens=self._micro_batch_tokens,
+            micro_batch_tokens=self._micro_batches.max_tokens,
             temperature=self._temperature,
             device=self._device,
             dtype=self._dtype,
@@ -188,8 +192,7 @@ class Learner:
     def _accumulate(self, rollouts: Sequence[Rollout]) -> StepSums:
         """The gradient of one update, added up over micro-batches, and its sums."""
         parts: list[StepSums] = []
-        costs = part_costs(self._device)
-        for micro in split_micro(rollouts, self._micro_batch_tokens, part_costs=costs):
+        for micro in self._micro_batches.of(rollouts):
             batch = collate(micro, self._device)
             gathered = batch.forward(
                 self._model,
