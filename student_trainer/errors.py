@@ -7,6 +7,7 @@ TrainerError
 ├── HubError          a student cannot be uploaded to a hub
 ├── DatasetError      a dataset does not exist, or a line of it is malformed
 ├── SamplerError      the generating engine does not start, or has died
+│   └── SamplerDiedError  the engine has died: another one may do what it was doing
 ├── GraderError       the processes that compare mathematics do not start
 ├── WeightSyncError   the sampler's log-probs are not the learner's, or weights do not reach it
 ├── LearnerMemoryError an update does not fit into memory, however small its micro-batches
@@ -55,6 +56,10 @@ class DatasetError(TrainerError, ValueError):
 
 class SamplerError(TrainerError, RuntimeError):
     """The generating engine does not start, or has died."""
+
+
+class SamplerDiedError(SamplerError):
+    """The generating engine has died; nothing is wrong with what was asked of it."""
 
 
 class GraderError(TrainerError, RuntimeError):

@@ -41,7 +41,7 @@ def take_step(run: Run, step: int) -> StepReport:
     """Takes rollouts, learns from them, swaps the weights in the sampler; what came of it."""
     clock = PhaseClock()
     with clock.phase("rollout"), run.stop.may_give_up():
-        taken = run.stream.take_step()
+        taken = run.restart.surviving(run, run.stream.take_step)
     rollouts, rollout_s = taken.rollouts, clock.seconds["rollout"]
     if not rollouts:
         # Nothing to learn from: weights, optimizer and budget stay as they are.

@@ -29,9 +29,11 @@ from student_trainer.assembly.evaluating import Evaluator
 from student_trainer.assembly.from_settings import Problems
 from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.recording import recorded, warn
+from student_trainer.assembly.restarting import SamplerRestart, replaceable
 from student_trainer.assembly.sampling import RunningSampler, SamplerStart, begun
 from student_trainer.data import PromptOrder
-from student_trainer.diagnostics.step_report import LearnReport, SampleText
+from student_trainer.diagnostics.step_report import EvalReport, LearnReport, SampleText
+from student_trainer.errors import SamplerDiedError
 from student_trainer.evaluation.evaluate import rollout_text
 from student_trainer.learner.learner import Learner
 from student_trainer.pretrained import load_student, load_tokenizer
@@ -71,6 +73,7 @@ class Run:
     evaluator: Evaluator
     sync: WeightSync
     running: RunningSampler
+    restart: SamplerRestart
     stop: StopRequest
 
     @property
@@ -94,9 +97,13 @@ class Run:
         What is under way goes on with them. None when the run was asked to stop meanwhile: then
         nobody will sample from them.
         """
+        gap: float | None
         try:
             with self.stop.may_give_up():
-                gap = self.running.loop.run(self.sync.push(version))
+                try:
+                    gap = self.running.loop.run(self.sync.push(version))
+                except SamplerDiedError as error:
+                    gap = self.restart.restart(self, error, version, learnt=True)
         except Stopped:
             return None
         self.stream.use_version(version)
@@ -111,18 +118,21 @@ class Run:
 
     def evaluate(self) -> None:
         """What the sampler's weights make of the held-out problems; at both ends with samples."""
-        step, ends = self.state.step, (0, self.config.run.steps)
         with self.stop.may_give_up():
-            with self.stream.idle():
-                report = self.evaluator.report(
-                    self.running.loop,
-                    self.running.sampler,
-                    step=step,
-                    with_samples=step in ends,
-                    progress=lambda done, total: self.recorder.progress("evaluation", done, total),
-                )
+            report = self.restart.surviving(self, self._evaluation)
         self.recorder.evaluation(report)
         self.state.evaluated(report.values())
+
+    def _evaluation(self) -> EvalReport:
+        step, ends = self.state.step, (0, self.config.run.steps)
+        with self.stream.idle():
+            return self.evaluator.report(
+                self.running.loop,
+                self.running.sampler,
+                step=step,
+                with_samples=step in ends,
+                progress=lambda done, total: self.recorder.progress("evaluation", done, total),
+            )
 
     def texts(self, rollouts: Sequence[Rollout]) -> tuple[SampleText, ...]:
         """The first few of a step's rollouts, for a person to read."""
@@ -247,6 +257,7 @@ def _assemble(
         evaluator=evaluator,
         sync=sync,
         running=RunningSampler(loop, sampler),
+        restart=SamplerRestart(say),
         stop=stop,
     )
 
@@ -326,7 +337,7 @@ def _sampler(
     """What generates, begun; with a model that is lent to it, where it can do without its own."""
     if running is not None:
         return running.sampler, None
-    made = from_settings.sampler(config, start_from, tokenizer, lent)
+    made = replaceable(config, start_from, tokenizer, lent)
     return made, stack.enter_context(begun(config, made, loop, bars))
 
 
