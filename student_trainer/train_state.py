@@ -71,8 +71,7 @@ class TrainState:
         import torch
 
         began = time.monotonic()
-        # What a killed run left half written or half deleted.
-        _remove(*self._folder.glob(".step-*"))
+        self._drop_halves()
         final = self._present
         with replaced(final) as partial:
             self._save_weights(partial)
@@ -81,7 +80,7 @@ class TrainState:
             torch.save(written, partial / STATE_FILE)
             if self._evaluated is not None and self._evaluated[0] == self.step:
                 write_figures(partial, self._evaluated[1])
-        self._drop_old()
+        self.drop_old()
         self._saved_at = time.monotonic()
         self._save_took_s = self._saved_at - began
         return final
@@ -98,7 +97,9 @@ class TrainState:
     def _present(self) -> Path:
         return self._folder / f"step-{self.step:06d}"
 
-    def _drop_old(self) -> None:
+    def drop_old(self) -> None:
+        """Deletes the oldest beyond `keep` that are not the best, and what a killed run left."""
+        self._drop_halves()
         complete = complete_checkpoints(self._folder)
         best = self._best.of(complete)
         for old in complete[: -self._keep]:
@@ -107,6 +108,10 @@ class TrainState:
                 dropped = old.with_name(f".{old.name}.old")
                 old.rename(dropped)
                 shutil.rmtree(dropped)
+
+    def _drop_halves(self) -> None:
+        """What a killed run has half written or half deleted."""
+        _remove(*self._folder.glob(".step-*"))
 
     def is_due(self, every_steps: int | None, every_minutes: float | None) -> bool:
         """Every so many steps, else after so many minutes, and MAX_SHARE of the time at most."""

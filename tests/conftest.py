@@ -15,6 +15,7 @@ LONGEST_FIRST = (
     "faults/test_kill_vllm.py",
     "faults/test_kill_sampler.py",
     "faults/test_sampler_restart.py",
+    "faults/test_kill_trainer.py",
     "faults/test_stop_trainer.py",
     "faults/test_signal_at_start.py",
     "teacher/engine/test_engines.py",

@@ -153,6 +153,7 @@ class Run:
         folder = self.config.run.out
         with self.stop.whole():
             save_or_rescue(folder / STUDENT, self.learner.save, self.learner.save_what_can_be)
+            self.state.drop_old()
             self._write_progress(finished=True)
             self.record.finish()
             write_model_card(folder)

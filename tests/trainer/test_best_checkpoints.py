@@ -98,6 +98,14 @@ def test_what_a_killed_run_left_of_a_checkpoint_goes_with_the_next(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
 
 
+def test_what_a_killed_run_left_goes_when_the_run_is_finished(tmp_path: Path) -> None:
+    """Nothing is saved any more by one that was killed as the last checkpoint was there."""
+    saved(state_of(tmp_path, keep=3, keep_best=0), {1: None, 2: None, 3: None})
+    (tmp_path / ".step-000000.old").mkdir()
+    state_of(tmp_path, keep_best=0).drop_old()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
 def test_half_a_deleted_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = state_of(tmp_path, keep_best=0)
     saved(state, {1: 0.1})
