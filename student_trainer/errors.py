@@ -7,9 +7,11 @@ TrainerError
 ├── HubError          a student cannot be uploaded to a hub
 ├── DatasetError      a dataset does not exist, or a line of it is malformed
 ├── SamplerError      the generating engine does not start, or has died
+│   └── SamplerDiedError  the engine has died: another one may do what it was doing
 ├── GraderError       the processes that compare mathematics do not start
 ├── ProcessLostError  another process of a run on several has ended
 ├── WeightSyncError   the sampler's log-probs are not the learner's, or weights do not reach it
+├── LearnerMemoryError an update does not fit into memory, however small its micro-batches
 └── NonFiniteLossError a loss or a gradient is NaN or infinite; the weights are left as they were
 """
 
@@ -57,6 +59,10 @@ class SamplerError(TrainerError, RuntimeError):
     """The generating engine does not start, or has died."""
 
 
+class SamplerDiedError(SamplerError):
+    """The generating engine has died; nothing is wrong with what was asked of it."""
+
+
 class GraderError(TrainerError, RuntimeError):
     """The processes that compare mathematics do not start."""
 
@@ -67,6 +73,10 @@ class ProcessLostError(TrainerError, RuntimeError):
 
 class WeightSyncError(TrainerError, RuntimeError):
     """The sampler does not generate from the learner's weights, or not by its arithmetic."""
+
+
+class LearnerMemoryError(TrainerError, MemoryError):
+    """An update does not fit into memory, in smaller micro-batches either."""
 
 
 class NonFiniteLossError(TrainerError, ArithmeticError):

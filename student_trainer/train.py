@@ -41,7 +41,7 @@ def take_step(run: Run, step: int) -> StepReport:
     """Takes rollouts, learns from them, swaps the weights in the sampler; what came of it."""
     clock = PhaseClock()
     with clock.phase("rollout"), run.may_give_up():
-        taken = run.stream.take_step()
+        taken = run.restart.surviving(run, run.stream.take_step)
     rollouts, rollout_s = taken.rollouts, clock.seconds["rollout"]
     if not rollouts:
         # Nothing to learn from: weights, optimizer and budget stay as they are.
@@ -49,7 +49,7 @@ def take_step(run: Run, step: int) -> StepReport:
         return StepReport(step=step + 1, unscored_rollouts=taken.num_unscored, seconds=seconds)
 
     with clock.phase("learn"):
-        learning = run.learner.learn(rollouts, step)
+        learning = run.learn(rollouts, step)
     with clock.phase("sync"):
         sync_gap_nats = run.swap_weights(step + 1)
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
 
+from student_trainer import best_checkpoints
+from student_trainer.best_checkpoints import Best, write_figures
 from student_trainer.errors import CheckpointError
 from student_trainer.process.writing import writing_to
 
@@ -49,41 +51,75 @@ class TrainState:
         parts: Mapping[str, Part],
         settings: Mapping[str, str],
         writes: bool = True,
+        best: Best = best_checkpoints.NONE,
     ) -> None:
-        """`settings` of the run, by their dotted names, are kept for whoever goes on from it. Of
-        several processes one `writes`; the others give it what they have of weights and parts."""
+        """`settings` of the run, by their dotted names, are kept for whoever goes on from it. The
+        `best` stay besides the newest `keep`. Of several processes one `writes`; the others give it
+        what they have of weights and parts."""
         self._folder = folder
         self._keep = keep
         self._save_weights = save_weights
         self._parts = parts
         self._settings = dict(settings)
         self._writes = writes
+        self._best = best
+        self._evaluated: tuple[int, Mapping[str, float]] | None = None
         self.step = 0
         """Finished steps."""
         self._saved_at = time.monotonic()
         self._save_took_s = 0.0
 
     def save(self) -> Path:
-        """Writes a checkpoint and drops the oldest ones beyond `keep`."""
+        """Writes a checkpoint and drops the oldest ones beyond `keep` that are not the best."""
         import torch
 
         began = time.monotonic()
-        final = self._folder / f"step-{self.step:06d}"
         if not self._writes:
             self._save_weights(None)
             for part in self._parts.values():
                 part.state()
-            return final
+            return self._present
+        self._drop_halves()
+        final = self._present
         with replaced(final) as partial:
             self._save_weights(partial)
             states = {name: part.state() for name, part in self._parts.items()}
             written = {"step": self.step, "settings": self._settings, **states}
             torch.save(written, partial / STATE_FILE)
-        for old in complete_checkpoints(self._folder)[: -self._keep]:
-            shutil.rmtree(old)
+            if self._evaluated is not None and self._evaluated[0] == self.step:
+                write_figures(partial, self._evaluated[1])
+        self.drop_old()
         self._saved_at = time.monotonic()
         self._save_took_s = self._saved_at - began
         return final
+
+    def evaluated(self, figures: Mapping[str, float]) -> None:
+        """The weights of this step came to these: its checkpoint, written or not, is rated by
+        them. Raises CheckpointError where the disk refuses."""
+        self._evaluated = (self.step, figures)
+        if self._present.is_dir():
+            with writing_to(self._present, CheckpointError, remedy=REMEDY):
+                write_figures(self._present, figures)
+
+    @property
+    def _present(self) -> Path:
+        return self._folder / f"step-{self.step:06d}"
+
+    def drop_old(self) -> None:
+        """Deletes the oldest beyond `keep` that are not the best, and what a killed run left."""
+        self._drop_halves()
+        complete = complete_checkpoints(self._folder)
+        best = self._best.of(complete)
+        for old in complete[: -self._keep]:
+            if old not in best:
+                # Under another name first: half of one would look like a checkpoint.
+                dropped = old.with_name(f".{old.name}.old")
+                old.rename(dropped)
+                shutil.rmtree(dropped)
+
+    def _drop_halves(self) -> None:
+        """What a killed run has half written or half deleted."""
+        _remove(*self._folder.glob(".step-*"))
 
     def is_due(self, every_steps: int | None, every_minutes: float | None) -> bool:
         """Every so many steps, else after so many minutes, and MAX_SHARE of the time at most."""

@@ -18,6 +18,7 @@ class Rounds:
     server_kills: int
     connection_cuts: int
     client_kills: int
+    trainer_kills: int
     clients_before: int
     """That come and go before the server's memory is measured."""
     memory_slack_bytes: int
@@ -42,6 +43,7 @@ IN_TEST = Rounds(
     server_kills=15,
     connection_cuts=100,
     client_kills=15,
+    trainer_kills=3,
     clients_before=100,
     memory_slack_bytes=1 << 20,
     fuzz_cases=1_500,
@@ -54,6 +56,7 @@ LONG = Rounds(
     server_kills=500,
     connection_cuts=860,
     client_kills=500,
+    trainer_kills=10,
     clients_before=1500,
     memory_slack_bytes=0,
     fuzz_cases=100_000,

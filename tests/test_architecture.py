@@ -137,7 +137,8 @@ RULES = [
     ),
     Rule(
         modules="student_trainer.train_state",
-        only="torch student_trainer.errors student_trainer.process.writing",
+        only="torch student_trainer.errors student_trainer.process.writing "
+        "student_trainer.best_checkpoints",
         why="parts are known by what they say",
     ),
     Rule(

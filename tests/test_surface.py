@@ -20,7 +20,7 @@ TRAINER_SETTINGS = {
         "boundary every_steps hit_ratio increment initial kind margin max_tokens maximum "
         "minimum patience quantile rate"
     ),
-    "checkpoint": "every_minutes every_steps keep",
+    "checkpoint": "best_metric every_minutes every_steps keep keep_best",
     "data": (
         "add_bos answer_field chat_template chat_template_kwargs final_assistant heldout "
         "heldout_split max_lossy_share max_skipped_share prompt_field subset system "

@@ -7,11 +7,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from student_trainer.best_checkpoints import Best
 from student_trainer.errors import ConfigError
 from student_trainer.learner.learner import Learner
 from student_trainer.process.ranks import ALONE, Ranks
 from student_trainer.process.stopping import LIMIT_S
 from student_trainer.rollouts.stream import RolloutStream
+from student_trainer.settings.best_metric import higher_is_better
 from student_trainer.settings.changes import Change, changes, written
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.train_state import (
@@ -27,13 +29,19 @@ def train_state(
     config: TrainerConfig, learner: Learner, stream: RolloutStream, ranks: Ranks = ALONE
 ) -> TrainState:
     """The state of a run, of the parts that have one."""
+    settings = config.checkpoint
     return TrainState(
         config.run.checkpoints,
-        keep=config.checkpoint.keep,
+        keep=settings.keep,
         save_weights=learner.save,
         parts={"learner": learner, "budget": stream.budget, "stream": stream},
         settings=written(config),
         writes=ranks.is_first,
+        best=Best(
+            keep=settings.keep_best,
+            metric=settings.best_metric,
+            higher_is_better=higher_is_better(settings.best_metric),
+        ),
     )
 
 
@@ -109,10 +117,17 @@ def warnings(config: TrainerConfig, learner: Learner) -> Iterator[str]:
     if config.checkpoint.every_steps is None and config.checkpoint.every_minutes is None:
         return
     config.run.out.mkdir(parents=True, exist_ok=True)
-    more = max(1, config.checkpoint.keep + 1 - len(complete_checkpoints(config.run.checkpoints)))
+    kept = config.checkpoint.keep + config.checkpoint.keep_best
+    more = max(1, kept + 1 - len(complete_checkpoints(config.run.checkpoints)))
     if (room := shutil.disk_usage(config.run.out).free) < more * size:
         yield (
             f"{more} more checkpoints of {size / 1e9:.1f} GB will be in {config.run.out} at once "
-            f"(checkpoint.keep {config.checkpoint.keep}, and one while it is written), and "
+            f"({_kept(config)}, and one while it is written), and "
             f"{room / 1e9:.1f} GB are free: make room, or lower checkpoint.keep"
         )
+
+
+def _kept(config: TrainerConfig) -> str:
+    best = config.checkpoint.keep_best
+    of_best = f", checkpoint.keep_best {best}" if best else ""
+    return f"checkpoint.keep {config.checkpoint.keep}{of_best}"

@@ -19,6 +19,7 @@ from student_trainer.evaluation.responses import Plan, Scoring, respond
 from student_trainer.records import Prompt
 from student_trainer.rollouts.samplers.base import Sampler
 from student_trainer.rollouts.stream import LoopThread
+from student_trainer.settings.best_metric import HELDOUT
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.special_tokens import SpecialTokens
 
@@ -91,6 +92,13 @@ def checked_grader(config: TrainerConfig, problems: Sequence[Prompt], stack: Exi
         raise ConfigError(
             f"{problems[0].prompt_id}: the problems of data.heldout have no answer, and "
             "eval.teacher_samples is 0: nothing would be known of a response"
+        )
+    best, metric = config.checkpoint.keep_best, config.checkpoint.best_metric
+    if best and problems[0].answer is None and not metric.startswith(HELDOUT):
+        raise ConfigError(
+            f"{problems[0].prompt_id}: the problems of data.heldout have no answer, and "
+            f"checkpoint.keep_best is {best} by checkpoint.best_metric {metric}: no evaluation has "
+            "it; heldout_reverse_kl is the teacher's"
         )
     return grader
 

@@ -18,6 +18,7 @@ from student_trainer.assembly import (
     syncing,
     teachers,
 )
+from student_trainer.assembly.restarting import replaceable
 from student_trainer.assembly.sampling import RunningSampler, SamplerStart, begun
 from student_trainer.data import PromptOrder
 from student_trainer.learner.learner import Learner
@@ -105,6 +106,7 @@ def learner(
         stop=start.stop if start.ranks.world == 1 else None,
         copied_to=getattr(torch, from_settings.sampler_dtype(config)),
         adapter=adapter,
+        say=say,
     )
 
 
@@ -119,7 +121,7 @@ def sampler(
     """What generates, begun; with a model that is lent to it, where it can do without its own."""
     if start.running is not None:
         return start.running.sampler, None
-    made = from_settings.sampler(start.config, start.model, tokenizer, lent)
+    made = replaceable(start.config, start.model, tokenizer, lent)
     return made, stack.enter_context(begun(start.config, made, loop, bars))
 
 

@@ -27,14 +27,17 @@ from student_trainer.assembly.from_settings import Problems
 from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.parts import Start
 from student_trainer.assembly.recording import recorded, warn
+from student_trainer.assembly.restarting import SamplerRestart
 from student_trainer.assembly.sampling import RunningSampler
 from student_trainer.assembly.spreading import refuse_spread
-from student_trainer.diagnostics.step_report import SampleText
+from student_trainer.diagnostics.step_report import EvalReport, LearnReport, SampleText
+from student_trainer.errors import SamplerDiedError
 from student_trainer.evaluation.evaluate import rollout_text
 from student_trainer.learner.learner import Learner
 from student_trainer.pretrained import load_tokenizer
 from student_trainer.process.ranks import ALONE, Ranks
 from student_trainer.process.stopping import Stopped, StopRequest
+from student_trainer.recording.failed_update import kept_if_not_finite
 from student_trainer.recording.model_card import write_model_card
 from student_trainer.recording.recorder import Recorder
 from student_trainer.recording.run_folder import STUDENT, Resume, RunRecord, checkpoint_to_resume
@@ -64,6 +67,7 @@ class Run:
     evaluator: Evaluator
     sync: WeightSync
     running: RunningSampler
+    restart: SamplerRestart
     stop: StopRequest
     ranks: Ranks = ALONE
 
@@ -76,15 +80,29 @@ class Run:
         """Entries compared by the overlap; None when no candidates are sent."""
         return self.config.drift.k if self.config.collected_topk > 0 else None
 
+    def learn(self, rollouts: Sequence[Rollout], step: int) -> LearnReport:
+        """All updates of one step; one that is not finite is kept for a person to look at.
+
+        Raises NonFiniteLossError.
+        """
+        with kept_if_not_finite(
+            self.config.run.out, step + 1, lambda: self.learner.update_under_way
+        ):
+            return self.learner.learn(rollouts, step)
+
     def swap_weights(self, version: int) -> float | None:
         """Moves the learner's weights into the sampler; returns the log-prob gap, in nats.
 
         What is under way goes on with them. None when the run was asked to stop meanwhile: then
         nobody will sample from them.
         """
+        gap: float | None
         try:
             with self.may_give_up():
-                gap = self.running.loop.run(self.sync.push(version))
+                try:
+                    gap = self.running.loop.run(self.sync.push(version))
+                except SamplerDiedError as error:
+                    gap = self.restart.restart(self, error, version, learnt=True)
         except Stopped:
             return None
         self.stream.use_version(version)
@@ -102,17 +120,26 @@ class Run:
         several processes the first asks its own sampler, and the others wait."""
         if not self.ranks.is_first:
             return
-        step, ends = self.state.step, (0, self.config.run.steps)
-        with self.stop.may_give_up():
-            with self.stream.idle():
-                report = self.evaluator.report(
-                    self.running.loop,
-                    self.running.sampler,
-                    step=step,
-                    with_samples=step in ends,
-                    progress=lambda done, total: self.recorder.progress("evaluation", done, total),
-                )
+        try:
+            with self.stop.may_give_up():
+                report = self.restart.surviving(self, self._evaluation)
+        except Stopped:
+            if self.ranks.world == 1:
+                raise
+            return  # where the others wait for rollouts, all stop
         self.recorder.evaluation(report)
+        self.state.evaluated(report.values())
+
+    def _evaluation(self) -> EvalReport:
+        step, ends = self.state.step, (0, self.config.run.steps)
+        with self.stream.idle():
+            return self.evaluator.report(
+                self.running.loop,
+                self.running.sampler,
+                step=step,
+                with_samples=step in ends,
+                progress=lambda done, total: self.recorder.progress("evaluation", done, total),
+            )
 
     def texts(self, rollouts: Sequence[Rollout]) -> tuple[SampleText, ...]:
         """The first few of a step's rollouts, for a person to read."""
@@ -136,6 +163,7 @@ class Run:
                 self.learner.save(None)
                 return
             save_or_rescue(folder / STUDENT, self.learner.save, self.learner.save_what_can_be)
+            self.state.drop_old()
             self._write_progress(finished=True)
             self.record.finish()
             write_model_card(folder)
@@ -247,6 +275,7 @@ def _assemble(begins: Start, stack: ExitStack) -> Run:
         evaluator=evaluating.evaluator(config, problems.heldout, grader, tokenizer, asked),
         sync=sync,
         running=running,
+        restart=SamplerRestart(say),
         stop=begins.stop,
         ranks=ranks,
     )

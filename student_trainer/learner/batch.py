@@ -219,6 +219,11 @@ def split_micro(
     return parts[::-1]
 
 
+def padded_tokens(rollouts: Sequence[Rollout]) -> int:
+    """Positions of a batch of these, padding included."""
+    return len(rollouts) * max(map(_sequence_length, rollouts), default=0)
+
+
 def recompute_behavior(
     model: PreTrainedModel,
     rollouts: Sequence[Rollout],

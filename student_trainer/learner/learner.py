@@ -21,14 +21,13 @@ from student_trainer.diagnostics.step_report import LearnReport
 from student_trainer.learner.adapter import Adapter
 from student_trainer.learner.batch import (
     collate,
-    part_costs,
     recompute_behavior,
-    split_micro,
     split_updates,
 )
 from student_trainer.learner.export import export_bytes, export_weights, exported, tied_names
 from student_trainer.learner.families import family_of, head_of, plain_logits
 from student_trainer.learner.flipped import flipped
+from student_trainer.learner.micro_batches import MicroBatches
 from student_trainer.learner.optim import Optimizer
 from student_trainer.learner.precision import lost_in_rounding, sample_of
 from student_trainer.learner.sharding import give_back_the_ends, is_spread, most, own_share
@@ -72,13 +71,15 @@ class Learner:
         excluded_ids: IdRanges = (),
         copied_to: torch.dtype = torch.float32,
         adapter: Adapter | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         """`dtype`: of the arithmetic; the weights that are learnt are float32 whatever it is.
         `recomputes_behavior`: behavior log-probs are the learner's own, not the sampler's.
         `stop_ids` end the student's responses, besides what its generation config says.
         `excluded_ids` take no part in its distributions, and learn nothing as what is said; they
         may be set until the first step. `copied_to`: of the sampler's copy of the weights.
-        `adapter`: what is learnt of a model that has one, all else being frozen."""
+        `adapter`: what is learnt of a model that has one, all else being frozen. `say`: to a
+        person, where less fits into memory than `micro_batch_tokens`."""
         self._model = model
         self._tokenizer = tokenizer
         self._optimizer = optimizer
@@ -86,7 +87,6 @@ class Learner:
         self._weights = weights
         self._epochs = epochs
         self._updates_per_epoch = updates_per_epoch
-        self._micro_batch_tokens = micro_batch_tokens
         self._temperature = temperature
         self._seed = seed
         self._dtype = dtype
@@ -97,6 +97,9 @@ class Learner:
         self._copied_to = copied_to
         self._adapter = adapter
         self._device = next(model.parameters()).device
+        self._micro_batches = MicroBatches(micro_batch_tokens, self._device, say)
+        self.update_under_way: tuple[int, Sequence[Rollout]] = (0, ())
+        """Which update of the step was begun last, from 1 on, and what it learns from."""
 
     @property
     def vocab_size(self) -> int:
@@ -130,7 +133,7 @@ class Learner:
 
         A request to stop gives the step up as long as no update has changed the weights; from the
         first update on the others follow, because half of a step cannot be taken back. Raises
-        NonFiniteLossError.
+        NonFiniteLossError, LearnerMemoryError.
         """
         normalize = needs_normalization(self._weights)
         with self._stop.may_give_up():
@@ -140,7 +143,9 @@ class Learner:
         before = self._sample()
         for update in self._updates(rollouts, step):
             with nullcontext() if grad_norms else self._stop.may_give_up():
-                totals = self._accumulate(own_share(update))
+                totals = self._micro_batches.fitted(
+                    partial(self._accumulate, own_share(update)), self._model.zero_grad
+                )
             learning_rate = self._optimizer.learning_rate
             scale = step_scale(totals.weight_sum.item(), totals.num_tokens.item(), normalize)
             grad_norms.append(self._optimizer.step(scale))
@@ -170,7 +175,7 @@ class Learner:
         return recompute_behavior(
             self._model,
             rollouts,
-            micro_batch_tokens=self._micro_batch_tokens,
+            micro_batch_tokens=self._micro_batches.max_tokens,
             temperature=self._temperature,
             device=self._device,
             dtype=self._dtype,
@@ -178,18 +183,21 @@ class Learner:
         )
 
     def _updates(self, rollouts: Sequence[Rollout], step: int) -> Iterator[list[Rollout]]:
+        number = 0
         for epoch in range(self._epochs):
             seed = (self._seed, step, epoch)
-            yield from split_updates(rollouts, self._updates_per_epoch, seed=seed)
+            for update in split_updates(rollouts, self._updates_per_epoch, seed=seed):
+                number += 1
+                self.update_under_way = number, update
+                yield update
 
     def _accumulate(self, rollouts: Sequence[Rollout]) -> StepSums:
         """The gradient of one update, added up over micro-batches, and its sums."""
         parts: list[StepSums] = []
-        costs = part_costs(self._device)
-        micros = split_micro(rollouts, self._micro_batch_tokens, part_costs=costs)
+        micros = self._micro_batches.of(rollouts)
         # Of a spread student every pass is one of all processes, which have more or fewer.
         num_passes = most(len(micros), self._device)
-        for micro in micros:
+        for micro in self._micro_batches.watched(micros):
             batch = collate(micro, self._device)
             gathered = batch.forward(
                 self._model,

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from student_trainer.errors import ConfigError, DatasetError
 from student_trainer.process.writing import write_whole
+from student_trainer.recording.failed_update import FAILED_UPDATE
 from student_trainer.recording.json_lines import (
     METRICS_FILE,
     PROFILES_FILE,
@@ -44,6 +45,7 @@ WRITTEN = (
     SAMPLES_FOLDER,
     SIDE_BY_SIDE_FILE,
     "error.log",
+    FAILED_UPDATE,
     "tensorboard",
     CHECKPOINTS,
     STUDENT,

@@ -259,6 +259,17 @@ class RolloutStream:
         """A step is done, and learnt from what was taken so far: a resumed run begins after it."""
         self._settled = {"steps": self._settled["steps"] + 1, "rollouts": self._num_taken}
 
+    def begin_again(self, version: int, *, learnt: bool) -> None:
+        """After `close`: what was under way is generated again, by weights of this version; so is
+        what was taken since the last step that is done, unless it was learnt from."""
+        with self._lock:
+            if not learnt:
+                self._num_taken = self._settled["rollouts"]
+            self._coming = self._from(self._num_taken)
+            self._finished.clear()
+            self._goes_ahead = True
+        self.use_version(version)
+
     @contextmanager
     def idle(self) -> Iterator[None]:
         """Nothing is generated within; what was under way has ended."""

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from student_trainer.errors import ConfigError
+from student_trainer.settings.best_metric import why_no_best
 from student_trainer.settings.budget import (
     FixedBudgetSettings,
     ProgressiveBudgetSettings,
@@ -183,6 +184,8 @@ class TrainerConfig(Section):
                 f"rollout.max_context {self.rollout.max_context}"
             )
         self._check_shared_weights()
+        if why := why_no_best(self.checkpoint, self.data, self.eval):
+            raise ValueError(why)
         lora, kind = self.student.lora, self.sampler.kind
         if lora is not None and lora.sync == "adapter" and kind != "vllm":
             raise ValueError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from student_trainer.settings.best_metric import check_metric
 from student_trainer.settings.section import MayChange, Section
 
 
@@ -40,7 +41,13 @@ class CheckpointSettings(Section):
     write, so that at most a twentieth of a run goes into them. None: a run that is killed begins
     again."""
     keep: int = Field(2, gt=0)
-    """Checkpoints kept; older ones are deleted."""
+    """Checkpoints kept: the newest. Older ones are deleted, but for the best."""
+    keep_best: int = Field(0, ge=0)
+    """Checkpoints kept however old they are: the best by the evaluation at their step. One whose
+    step had none is never among them."""
+    best_metric: Annotated[str, AfterValidator(check_metric)] = "heldout_reverse_kl"
+    """Figure of an evaluation by which a checkpoint is the best, as metrics.jsonl calls it:
+    "accuracy", "pass_at_4", "heldout_forward_kl"; whether more or less is better is known."""
 
 
 class TrackerSettings(Section):

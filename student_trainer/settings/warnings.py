@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from student_trainer.settings.best_metric import is_of_samples
 from student_trainer.settings.config import TrainerConfig
 
 MIN_K_OF_RANK_NOISE = 8
@@ -17,6 +18,7 @@ def warnings(config: TrainerConfig) -> list[str]:
         *_about_reuse(config),
         *_about_weights(config),
         *_about_nothing_to_do(config),
+        *_about_best(config),
     ]
 
 
@@ -70,6 +72,26 @@ def _about_nothing_to_do(config: TrainerConfig) -> Iterator[str]:
         yield (
             f"optim.warmup_steps is {config.optim.warmup_steps} and run.steps {steps}: the "
             "learning rate only rises, and optim.final_learning_rate is never reached"
+        )
+
+
+def _about_best(config: TrainerConfig) -> Iterator[str]:
+    """Checkpoints that are never rated, because nothing is evaluated at their step."""
+    settings, evaluated = config.checkpoint, config.eval.every_steps
+    if settings.keep_best == 0:
+        if "best_metric" in settings.model_fields_set:
+            yield "checkpoint.best_metric: without checkpoint.keep_best no checkpoint is kept by it"
+    elif is_of_samples(settings.best_metric):
+        yield (
+            f"checkpoint.best_metric {settings.best_metric}: it is in the first and the last "
+            "evaluation alone, and no other checkpoint is ever the best"
+        )
+    elif settings.every_steps is None or settings.every_steps % evaluated:
+        come = f"every {settings.every_steps} steps" if settings.every_steps else "by the clock"
+        yield (
+            f"checkpoint.keep_best is {settings.keep_best}: checkpoints come {come} and "
+            f"evaluations every {evaluated} steps (eval.every_steps), and one without the other "
+            "is never the best: make checkpoint.every_steps a multiple"
         )
 
 

@@ -24,7 +24,7 @@ from student_trainer import cli
 from student_trainer.errors import CheckpointError, ConfigError, TrainerError
 from student_trainer.process.failures import failure_line
 from student_trainer.process.writing import writing_to
-from student_trainer.train_state import TrainState, latest
+from student_trainer.train_state import STATE_FILE, TrainState, latest, read_state
 from tests.rounds import in_the_long_round
 from tests.trainer.learner.tiny_student import (
     character_tokenizer,
@@ -252,13 +252,21 @@ def state_of_a_run(folder: Path, part: State) -> TrainState:
     return TrainState(folder, keep=2, save_weights=save_weights, parts={"part": part}, settings={})
 
 
-@pytest.mark.parametrize("limit", [4_096, 300_000])
-def test_a_checkpoint_that_does_not_fit_is_a_checkpoint_error(folder: Path, limit: int) -> None:
-    """The weights do not fit, or they do and the state beside them does not."""
+@pytest.mark.parametrize(
+    "limit",
+    [4_096, 300_000, 2_000_000],
+    ids=["amid the weights", "early in the state", "halfway through the state"],
+)
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_whole(
+    folder: Path, limit: int
+) -> None:
+    """The weights do not fit, or they do and the state of 4 MB beside them does not."""
     part = State(10)
     run = state_of_a_run(folder / "checkpoints", part)
     first = run.save()
     assert (first / "model.safetensors").stat().st_size < 300_000
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    assert {"model.safetensors", STATE_FILE} <= before.keys()
     run.step, part.size = 1, 1_000_000
     with files_of_at_most(limit), pytest.raises(CheckpointError) as caught:
         run.save()
@@ -266,7 +274,11 @@ def test_a_checkpoint_that_does_not_fit_is_a_checkpoint_error(folder: Path, limi
     assert said.startswith(f"{folder}/checkpoints/step-000001: cannot be written (")
     assert re.search(r" \(\d+\.\d GB free\): ", said)
     assert said.endswith("`train --resume` goes on from the last whole one")
-    assert latest(folder / "checkpoints") == first
+    assert [*(folder / "checkpoints").iterdir()] == [latest(folder / "checkpoints")] == [first]
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+    assert read_state(first)["step"] == 0
+    # With room again it goes on.
+    assert read_state(run.save())["part"]["numbers"].shape == (1_000_000,)
 
 
 def test_a_checkpoint_below_a_file_is_a_checkpoint_error(folder: Path) -> None:

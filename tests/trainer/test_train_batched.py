@@ -13,6 +13,7 @@ from student_trainer.assembly import from_settings
 from student_trainer.assembly.run import assembled
 from student_trainer.recording.run_folder import read_record
 from student_trainer.rollouts.samplers.hf_batched_sampler import HfBatchedSampler
+from student_trainer.rollouts.samplers.replaceable import ReplaceableSampler
 from student_trainer.train import train
 from tests.trainer.test_train import (
     InMemoryClient,
@@ -79,8 +80,9 @@ def test_a_shared_model_is_loaded_once_and_written_nowhere(
     )
     config = configured(folder, "run.steps=1", 'sampler={"kind":"hf_batched"}')
     with assembled(config) as run:
-        assert isinstance(run.running.sampler, HfBatchedSampler)
-        assert run.running.sampler.model is run.learner.lent_model
+        assert isinstance(run.running.sampler, ReplaceableSampler)
+        assert isinstance(run.running.sampler.present, HfBatchedSampler)
+        assert run.running.sampler.present.model is run.learner.lent_model
         train(run)
 
 

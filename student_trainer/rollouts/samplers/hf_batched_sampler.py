@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from student_trainer.errors import SamplerError, one_line
+from student_trainer.errors import SamplerDiedError, SamplerError, one_line
 from student_trainer.pretrained import load_student
 from student_trainer.records import Delta, SamplingOptions
 from student_trainer.rollouts.samplers.base import Weights
@@ -216,7 +216,7 @@ class HfBatchedSampler:
         # Whatever PyTorch makes of it: no memory, say.
         except Exception as error:  # noqa: BLE001
             batch.clear()
-            failure = SamplerError(_failed(error))
+            failure = _failed(error)
             self._call(lambda: self._fail(failure))
             events = []
         self._sort_out(events)
@@ -246,7 +246,9 @@ class HfBatchedSampler:
         self._running().compute_anew()
 
 
-def _failed(error: Exception) -> str:
+def _failed(error: Exception) -> SamplerError:
+    """Another sampler may do it: the memory may be there then."""
     if isinstance(error, SamplerError):
-        return str(error)
-    return f"a step of the batch failed: {type(error).__name__}: {one_line(error)[:300]}"
+        return SamplerError(str(error))
+    why = f"{type(error).__name__}: {one_line(error)[:300]}"
+    return SamplerDiedError(f"a step of the batch failed: {why}")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from student_trainer.errors import SamplerError, WeightSyncError, one_line, some
+from student_trainer.errors import SamplerDiedError, SamplerError, WeightSyncError, one_line, some
 from student_trainer.records import Delta, Finish, SamplingOptions
 from student_trainer.rollouts.samplers.base import Passage, Weights
 from student_trainer.rollouts.samplers.vllm_adapter import AdapterInVllm
@@ -203,7 +203,8 @@ class VllmSampler:
         return self._running().model_config.get_vocab_size()
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        await self._running().abort(list(request_ids))
+        with self._engine_lives():
+            await self._running().abort(list(request_ids))
 
     def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
         self.passage.make_room(num_bytes, say)
@@ -292,14 +293,14 @@ class VllmSampler:
 
     @contextmanager
     def _engine_lives(self) -> Iterator[None]:
-        """Raises SamplerError when vLLM's process is found dead within."""
+        """Raises SamplerDiedError when vLLM's process is found dead within."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             yield
         except EngineDeadError as error:
             why = self._output.cause(error) if self._output is not None else str(error)
-            raise SamplerError(f"vLLM's engine has died: {why}") from error
+            raise SamplerDiedError(f"vLLM's engine has died: {why}") from error
 
     def _running(self) -> AsyncLLM:
         if self._engine is None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from student_trainer.errors import SamplerError, WeightSyncError
+from student_trainer.errors import SamplerDiedError, SamplerError, WeightSyncError
 from student_trainer.pretrained import load_student, tensor_names
 from student_trainer.records import Delta, Finish, Prompt, SamplingOptions, WeightFormat
 from student_trainer.rollouts.generation import Generation
@@ -499,9 +499,9 @@ async def test_an_engine_that_dies_under_a_generation_and_a_sync_is_named(
                 os.kill(int(engine.name), signal.SIGKILL)
             yield name, tensor
 
-    with pytest.raises(SamplerError, match="vLLM's engine has died"):
+    with pytest.raises(SamplerDiedError, match="vLLM's engine has died"):
         await sampler.load_weights(weights())
-    with pytest.raises(SamplerError, match="vLLM's engine has died"):
+    with pytest.raises(SamplerDiedError, match="vLLM's engine has died"):
         [_ async for _ in generation]
-    with pytest.raises(SamplerError, match="vLLM's engine has died"):
+    with pytest.raises(SamplerDiedError, match="vLLM's engine has died"):
         await deltas(sampler, "after its end", options)

@@ -16,7 +16,8 @@ from student_trainer.settings.section import resolved
 from tests.trainer.settings.smallest_config import SMALLEST
 
 HARMLESS = """
-checkpoint.every_minutes checkpoint.every_steps checkpoint.keep eval.every_steps eval.texts
+checkpoint.best_metric checkpoint.every_minutes checkpoint.every_steps checkpoint.keep
+checkpoint.keep_best eval.every_steps eval.texts
 optim.max_sync_gap_nats optim.micro_batch_tokens run.otlp_endpoint run.out run.steps run.texts
 sampler.cpu_cores sampler.enforce_eager sampler.gpu_memory_utilization sampler.kv_cache_gib
 sampler.max_num_seqs sampler.stream_interval sampler.weights_dir student.device

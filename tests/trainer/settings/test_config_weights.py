@@ -29,6 +29,7 @@ GATE = "weights.block_gate.tau=1"
 RATIO = "weights.importance_ratio.mode=mask"
 PRUNE = "weights.prune.w_base=0.5"
 NUCLEUS = ["rollout.top_p=0.9", "drift.metric=teacher_top_p_accept"]
+RATED = ["data.heldout=h", "eval.max_tokens=9", "checkpoint.keep_best=1"]
 
 
 @pytest.fixture
@@ -181,6 +182,20 @@ def test_newlines_are_the_tokens_whose_text_holds_one(path: Path) -> None:
         ),
         (["checkpoint.keep=5", "checkpoint.every_steps=3"], []),
         (["checkpoint.every_steps=4"], ["checkpoint.every_steps is 4 and run.steps 3"]),
+        (["checkpoint.best_metric=accuracy"], ["without checkpoint.keep_best no checkpoint is"]),
+        (
+            ["data.heldout=h", "eval.max_tokens=9", "checkpoint.keep_best=1"],
+            ["checkpoints come by the clock and evaluations every 10 steps"],
+        ),
+        (
+            [*RATED, "checkpoint.every_steps=3", "eval.every_steps=2"],
+            ["checkpoints come every 3 steps and evaluations every 2 steps"],
+        ),
+        ([*RATED, "checkpoint.every_steps=2", "eval.every_steps=1"], []),
+        (
+            [*RATED, "checkpoint.every_steps=1", "checkpoint.best_metric=pass_at_4"],
+            ["checkpoint.best_metric pass_at_4: it is in the first and the last evaluation alone"],
+        ),
         (["optim.warmup_steps=2"], []),
         (["optim.warmup_steps=3"], ["the learning rate only rises"]),
     ],
