@@ -58,7 +58,7 @@ def within(ranges: IdRanges, start: int, end: int) -> IdRanges:
     return tuple(
         (max(first, start) - start, min(last, end) - start)
         for first, last in ranges
-        if first < end and last > start
+        if max(first, start) < min(last, end)
     )
 
 

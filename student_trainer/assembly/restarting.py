@@ -71,12 +71,11 @@ class SamplerRestart:
         Raises SamplerError the second time.
         """
         loop, sampler = run.running.loop, run.running.sampler
-        if run.stop.requested or not isinstance(sampler, ReplaceableSampler):
-            # Ended with the whole group of processes, or not this run's.
+        alone = run.ranks.world == 1 and isinstance(sampler, ReplaceableSampler)
+        if run.stop.requested or not alone:
+            # Ended with the whole group of processes; or other runs, or processes, use it too.
             raise error
-        if run.ranks.world > 1:
-            # The proof would need every process, and the others wait for rollouts.
-            raise error
+        assert isinstance(sampler, ReplaceableSampler)
         if self._died_before:
             raise SamplerError(
                 f"{one_line(error)}; one had died {self._died_before} already, and a run starts "

@@ -97,7 +97,9 @@ class Learner:
         self._copied_to = copied_to
         self._adapter = adapter
         self._device = next(model.parameters()).device
-        self._micro_batches = MicroBatches(micro_batch_tokens, self._device, say)
+        self._micro_batches = MicroBatches(
+            micro_batch_tokens, self._device, say, alone=not is_spread(model)
+        )
         self.update_under_way: tuple[int, Sequence[Rollout]] = (0, ())
         """Which update of the step was begun last, from 1 on, and what it learns from."""
 
@@ -194,10 +196,10 @@ class Learner:
     def _accumulate(self, rollouts: Sequence[Rollout]) -> StepSums:
         """The gradient of one update, added up over micro-batches, and its sums."""
         parts: list[StepSums] = []
-        micros = self._micro_batches.of(rollouts)
+        micros = self._micro_batches.split(rollouts)
         # Of a spread student every pass is one of all processes, which have more or fewer.
         num_passes = most(len(micros), self._device)
-        for micro in self._micro_batches.watched(micros):
+        for micro in self._micro_batches.noted(micros):
             batch = collate(micro, self._device)
             gathered = batch.forward(
                 self._model,

@@ -11,7 +11,6 @@ import torch
 
 from student_trainer.errors import LearnerMemoryError, one_line
 from student_trainer.learner.batch import padded_tokens, part_costs, split_micro
-from student_trainer.learner.sharding import is_distributed
 from student_trainer.records import Rollout
 
 T = TypeVar("T")
@@ -24,20 +23,29 @@ REMEDY = (
 class MicroBatches:
     """Those of one learner."""
 
-    def __init__(self, max_tokens: int, device: torch.device, say: Callable[[str], None]) -> None:
-        """A person is told when they become smaller."""
+    def __init__(
+        self,
+        max_tokens: int,
+        device: torch.device,
+        say: Callable[[str], None],
+        *,
+        alone: bool = True,
+    ) -> None:
+        """A person is told when they become smaller. They do not where this process is not
+        `alone`: the others wait for the pass that failed."""
         self.max_tokens = max_tokens
         self._device = device
         self._say = say
+        self._alone = alone
         self._is_halved = False
         self._last: Sequence[Rollout] = ()
 
-    def of(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    def split(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
         """Those of an update."""
         return split_micro(rollouts, self.max_tokens, part_costs=part_costs(self._device))
 
-    def watched(self, parts: Sequence[list[Rollout]]) -> Iterator[list[Rollout]]:
-        """One after another; which of them did not fit is known then."""
+    def noted(self, parts: Sequence[list[Rollout]]) -> Iterator[list[Rollout]]:
+        """One after another."""
         for part in parts:
             self._last = part
             yield part
@@ -68,10 +76,14 @@ class MicroBatches:
             f"a micro-batch of {len(self._last)} rollouts, {num_tokens} tokens with padding, does "
             f"not fit into memory ({one_line(error)[:200]})"
         )
-        if self._is_halved or len(self._last) == 1 or is_distributed():
-            why = "was halved before" if self._is_halved else "cannot be less than one rollout"
-            if is_distributed():
-                why = "is that of several processes, none of which goes back alone"
+        why = None
+        if self._is_halved:
+            why = "was halved before"
+        elif len(self._last) == 1:
+            why = "cannot be less than one rollout"
+        elif not self._alone:
+            why = "is halved by no process of several: set half of it"
+        if why is not None:
             raise LearnerMemoryError(
                 f"{what}, and optim.micro_batch_tokens, now {before}, {why}: {REMEDY}"
             ) from error

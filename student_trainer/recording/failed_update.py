@@ -7,6 +7,7 @@ can be done again.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,7 +66,8 @@ def write_update(path: Path, failed: FailedUpdate) -> None:
     """Whole or not at all. Raises OSError and RuntimeError where the disk refuses."""
     import torch
 
-    partial = path.with_suffix(".partial")
+    # Each of several processes has the same.
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     rollouts = [_plain(asdict(rollout)) for rollout in failed.rollouts]
     try:
         torch.save({"step": failed.step, "update": failed.update, "rollouts": rollouts}, partial)

@@ -7,6 +7,7 @@ test_kill_sampler.py. Run: python -m pytest tests/faults/test_sampler_restart.py
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from student_trainer.assembly import from_settings
 from student_trainer.assembly.run import assembled
 from student_trainer.errors import SamplerDiedError, SamplerError
+from student_trainer.process.ranks import Ranks
 from student_trainer.process.stopping import Stopped, StopRequest
 from student_trainer.records import Delta, SamplingOptions
 from student_trainer.rollouts.samplers.base import Weights
@@ -220,6 +222,21 @@ def test_an_engine_that_a_signal_ended_too_is_not_started_again(
         with pytest.raises(Stopped):
             train(run)
         run.give_up()
+    assert len(mortal.made) == 1
+
+
+def test_one_of_several_processes_starts_none_alone(folder: Path, mortal: type[Mortal]) -> None:
+    """The others would wait for it where it asks them for weights."""
+    error = SamplerDiedError("the engine has died")
+
+    def dies() -> None:
+        raise error
+
+    with assembled(configured(folder, *ONCE)) as run:
+        one = replace(run, ranks=Ranks(rank=1, world=2))
+        with pytest.raises(SamplerDiedError) as caught:
+            one.restart.surviving(one, dies)
+    assert caught.value is error
     assert len(mortal.made) == 1
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from teacher_wire.errors import InvalidRequestError
@@ -28,6 +28,7 @@ id_sets = st.sets(st.integers(0, 40), max_size=20)
 
 
 @PROPERTY
+@example(left={0, 1}, right=set(), start=1, length=0)
 @given(left=id_sets, right=id_sets, start=st.integers(0, 20), length=st.integers(0, 30))
 def test_ranges_are_sets_of_ids(left: set[int], right: set[int], start: int, length: int) -> None:
     def held(ranges: IdRanges) -> set[int]:

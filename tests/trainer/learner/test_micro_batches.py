@@ -17,7 +17,7 @@ import torch
 from student_trainer.errors import LearnerMemoryError
 from student_trainer.learner.batch import Batch
 from student_trainer.learner.learner import Learner
-from student_trainer.learner.micro_batches import is_out_of_memory
+from student_trainer.learner.micro_batches import MicroBatches, is_out_of_memory
 from student_trainer.learner.student import Gathered
 from student_trainer.records import Rollout
 from tests.trainer.learner.made_learners import learner_of
@@ -160,6 +160,19 @@ def test_a_rollout_that_does_not_fit_alone_is_a_typed_error(
     assert said == []
     assert line.startswith("a micro-batch of 1 rollouts, 6 tokens with padding, does not fit")
     assert "and optim.micro_batch_tokens, now 1, cannot be less than one rollout: " in line
+
+
+def test_of_several_processes_none_does_its_update_again_alone() -> None:
+    said: list[str] = []
+    micro_batches = MicroBatches(60, torch.device("cpu"), said.append, alone=False)
+
+    def work() -> None:
+        for _ in micro_batches.noted(micro_batches.split(rollouts())):
+            raise out_of_cuda()
+
+    with pytest.raises(LearnerMemoryError, match=r"now 60, is halved by no process of several"):
+        micro_batches.fitted(work, lambda: None)
+    assert said == []
 
 
 @pytest.mark.parametrize("errors", [[RuntimeError("shapes differ"), ValueError("no")]])
