@@ -36,7 +36,7 @@ check: lint  ## lint, types and the tests that need no engine, in about a minute
 	$(PYTEST) -m "not vllm and not e2e"
 
 faults: setup  ## the long rounds of tests/rounds.py: 1,000 killed processes, 100,000 broken messages
-	FAULT_ROUNDS=long $(BIN)/python -m pytest -q tests/faults tests/benchmarks/test_measuring.py \
+	FAULT_ROUNDS=long $(BIN)/python -m pytest -q tests/faults tests/benchmarks \
 	    tests/trainer/test_failures.py tests/e2e/test_demo.py tests/distributions/test_setup_venv.py
 
 try: setup  ## README's two commands as printed, with small random models and eight rows

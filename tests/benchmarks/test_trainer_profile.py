@@ -17,6 +17,7 @@ from benchmarks.trainer_profile.clocks import Clocks, Look, Ran
 from benchmarks.trainer_profile.growth import exponent
 from benchmarks.trainer_profile.pairs import Pair
 from benchmarks.trainer_profile.steps import ratios
+from tests.rounds import in_the_long_round
 from tests.trainer.learner.tiny_student import write_tiny_student
 from tests.trainer.settings.smallest_config import SMALLEST
 
@@ -72,6 +73,7 @@ def test_the_processor_time_of_a_process_is_seen_from_outside() -> None:
     assert spent["busy"][0] <= clocks.looks[-1].at - clocks.looks[0].at
 
 
+@in_the_long_round
 async def test_a_step_is_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real trainer and a real teacher, small and by transformers."""
     student = write_tiny_student(tmp_path / "student")

@@ -32,6 +32,7 @@ from benchmarks.trainers.results import (
 from benchmarks.trainers.running import differences, record_of
 from benchmarks.trainers.task import Task, phases_apart, prompts_digest
 from student_trainer.settings.config import load_config
+from tests.rounds import in_the_long_round
 
 PLAYGROUND = PAIRS["playground"]
 STARTED = 2150.0
@@ -373,6 +374,7 @@ def test_memory_is_that_of_a_process_and_all_below_it() -> None:
 
 
 @pytest.mark.e2e
+@in_the_long_round
 def test_our_trainer_does_the_work_that_was_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

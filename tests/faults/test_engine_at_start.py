@@ -25,6 +25,7 @@ from tests.cores import own_core
 from tests.faults.engine_processes import engines
 from tests.faults.trainer_process import trainer
 from tests.faults.training_runs import CHECKPOINTS, Run
+from tests.rounds import in_the_long_round
 from tests.trainer.learner.made_learners import learner_of
 from tests.waiting import LIMIT_S, eventually, wait_until
 from vllm_process.children import has_engines
@@ -65,6 +66,7 @@ def last_line(run: Run, silent: socket.socket, log: Path, **settings: object) ->
     return log.read_text().splitlines()[-1]
 
 
+@in_the_long_round  # what ends it is what ends it in the next one, later
 def test_a_teacher_that_does_not_answer_ends_the_engine_too(
     silent: socket.socket, tmp_path: Path
 ) -> None:
@@ -101,7 +103,10 @@ def vllm_sampler() -> VllmSampler:
     )
 
 
-@pytest.mark.parametrize("moment", ["before its engine is there", "with its engine"])
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param("before its engine is there", marks=in_the_long_round), "with its engine"],
+)
 async def test_a_sampler_that_is_closed_while_it_starts_leaves_no_engine(moment: str) -> None:
     made = vllm_sampler()
     start = asyncio.ensure_future(made.start())

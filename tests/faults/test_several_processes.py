@@ -24,13 +24,12 @@ from student_trainer.process.ranks import Ranks, joined
 from student_trainer.settings.config import load_config
 from tests.faults.live_server import LiveServer, gone, live_server
 from tests.faults.training_runs import CHECKPOINTS, ROOT, Run
-from tests.rounds import ROUNDS
+from tests.rounds import in_the_long_round
 from tests.waiting import LIMIT_S, wait_until
 
-STEPS = 2
+OF_THE_SCHEDULE = {"learning_rate"}
 TEACHER = ("teacher_server.cli", "serve", "--engine", "hf", "--model", str(CHECKPOINTS / "teacher"))
 SETTINGS: dict[str, Any] = {
-    "run.steps": STEPS,
     "rollout.student_topk": 16,
     "data.heldout": CHECKPOINTS / "heldout.jsonl",
     "eval.num_prompts": 2,
@@ -82,24 +81,39 @@ def trainers_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(child) for child in children]
 
 
-def test_two_processes_learn_what_one_does(teacher: LiveServer, tmp_path: Path) -> None:
+@contextmanager
+def training(
+    run: Run, address: str, *flags: str, **changes: Any
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Two processes with a step behind them, and the process ids of both."""
+    before = len(run.records("step"))
+    with both(run, address, *flags, **changes) as process:
+        wait_until(lambda: len(run.records("step")) > before or process.poll() is not None)
+        pids = trainers_of(process)
+        assert len(pids) == 2
+        yield process, pids
+    assert all(gone(pid) for pid in pids)
+
+
+def test_two_processes_learn_what_one_does_and_save_at_sigterm(
+    teacher: LiveServer, tmp_path: Path
+) -> None:
     """The same prompts and seeds, so the same rollouts; and one folder, as one would write it.
 
     The playground's characters have doubles of nearly one probability: after an update rounding
-    decides which of them is said. So the first step is compared figure by figure.
+    decides which of them is said. So the first step is compared, figure by figure.
     """
     torch.set_num_threads(1)
     alone = Run(tmp_path / "alone")
-    assert cli.main(alone.arguments(teacher.address, **settings())) == 0
+    assert cli.main(alone.arguments(teacher.address, **settings(**{"run.steps": 1}))) == 0
     run = Run(tmp_path / "both")
-    with both(run, teacher.address) as process:
+    changes = {"run.steps": 1000, "eval.every_steps": 1000, "checkpoint.every_steps": 1}
+    with training(run, teacher.address, **changes) as (process, _):
+        process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, said
-    for kind in ("step", "eval"):
-        assert len(run.records(kind)) == len(alone.records(kind))
     first, expected = run.records("step")[0], alone.records("step")[0]
     of_this_start = {n for n in expected if "seconds" in n or n.endswith("_s")}
-    for name in expected.keys() - of_this_start - {"kind", "sync_gap_nats"}:
+    for name in expected.keys() - of_this_start - OF_THE_SCHEDULE - {"kind", "sync_gap_nats"}:
         assert first[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7), name
     for found in run.records("step"):
         assert found["rollouts"] == 4
@@ -113,56 +127,31 @@ def test_two_processes_learn_what_one_does(teacher: LiveServer, tmp_path: Path) 
     # AdamW divides a gradient by its size: where it is 0 but for rounding, so is the step's sign.
     assert gap <= 2.1 * expected["updates"] * expected["learning_rate"]
     assert said.count("step   1") == 1
-    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == [
-        f"step-{step:06d}" for step in range(1, STEPS + 1)
-    ]
-    assert (run.folder / "student" / "README.md").is_file()
-
-
-LONG = {"run.steps": 1000, "data.heldout": "null", "checkpoint.every_steps": 1000}
-
-
-@contextmanager
-def training(run: Run, address: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], Any]]:
-    """Two processes with a step behind them, and the process ids of both."""
-    before = len(run.records("step"))
-    with both(run, address, *flags, **LONG) as process:
-        wait_until(lambda: len(run.records("step")) > before or process.poll() is not None)
-        pids = trainers_of(process)
-        assert len(pids) == 2
-        yield process, pids
-    assert all(gone(pid) for pid in pids)
-
-
-def test_sigterm_saves_the_last_finished_step(teacher: LiveServer, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    with training(run, teacher.address) as (process, _):
-        process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=LIMIT_S)
-    (saved,) = (run.folder / "checkpoints").iterdir()
     done = len(run.records("step"))
+    saved = run.folder / "checkpoints" / f"step-{done:06d}"
     assert f"SIGTERM: {done} of 1000 steps are saved in {saved}" in said
     assert torch.load(saved / "trainer_state.pt")["step"] == done
 
 
-@pytest.mark.skipif(not ROUNDS.every_process, reason="part of make faults")
-def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(
+@in_the_long_round
+def test_a_process_that_dies_ends_the_other_and_the_run_goes_on_to_its_end(
     teacher: LiveServer, tmp_path: Path
 ) -> None:
     run = Run(tmp_path / "run")
-    with training(run, teacher.address) as (process, _):
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=LIMIT_S)
-    done = len(run.records("step"))
-    with both(run, teacher.address, **LONG) as process:
-        said, _ = process.communicate(timeout=LIMIT_S)
-    assert "--resume goes on from" in said
-    assert process.returncode != 0
-    with training(run, teacher.address, "--resume") as (process, pids):
+    changes = {"run.steps": 4, "checkpoint.every_steps": 1}
+    with training(run, teacher.address, **changes) as (process, pids):
         os.kill(pids[1], signal.SIGKILL)
         said, _ = process.communicate(timeout=LIMIT_S)
     assert "a process that trains with this one has ended" in said
-    assert run.records("step")[done]["step"] == done + 1
+    with both(run, teacher.address, **changes) as process:
+        said, _ = process.communicate(timeout=LIMIT_S)
+    assert "--resume goes on from" in said
+    assert process.returncode != 0
+    with both(run, teacher.address, "--resume", **changes) as process:
+        said, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, said
+    assert [step["step"] for step in run.records("step")] == [1, 2, 3, 4]
+    assert (run.folder / "student" / "README.md").is_file()
 
 
 @pytest.mark.parametrize(
