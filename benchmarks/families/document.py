@@ -70,7 +70,7 @@ def digest(family: str, arm: str) -> str:
     model = tiny_config(family, **WIDE).to_dict() | {"transformers_version": None}
     whole = hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode())
     for name in (*DEPENDS_ON[arm], ARMS_FILE):
-        whole.update(_code(ROOT / name).encode())
+        whole.update(_code((ROOT / name).read_text(encoding="utf-8")).encode())
     return whole.hexdigest()[:16]
 
 
@@ -87,8 +87,8 @@ def versions() -> dict[str, str]:
 
 
 @cache
-def _code(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def _code(text: str) -> str:
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
