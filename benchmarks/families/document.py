@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from benchmarks.families.arms import ARMS, RIGHT_NATS, WIDE, Cell
