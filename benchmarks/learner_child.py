@@ -118,7 +118,7 @@ def learner(arm: str, *, sequences: int, tokens: int, shape: str, device: str) -
     from student_trainer.learner.student import student_forward
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = _student(SMALL if shape == "small" else SHAPES[shape], tokens, device)
+    model = random_student(SMALL if shape == "small" else SHAPES[shape], tokens, device)
     if arm == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for parameter in model.parameters():
@@ -148,7 +148,7 @@ def learner(arm: str, *, sequences: int, tokens: int, shape: str, device: str) -
     return measured | {"positions_per_s": sequences * tokens / measured["seconds"]}
 
 
-def _student(shape: Shape, positions: int, device: str) -> Any:
+def random_student(shape: Shape, positions: int, device: str) -> Any:
     import torch
     from transformers import Qwen3ForCausalLM
 

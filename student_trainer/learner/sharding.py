@@ -48,8 +48,8 @@ def shard(model: PreTrainedModel, forward: Callable[..., tuple[Tensor, ...]]) ->
         return
     kind = next(model.parameters()).device.type
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
-    whole = {*(getattr(model, "_no_split_modules", None) or ())}
-    for module in [m for m in model.modules() if type(m).__name__ in whole]:
+    together = {*(getattr(model, "_no_split_modules", None) or ())}
+    for module in [m for m in model.modules() if type(m).__name__ in together]:
         fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for module in model.modules():

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import learner, learner_child
+from benchmarks import learner, learner_child, learner_growth
 from benchmarks.measuring import Measured, Sample
+from tests.rounds import in_the_long_round
 
 ON_CPU = [name for name in learner_child.HEADS if name != "liger"]
 SIZES = ["--rows", "40", "--vocab", "300", "--hidden", "16", "--device", "cpu"]
@@ -74,3 +75,23 @@ def test_arms_of_a_cpu_are_without_liger() -> None:
         *(f"head_{name}" for name in ON_CPU),
         *(f"learner_{name}" for name in learner.LEARNERS),
     ]
+
+
+def test_growth_is_of_every_axis_and_none_where_a_run_failed() -> None:
+    arms = {
+        f"tokens_{n}": Measured(description="", samples=[Sample(seconds=n / 100)])
+        for n in (100, 200, 400)
+    }
+    arms |= {"rank_8": Measured(description="", error="no memory")}
+    found = learner_growth.grown(arms, {"tokens": (100, 200, 400), "rank": (8,)})
+    assert found["tokens"]["exponent"] == 1.0
+    assert found["tokens"]["tokens_per_s"] == {100: 100.0, 200: 100.0, 400: 100.0}
+    assert found["rank"] == {"seconds": {}, "tokens_per_s": {}, "exponent": None}
+
+
+@in_the_long_round
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_update_is_measured_alone_and_on_two_processes(processes: int) -> None:
+    run = learner_growth.measurement(processes=processes, rank=4, sequences=2, tokens=128)
+    sample = asyncio.run(run(0))
+    assert sample.figures["tokens_per_s"] == pytest.approx(256 / sample.seconds)
