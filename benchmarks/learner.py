@@ -48,12 +48,19 @@ FIGURES = {"cpu_seconds": ".3f", "extra_gib": ".3f", "positions_per_s": ",.0f"}
 
 def measurement(words: Sequence[str]) -> Run:
     """One child process."""
+    return measured_by(["-m", "benchmarks.learner_child", *words])
+
+
+def measured_by(words: Sequence[str], **environment: str) -> Run:
+    """What a command of Python prints as JSON, seconds and other figures."""
 
     async def run(_: int) -> Sample:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "benchmarks.learner_child", *words),
+            *(sys.executable, *words),
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")])},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")])}
+            | environment,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )

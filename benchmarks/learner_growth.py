@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import Measured, Run, Sample, interleave, wide_console, write
+from benchmarks.learner import measured_by
+from benchmarks.measuring import Measured, Run, interleave, wide_console, write
 from benchmarks.progress import Progress
 from benchmarks.provenance import ROOT
 from benchmarks.trainer_profile.growth import exponent
@@ -45,27 +45,8 @@ def measurement(*, processes: int = 1, rank: int = 0, sequences: int, tokens: in
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     words = [f"--rank={rank}", f"--sequences={sequences}", f"--tokens={tokens}"]
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-
-    async def run(_: int) -> Sample:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, *(launcher if processes > 1 else []), "-m", CHILD, *words),
-            cwd=ROOT,
-            env=os.environ
-            | {
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")]),
-                "OMP_NUM_THREADS": str(threads),
-            },
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        out, err = await process.communicate()
-        if process.returncode:
-            lines = err.decode(errors="replace").strip().splitlines() or ["no output"]
-            raise RuntimeError(f"exit code {process.returncode}: {lines[-1]}")
-        measured = json.loads(out)
-        return Sample(seconds=measured.pop("seconds"), figures=measured)
-
-    return run
+    command = [*(launcher if processes > 1 else []), "-m", CHILD, *words]
+    return measured_by(command, OMP_NUM_THREADS=str(threads))
 
 
 def axes(quick: bool) -> dict[str, dict[int, Run]]:

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,20 +101,20 @@ class Adapter:
         However little was learnt: with a few per cent of a B near 0 a token is what it was, to what
         bfloat16 rounds.
         """
-        named = [(n, p) for n, p in self._wrapped.named_parameters() if p.requires_grad]
-        before = [own_part(parameter.detach()).clone() for _, parameter in named]
+        learnt = [(n, p) for n, p in self._wrapped.named_parameters() if p.requires_grad]
+        before = [own_part(parameter.detach()).clone() for _, parameter in learnt]
         with torch.no_grad():
-            for name, parameter in named:
+            for name, parameter in learnt:
                 own = own_part(parameter)
                 own.fill_(CHANGED_B) if ".lora_B." in name else own.mul_(CHANGED_A)
         try:
             yield
         finally:
             with torch.no_grad():
-                for (_, parameter), own in zip(named, before, strict=True):
+                for (_, parameter), own in zip(learnt, before, strict=True):
                     own_part(parameter).copy_(own)
 
-    @cached_property
+    @property
     def config(self) -> LoraConfig:
         """peft's, with the targets that were found."""
         config: Any = self._wrapped.peft_config[NAME]
@@ -153,10 +152,10 @@ def new_config(shape: LoraShape, base: str) -> LoraConfig:
     _check_installed()
     from peft import LoraConfig, TaskType
 
-    whole = shape.alpha == int(shape.alpha)
+    is_integer = shape.alpha == int(shape.alpha)
     return LoraConfig(
         r=shape.rank,
-        lora_alpha=int(shape.alpha) if whole else shape.alpha,  # type: ignore[arg-type]
+        lora_alpha=int(shape.alpha) if is_integer else shape.alpha,  # type: ignore[arg-type]
         target_modules=shape.targets if shape.targets == ALL_LINEAR else [*shape.targets],
         use_rslora=shape.rslora,
         base_model_name_or_path=base,
@@ -263,7 +262,7 @@ def _check_targets(model: nn.Module, targets: Any) -> None:
         return
     names = [name for name, _ in model.named_modules()]
     for target in sorted(targets):
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        if not any(_is_meant(name, target) for name in names):
             known = sorted(
                 {n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m)}
             )
@@ -281,10 +280,14 @@ def num_adapted(model: nn.Module, shape: LoraShape, head: nn.Module | None) -> i
         if _is_linear(module)
         and module is not head
         and (
-            shape.targets == ALL_LINEAR
-            or any(name == t or name.endswith(f".{t}") for t in shape.targets)
+            shape.targets == ALL_LINEAR or any(_is_meant(name, target) for target in shape.targets)
         )
     )
+
+
+def _is_meant(name: str, target: str) -> bool:
+    """Whether a target is a layer's name or its end, as peft has it."""
+    return name == target or name.endswith(f".{target}")
 
 
 def _is_linear(module: nn.Module) -> bool:
