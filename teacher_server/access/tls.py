@@ -53,8 +53,22 @@ class TlsMaterial:
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """Credentials that follow the files."""
+        given = self._grpc
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            # Asked in every handshake. What it returns replaces what other handshakes may be about
+            # to use, which gRPC does not guard (grpc/grpc#36693): None while nothing is new.
+            nonlocal given
+            if self._grpc is given:
+                return None
+            given = self._grpc
+            return given
+
+        asks_for_certificate = self._files.client_ca is not None
         return grpc.dynamic_ssl_server_credentials(
-            self._grpc, lambda: self._grpc, self._files.client_ca is not None
+            given,
+            changed,  # type: ignore[arg-type]  # the stub knows no None
+            asks_for_certificate,
         )
 
     def poll(self, *, force: bool = False) -> bool:

@@ -9,7 +9,7 @@ import asyncio
 import signal
 import ssl
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -285,6 +285,20 @@ def test_files_that_cannot_be_served_are_named(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "does not match the certificate" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_grpc_is_handed_a_certificate_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = Authority(tmp_path, "ours")
+    pair = authority.issue("teacher")
+    asked: list[Callable[[], object]] = []
+    monkeypatch.setattr(grpc, "dynamic_ssl_server_credentials", lambda *args: asked.append(args[1]))
+    material = TlsMaterial(files_of(pair))
+    material.grpc_credentials()
+    ask = asked[0]
+    assert ask() is None  # the one it began with
+    pair.replace_with(authority.issue("teacher"))
+    assert material.poll(force=True)
+    assert [ask() is None for _ in range(3)] == [False, True, True]
 
 
 def test_a_key_that_everybody_may_read_warns(
