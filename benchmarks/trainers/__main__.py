@@ -97,12 +97,13 @@ def train(
     environments = {"trl": arguments.trl_env, "trl_vllm": arguments.trl_vllm_env}
     arms = {arm.name: arm for arm in lineup.chosen(arguments.arms)}
     for pair in (PAIRS[name] for name in arguments.pairs):
-        rounds, steps = size(arguments, pair)
+        rounds, asked = size(arguments, pair)
         for number in range(rounds):
             for arm in (arms[name] for name in turned([*arms], number)):
                 name = f"{pair.name}/{arm.name}"
                 if name in results.errors and not arguments.again:
                     continue
+                steps = min(asked, arm.steps or asked)
                 digest = wanted(pair, arm, number, steps)
                 again = arguments.again
                 if results.has(name, number, digest, commit(), mostly_quiet=again):

@@ -84,6 +84,8 @@ class Arm:
     """Settings of ours."""
     asked: bool = False
     """Only runs when it is named."""
+    steps: int | None = None
+    """Of a run at most; None where the pair says it."""
 
 
 TRLS = "trl.DistillationTrainer, teacher in its process, float32, {}"
@@ -123,6 +125,21 @@ ARMS = {
             for name, (words, changes) in SAMPLERS.items()
             for ending, stops in STOPS.items()
         ),
+        Arm(
+            name="driftline_updates",
+            description=OURS.format("batched transformers", "stop")
+            + "; eight updates a step, loss over the teacher's 32 and a rest",
+            changes={
+                "sampler": {"kind": "hf_batched"},
+                "loss": {"kind": "truncated_reverse_kl", "tail": True},
+                "teacher.k": 32,
+                "drift.stop_in_flight": True,
+                "optim.epochs": 2,
+                "optim.updates_per_epoch": 4,
+            },
+            asked=True,
+            steps=6,
+        ),
     )
 }
 
@@ -138,12 +155,12 @@ def overrides(pair: Pair, arm: Arm, *, seed: int, steps: int, out: Path, teacher
     """Of our configuration of the pair."""
     changes = {
         # A whole table comes before its settings.
-        **{key: value for key, value in arm.changes.items() if key == "sampler"},
+        **{key: value for key, value in arm.changes.items() if "." not in key},
         **pair.step_settings(out, pair.student, teacher, steps),
         "run.seed": seed,
         "rollout.rollouts_per_prompt": 1,
         **{key: value for key, value in pair.changes.items() if not _of(key, arm.changes)},
-        **{key: value for key, value in arm.changes.items() if key != "sampler"},
+        **{key: value for key, value in arm.changes.items() if "." in key},
     }
     return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
 
@@ -174,6 +191,7 @@ def task(pair: Pair, arm: Arm, *, seed: int, steps: int, out: Path, teacher: str
         max_tokens=pair.max_tokens,
         max_context=pair.max_context,
         temperature=config.rollout.temperature,
+        updates=config.optim.epochs * config.optim.updates_per_epoch,
         learning_rates=learning_rates(config),
         betas=config.optim.betas,
         weight_decay=config.optim.weight_decay,
@@ -204,7 +222,7 @@ def learning_rates(config: TrainerConfig) -> list[float]:
 
     model: Any = torch.nn.Linear(1, 1)
     optimizer, found = from_settings.optimizer(config, model), []
-    for _ in range(config.run.steps):
+    for _ in range(config.run.steps * config.optim.epochs * config.optim.updates_per_epoch):
         found.append(optimizer.learning_rate)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)

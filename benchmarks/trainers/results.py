@@ -27,6 +27,12 @@ MODES = {"trl": "trl_default", "trl_static": "trl_static"}
 """What the ratios call single modes of TRL; `trl` is the fastest."""
 UNASKED = ("driftline", "driftline_stop")
 """Of our arms those whose ratios are there, empty, where they were not run."""
+KL_ARMS = {
+    "driftline_stop": "driftline",
+    "driftline": "driftline_unstopped",
+    "driftline_updates": "driftline_updates",
+}
+"""Of ours, the arms held against TRL's level, and what the ratios call them."""
 PHASES = ("generate", "teacher", "loss", "backward", "learn", "update", "sync", "other")
 
 
@@ -167,7 +173,7 @@ def ratios(runs: Mapping[str, list[Run]], errors: Mapping[str, str]) -> dict[str
         trl = _fastest(of_pair, TRLS)
         if trl is None:
             continue
-        for ours, name in (("driftline_stop", "driftline"), ("driftline", "driftline_unstopped")):
+        for ours, name in KL_ARMS.items():
             for key, with_start in (("", False), ("_with_start_up", True)):
                 found[f"trl_seconds_to_same_kl{key}_over_{name}{suffix}"] = _to_same_level(
                     of_pair[trl], of_pair.get(ours, []), with_start_up=with_start

@@ -151,7 +151,7 @@ def differences(task: Task, steps: Sequence[Event], settings: Mapping[str, Any])
             ("top_p", 1.0),
             ("dtype", task.dtype),
             ("sampler_dtype", task.dtype),
-            ("updates_a_step", 1),
+            ("updates_a_step", task.updates),
             ("gradient_checkpointing", False),
         )
         if settings[name] != wanted
@@ -161,7 +161,8 @@ def differences(task: Task, steps: Sequence[Event], settings: Mapping[str, Any])
     if [step["step"] for step in steps] != list(range(1, task.steps + 1)):
         found.append(f"{len(steps)} steps for {task.steps}")
         return found
-    for step, ids, rate in zip(steps, task.prompt_ids, task.learning_rates, strict=True):
+    last_rates = task.learning_rates[task.updates - 1 :: task.updates]
+    for step, ids, rate in zip(steps, task.prompt_ids, last_rates, strict=True):
         found += [f"step {step['step']}: {what}" for what in _unlike(task, step, ids, rate)]
         if not settings.get("stop_in_flight") and step["loss_tokens"] != step["generated_tokens"]:
             found.append(

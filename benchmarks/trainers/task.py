@@ -21,7 +21,7 @@ Tell = Callable[..., None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """A run: `steps` updates, each of one rollout a prompt."""
+    """A run: steps of one rollout a prompt, each of one update or a few."""
 
     pair: str
     arm: str
@@ -38,6 +38,8 @@ class Task:
     """Of prompt and response."""
     temperature: float
     """Of sampling; student and teacher are compared at it."""
+    updates: int
+    """A step."""
     learning_rates: list[float]
     """Of every update."""
     betas: tuple[float, float]

@@ -29,6 +29,7 @@ from student_trainer.rollouts.weight_buffer import WeightBuffer
 from teacher_wire.id_ranges import IdRanges, num_ids, within
 from vllm_process.children import children_end_with_us, kill_engines
 from vllm_process.cores import children_on, executor_on
+from vllm_process.memory import children_keep_freed_memory
 from vllm_process.output import EngineOutput
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ class VllmSampler:
             children_on(self.cpu_cores),
             children_end_with_us(),
             output.of_children(),
+            children_keep_freed_memory() if on_cpu else nullcontext(),
             _children_compile_nothing() if self.enforce_eager and on_cpu else nullcontext(),
         ):
             if self._is_given_up:
