@@ -10,6 +10,7 @@ TORCH_INDEX ?=
 # uv, fetched where it is not on PATH, or `pip`.
 INSTALLER ?= auto
 SOAK_MINUTES ?= 20
+GPU_MINUTES ?= 9
 
 # A file stays in one process, so that its engines and servers start once; what takes longest begins first
 # (tests/conftest.py). Three: two cores are busy while a test of the third waits for what must come.
@@ -18,7 +19,7 @@ TEST_PROCESSES ?= $(if $(filter cuda,$(ACCELERATOR)),1,3)
 # A hundred processes start in there: each would compile what it imports where this is set.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: families demo demo-language test test-language check faults try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
+.PHONY: families demo demo-language test test-language check faults gpu-check try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
@@ -38,6 +39,9 @@ check: lint  ## lint, types and the tests that need no engine, in about a minute
 faults: setup  ## the long rounds of tests/rounds.py: 1,000 killed processes, 100,000 broken messages
 	FAULT_ROUNDS=long $(BIN)/python -m pytest -q tests/faults tests/benchmarks \
 	    tests/trainer/test_failures.py tests/e2e/test_demo.py tests/distributions/test_setup_venv.py
+
+gpu-check: setup  ## all that only a GPU can show, in GPU_MINUTES; on a CPU the same, small: docs/gpu.md
+	$(BIN)/python -m benchmarks.gpu --minutes $(GPU_MINUTES) --json runs/bench-gpu.json
 
 try: setup  ## README's two commands as printed, with small random models and eight rows
 	$(BIN)/python -m pytest -q tests/e2e/try_readme_commands.py

@@ -88,7 +88,7 @@ class TeacherConfig(BaseSettings):
     kv_cache_gib: Annotated[float, Field(ge=0.0), VLLM] = 0.0
     """KV cache, GiB; 0: 4 on a CPU, what gpu_memory_utilization leaves on a GPU"""
     gpu_memory_utilization: Annotated[float, Field(ge=0.01, le=1.0), VLLM] = 0.9
-    """share of the GPU's memory"""
+    """share of the GPU's memory; it must be free at the start, whatever kv_cache_gib is"""
     max_num_seqs: Annotated[Count, VLLM] = 256
     """queries in one engine step"""
     max_num_batched_tokens: Annotated[Count, VLLM] = 8192

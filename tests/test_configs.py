@@ -120,6 +120,13 @@ def test_the_readmes_two_commands_fit_each_other(monkeypatch: pytest.MonkeyPatch
     assert f"`{trainer.data.train}`" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("trainer", "teacher"), TEACHER_OF.items())
+def test_a_demos_two_engines_may_start_at_once_on_one_gpu(trainer: str, teacher: str) -> None:
+    """Each finds its share of the memory free, or does not start."""
+    beside = teacher_config("--config", str(ROOT / "configs" / teacher)).gpu_memory_utilization
+    assert beside + memory_share(load_config(ROOT / "configs" / trainer)) < 0.9
+
+
 def memory_share(config: TrainerConfig) -> float:
     share: float = config.sampler.gpu_memory_utilization
     return share

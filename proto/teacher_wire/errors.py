@@ -24,8 +24,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from grpc import StatusCode
+if TYPE_CHECKING:
+    from grpc import StatusCode
 
 
 class TeacherError(Exception):
@@ -110,31 +112,37 @@ class NonFiniteError(TeacherError, ArithmeticError):
 class ErrorCode:
     """How one error class looks outside. Code and reason together name the class."""
 
-    grpc: StatusCode
+    status: str
+    """The name of gRPC's status."""
     http: int
     retryable: bool
     reason: str
     """`reason` of google.rpc.ErrorInfo and of the HTTP body."""
 
+    @property
+    def grpc(self) -> StatusCode:
+        """Looked up when asked: engines and learner raise these errors without gRPC."""
+        from grpc import StatusCode
+
+        return StatusCode[self.status]
+
 
 ERROR_CODES: dict[type[TeacherError], ErrorCode] = {
-    InvalidRequestError: ErrorCode(StatusCode.INVALID_ARGUMENT, 400, False, "INVALID_REQUEST"),
-    FingerprintMismatchError: ErrorCode(
-        StatusCode.FAILED_PRECONDITION, 412, False, "FINGERPRINT_MISMATCH"
-    ),
-    UnauthenticatedError: ErrorCode(StatusCode.UNAUTHENTICATED, 401, False, "UNAUTHENTICATED"),
-    PermissionDeniedError: ErrorCode(StatusCode.PERMISSION_DENIED, 403, False, "PERMISSION_DENIED"),
-    SessionNotFoundError: ErrorCode(StatusCode.NOT_FOUND, 404, True, "SESSION_UNKNOWN"),
-    SessionOffsetError: ErrorCode(StatusCode.ABORTED, 409, True, "SEQUENCE_CONFLICT"),
-    CapacityError: ErrorCode(StatusCode.RESOURCE_EXHAUSTED, 429, True, "OVERLOADED"),
-    RateLimitedError: ErrorCode(StatusCode.RESOURCE_EXHAUSTED, 429, True, "RATE_LIMITED"),
-    QuotaError: ErrorCode(StatusCode.RESOURCE_EXHAUSTED, 429, True, "QUOTA"),
-    SlowConsumerError: ErrorCode(StatusCode.RESOURCE_EXHAUSTED, 408, False, "SLOW_CONSUMER"),
-    MessageTooLargeError: ErrorCode(StatusCode.RESOURCE_EXHAUSTED, 413, False, "MESSAGE_TOO_LARGE"),
-    NotReadyError: ErrorCode(StatusCode.UNAVAILABLE, 503, True, "NOT_READY"),
-    DeadlineError: ErrorCode(StatusCode.DEADLINE_EXCEEDED, 504, True, "DEADLINE"),
-    EngineError: ErrorCode(StatusCode.INTERNAL, 500, False, "ENGINE"),
-    NonFiniteError: ErrorCode(StatusCode.DATA_LOSS, 502, False, "NONFINITE"),
+    InvalidRequestError: ErrorCode("INVALID_ARGUMENT", 400, False, "INVALID_REQUEST"),
+    FingerprintMismatchError: ErrorCode("FAILED_PRECONDITION", 412, False, "FINGERPRINT_MISMATCH"),
+    UnauthenticatedError: ErrorCode("UNAUTHENTICATED", 401, False, "UNAUTHENTICATED"),
+    PermissionDeniedError: ErrorCode("PERMISSION_DENIED", 403, False, "PERMISSION_DENIED"),
+    SessionNotFoundError: ErrorCode("NOT_FOUND", 404, True, "SESSION_UNKNOWN"),
+    SessionOffsetError: ErrorCode("ABORTED", 409, True, "SEQUENCE_CONFLICT"),
+    CapacityError: ErrorCode("RESOURCE_EXHAUSTED", 429, True, "OVERLOADED"),
+    RateLimitedError: ErrorCode("RESOURCE_EXHAUSTED", 429, True, "RATE_LIMITED"),
+    QuotaError: ErrorCode("RESOURCE_EXHAUSTED", 429, True, "QUOTA"),
+    SlowConsumerError: ErrorCode("RESOURCE_EXHAUSTED", 408, False, "SLOW_CONSUMER"),
+    MessageTooLargeError: ErrorCode("RESOURCE_EXHAUSTED", 413, False, "MESSAGE_TOO_LARGE"),
+    NotReadyError: ErrorCode("UNAVAILABLE", 503, True, "NOT_READY"),
+    DeadlineError: ErrorCode("DEADLINE_EXCEEDED", 504, True, "DEADLINE"),
+    EngineError: ErrorCode("INTERNAL", 500, False, "ENGINE"),
+    NonFiniteError: ErrorCode("DATA_LOSS", 502, False, "NONFINITE"),
 }
 
 OFFSETS = ("expected_offset", "offset")

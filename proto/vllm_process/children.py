@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,6 +20,12 @@ from pathlib import Path
 from vllm_process.imports import children_uncollected
 
 _VARIABLE = "DRIFTLINE_ENGINE_PARENT"
+_SPAWNED = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+"""vLLM does so by itself on a CPU alone. A process that is forked has the locks of gRPC's threads,
+and runs no plugin: that was run where it came from."""
+_EXACT = {"TRITON_F32_DEFAULT": "ieee"}
+"""Triton's products of float32 are of TF32 unless it is told, ten bits of 23, and so is vLLM's
+attention in float32 on a GPU."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -28,14 +34,23 @@ def children_end_with_us() -> Iterator[None]:
     """vLLM's processes started within are killed when this process ends, however it ends.
 
     Strictly it is the thread that starts them which they do not outlive: a thread of asyncio's
-    executor, which lasts as long as its loop. They import without collecting.
+    executor, which lasts as long as its loop. They are spawned, import without collecting, and
+    multiply float32 as what it is, unless the operator has told Triton otherwise.
     """
-    os.environ[_VARIABLE] = str(os.getpid())
+    told = {_VARIABLE: str(os.getpid()), **_SPAWNED, **(_EXACT | _of_environment(_EXACT))}
+    before = _of_environment(told)
+    os.environ.update(told)
     try:
         with children_uncollected():
             yield
     finally:
-        del os.environ[_VARIABLE]
+        for name in told.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _of_environment(names: Iterable[str]) -> dict[str, str]:
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def engines() -> list[BaseProcess]:

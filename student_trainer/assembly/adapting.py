@@ -113,19 +113,21 @@ def _shape(settings: LoraSettings) -> LoraShape:
 def in_vllm(config: TrainerConfig) -> AdapterInVllm | None:
     """The adapter that vLLM has beside the base; None where it gets whole weights.
 
-    "auto" is whole weights in float32 on a CPU, where vLLM's own products with an adapter make
-    every token of SmolLM2 2.5 times as long, and the sync of all weights takes half a second more.
-    Raises ConfigError where it is to have it, and vLLM does not take it.
+    "auto" is whole weights in float32. On a CPU vLLM's own products with an adapter make every
+    token of SmolLM2 2.5 times as long, and the sync of all weights takes half a second more; on a
+    GPU its kernels assert 16 bits (`lora_shrink`). Raises ConfigError where it is to have it, and
+    vLLM does not take it.
     """
     settings, found = config.student.lora, lora_config(config)
     if settings is None or found is None or not isinstance(config.sampler, VllmSamplerSettings):
         return None
     dtype = config.sampler.dtype if config.sampler.dtype != "auto" else config.student.dtype
-    slower = dtype == "float32" and not torch.cuda.is_available()
-    if settings.sync == "merged" or (settings.sync == "auto" and slower):
+    if settings.sync == "merged" or (settings.sync == "auto" and dtype == "float32"):
         return None
     rank = max(found.r, *(found.rank_pattern or {}).values(), 0)
     why_not = _why_not(config.student.model, rank)
+    if dtype == "float32" and torch.cuda.is_available():
+        why_not = "vLLM's kernels for adapters on a GPU take 16 bits, sampler.dtype is float32"
     if settings.sync == "adapter" and why_not is not None:
         raise ConfigError(f'student.lora.sync is "adapter", and {why_not}: "merged" or "auto"')
     return None if why_not else AdapterInVllm(rank=rank)

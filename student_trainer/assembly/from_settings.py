@@ -168,7 +168,11 @@ def device(config: TrainerConfig) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"student.device is {name!r}: {reason}") from None
-    return torch.device(name)
+    found = torch.device(name)
+    if found.type == "cuda" and found.index is None:
+        # By its number: other threads begin with the first one, whatever this process was given.
+        found = torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 def dtype(config: TrainerConfig) -> torch.dtype:

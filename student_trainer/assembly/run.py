@@ -28,7 +28,7 @@ from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.parts import Start
 from student_trainer.assembly.recording import recorded, warn
 from student_trainer.assembly.restarting import SamplerRestart
-from student_trainer.assembly.sampling import RunningSampler
+from student_trainer.assembly.sampling import RunningSampler, loop_on
 from student_trainer.assembly.spreading import refuse_spread
 from student_trainer.diagnostics.step_report import EvalReport, LearnReport, SampleText
 from student_trainer.errors import SamplerDiedError
@@ -45,7 +45,7 @@ from student_trainer.recording.summary import write_progress
 from student_trainer.recording.terminal import Bars
 from student_trainer.recording.unrecorded import Unrecorded
 from student_trainer.records import Rollout
-from student_trainer.rollouts.stream import LoopThread, RolloutStream
+from student_trainer.rollouts.stream import RolloutStream
 from student_trainer.rollouts.weight_sync import WeightSync
 from student_trainer.saved_student import save_or_rescue
 from student_trainer.settings.changes import written
@@ -238,7 +238,8 @@ def _assemble(begins: Start, stack: ExitStack) -> Run:
     specials = from_settings.special_tokens(config, tokenizer)
     grader = evaluating.checked_grader(config, problems.heldout, stack)
     _say_all(say, from_settings.check_student(config, begins.model))
-    loop = begins.running.loop if begins.running else stack.enter_context(closing(LoopThread()))
+    made = begins.running.loop if begins.running else None
+    loop = made or stack.enter_context(closing(loop_on(from_settings.device(config))))
     begin = partial(parts.sampler, begins, tokenizer, loop, bars, stack)
     shares = begins.shares_weights
     at_once = None if shares else begin(None)

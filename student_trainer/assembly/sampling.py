@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from student_trainer.assembly import from_settings
 from student_trainer.recording.terminal import Bars
 from student_trainer.rollouts.samplers.base import Sampler
@@ -28,6 +30,18 @@ class RunningSampler:
 
     loop: LoopThread
     sampler: Sampler
+
+
+def loop_on(device: torch.device) -> LoopThread:
+    """A loop whose thread computes on this device: any thread begins with the machine's first."""
+    loop = LoopThread()
+    if device.type == "cuda":
+        loop.run(_enter(device))
+    return loop
+
+
+async def _enter(device: torch.device) -> None:
+    torch.cuda.set_device(device)
 
 
 class SamplerStart:
@@ -97,5 +111,5 @@ def started(sampler: Sampler, loop: LoopThread) -> Iterator[None]:
 def running_sampler(config: TrainerConfig, model: str) -> Iterator[RunningSampler]:
     """A sampler on a loop of its own, for several runs or none."""
     sampler = from_settings.sampler(config, model)
-    with closing(LoopThread()) as loop, started(sampler, loop):
+    with closing(loop_on(from_settings.device(config))) as loop, started(sampler, loop):
         yield RunningSampler(loop, sampler)

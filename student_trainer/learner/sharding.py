@@ -44,8 +44,12 @@ def shard(model: PreTrainedModel, forward: Callable[..., tuple[Tensor, ...]]) ->
 
     Layer by layer as the family says what must stay together (`_no_split_modules`).
     """
-    if not is_distributed():
-        return
+    if is_distributed():
+        spread(model, forward)
+
+
+def spread(model: PreTrainedModel, forward: Callable[..., tuple[Tensor, ...]]) -> None:
+    """The same over all processes there are, one included."""
     kind = next(model.parameters()).device.type
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
     together = {*(getattr(model, "_no_split_modules", None) or ())}

@@ -32,8 +32,8 @@ class LoraSettings(Section):
     """What that adapter calls its base, where it is the student under another name."""
     sync: Annotated[Literal["auto", "adapter", "merged"], MayChange()] = "auto"
     """How it comes to the sampler: "adapter" alone, beside the frozen base (vLLM), or "merged" into
-    a copy of the weights; "auto" is adapter where vLLM takes it, but for float32 on a CPU, where
-    vLLM generates much slower with one."""
+    a copy of the weights; "auto" is adapter where vLLM takes it, but for float32: on a CPU vLLM
+    generates much slower with one, and on a GPU only in 16 bits."""
 
     @model_validator(mode="after")
     def _reads_what_is_given(self) -> Self:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import sys
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -15,6 +16,8 @@ import pytest
 
 from vllm_process.children import children_end_with_us
 from vllm_process.imports import collect_again, uncollected
+
+TOLD = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "TRITON_F32_DEFAULT": "ieee"}
 
 
 def tell(end: Connection) -> None:
@@ -43,6 +46,21 @@ def test_a_process_of_an_engine_collects_once_it_has_imported() -> None:
         assert told() == (False, True)
     assert sys.modules["__main__"].__spec__ is main
     assert told() == (True, True)
+
+
+@pytest.mark.parametrize("operators", [{}, {"TRITON_F32_DEFAULT": "tf32x3"}])
+def test_a_process_of_an_engine_is_spawned_and_multiplies_in_float32(
+    operators: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU too, where vLLM would fork it and its attention in float32 would be of TF32."""
+    for name in TOLD:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in operators.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    with children_end_with_us():
+        assert {name: os.environ[name] for name in TOLD} == TOLD | operators
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("before", [True, False])

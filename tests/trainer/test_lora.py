@@ -210,7 +210,8 @@ def test_without_an_adapter_nothing_of_it_is_asked(folder: Path) -> None:
     [
         ("auto", "float32", False, False),
         ("auto", "bfloat16", False, True),
-        ("auto", "float32", True, True),
+        ("auto", "float32", True, False),
+        ("auto", "bfloat16", True, True),
         ("adapter", "float32", False, True),
         ("merged", "bfloat16", True, False),
     ],
@@ -227,3 +228,13 @@ def test_vllm_has_the_adapter_beside_its_base_where_that_is_faster_or_asked_for(
     assert (found is not None) is alone
     assert from_settings.weight_format(config).adapter_alone is alone
     assert from_settings.weight_format(config).as_saved is not alone
+
+
+def test_an_adapter_in_float32_beside_its_base_on_a_gpu_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    lora = json.dumps({"rank": 9, "sync": "adapter"})
+    config = configured(folder, f"student.lora={lora}", 'sampler={"kind":"vllm"}')
+    with pytest.raises(ConfigError, match=r"take 16 bits, sampler.dtype is float32: \"merged\""):
+        adapting.in_vllm(config)

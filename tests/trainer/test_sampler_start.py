@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import pytest
+import torch
 
-from student_trainer.assembly.sampling import SamplerStart, started
+from student_trainer.assembly import from_settings
+from student_trainer.assembly.sampling import SamplerStart, loop_on, started
 from student_trainer.errors import SamplerError
 from student_trainer.rollouts.stream import LoopThread
+from student_trainer.settings.config import load_config
 from tests.trainer.in_memory import InMemorySampler
+from tests.trainer.settings.smallest_config import SMALLEST
 from tests.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.timeout(LIMIT_S)
@@ -113,3 +119,22 @@ def test_what_it_fails_with_waits_for_those_that_come_first(loop: LoopThread) ->
     start.close()
     with pytest.raises(SamplerError), started(Refusing(), loop):
         pytest.fail("it has not started")
+
+
+def test_the_loop_of_a_process_computes_on_the_device_that_the_process_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread begins with the machine's first GPU, and "cuda" there is that one."""
+    path, entered = tmp_path / "smallest.toml", list[tuple[str, torch.device]]()
+    path.write_text(SMALLEST)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda to: entered.append((threading.current_thread().name, to))
+    )
+    device = from_settings.device(load_config(path))
+    assert device == torch.device("cuda", 3)
+    with closing(loop_on(device)):
+        pass
+    assert entered == [("rollouts", device)]
