@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -49,14 +50,20 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{path}: cannot load a tokenizer: {reason}") from error
 
 
-def load_vocab_size(path: str) -> int:
-    """Logits of a checkpoint's model. Raises CheckpointError naming the path."""
+def load_text_config(path: str) -> PretrainedConfig:
+    """Of a checkpoint's model, or of its text part. Raises CheckpointError naming the path."""
     try:
-        return int(AutoConfig.from_pretrained(path).get_text_config(decoder=True).vocab_size)
+        text: PretrainedConfig = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
+        return text
     # Whatever the library that reads it makes of a malformed file.
     except Exception as error:
         reason = one_line(error)
         raise CheckpointError(f"{path}: cannot read its configuration: {reason}") from error
+
+
+def load_vocab_size(path: str) -> int:
+    """Logits of a checkpoint's model. Raises CheckpointError naming the path."""
+    return int(load_text_config(path).vocab_size)
 
 
 def load_generation_config(path: str) -> GenerationConfig:

@@ -86,7 +86,8 @@ class TeacherConfig(BaseSettings):
     block_size: Annotated[Count, VLLM] = 32
     """tokens in a KV block"""
     kv_cache_gib: Annotated[float, Field(ge=0.0), VLLM] = 0.0
-    """KV cache, GiB; 0: 4 on a CPU, what gpu_memory_utilization leaves on a GPU"""
+    """KV cache of a GPU, or of all processes on a CPU, GiB; 0: 4 on a CPU, what
+    gpu_memory_utilization leaves on a GPU"""
     gpu_memory_utilization: Annotated[float, Field(ge=0.01, le=1.0), VLLM] = 0.9
     """share of the GPU's memory; it must be free at the start, whatever kv_cache_gib is"""
     max_num_seqs: Annotated[Count, VLLM] = 256
@@ -94,7 +95,11 @@ class TeacherConfig(BaseSettings):
     max_num_batched_tokens: Annotated[Count, VLLM] = 8192
     """tokens in one engine step"""
     tensor_parallel_size: Annotated[Count, VLLM] = 1
-    """GPUs that share the model"""
+    """GPUs that share each layer of the model; on a CPU processes, each on cores of its own"""
+    pipeline_parallel_size: Annotated[Count, VLLM] = 1
+    """stages that share the layers; takes that many times as many GPUs"""
+    data_parallel_size: Annotated[Count, VLLM] = 1
+    """copies of the model that share the sessions; takes that many times as many GPUs"""
     cpu_cores: Annotated[str, Field(pattern=CORES_PATTERN), VLLM] = "auto"
     """cores of the engine on a CPU, such as 0 or 2,3; shared takes all and gives one away while it
     waits, shared:1 is one thread on any of them"""

@@ -1,8 +1,9 @@
 """Processes of a vLLM engine that end with the one that started them.
 
 vLLM's engine core outlives a process that was killed, and keeps its memory: the next one finds the
-device full. Linux can end a child with its parent, if the child asks for it. The plugin runs in
-every process of vLLM, so it asks.
+device full. Linux can end a child with its parent, if the child asks for it. Each process asks
+twice, first of all (imports.py) and in the plugin: the engine core ends with us, and its workers,
+where it has any, with it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -27,6 +29,7 @@ _EXACT = {"TRITON_F32_DEFAULT": "ieee"}
 """Triton's products of float32 are of TF32 unless it is told, ten bits of 23, and so is vLLM's
 attention in float32 on a GPU."""
 _PR_SET_PDEATHSIG = 1
+_SHARED_BY_WORKERS = re.compile(r"/dev/shm/vllm_dist_\S+-cpushm_\d+$", re.MULTILINE)
 
 
 @contextmanager
@@ -47,6 +50,7 @@ def children_end_with_us() -> Iterator[None]:
         for name in told.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
+    _unname_shared_memory()
 
 
 def _of_environment(names: Iterable[str]) -> dict[str, str]:
@@ -66,11 +70,22 @@ def has_engines() -> bool:
 def kill_engines() -> None:
     """Ends at once the engine cores that this process has, one that is starting too.
 
-    For the end of a process: an engine core waits minutes for one that went while it started, since
-    vLLM runs no plugin before it has shaken hands.
+    For the end of a process, and for a start that is given up.
     """
     for engine in engines():
         engine.kill()
+
+
+def _unname_shared_memory() -> None:
+    """That by which the workers of an engine on a CPU add up and gather: each has it by now, and
+    vLLM 0.32 would leave 4 MiB a thread in /dev/shm when they end, for good."""
+    for core in engines():
+        for children in Path(f"/proc/{core.pid}/task").glob("*/children"):
+            with suppress(OSError):
+                for worker in children.read_text().split():
+                    maps = Path("/proc", worker, "maps").read_text()
+                    for name in set(_SHARED_BY_WORKERS.findall(maps)):
+                        Path(name).unlink(missing_ok=True)
 
 
 def _is_engine(child: BaseProcess) -> bool:
@@ -78,7 +93,8 @@ def _is_engine(child: BaseProcess) -> bool:
 
 
 def end_with_parent() -> None:
-    """Does nothing except in a process of `children_end_with_us`, and nothing but on Linux.
+    """Does nothing except in a process of `children_end_with_us`, or one that such a process
+    starts, and nothing but on Linux.
 
     Ends this process where the one that started it has ended before it could ask for that.
     """
@@ -87,6 +103,8 @@ def end_with_parent() -> None:
         return
     if parent == str(os.getppid()):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # To those that it starts in turn, this is the one to end with.
+        os.environ[_VARIABLE] = str(os.getpid())
     if not _lives(parent):
         os._exit(1)
 

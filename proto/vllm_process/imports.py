@@ -51,4 +51,9 @@ def collect_again() -> None:
 
 
 if __name__ == _CHILDS_MAIN:
+    from vllm_process.children import end_with_parent
+
     gc.disable()
+    # vLLM runs no plugin in the process that balances several engine cores, and in a core only once
+    # it has shaken hands, for which it waits minutes.
+    end_with_parent()

@@ -17,8 +17,15 @@ from pydantic import ValidationError
 
 _VARIABLE = "DRIFTLINE_ENGINE_OUTPUT"
 _ERROR = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception)): (.+)")
-_WRAPPERS = ("Engine core initialization failed", "EngineCore encountered", "WorkerProc init")
+_WRAPPERS = (
+    "Engine core initialization failed",
+    "EngineCore encountered",
+    "WorkerProc init",
+    "cancelled",
+)
 """What vLLM says when a process below has failed; the cause is an earlier line."""
+_DEATH = re.compile(r"Worker proc \S+ died unexpectedly \(exit code: -?\d+\)")
+"""Of one that had no time to say why."""
 
 
 class EngineOutput:
@@ -67,7 +74,8 @@ def write_where_told() -> None:
 
 
 def last_words(path: Path) -> str:
-    """The last error that the file tells of, as `Type: message`; empty when it tells of none."""
+    """The last error that the file tells of, as `Type: message`, else the death of a worker; empty
+    when it tells of none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -76,4 +84,4 @@ def last_words(path: Path) -> str:
         match = _ERROR.search(line)
         if match is not None and not match[2].startswith(_WRAPPERS):
             return f"{match[1]}: {match[2].strip()}"
-    return ""
+    return next((found[0] for line in lines if (found := _DEATH.search(line))), "")

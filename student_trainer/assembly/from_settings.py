@@ -16,6 +16,7 @@ from student_trainer.learner.memory import free_memory, refuse_too_large
 from student_trainer.learner.optim import Optimizer
 from student_trainer.pretrained import (
     load_generation_config,
+    load_text_config,
     load_tokenizer,
     refuse_quantised,
 )
@@ -37,6 +38,7 @@ from student_trainer.special_tokens import SpecialTokens
 from student_trainer.stop_tokens import stop_token_ids
 from teacher_wire.id_ranges import IdRanges
 from vllm_process.cores import CoresError, check_cores
+from vllm_process.devices import DevicesError, check_gpus, check_tensor_parallel
 
 EXACT_GAP_NATS, ROUNDED_GAP_NATS = 1e-3, 0.5
 """What learner and sampler may be apart: both in float32 (below 1e-4 for small models of every
@@ -215,7 +217,7 @@ def _sampler_bytes(config: TrainerConfig, where: torch.device) -> float:
         return 0.0
     if where.type == "cpu" or isinstance(config.sampler, HfBatchedSamplerSettings):
         return config.sampler.kv_cache_gib * 2**30
-    if where.type == "cuda" and where.index in (None, 0):
+    if where.type == "cuda" and (where.index or 0) < config.sampler.tensor_parallel_size:
         return config.sampler.gpu_memory_utilization * torch.cuda.mem_get_info(where)[1]
     return 0.0
 
@@ -318,10 +320,7 @@ def _engine(
         )
     if isinstance(settings, HfSamplerSettings):
         return HfSampler(model=model, dtype=settings.dtype, device=device(config), stop_ids=stop)
-    try:
-        check_cores(settings.cpu_cores)
-    except CoresError as error:
-        raise ConfigError(f"sampler.cpu_cores is {settings.cpu_cores!r}, which {error}") from error
+    _check_devices(settings, model)
     return VllmSampler(
         model=model,
         dtype=sampler_dtype(config),
@@ -333,11 +332,30 @@ def _engine(
         gpu_memory_utilization=settings.gpu_memory_utilization,
         enforce_eager=settings.enforce_eager,
         cpu_cores=settings.cpu_cores,
+        tensor_parallel_size=settings.tensor_parallel_size,
         seed=config.run.seed,
         stop_ids=stop,
         passage=passage(config, settings.weights_dir),
         adapter=adapting.in_vllm(config),
     )
+
+
+def _check_devices(settings: VllmSamplerSettings, model: str) -> None:
+    """That vLLM's engine can have the cores or GPUs that it is to have, and the student be cut for
+    them. Raises ConfigError, CheckpointError."""
+    name, size = "sampler.tensor_parallel_size", settings.tensor_parallel_size
+    num_gpus = 0
+    try:
+        if size > 1:
+            check_tensor_parallel(name, size, load_text_config(model))
+            if num_gpus := torch.cuda.device_count():
+                check_gpus({name: size}, num_gpus)
+        # On a GPU every process has the same cores.
+        check_cores(settings.cpu_cores, 1 if num_gpus else size)
+    except DevicesError as error:
+        raise ConfigError(str(error)) from error
+    except CoresError as error:
+        raise ConfigError(f"sampler.cpu_cores is {settings.cpu_cores!r}, which {error}") from error
 
 
 def passage(config: TrainerConfig, weights_dir: Path | None) -> Passage:

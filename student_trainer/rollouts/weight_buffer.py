@@ -32,6 +32,7 @@ PIECE_BYTES = 16 << 20
 """A tensor that is larger comes in several pieces."""
 NUM_PIECES = 2
 BUFFER_BYTES = NUM_PIECES * PIECE_BYTES
+SENDER_GONE = "the sender of the weights has gone"
 _LENGTH = struct.Struct("<I")
 _FREE = b"\0"
 _Bytes: TypeAlias = NDArray[np.uint8]
@@ -187,7 +188,7 @@ def received(address: str) -> Generator[tuple[str, Tensor], None, None]:
         sender.connect(f"\0{address.removeprefix('@')}")
         _, files, _, _ = socket.recv_fds(sender, 1, 1)
         if not files:
-            raise ConnectionAbortedError("the sender of the weights has gone")
+            raise ConnectionAbortedError(SENDER_GONE)
         stack.callback(os.close, files[0])
         memory = stack.enter_context(mmap.mmap(files[0], 0, prot=mmap.PROT_READ))
         yield from _read(sender, memory)
@@ -228,7 +229,7 @@ def _exactly(sender: socket.socket, num_bytes: int) -> bytes:
     while len(parts) < num_bytes:
         part = sender.recv(num_bytes - len(parts))
         if not part:
-            raise ConnectionAbortedError("the sender of the weights has gone")
+            raise ConnectionAbortedError(SENDER_GONE)
         parts += part
     return bytes(parts)
 

@@ -14,7 +14,7 @@ SamplerDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class VllmSamplerSettings(Section):
-    """vLLM, in a process of its own."""
+    """vLLM, in processes of its own."""
 
     kind: Literal["vllm"] = "vllm"
     """The engine."""
@@ -28,6 +28,9 @@ class VllmSamplerSettings(Section):
     """Memory of the KV cache on a CPU, in GiB."""
     gpu_memory_utilization: Annotated[float, MayChange()] = Field(0.5, gt=0, le=1)
     """Share of a GPU's memory that weights and KV cache may take; the learner needs the rest."""
+    tensor_parallel_size: Annotated[int, MayChange()] = Field(1, gt=0)
+    """GPUs that share each layer of the sampler's copy, from the first that the trainer sees; on a
+    CPU processes, each on as many of `cpu_cores`."""
     enforce_eager: Annotated[bool, MayChange()] = True
     """Without compiled graphs: starts sooner, generates slower."""
     cpu_cores: Annotated[str, MayChange()] = Field("auto", pattern=CORES_PATTERN)

@@ -220,7 +220,11 @@ class TokenScorer(Pooler):
         hidden_TH: the step's hidden states, then those recalled.
         """
         num_candidates = max(span.request.candidate_ids.shape[1] for span in spans)
-        candidates_RC = np.zeros((sum(s.num_rows for s in spans), num_candidates), dtype=np.int64)
+        k, num_rows = max(span.request.k for span in spans), sum(s.num_rows for s in spans)
+        if not num_rows:
+            # Nor to gather: on a CPU vLLM 0.32 divides by the size of what it gathers.
+            return hidden_TH.new_empty((0, HEADER + 2 * k + num_candidates), dtype=torch.int32)
+        candidates_RC = np.zeros((num_rows, num_candidates), dtype=np.int64)
         row = 0
         for span in spans:
             candidates_nC = span.candidates_nC()
@@ -241,11 +245,11 @@ class TokenScorer(Pooler):
         candidates = torch.from_numpy(candidates_RC).to(hidden_TH.device)
         rows_per_chunk = rows_at_once(self._vocab_size, hidden_TH.device.type)
         chunks: list[torch.Tensor] = []
-        for start in range(0, max(len(hidden_index_R), 1), rows_per_chunk):
+        for start in range(0, num_rows, rows_per_chunk):
             chunk = slice(start, start + rows_per_chunk)
             logits_RV = self._compute_logits(hidden_TH[hidden_index_R[chunk]])
             if logits_RV is None:
-                return None
+                continue  # other ranks gather the later chunks too, and wait for this one
             _leave_out_(logits_RV, spans, start)
             chunks.append(
                 score_rows(
@@ -254,10 +258,12 @@ class TokenScorer(Pooler):
                     targets_R[chunk],
                     candidates[chunk],
                     inverse_temperatures_R[chunk],
-                    k=max(span.request.k for span in spans),
+                    k=k,
                     extras=frozenset().union(*(span.request.extras for span in spans)),
                 )
             )
+        if not chunks:
+            return None
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 

@@ -1,7 +1,7 @@
 """The default engine: vLLM with a token-scoring pooler.
 
 Every query submits its whole prefix, and vLLM's prefix cache makes that cost O(new tokens): a
-session is nothing but its tokens; eviction, batching, chunked prefill and tensor parallelism are
+session is nothing but its tokens; eviction, batching, chunked prefill and several devices are
 vLLM's. This file knows vLLM's public interface; how rows are made is token_scorer.py's affair. vLLM
 is imported by start(), not by this module.
 """
@@ -13,6 +13,7 @@ import gc
 import itertools
 import logging
 import os
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +25,7 @@ from teacher_server.engine.checkpoint import (
     resolve_dtype,
     warn_if_emulated,
 )
+from teacher_server.engine.data_ranks import DataRanks
 from teacher_server.engine.row_format import ZERO_BLOCKS_VARIABLE, RowCollector, RowRequest
 from teacher_wire.errors import EngineError
 from vllm_process.children import children_end_with_us
@@ -47,6 +49,8 @@ PLUGIN = "driftline_token_scorer"
 """Entry point of token_scorer.register, by which vLLM's own processes find it."""
 QUIET_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 """Set before vLLM is imported, unless the operator has set them."""
+_RANK: ContextVar[int | None] = ContextVar("driftline_data_parallel_rank", default=None)
+"""The copy of the model that the requests of a query go to; None is vLLM's own choice."""
 CPU_KV_CACHE_GIB = 4.0
 """Of an engine on a CPU that was told no size: vLLM would take nine tenths of the machine, and ends
 where that much is not free."""
@@ -66,8 +70,8 @@ class VllmEngine:
     """Tokens a cache block; an append recomputes up to block_size - 1 cached tokens. On CPU a
     multiple of 32."""
     kv_cache_gib: float | None = None
-    """Size of the KV cache; None is CPU_KV_CACHE_GIB on a CPU, and on a GPU what
-    gpu_memory_utilization leaves."""
+    """Size of the KV cache of a GPU, or of all processes on a CPU; None is CPU_KV_CACHE_GIB on a
+    CPU, and on a GPU what gpu_memory_utilization leaves."""
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
@@ -77,6 +81,11 @@ class VllmEngine:
     head; a quantised head must be "model"."""
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
+    """Every rank gathers the logits of all, a chunk of rows at a time, and makes the same rows."""
+    pipeline_parallel_size: int = 1
+    """The last stage has the hidden states, and makes the rows."""
+    data_parallel_size: int = 1
+    """Copies of the model; a session stays with one."""
     cpu_cores: str = "auto"
     """On a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares."""
 
@@ -96,6 +105,7 @@ class VllmEngine:
         self._llm: AsyncLLM | None = None
         self._output: EngineOutput | None = None
         self._request_ids = itertools.count()
+        self._ranks = DataRanks(self.data_parallel_size)
 
     @property
     def info(self) -> EngineInfo:
@@ -122,15 +132,21 @@ class VllmEngine:
 
     def _build(self, output: EngineOutput) -> None:
         from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
 
-        if current_platform.is_cpu():
+        on_cpu = current_platform.is_cpu()
+        if on_cpu:
             warn_if_emulated(self._info.dtype)
+        cores = children_on(self.cpu_cores, self._num_devices if on_cpu else 1)
         # Not returned: the thread's future would keep it alive until exit, where it fails noisily.
-        with children_on(self.cpu_cores), children_end_with_us(), output.of_children():
-            self._llm = AsyncLLM.from_engine_args(
+        with cores, children_end_with_us(), output.of_children():
+            self._llm = _llm_of_ranks().from_engine_args(
                 self._engine_args(), stat_loggers=[_kv_use_logger()]
             )
+
+    @property
+    def _num_devices(self) -> int:
+        """Each has a process of vLLM."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
 
     def _engine_args(self) -> AsyncEngineArgs:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -146,6 +162,8 @@ class VllmEngine:
             )
         on_cpu = current_platform.is_cpu()
         kv_cache_gib = self.kv_cache_gib or (CPU_KV_CACHE_GIB if on_cpu else None)
+        if kv_cache_gib and on_cpu:
+            kv_cache_gib /= self._num_devices  # vLLM takes it for each process
         return AsyncEngineArgs(
             model=self.model,
             revision=self.revision,
@@ -167,7 +185,9 @@ class VllmEngine:
             max_num_batched_tokens=self.max_num_batched_tokens,
             enforce_eager=self.enforce_eager,
             tensor_parallel_size=self.tensor_parallel_size,
-            distributed_executor_backend=executor_on(self.cpu_cores),
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            data_parallel_size=self.data_parallel_size,
+            distributed_executor_backend=executor_on(self.cpu_cores, self._num_devices),
             disable_log_stats=True,
             enable_log_requests=False,
         )
@@ -178,6 +198,7 @@ class VllmEngine:
         token_ids = query.token_ids.tolist()
         collector = RowCollector(request)
         submitted = token_ids if request.whole else token_ids[:-1]
+        _RANK.set(self._ranks.of(query.session))
         await self._submit(submitted, request, collector, query.cache_salt)
         await self._fill_head(token_ids, request, collector, query.cache_salt)
         rows = collector.rows()
@@ -244,7 +265,8 @@ class VllmEngine:
             raise EngineError(f"vLLM failed: {error}") from error
 
     def forget(self, session: str) -> None:
-        """Nothing to drop: the prefix cache belongs to no session and evicts by itself."""
+        """Nothing of a cache to drop: it belongs to no session and evicts by itself."""
+        self._ranks.forget(session)
 
     async def healthy(self) -> bool:
         if self._llm is not None and self._llm.errored and self._output is not None:
@@ -271,6 +293,19 @@ class VllmEngine:
             self._output.close()
 
 
+def _llm_of_ranks() -> type[AsyncLLM]:
+    """vLLM's, with requests that go to the copy of the model that _RANK names: its `encode` has no
+    argument for that."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    class LlmOfRanks(AsyncLLM):
+        async def add_request(self, *args: Any, **named: Any) -> Any:
+            named["data_parallel_rank"] = _RANK.get()
+            return await super().add_request(*args, **named)
+
+    return LlmOfRanks
+
+
 def _kv_use_logger() -> type[PrometheusStatLogger]:
     """Keeps one figure of vLLM's statistics.
 
@@ -281,13 +316,21 @@ def _kv_use_logger() -> type[PrometheusStatLogger]:
 
     class KvUse(PrometheusStatLogger):
         def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
-            self.used_ratio = 0.0
+            self._used_ratios = dict.fromkeys(engine_indexes, 0.0)
+
+        @property
+        def used_ratio(self) -> float:
+            return sum(self._used_ratios.values()) / len(self._used_ratios)
 
         def record(
-            self, scheduler_stats: SchedulerStats | None, *_args: object, **_rest: object
+            self,
+            scheduler_stats: SchedulerStats | None,
+            *_args: object,
+            engine_idx: int = 0,
+            **_rest: object,
         ) -> None:
             if scheduler_stats is not None:
-                self.used_ratio = scheduler_stats.kv_cache_usage
+                self._used_ratios[engine_idx] = scheduler_stats.kv_cache_usage
 
         def log_engine_initialized(self) -> None:
             """Nothing to say."""

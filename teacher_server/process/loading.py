@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,13 @@ from teacher_wire.records import TeacherInfo
 from teacher_wire.tokenizer_file import faithful
 from teacher_wire.vocabulary import Vocabulary
 from vllm_process.cores import CoresError, check_cores
+from vllm_process.devices import (
+    DevicesError,
+    check_data_parallel,
+    check_gpus,
+    check_pipeline_parallel,
+    check_tensor_parallel,
+)
 
 
 def build_engine(config: TeacherConfig) -> ScoringEngine:
@@ -41,10 +50,7 @@ def build_engine(config: TeacherConfig) -> ScoringEngine:
         from teacher_server.engine.hf_engine import HfEngine
 
         return HfEngine(**common, device=config.device, max_sessions=config.hf_sessions)
-    try:
-        check_cores(config.cpu_cores)
-    except CoresError as error:
-        raise ConfigError(f"cpu_cores is {config.cpu_cores!r}, which {error}") from error
+    _check_devices(config)
     from teacher_server.engine.vllm_engine import VllmEngine
 
     return VllmEngine(
@@ -57,8 +63,53 @@ def build_engine(config: TeacherConfig) -> ScoringEngine:
         head_dtype=config.head_dtype,
         enforce_eager=config.enforce_eager,
         tensor_parallel_size=config.tensor_parallel_size,
+        pipeline_parallel_size=config.pipeline_parallel_size,
+        data_parallel_size=config.data_parallel_size,
         cpu_cores=config.cpu_cores,
     )
+
+
+def _check_devices(config: TeacherConfig) -> None:
+    """That vLLM's engine can have the cores or GPUs that it is to have, and the model be cut for
+    them. Raises ConfigError, and EngineError for a model whose configuration cannot be read."""
+    sizes = {
+        name: getattr(config, name)
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    }
+    num_devices = prod(sizes.values())
+    try:
+        num_gpus = _check_spread(config, sizes) if num_devices > 1 else 0
+        # On a GPU every process has the same cores.
+        check_cores(config.cpu_cores, 1 if num_gpus else num_devices)
+    except DevicesError as error:
+        raise ConfigError(str(error)) from error
+    except CoresError as error:
+        raise ConfigError(f"cpu_cores is {config.cpu_cores!r}, which {error}") from error
+
+
+def _check_spread(config: TeacherConfig, sizes: Mapping[str, int]) -> int:
+    """The GPUs that there are, enough for these sizes; 0 on a CPU. Raises ConfigError,
+    DevicesError, EngineError."""
+    import torch
+
+    from teacher_server.engine.checkpoint import read_config
+
+    text = read_config(config.model, config.revision or None).get_text_config(decoder=True)
+    for check, (name, size) in zip(
+        (check_tensor_parallel, check_pipeline_parallel, check_data_parallel),
+        sizes.items(),
+        strict=True,
+    ):
+        check(name, size, text)
+    if num_gpus := torch.cuda.device_count():
+        check_gpus(sizes, num_gpus)
+    elif config.enforce_eager and config.pipeline_parallel_size > 1:
+        raise ConfigError(
+            f"enforce_eager is True with pipeline_parallel_size {config.pipeline_parallel_size} on "
+            "a CPU, where vLLM 0.32 makes room for what passes between stages only when it "
+            "compiles: leave enforce_eager out"
+        )
+    return num_gpus
 
 
 def load_tokenizer(config: TeacherConfig) -> Any:

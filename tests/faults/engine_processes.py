@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -10,6 +11,24 @@ def children(pid: int) -> list[Path]:
     tasks = Path(f"/proc/{pid}/task").iterdir()
     pids = [child for task in tasks for child in (task / "children").read_text().split()]
     return [Path("/proc", child) for child in pids]
+
+
+def descendants(pid: int) -> list[Path]:
+    """/proc folders of its children, theirs, and so on; of those that are still there."""
+    found = []
+    for child in children(pid):
+        found.append(child)
+        with suppress(FileNotFoundError):
+            found += descendants(int(child.name))
+    return found
+
+
+def is_gone(process: Path) -> bool:
+    """Whether one of them has ended, asked for or not."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def engines(pid: int) -> list[Path]:

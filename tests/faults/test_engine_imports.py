@@ -1,4 +1,5 @@
-"""An engine's process imports without collecting, and collects from the plugin on.
+"""An engine's process imports without collecting, and collects from the plugin on; it ends with the
+process that started it.
 
 Run: pytest tests/faults/test_engine_imports.py
 """
@@ -9,11 +10,15 @@ import gc
 import multiprocessing
 import os
 import sys
+import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
+from tests.faults.engine_processes import is_gone
+from tests.waiting import wait_until
 from vllm_process.children import children_end_with_us
 from vllm_process.imports import collect_again, uncollected
 
@@ -61,6 +66,31 @@ def test_a_process_of_an_engine_is_spawned_and_multiplies_in_float32(
     with children_end_with_us():
         assert {name: os.environ[name] for name in TOLD} == TOLD | operators
     assert dict(os.environ) == before
+
+
+def work(end: Connection) -> None:
+    """For good."""
+    end.send(os.getpid())
+    time.sleep(600)
+
+
+def start_worker(end: Connection) -> None:
+    """As an engine core does."""
+    multiprocessing.get_context("spawn").Process(target=work, args=(end,)).start()
+    time.sleep(600)
+
+
+def test_the_workers_of_an_engine_core_end_with_it() -> None:
+    """However it ends, and before any of them runs the plugin."""
+    context = multiprocessing.get_context("spawn")
+    ours, other = context.Pipe()
+    with children_end_with_us(), ours, other:
+        core = context.Process(target=start_worker, args=(other,))
+        core.start()
+        worker = Path("/proc", str(ours.recv()))
+        core.kill()
+        core.join()
+    wait_until(lambda: is_gone(worker))
 
 
 @pytest.mark.parametrize("before", [True, False])

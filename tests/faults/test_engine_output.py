@@ -73,3 +73,14 @@ def test_what_only_points_to_a_cause_is_none(tmp_path: Path) -> None:
     path = tmp_path / "engine.log"
     path.write_text(PRINTED)
     assert last_words(path) == "ValueError: Available memory is less than desired"
+
+
+def test_a_worker_that_was_killed_is_told_of_where_nothing_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "engine.log"
+    died = (
+        "(EngineCore pid=7) ERROR 11-27 Worker proc VllmWorker-1 died unexpectedly (exit code: -9)"
+    )
+    path.write_text(f"{died}, shutting down executor.\nRuntimeError: cancelled\n")
+    assert last_words(path) == "Worker proc VllmWorker-1 died unexpectedly (exit code: -9)"
+    path.write_text(f"MemoryError: no room\n{died}, shutting down.\nRuntimeError: cancelled\n")
+    assert last_words(path) == "MemoryError: no room"

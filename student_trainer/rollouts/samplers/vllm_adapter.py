@@ -29,11 +29,12 @@ class AdapterInVllm:
         """Of an engine that takes it, and no other."""
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": _at_least(self.rank)}
 
-    def request(self, folder: str, *, replaced: bool) -> LoRARequest:
-        """Names it to vLLM; where it is to be read anew, it is `replaced`."""
-        from vllm.lora.request import LoRARequest
 
-        return LoRARequest(lora_name=NAME, lora_int_id=ID, lora_path=folder, load_inplace=replaced)
+def request(folder: str, *, replaced: bool) -> LoRARequest:
+    """Names it to vLLM; where it is to be read anew, it is `replaced`."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora_name=NAME, lora_int_id=ID, lora_path=folder, load_inplace=replaced)
 
 
 def why_no_adapter(architectures: Collection[str], rank: int) -> str | None:

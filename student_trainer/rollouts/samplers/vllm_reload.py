@@ -6,42 +6,81 @@ there. It imports nothing of vLLM before it runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
-from student_trainer.rollouts.weight_buffer import received
+from student_trainer.errors import one_line
+from student_trainer.rollouts.samplers.vllm_adapter import request
+from student_trainer.rollouts.weight_buffer import SENDER_GONE, received
+
+log = logging.getLogger(__name__)
+Answer: TypeAlias = tuple[list[str], str]
+"""Of one worker: names of what it kept as it was, and what went wrong, empty for nothing. An error
+that is raised leaves the answers of the other workers behind, for whoever asks next."""
 
 
 class ReloadsWeights:
-    """Mixed into a worker of vLLM, of which it uses `get_model` and `reload_weights`."""
+    """Mixed into a worker of vLLM, of which it uses `get_model`, `reload_weights` and `add_lora`.
+    Each of several workers reads all weights, and keeps its part."""
 
-    def reload_every_weight(self: Any, where: str) -> list[str]:
+    def reload_every_weight(self: Any, where: str) -> Answer:
         """Reloads from a folder, or from the address of a buffer; a head that is the embedding
-        comes once. Returns the names of parameters that did not come.
+        comes once. Kept are parameters that did not come.
 
         vLLM only writes a warning to its log of those.
         """
-        model = self.get_model()
-        expected = {name for name, _ in model.named_parameters()}
-        loaded: set[str] = set()
-        load_weights = model.load_weights
+        return _answer(lambda: _reload(self, where))
 
-        def recorded(weights: Iterable[tuple[str, Any]]) -> set[str] | None:
-            found: set[str] | None = load_weights(weights)
-            # A family that does not say what it loaded is believed, as vLLM does.
-            loaded.update(expected if found is None else found)
-            return found
+    def take_adapter(self: Any, folder: str) -> Answer:
+        """Puts the adapter in a folder in the place of the one before."""
 
-        _pack_experts_again(model)
-        model.load_weights = recorded
-        try:
-            with _given(where) as given:
-                self.reload_weights(**given)
-        finally:
-            del model.load_weights
-        _pack_heads_again(model)
-        return sorted(expected - loaded)
+        def take() -> list[str]:
+            self.add_lora(request(folder, replaced=True))
+            return []
+
+        return _answer(take)
+
+
+def _answer(act: Callable[[], list[str]]) -> Answer:
+    try:
+        return act(), ""
+    # Whatever the model's code makes of them.
+    except Exception as error:
+        log.exception("nothing was taken")
+        return [], one_line(error) or type(error).__name__
+
+
+def _reload(worker: Any, where: str) -> list[str]:
+    """The names of parameters that did not come."""
+    model = worker.get_model()
+    expected = {name for name, _ in model.named_parameters()}
+    loaded: set[str] = set()
+    load_weights = model.load_weights
+
+    def recorded(weights: Iterable[tuple[str, Any]]) -> set[str] | None:
+        found: set[str] | None = load_weights(weights)
+        # A family that does not say what it loaded is believed, as vLLM does.
+        loaded.update(expected if found is None else found)
+        return found
+
+    _pack_experts_again(model)
+    model.load_weights = recorded
+    try:
+        with _given(where) as given:
+            worker.reload_weights(**given)
+    finally:
+        del model.load_weights
+    _pack_heads_again(model)
+    return sorted(expected - loaded)
+
+
+def cause(answers: Iterable[Answer]) -> str | None:
+    """What went wrong first; None where nothing did. Where one worker fails the sender stops, which
+    the others then complain of."""
+    errors = [error for _, error in answers if error]
+    return min(errors, key=lambda error: SENDER_GONE in error, default=None)
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from student_trainer.errors import SamplerDiedError, SamplerError, WeightSyncError, one_line, some
 from student_trainer.records import Delta, Finish, SamplingOptions
 from student_trainer.rollouts.samplers.base import Passage, Weights
-from student_trainer.rollouts.samplers.vllm_adapter import AdapterInVllm
-from student_trainer.rollouts.samplers.vllm_reload import ReloadsWeights
+from student_trainer.rollouts.samplers.vllm_adapter import AdapterInVllm, request
+from student_trainer.rollouts.samplers.vllm_reload import ReloadsWeights, cause
 from student_trainer.rollouts.weight_buffer import WeightBuffer
 from teacher_wire.id_ranges import IdRanges, num_ids, within
 from vllm_process.children import children_end_with_us, kill_engines
@@ -69,6 +69,7 @@ class VllmSampler:
     enforce_eager: bool
     cpu_cores: str
     seed: int
+    tensor_parallel_size: int = 1
     stop_ids: tuple[int, ...] = ()
     passage: Passage = field(default_factory=WeightBuffer)
     """How weights come to it, or the matrices of its adapter: those as files."""
@@ -109,13 +110,11 @@ class VllmSampler:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         # An older setting of whole GiB, which would win over ours.
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-        # The engine core is spawned, not forked: this process holds gRPC objects.
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        on_cpu = current_platform.is_cpu()
+        on_cpu, ranks = current_platform.is_cpu(), self.tensor_parallel_size
         args = AsyncEngineArgs(
             model=self.model,
             dtype=cast("ModelDType", self.dtype),
@@ -126,7 +125,7 @@ class VllmSampler:
             logprobs_mode="processed_logprobs",
             stream_interval=self.stream_interval,
             gpu_memory_utilization=self.gpu_memory_utilization,
-            kv_cache_memory_bytes=int(self.kv_cache_gib * 2**30) if on_cpu else None,
+            kv_cache_memory_bytes=int(self.kv_cache_gib * 2**30 / ranks) if on_cpu else None,
             enforce_eager=self.enforce_eager,
             enable_prefix_caching=True,
             # On a CPU a prompt with a seed that is computed in parts ends vLLM 0.32: it winds the
@@ -139,12 +138,13 @@ class VllmSampler:
             # As the learner's: rounded to bfloat16, many neighbours in a top-k are equal. On a CPU
             # vLLM would cast the whole head on every step.
             hf_overrides={} if on_cpu else {"head_dtype": "float32"},
-            distributed_executor_backend=executor_on(self.cpu_cores),
+            tensor_parallel_size=ranks,
+            distributed_executor_backend=executor_on(self.cpu_cores, ranks),
             worker_extension_cls=_EXTENSION,
             **(self.adapter.engine_args() if self.adapter else {}),
         )
         with (
-            children_on(self.cpu_cores),
+            children_on(self.cpu_cores, ranks if on_cpu else 1),
             children_end_with_us(),
             output.of_children(),
             children_keep_freed_memory() if on_cpu else nullcontext(),
@@ -226,21 +226,18 @@ class VllmSampler:
             raise RuntimeError("vLLM did not drop its prefix cache after new weights were loaded")
 
     async def _receive(self, where: str) -> list[list[str]]:
-        """Has the engine read what is there; returns the names of what it kept as it was."""
+        """Has every worker read what is there; returns the names of what it kept as it was."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        engine, kept = self._running(), list[list[str]]()
+        engine = self._running()
+        method = "take_adapter" if self.adapter is not None else "reload_every_weight"
         try:
-            if self.adapter is not None:
-                await self._answer(engine.add_lora(self.adapter.request(where, replaced=True)))
-                self._adapted_by = self.adapter.request(where, replaced=False)
-            else:
-                kept = await self._answer(
-                    engine.collective_rpc("reload_every_weight", args=(where,))
-                )
+            answers = await self._answer(engine.collective_rpc(method, args=(where,)))
+            if (why := cause(answers)) is not None:
+                raise RuntimeError(why)
         except EngineDeadError:
             raise
-        # Whatever the model's code in the engine's process makes of them, as bare Exception.
+        # vLLM's own, too.
         except Exception as error:
             what, remedy = (
                 ("adapter", '; student.lora.sync = "merged"') if self.adapter else ("weights", "")
@@ -248,7 +245,9 @@ class VllmSampler:
             raise WeightSyncError(
                 f"vLLM cannot load the learner's {what}: {one_line(error)[:300]}{remedy}"
             ) from error
-        return kept
+        if self.adapter is not None:
+            self._adapted_by = request(where, replaced=False)
+        return [kept for kept, _ in answers]
 
     async def close(self) -> None:
         if self._building is not None:

@@ -11,12 +11,14 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 VOCAB_SIZE = 512
 
 
-def write_tiny_model(folder: Path, *, seed: int = 0, nan_token_id: int | None = None) -> Path:
+def write_tiny_model(
+    folder: Path, *, seed: int = 0, nan_token_id: int | None = None, vocab_size: int = VOCAB_SIZE
+) -> Path:
     """A random float32 Qwen3; with nan_token_id, nothing after that token has finite scores."""
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=VOCAB_SIZE,
+            vocab_size=vocab_size,
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,

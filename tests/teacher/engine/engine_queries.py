@@ -52,14 +52,16 @@ async def grow(
     )
 
 
-def assert_same_rows(rows: EngineRows, expected: EngineRows) -> None:
+def assert_same_rows(
+    rows: EngineRows, expected: EngineRows, *, tolerance: float = TOLERANCE
+) -> None:
     for name in (column.name for column in MODEL_COLUMNS if column.is_float):
         got, want = getattr(rows, name), getattr(expected, name)
         assert got.shape == want.shape
-        assert np.abs(got - want).max() <= TOLERANCE, name
+        assert np.abs(got - want).max() <= tolerance, name
     # Ids and ranks may differ where two tokens are equally likely to within the tolerance.
     gaps = -np.diff(expected.topk_logprobs, axis=1)
-    clear = np.minimum(gaps[:, :-1], gaps[:, 1:]) > 2 * TOLERANCE
+    clear = np.minimum(gaps[:, :-1], gaps[:, 1:]) > 2 * tolerance
     assert clear.mean() > 0.9
     same_ids = rows.topk_ids == expected.topk_ids
     assert same_ids[:, 1:-1][clear].all()

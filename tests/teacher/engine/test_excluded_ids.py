@@ -1,4 +1,5 @@
-"""Ids that take no part are as if the model had no logits for them, in every engine.
+"""Ids that take no part are as if the model had no logits for them, in every engine; and what else
+there is to say of the scorer of the vLLM engine without one.
 
 Run: python -m pytest tests/teacher/engine/test_excluded_ids.py
 """
@@ -150,3 +151,16 @@ def test_requests_of_one_step_each_leave_out_their_own(rows_of_all: bool) -> Non
         entropies = torch.special.entr(logprobs_nV.exp()).sum(-1).numpy()
         assert got.entropies is not None
         assert np.abs(got.entropies - entropies).max() <= CLOSE
+
+
+def test_a_rank_without_logits_takes_part_in_the_gathering_of_every_chunk() -> None:
+    """Of several that share the head, where one alone has what they gather."""
+    asked = list[int]()
+
+    def gather(hidden_RH: torch.Tensor) -> None:
+        asked.append(len(hidden_RH))
+
+    span = _Span(RowRequest.of_query(query(), 32), np.arange(35), 5)
+    scorer = TokenScorer(compute_logits=gather, vocab_size=2**24)
+    assert scorer._score(torch.zeros(35, 16), [span]) is None
+    assert asked == [16, 16, 3]

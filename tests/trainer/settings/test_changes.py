@@ -17,13 +17,12 @@ from tests.trainer.settings.smallest_config import SMALLEST
 
 HARMLESS = """
 checkpoint.best_metric checkpoint.every_minutes checkpoint.every_steps checkpoint.keep
-checkpoint.keep_best eval.every_steps eval.texts
-optim.max_sync_gap_nats optim.micro_batch_tokens run.otlp_endpoint run.out run.steps run.texts
-sampler.cpu_cores sampler.enforce_eager sampler.gpu_memory_utilization sampler.kv_cache_gib
-sampler.max_num_seqs sampler.stream_interval sampler.weights_dir student.device
-student.gradient_checkpointing teacher.connect_timeout_s teacher.endpoints teacher.tls_ca
-teacher.tls_cert teacher.tls_key teacher.token_file trackers.entity trackers.name trackers.project
-trackers.report_to
+checkpoint.keep_best eval.every_steps eval.texts optim.max_sync_gap_nats optim.micro_batch_tokens
+run.otlp_endpoint run.out run.steps run.texts sampler.cpu_cores sampler.enforce_eager
+sampler.gpu_memory_utilization sampler.kv_cache_gib sampler.max_num_seqs sampler.stream_interval
+sampler.tensor_parallel_size sampler.weights_dir student.device student.gradient_checkpointing
+teacher.connect_timeout_s teacher.endpoints teacher.tls_ca teacher.tls_cert teacher.tls_key
+teacher.token_file trackers.entity trackers.name trackers.project trackers.report_to
 """
 """A decision: with any of these changed a run learns what it would have learnt."""
 
