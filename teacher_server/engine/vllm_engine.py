@@ -29,7 +29,7 @@ from teacher_server.engine.data_ranks import DataRanks
 from teacher_server.engine.row_format import ZERO_BLOCKS_VARIABLE, RowCollector, RowRequest
 from teacher_wire.errors import EngineError
 from vllm_process.children import children_end_with_us
-from vllm_process.cores import children_on, executor_on
+from vllm_process.cores import AUTO, children_on, executor_on
 from vllm_process.imports import uncollected
 from vllm_process.output import EngineOutput
 
@@ -136,7 +136,7 @@ class VllmEngine:
         on_cpu = current_platform.is_cpu()
         if on_cpu:
             warn_if_emulated(self._info.dtype)
-        cores = children_on(self.cpu_cores, self._num_devices if on_cpu else 1)
+        cores = children_on(self.cpu_cores if on_cpu else AUTO, self._num_devices)
         # Not returned: the thread's future would keep it alive until exit, where it fails noisily.
         with cores, children_end_with_us(), output.of_children():
             self._llm = _llm_of_ranks().from_engine_args(
@@ -187,7 +187,9 @@ class VllmEngine:
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
             data_parallel_size=self.data_parallel_size,
-            distributed_executor_backend=executor_on(self.cpu_cores, self._num_devices),
+            distributed_executor_backend=executor_on(
+                self.cpu_cores if on_cpu else AUTO, self._num_devices
+            ),
             disable_log_stats=True,
             enable_log_requests=False,
         )

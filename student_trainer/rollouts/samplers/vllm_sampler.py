@@ -28,7 +28,7 @@ from student_trainer.rollouts.samplers.vllm_reload import ReloadsWeights, cause
 from student_trainer.rollouts.weight_buffer import WeightBuffer
 from teacher_wire.id_ranges import IdRanges, num_ids, within
 from vllm_process.children import children_end_with_us, kill_engines
-from vllm_process.cores import children_on, executor_on
+from vllm_process.cores import AUTO, children_on, executor_on
 from vllm_process.memory import children_keep_freed_memory
 from vllm_process.output import EngineOutput
 
@@ -115,6 +115,7 @@ class VllmSampler:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         on_cpu, ranks = current_platform.is_cpu(), self.tensor_parallel_size
+        cores = self.cpu_cores if on_cpu else AUTO
         args = AsyncEngineArgs(
             model=self.model,
             dtype=cast("ModelDType", self.dtype),
@@ -139,12 +140,12 @@ class VllmSampler:
             # vLLM would cast the whole head on every step.
             hf_overrides={} if on_cpu else {"head_dtype": "float32"},
             tensor_parallel_size=ranks,
-            distributed_executor_backend=executor_on(self.cpu_cores, ranks),
+            distributed_executor_backend=executor_on(cores, ranks),
             worker_extension_cls=_EXTENSION,
             **(self.adapter.engine_args() if self.adapter else {}),
         )
         with (
-            children_on(self.cpu_cores, ranks if on_cpu else 1),
+            children_on(cores, ranks),
             children_end_with_us(),
             output.of_children(),
             children_keep_freed_memory() if on_cpu else nullcontext(),
