@@ -14,6 +14,7 @@ from student_trainer.diagnostics.step import (
     step_profile,
 )
 from student_trainer.diagnostics.step_report import PhaseSeconds, StepReport
+from student_trainer.process.stopping import Stopped
 from student_trainer.recording.phase_clock import PhaseClock
 
 
@@ -35,6 +36,8 @@ def train(run: Run) -> None:
             run.evaluate()
         if run.checkpoint_due():
             run.state.save()
+    if run.evaluation_due():
+        raise Stopped  # the last one was given up by the process that does it for all
 
 
 def take_step(run: Run, step: int) -> StepReport:

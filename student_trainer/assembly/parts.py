@@ -102,8 +102,7 @@ def learner(
         dtype=dtype,
         recomputes_behavior=config.needs_learner_behavior,
         stop_ids=from_settings.stop_ids(config, start.model, tokenizer),
-        # Of several processes none leaves what the others compute with it.
-        stop=start.stop if start.ranks.world == 1 else None,
+        stop=start.stop,
         copied_to=getattr(torch, from_settings.sampler_dtype(config)),
         adapter=adapter,
         say=say,

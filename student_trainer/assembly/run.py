@@ -93,9 +93,12 @@ class Run:
     def swap_weights(self, version: int) -> float | None:
         """Moves the learner's weights into the sampler; returns the log-prob gap, in nats.
 
-        What is under way goes on with them. None when the run was asked to stop meanwhile: then
-        nobody will sample from them.
+        What is under way goes on with them. None when the run was asked to stop meanwhile, or one
+        of several processes was: then nobody will sample from them.
         """
+        if self.ranks.any(self.stop.requested):
+            self.stop.requested = True
+            return None
         gap: float | None
         try:
             with self.may_give_up():
@@ -175,7 +178,9 @@ class Run:
                 self.state.save()
             if self.ranks.is_first:
                 self._write_progress(finished=False)
-                self.stop.say_last_words()
+            self.stop.say_last_words(aloud=self.ranks.is_first)
+            # Whoever started them may end them all as soon as the first of them has ended.
+            self.ranks.gathered(None)
 
     def _is_unsaved(self) -> bool:
         """Whether steps are finished since the last checkpoint."""

@@ -6,7 +6,7 @@ top-k, J = student top-k. Padding is on the right and holds 0; masks say what is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -233,14 +233,17 @@ def recompute_behavior(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     excluded_ids: IdRanges = (),
+    before_each: Callable[[], None] = lambda: None,
 ) -> list[Rollout]:
     """The rollouts with behavior log-probs from the learner, of all that it may say.
 
     Needed where the sampler's are renormalised on a nucleus: ratios and gates compare like with
     like. Also keeps them at the teacher's top-k, which no sampler knows while it generates.
+    `before_each`: of the passes.
     """
     recomputed = []
     for part in split_micro(rollouts, micro_batch_tokens, part_costs=part_costs(device)):
+        before_each()
         with torch.no_grad():
             batch = collate(part, device)
             gathered = batch.forward(

@@ -30,7 +30,13 @@ from student_trainer.learner.flipped import flipped
 from student_trainer.learner.micro_batches import MicroBatches
 from student_trainer.learner.optim import Optimizer
 from student_trainer.learner.precision import lost_in_rounding, sample_of
-from student_trainer.learner.sharding import give_back_the_ends, is_spread, most, own_share
+from student_trainer.learner.sharding import (
+    give_back_the_ends,
+    is_spread,
+    most,
+    own_share,
+    stop_together,
+)
 from student_trainer.learner.student import student_forward
 from student_trainer.losses.objective import (
     Divergence,
@@ -133,20 +139,22 @@ class Learner:
         """All optimiser updates of one step. Of several processes each is given all rollouts, and
         computes its share of each update.
 
-        A request to stop gives the step up as long as no update has changed the weights; from the
-        first update on the others follow, because half of a step cannot be taken back. Raises
-        NonFiniteLossError, LearnerMemoryError.
+        A request to stop, to one of several processes too, gives the step up as long as no update
+        has changed the weights; from the first update on the others follow, because half of a step
+        cannot be taken back. Raises NonFiniteLossError, LearnerMemoryError.
         """
         normalize = needs_normalization(self._weights)
-        with self._stop.may_give_up():
+        with self._may_give_up():
             rollouts = self._with_behavior(rollouts)
         all_sums: list[StepSums] = []
         grad_norms: list[float] = []
         before = self._sample()
         for update in self._updates(rollouts, step):
-            with nullcontext() if grad_norms else self._stop.may_give_up():
+            is_first = not grad_norms
+            with self._may_give_up() if is_first else nullcontext():
                 totals = self._micro_batches.fitted(
-                    partial(self._accumulate, own_share(update)), self._model.zero_grad
+                    partial(self._accumulate, own_share(update), gives_up=is_first),
+                    self._model.zero_grad,
                 )
             learning_rate = self._optimizer.learning_rate
             scale = step_scale(totals.weight_sum.item(), totals.num_tokens.item(), normalize)
@@ -159,6 +167,11 @@ class Learner:
             updates=len(grad_norms),
             lost_in_rounding=self._lost_since(before),
         )
+
+    def _may_give_up(self) -> AbstractContextManager[None]:
+        """Of several processes none leaves a pass that the others compute with it: they agree
+        before each."""
+        return nullcontext() if is_spread(self._model) else self._stop.may_give_up()
 
     def _sample(self) -> torch.Tensor | None:
         return sample_of(self._learnt()) if self._copied_to != torch.float32 else None
@@ -182,6 +195,7 @@ class Learner:
             device=self._device,
             dtype=self._dtype,
             excluded_ids=self.excluded_ids,
+            before_each=partial(stop_together, self._stop),
         )
 
     def _updates(self, rollouts: Sequence[Rollout], step: int) -> Iterator[list[Rollout]]:
@@ -193,13 +207,16 @@ class Learner:
                 self.update_under_way = number, update
                 yield update
 
-    def _accumulate(self, rollouts: Sequence[Rollout]) -> StepSums:
-        """The gradient of one update, added up over micro-batches, and its sums."""
+    def _accumulate(self, rollouts: Sequence[Rollout], *, gives_up: bool) -> StepSums:
+        """The gradient of one update, added up over micro-batches, and its sums; `gives_up` where
+        one of several processes is asked to stop meanwhile."""
+        agree = partial(stop_together, self._stop) if gives_up else _go_on
         parts: list[StepSums] = []
         micros = self._micro_batches.split(rollouts)
         # Of a spread student every pass is one of all processes, which have more or fewer.
         num_passes = most(len(micros), self._device)
         for micro in self._micro_batches.noted(micros):
+            agree()
             batch = collate(micro, self._device)
             gathered = batch.forward(
                 self._model,
@@ -218,7 +235,9 @@ class Learner:
             sums.loss_sum.backward()
             parts.append(sums.detached())
         for _ in range(len(parts), num_passes):
+            agree()
             self._pass_for_the_others()
+        agree()
         return sum_over_processes(merge(parts))
 
     def _pass_for_the_others(self) -> None:
@@ -342,6 +361,10 @@ class Learner:
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from there, given a model with the weights of the same checkpoint."""
         self._optimizer.load(state["optimizer"])
+
+
+def _go_on() -> None:
+    """Whatever was asked."""
 
 
 def _padded(arrays: Sequence[NDArray[np.int32]]) -> torch.Tensor:

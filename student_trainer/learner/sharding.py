@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from student_trainer.process.stopping import Stopped, StopRequest
 from student_trainer.records import Rollout
 
 FORWARD = "response_logprobs"
@@ -125,3 +126,12 @@ def most(count: int, device: torch.device) -> int:
     found = torch.tensor(count, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return int(found)
+
+
+def stop_together(stop: StopRequest) -> None:
+    """Where one of the processes was asked to stop all are, and raise Stopped, at the same place:
+    each calls this there. Nothing for a process alone."""
+    # Over the CPU's backend: asked on a GPU, all that is under way there would be waited for.
+    if is_distributed() and most(int(stop.requested), torch.device("cpu")):
+        stop.requested = True
+        raise Stopped

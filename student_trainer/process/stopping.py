@@ -76,13 +76,14 @@ class StopRequest:
         with self._whole:
             yield
 
-    def say_last_words(self) -> None:
-        """Tells whoever sent the signal how to go on; only once."""
+    def say_last_words(self, *, aloud: bool = True) -> None:
+        """Tells whoever sent the signal how to go on; only once. Not `aloud` where another process
+        does."""
         with self._whole:
-            if self._last_words is not None:
+            if self._last_words is not None and aloud:
                 sys.stderr.write(f"{self._last_words()}\n")
                 sys.stderr.flush()
-                self._last_words = None
+            self._last_words = None
 
     def request(self) -> None:
         """Asks the main thread, which calls this, to stop. Raises Stopped where that may be."""

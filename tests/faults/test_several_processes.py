@@ -22,6 +22,8 @@ from student_trainer.assembly.spreading import refuse_spread
 from student_trainer.errors import ConfigError
 from student_trainer.process.ranks import Ranks, joined
 from student_trainer.settings.config import load_config
+from student_trainer.train_state import complete_checkpoints
+from tests.faults import asked_in_learning
 from tests.faults.live_server import LiveServer, gone, live_server
 from tests.faults.training_runs import CHECKPOINTS, ROOT, Run
 from tests.rounds import in_the_long_round
@@ -52,13 +54,20 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def both(run: Run, address: str, *flags: str, **changes: Any) -> Iterator[subprocess.Popen[str]]:
-    """Two processes of a run, which end with the block."""
+def both(
+    run: Run, address: str, *flags: str, asked_at_pass: int | None = None, **changes: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """Two processes of a run, which end with the block; one is asked to stop at this pass of its
+    learner."""
+    program = "student_trainer.cli" if asked_at_pass is None else asked_in_learning.__name__
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "student_trainer.cli", *run.arguments(address, **settings(**changes)), *flags),
+        *("-m", program, *run.arguments(address, **settings(**changes)), *flags),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        asked_in_learning.PASS: str(asked_at_pass),
+    }
     with subprocess.Popen(
         command,
         cwd=ROOT,
@@ -140,6 +149,8 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on_to_its_end(
     run = Run(tmp_path / "run")
     changes = {"run.steps": 4, "checkpoint.every_steps": 1}
     with training(run, teacher.address, **changes) as (process, pids):
+        # A step is recorded before it is saved.
+        wait_until(lambda: complete_checkpoints(run.folder / "checkpoints"))
         os.kill(pids[1], signal.SIGKILL)
         said, _ = process.communicate(timeout=LIMIT_S)
     assert "a process that trains with this one has ended" in said
@@ -152,6 +163,29 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on_to_its_end(
     assert process.returncode == 0, said
     assert [step["step"] for step in run.records("step")] == [1, 2, 3, 4]
     assert (run.folder / "student" / "README.md").is_file()
+
+
+@in_the_long_round
+def test_a_step_in_whose_gradient_one_process_gets_sigterm_is_given_up_by_both(
+    teacher: LiveServer, tmp_path: Path
+) -> None:
+    """Of a step each process has two passes; the first ends alone, and has saved by then."""
+    run = Run(tmp_path / "run")
+    changes = {
+        "data.heldout": "null",
+        "optim.epochs": 1,
+        "optim.updates_per_epoch": 1,
+        "optim.micro_batch_tokens": 1,
+        "checkpoint.every_steps": "null",
+    }
+    with both(run, teacher.address, asked_at_pass=3, **changes) as process:
+        said, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode != 0
+    saved = run.folder / "checkpoints" / "step-000001"
+    assert said.count("SIGTERM: ") == 1, said
+    assert f"SIGTERM: 1 of 4 steps are saved in {saved}" in said
+    assert [step["step"] for step in run.records("step")] == [1]
+    assert torch.load(saved / "trainer_state.pt")["step"] == 1
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ signals: tests/faults/test_stop_trainer.py. Run: python -m pytest tests/trainer/
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from student_trainer.assembly.evaluating import Evaluator
 from student_trainer.assembly.run import Run, assembled
+from student_trainer.diagnostics.step_report import EvalReport
 from student_trainer.learner.batch import Batch
 from student_trainer.learner.optim import Optimizer
+from student_trainer.process.ranks import Ranks
 from student_trainer.process.stopping import Stopped, StopRequest
 from student_trainer.recording.recorder import Recorder
 from student_trainer.rollouts.stream import RolloutStream
@@ -176,6 +180,59 @@ def test_a_step_whose_checkpoint_is_there_is_not_written_again(
     monkeypatch.setattr(TrainState, "save", saving)
     stopped_at(config, monkeypatch, RolloutStream, "take", 3)
     assert saves == [1, 2]
+
+
+class Both(Ranks):
+    """The first of two processes; the other has what it has, or what is said here."""
+
+    said: Any = None
+
+    def gathered(self, own: Any) -> list[Any]:
+        return [own, own if self.said is None else self.said]
+
+
+class OtherAsked(Both):
+    said = True
+
+
+def test_a_last_evaluation_that_was_given_up_for_several_processes_leaves_the_run_unfinished(
+    folder: Path, client: InMemoryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, stop = settings(folder, "run", "run.steps=1"), StopRequest()
+    report, calls = Evaluator.report, list[int]()
+
+    def asks(*arguments: Any, **named: Any) -> EvalReport:
+        calls.append(named["step"])
+        if calls == [0, 1]:
+            stop.request()
+        return report(*arguments, **named)
+
+    monkeypatch.setattr(Evaluator, "report", asks)
+    with assembled(config, stop=stop) as run:
+        first = replace(run, ranks=Both(world=2))
+        with pytest.raises(Stopped):
+            train(first)
+        first.give_up()
+    assert json.loads((config.run.out / "summary.json").read_text())["finished"] is False
+    run_through(config, resume=True)
+    assert calls == [0, 1, 1]
+    assert [record["step"] for record in records(config, "eval")] == [0, 1]
+
+
+def test_the_sampler_is_not_sent_what_nobody_will_sample_from(
+    folder: Path, client: InMemoryClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where another one of several processes was asked to stop, and will say the last words."""
+    with assembled(settings(folder, "run")) as run:
+        one = replace(run, ranks=OtherAsked(rank=1, world=2))
+        assert one.swap_weights(1) is None
+        assert run.stop.requested
+    assert run.stream.policy_version == 0
+    quiet = StopRequest()
+    with quiet.on_sigterm(lambda: "saved"):
+        quiet.say_last_words(aloud=False)
+        quiet.say_last_words()
+    assert "saved" not in capsys.readouterr().err
 
 
 def test_nothing_is_interrupted_but_where_it_may_be() -> None:

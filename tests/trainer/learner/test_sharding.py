@@ -28,6 +28,7 @@ from student_trainer.learner.student import response_logprobs
 from student_trainer.losses.objective import StepSums, sum_over_processes
 from student_trainer.losses.weight_choice import BlockGate, PruneWeight
 from student_trainer.pretrained import load_student
+from student_trainer.process.stopping import Stopped, StopRequest
 from student_trainer.records import AS_LEARNT, Rollout, WeightFormat
 from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import tiny_student
@@ -73,7 +74,7 @@ def student_of(kind: str, start: Path | None) -> tuple[PreTrainedModel, Any]:
     return model, adapter
 
 
-def learner_from(kind: str, start: Path | None) -> Learner:
+def learner_from(kind: str, start: Path | None, **changes: Any) -> Learner:
     """At the beginning, or where a checkpoint is."""
     model, adapter = student_of(kind, start)
     shard(model, response_logprobs)
@@ -81,10 +82,9 @@ def learner_from(kind: str, start: Path | None) -> Learner:
     learner = learner_of(
         model,
         weights=[PruneWeight(w_drop=0.1), BlockGate(block_size=4)],
-        micro_batch_tokens=16,
-        updates_per_epoch=UPDATES.get(kind, 1),
         adapter=adapter,
         dtype=torch.bfloat16 if kind == ROUNDED else torch.float32,
+        **{"micro_batch_tokens": 16, "updates_per_epoch": UPDATES.get(kind, 1)} | changes,
     )
     if start is not None:
         learner.load(torch.load(start / "state.pt"))
@@ -118,6 +118,50 @@ def learnt(kind: str, folder: Path, steps: range, start: Path | None = None) -> 
     }
 
 
+class AskedInUpdate:
+    """A request to stop, which one process gets in a pass of this update."""
+
+    def __init__(self, number: int) -> None:
+        self.stop = StopRequest()
+        self._number = number
+
+    def learner(self) -> Learner:
+        """Of two updates a step, each of several passes, some of which are for the others alone."""
+        changes = {"micro_batch_tokens": 1, "updates_per_epoch": 2}
+        made = learner_from("whole", None, **changes, stop=self.stop)
+        passed = made._pass_for_the_others
+
+        def asked() -> None:
+            if made.update_under_way[0] == self._number:
+                self.stop.request()
+            passed()
+
+        made._pass_for_the_others = asked  # type: ignore[method-assign]
+        return made
+
+
+def asked_to_stop() -> dict[str, Any]:
+    """What becomes of steps in whose updates one of the processes is asked to stop."""
+    first, second = AskedInUpdate(1), AskedInUpdate(2)
+    learner = first.learner()
+    before = dict(learner.weights(AS_LEARNT))
+    with pytest.raises(Stopped):
+        learner.learn(rollouts_of(0), 0)
+    after = dict(learner.weights(AS_LEARNT))
+    another = second.learner()
+    report = another.learn(rollouts_of(0), 0)
+    was_asked = second.stop.requested
+    with pytest.raises(Stopped):
+        another.learn(rollouts_of(1), 1)
+    return {
+        "unchanged": all(torch.equal(after[name], before[name]) for name in before),
+        "updates": [made.state()["optimizer"]["updates"] for made in (learner, another)],
+        "reported": report.updates,
+        "was asked": was_asked,
+        "are told": first.stop.requested and second.stop.requested,
+    }
+
+
 def worker(rank: int, folder: Path) -> None:
     """One of two processes; writes what it found to the folder."""
     dist.init_process_group(
@@ -135,6 +179,7 @@ def worker(rank: int, folder: Path) -> None:
             kind, folder / kind / "one-two", range(HALF, STEPS), folder / kind / "one"
         )["reports"]
     found[ROUNDED] = learnt(ROUNDED, folder / ROUNDED, range(2))
+    found["asked"] = asked_to_stop()
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -244,6 +289,17 @@ def test_a_frozen_base_in_bfloat16_is_spread_beside_an_adapter_in_float32(
         assert [r["loss"] for r in found[ROUNDED]["reports"]] == pytest.approx(
             [r["loss"] for r in expected], rel=2e-2
         )
+
+
+def test_all_processes_give_a_step_up_together_until_its_first_update(
+    both: list[dict[str, Any]],
+) -> None:
+    for found in both:
+        assert found["asked"]["unchanged"]
+        assert found["asked"]["updates"] == [0, 2]
+        assert found["asked"]["reported"] == 2
+        assert found["asked"]["are told"]
+    assert sorted(found["asked"]["was asked"] for found in both) == [False, True]
 
 
 def test_the_saved_student_is_nobodys_special_class(folder: Path, both: object) -> None:
