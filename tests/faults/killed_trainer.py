@@ -2,8 +2,10 @@
 
 An event is whatever could leave something half done: a file below the run's folder is opened for
 writing, renamed or deleted, a file of tensors or a line is half written, an update begins, the
-teacher is asked. The processes are forked from one that has imported everything and done nothing;
-the teacher is in memory. Run as: python -m tests.faults.killed_trainer, requests on stdin.
+teacher is asked, weights are sent. The processes are forked from one that has imported everything
+and done nothing; the teacher is in memory, or another process.
+
+Run as: python -m tests.faults.killed_trainer, requests on stdin.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.training_runs import ROOT
-
+# An engine of vLLM imports this module too: nothing is imported here that it has no use for.
+ROOT = Path(__file__).resolve().parents[2]
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 """Of files, as Python's audit names them."""
 
@@ -35,9 +38,17 @@ class Request:
     """What it writes to."""
     log: str
     kill_at: int | None
-    """The event with which it is killed; None: it runs to its end."""
+    """The event with which it is killed, from 1 on; None: it runs to its end."""
+    counted: str = ".*"
+    """Those that are counted; what of the others happens the clock may decide."""
     events: str | None = None
     """File for the names of all its events, where it runs to its end."""
+    in_memory: bool = True
+    """The teacher; else it is where the arguments say."""
+    loaded: str | None = None
+    """Folder for what is in memory before its first step."""
+    asked: str | None = None
+    """File for what its sampler is asked for, a line a rollout."""
 
 
 class Trainers:
@@ -72,16 +83,19 @@ def trainers() -> Iterator[Trainers]:
 class Events:
     """What has happened in this process, and the one with which it ends."""
 
-    def __init__(self, folder: str, kill_at: int | None) -> None:
+    def __init__(self, folder: str, kill_at: int | None, counted: str) -> None:
         self.names: list[str] = []
         self._folder = folder
         self._kill_at = kill_at
+        self._counted = counted
+        self._num_counted = 0
         self._deletes_ours = False
 
     def happens(self, name: str, before_the_end: Callable[[], None] = lambda: None) -> None:
         """One more; the last does what is to be left behind and kills."""
         self.names.append(name)
-        if len(self.names) == self._kill_at:
+        self._num_counted += re.fullmatch(self._counted, name) is not None
+        if self._num_counted == self._kill_at:
             self._kill_at = None
             before_the_end()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -134,11 +148,15 @@ def _watch(events: Events) -> None:
     from student_trainer.learner.batch import Batch
     from student_trainer.learner.optim import Optimizer
     from student_trainer.recording.json_lines import JsonLines
+    from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
+    from teacher_client.client import TeacherSession
     from tests.trainer.test_train import ModelSession
 
     events.counts(Optimizer, "step")
     events.counts(Batch, "forward")
     events.counts(ModelSession, "append")
+    events.counts(TeacherSession, "append")
+    events.counts(VllmSampler, "load_weights")
     events.halves(torch, "save")
     events.halves(modeling_utils, "safe_save_file")
     write = JsonLines._write
@@ -153,6 +171,63 @@ def _watch(events: Events) -> None:
     sys.addaudithook(events.audited)
 
 
+def _teach_in_memory() -> None:
+    from student_trainer.assembly import teachers
+    from tests.trainer.test_train import InMemoryClient
+
+    async def connect(*_: object) -> InMemoryClient:
+        return InMemoryClient()
+
+    teachers.connect = connect  # type: ignore[assignment]
+
+
+def _keep_what_is_loaded(folder: Path) -> None:
+    """A checkpoint of what is in memory as the loop begins, and what no checkpoint holds."""
+    import torch
+
+    from student_trainer import train as loop
+    from student_trainer.assembly.checkpoints import train_state
+    from student_trainer.assembly.run import Run
+
+    train = loop.train
+
+    def kept(run: Run) -> None:
+        again = train_state(run.config, run.learner, run.stream)
+        again._folder, again.step = folder, run.state.step
+        again.save()
+        beside = {
+            "policy_version": run.stream.policy_version,
+            "generator": torch.get_rng_state().tolist(),
+        }
+        train(run)
+        beside["generator_after"] = torch.get_rng_state().tolist()
+        (folder / "beside.json").write_text(json.dumps(beside))
+
+    loop.train = kept
+
+
+def _keep_what_is_asked(path: Path) -> None:
+    """Place, prompt, seed, length and policy of every rollout of the loop."""
+    from student_trainer.rollouts.stream import RolloutStream
+
+    rollout = RolloutStream._rollout
+
+    def kept(stream: RolloutStream, *asked: Any) -> Any:
+        step, index, prompt, options, version = asked
+        line = {
+            "place": [step, index],
+            "prompt": prompt.token_ids.tolist(),
+            "seed": options.seed,
+            "max_tokens": options.max_tokens,
+            "version": version,
+        }
+        with path.open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
+        return rollout(stream, *asked)
+
+    RolloutStream._rollout = kept  # type: ignore[assignment]
+
+
 def _train(request: Request) -> int:
     """In a process of its own."""
     log = os.open(request.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -161,16 +236,15 @@ def _train(request: Request) -> int:
     import torch
 
     from student_trainer import cli
-    from student_trainer.assembly import teachers
-    from tests.trainer.test_train import InMemoryClient
 
     torch.set_num_threads(1)
-
-    async def connect(*_: object) -> InMemoryClient:
-        return InMemoryClient()
-
-    teachers.connect = connect  # type: ignore[assignment]
-    events = Events(request.folder, request.kill_at)
+    if request.in_memory:
+        _teach_in_memory()
+    if request.loaded is not None:
+        _keep_what_is_loaded(Path(request.loaded))
+    if request.asked is not None:
+        _keep_what_is_asked(Path(request.asked))
+    events = Events(request.folder, request.kill_at, request.counted)
     _watch(events)
     code = cli.main([*request.arguments])
     if request.events is not None:
