@@ -153,8 +153,8 @@ def _keep_gloo_from_preempting() -> None:
     running = engines()
     if sys.platform != "linux" or len(running) != 1:
         return
-    with suppress(OSError):
-        for thread in Path(f"/proc/{running[0].pid}/task").iterdir():
+    for thread in Path(f"/proc/{running[0].pid}/task").glob("*"):
+        with suppress(OSError):  # of one that has ended meanwhile
             if (thread / "comm").read_text().startswith("gloo_tcp_loop"):
                 os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
 
