@@ -102,7 +102,8 @@ def _value(column: Column, cell: pa.Scalar) -> Any:
         return cell.as_py()
     if column.shape is Shape.LISTS:
         rows = cell.values
-        return _array(rows.flatten()).reshape(len(rows), -1)
+        flat = _array(rows.flatten())
+        return flat.reshape(len(rows), -1) if len(rows) else flat.reshape(0, 0)
     return _array(cell.values)
 
 

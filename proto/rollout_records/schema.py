@@ -88,7 +88,7 @@ COLUMNS: tuple[Column, ...] = (
         "finish",
         pa.string(),
         "why it ended: stop (the student), length (the budget), truncated (the drift policy), "
-        "unscored (the teacher stayed away)",
+        "unscored (the teacher stayed away); unknown of rollouts from elsewhere",
     ),
     _scalar("verdict", pa.string(), "the teacher's last word: continue or truncate"),
     _scalar("num_tokens", pa.int32(), "T, tokens kept"),
@@ -101,7 +101,7 @@ COLUMNS: tuple[Column, ...] = (
     _scalar(
         "exhausted_at?", pa.int32(), "tokens up to and with the one at which R reached 0; else null"
     ),
-    _scalar("policy_version", pa.int32(), "optimiser rounds of the weights that sampled"),
+    _scalar("policy_version?", pa.int32(), "optimiser rounds of the weights that sampled"),
     _scalar("correct?", pa.bool_(), "whether the response has the right answer, where it is known"),
     _scalar("mean_overlap?", pa.float32(), "of `overlap`, where `sampled`"),
     _scalar(
@@ -112,11 +112,13 @@ COLUMNS: tuple[Column, ...] = (
     _scalar("generate_s?", pa.float32(), "seconds until generation ended"),
     _scalar("score_wait_s?", pa.float32(), "seconds from then until its last score was there"),
     _scalar(
-        "round_trip_tokens",
+        "round_trip_tokens?",
         pa.int32(),
         "tokens generated while the deciding append was under way; 0 if not truncated",
     ),
-    _scalar("verdict_span_tokens", pa.int32(), "tokens of the deciding append; 0 if not truncated"),
+    _scalar(
+        "verdict_span_tokens?", pa.int32(), "tokens of the deciding append; 0 if not truncated"
+    ),
     _tokens("prompt_ids", ID, "what the student was given", Shape.PROMPT),
     _tokens("response_ids", ID, "what was kept of the response"),
     _tokens(
