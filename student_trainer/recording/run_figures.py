@@ -20,7 +20,12 @@ from run_report.figures import Bands, Profile, RunFigures, TokenPieces, Warned
 from run_report.token_pieces import pieces_of
 from student_trainer.diagnostics.groups import group_of
 from student_trainer.diagnostics.step_report import StepProfile
-from student_trainer.recording.json_lines import WrittenRun, read_profiles, read_run
+from student_trainer.recording.json_lines import (
+    PROFILES_FILE,
+    WrittenRun,
+    read_profiles,
+    read_run,
+)
 from student_trainer.recording.run_folder import CONFIG_FILE, read_record
 from student_trainer.recording.summary import by_kind, told
 
@@ -37,7 +42,7 @@ def run_figures(
     its end."""
     notes: list[str] = []
     written = read_run(folder, notes)
-    profiles = read_profiles(folder, notes)
+    profiles = _profiles(folder, notes)
     rollouts, pieces = _rollouts(folder / FOLDER, notes)
     settings = _settings(folder, notes)
     said = told(folder)
@@ -73,6 +78,13 @@ def names_of(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{'/'.join(parts[-1:])} ({number})" for number, parts in enumerate(paths, 1)]
+
+
+def _profiles(folder: Path, notes: list[str]) -> dict[int, StepProfile]:
+    if not (folder / PROFILES_FILE).is_file():
+        notes.append(f"{PROFILES_FILE} is not there: no lengths, and nothing by position.")
+        return {}
+    return read_profiles(folder, notes)
 
 
 def _profile(profile: StepProfile) -> Profile:

@@ -101,7 +101,7 @@ def analyze(arguments: argparse.Namespace) -> int:
     from teacher_wire.errors import TeacherError
 
     try:
-        return asyncio.run(_analyze(arguments))
+        return asyncio.run(analyzed(arguments))
     except (RecordingError, TeacherError, AccessError, ConfigError) as error:
         print(f"teacher-server: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
     except OSError as error:
@@ -118,7 +118,7 @@ class Asked:
     policy: DriftPolicy | None
 
 
-async def _analyze(arguments: argparse.Namespace) -> int:
+async def analyzed(arguments: argparse.Namespace) -> int:
     from rollout_records.schema import Origin
     from rollout_records.writing import table_of, write_table
     from run_report.page import report
