@@ -23,8 +23,6 @@ FOLDER = "rollouts"
 """In the folder of a run."""
 
 ID = pa.int32()
-LOGPROB = pa.float16()
-"""Of what is measured in nats or is a share: to 3 decimal digits, 0.004 at -8 nats."""
 
 
 class Shape(Enum):
@@ -47,6 +45,9 @@ class Column:
     is_required: bool
     """Otherwise null where it is not known."""
     about: str
+    is_rounded: bool = False
+    """A float32, which every reader takes, with no more digits than a float16 has
+    (`writing.rounded`): so it packs."""
 
     @property
     def type(self) -> pa.DataType:
@@ -72,8 +73,13 @@ def _tokens(name: str, kind: pa.DataType, about: str, shape: Shape = Shape.TOKEN
     return Column(name.rstrip("?"), kind, shape, not name.endswith("?"), about)
 
 
+def _measured(name: str, about: str, shape: Shape = Shape.TOKENS) -> Column:
+    """In nats, or a share."""
+    return Column(name.rstrip("?"), pa.float32(), shape, not name.endswith("?"), about, True)
+
+
 def _lists(name: str, kind: pa.DataType, about: str) -> Column:
-    return Column(name.rstrip("?"), kind, Shape.LISTS, not name.endswith("?"), about)
+    return _tokens(name, kind, about, Shape.LISTS)
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -129,22 +135,20 @@ COLUMNS: tuple[Column, ...] = (
         pa.bool_(),
         "false for what others said between the student's answers; null: all is the student's",
     ),
-    _tokens("behavior_logprobs?", LOGPROB, "of the token, by the policy that sampled it"),
-    _tokens("teacher_logprobs", LOGPROB, "of the token, by the teacher"),
-    _tokens(
+    _measured("behavior_logprobs?", "of the token, by the policy that sampled it"),
+    _measured("teacher_logprobs", "of the token, by the teacher"),
+    _measured(
         "reverse_kl?",
-        LOGPROB,
         "sum over the student's top-k of q (log q - log p), q the student's and p the teacher's, "
         "and over all other tokens as if they were one: at least 0, at most KL(q || p)",
     ),
-    _tokens(
+    _measured(
         "overlap?",
-        LOGPROB,
         "share of the first d entries that the student's and the teacher's top-k have in common, "
         "d the drift policy's k",
     ),
     _tokens("bad_events?", pa.bool_(), "where the drift policy saw one"),
-    _tokens("reliability?", LOGPROB, "R_t = clip(1 - w_drop * bad events up to t, 0, 1)"),
+    _measured("reliability?", "R_t = clip(1 - w_drop * bad events up to t, 0, 1)"),
     _tokens(
         "weight?",
         pa.float32(),
@@ -152,13 +156,13 @@ COLUMNS: tuple[Column, ...] = (
         "the position weights and of its teacher's, before the step's sum is divided; 0 where "
         "masked",
     ),
-    _tokens("entropies?", LOGPROB, "of the teacher's whole distribution, in nats"),
+    _measured("entropies?", "of the teacher's whole distribution, in nats"),
     _tokens("ranks?", pa.int32(), "of the token in the teacher's distribution; 1 is most likely"),
     _lists("teacher_topk_ids", ID, "most likely first"),
-    _lists("teacher_topk_logprobs", LOGPROB, "of these, by the teacher"),
+    _measured("teacher_topk_logprobs", "of these, by the teacher", Shape.LISTS),
     _lists("student_topk_ids?", ID, "of the policy that sampled, most likely first; [T][J]"),
-    _lists("student_topk_logprobs?", LOGPROB, "of these, by the policy that sampled"),
-    _lists("teacher_logprobs_at_student_topk?", LOGPROB, "of these, by the teacher"),
+    _measured("student_topk_logprobs?", "of these, by the policy that sampled", Shape.LISTS),
+    _measured("teacher_logprobs_at_student_topk?", "of these, by the teacher", Shape.LISTS),
 )
 BY_NAME = {column.name: column for column in COLUMNS}
 SCALARS = tuple(column.name for column in COLUMNS if column.shape is Shape.SCALAR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -162,7 +163,7 @@ def _line(
     if not len(steps):
         return values
     label = ", ".join([run.name] * named + [curve.figures[figure]] * bool(curve.figures[figure]))
-    style = {
+    style: dict[str, Any] = {
         "color": SERIES[(number if named else dash) % len(SERIES)],
         "linestyle": ("-", "--")[dash % 2] if named else "-",
         "label": label,

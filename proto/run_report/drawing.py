@@ -31,7 +31,7 @@ VARIABLES = {
 WIDTH, HEIGHT = 6.0, 3.6
 """Inches of one picture; at 72 dots each it fits a telephone."""
 PNG_DPI, OVERVIEW_DPI = 130, 100
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 10,
     "axes.titlesize": 11,

@@ -148,7 +148,8 @@ def _budgets(written: WrittenRun, settings: Mapping[str, str]) -> dict[int, int]
 
 def _rollouts(folder: Path, notes: list[str]) -> tuple[pa.Table | None, TokenPieces | None]:
     """Those of the newest steps, and how their ids read."""
-    tables, num_bytes, pieces = [], 0, None
+    tables: list[pa.Table] = []
+    num_bytes, pieces = 0, None
     for step, paths in sorted(steps(folder).items(), reverse=True)[:NEWEST_STEPS]:
         num_bytes += sum(path.stat().st_size for path in paths if path.exists())
         if tables and num_bytes > MAX_BYTES:

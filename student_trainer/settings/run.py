@@ -54,7 +54,7 @@ class RecordingSettings(Section):
     """What of the rollouts themselves is kept: a Parquet file a step in `run.out`/rollouts, with
     all that was said of every token."""
 
-    rollouts_per_step: int | Literal["all"] = Field(8, ge=0)
+    rollouts_per_step: Annotated[int, Field(ge=0)] | Literal["all"] = 8
     """Rollouts recorded of each step, evenly spaced over it, with at least one of those that were
     stopped in flight; 0 for none, "all" for all."""
     max_bytes: int = Field(1_000_000_000, gt=0)

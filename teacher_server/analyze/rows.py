@@ -241,6 +241,7 @@ def _matrix(
 
 
 def _others(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    value: Any
     found: dict[str, Any] = {}
     for name, types in OTHERS.items():
         value = row.get(name)
@@ -251,7 +252,7 @@ def _others(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
                 f"{where}: {name} must be {' or '.join(t.__name__ for t in types)}, is "
                 f"{_shown(value)}"
             )
-        if int in types and str not in types and not -MAX_ID <= value <= MAX_ID:
+        if types == (int,) and not -MAX_ID <= int(value) <= MAX_ID:
             raise RecordingError(f"{where}: {name} is {value}, must have 32 bits")
         found[name] = str(value) if str in types else value
     if "prompt_id" not in found and isinstance(row.get("id"), str | int):

@@ -6,52 +6,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from teacher_server.analyze.rows import Given
-    from teacher_server.engine.base import ScoringEngine
+    from teacher_server.process.scorers import Teacher
     from teacher_wire.records import DriftPolicy, ScoreOptions, Scores, TokenSpan
 
 EXIT_FAILED = 1
 AT_ONCE = 16
 """Rollouts that a running teacher is asked for at a time."""
-CONNECT_S = 10.0
+MAX_K = 4096
+"""Entries and candidates that a checkpoint in this process takes, or as many as its vocabulary."""
 DEFAULT_POLICY = {"metric": "overlap_ratio", "k": 8, "threshold": 0.5, "w_drop": 0.01}
 """The trainer's for language; of a recorded file its own counts."""
-
-
-class Score(Protocol):
-    """Scores one whole response."""
-
-    async def __call__(
-        self,
-        prompt_ids: NDArray[np.int32],
-        span: TokenSpan,
-        options: ScoreOptions,
-        policy: DriftPolicy | None,
-    ) -> Scores: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Teacher:
-    """Whoever scores, and its limits."""
-
-    model_id: str
-    vocab_size: int
-    max_context: int
-    max_k: int
-    score: Score
 
 
 def add_parser(commands: Any) -> None:
@@ -336,104 +309,20 @@ def _span(row: Given) -> TokenSpan:
     )
 
 
-@asynccontextmanager
-async def _teacher(arguments: argparse.Namespace) -> AsyncIterator[Teacher]:
+def _teacher(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Teacher]:
     """A checkpoint in this process, or a teacher that runs."""
-    async with (_loaded if arguments.model else _running)(arguments) as teacher:
-        yield teacher
+    from teacher_server.process.scorers import loaded, running
+    from teacher_server.settings import TeacherConfig
 
-
-@asynccontextmanager
-async def _loaded(arguments: argparse.Namespace) -> AsyncIterator[Teacher]:
-    from teacher_server.process.loading import build_engine
-    from teacher_server.settings import ConfigError, TeacherConfig
-
-    config = TeacherConfig(
-        engine="hf",
-        model=arguments.model,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        max_context=arguments.max_context,
-        max_k=4096,
-    )
-    try:
-        engine = build_engine(config)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"cannot read the checkpoint {arguments.model!r}: {error}") from error
-    await engine.start()
-    info = engine.info
-    try:
-        yield Teacher(
-            model_id=arguments.model,
-            vocab_size=info.vocab_size,
-            max_context=info.max_context,
-            max_k=info.max_k,
-            score=partial(_score_here, engine),
+    if not arguments.model:
+        return running(arguments.address, token_file=arguments.token_file, tls_ca=arguments.tls_ca)
+    return loaded(
+        TeacherConfig(
+            engine="hf",
+            model=arguments.model,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            max_context=arguments.max_context,
+            max_k=MAX_K,
         )
-    finally:
-        await engine.close()
-
-
-async def _score_here(
-    engine: ScoringEngine,
-    prompt_ids: NDArray[np.int32],
-    span: TokenSpan,
-    options: ScoreOptions,
-    policy: DriftPolicy | None,
-) -> Scores:
-    """As a server does it, without one."""
-    import numpy as np
-
-    from teacher_server.engine.base import ScoreQuery
-    from teacher_server.scoring.judging import check_rows, judged_rows
-    from teacher_wire import drift
-    from teacher_wire.records import DriftState, Scores, Timing, Verdict
-
-    query = ScoreQuery(
-        token_ids=np.concatenate([prompt_ids, span.token_ids]),
-        first_row=len(prompt_ids),
-        candidate_ids=span.candidate_ids,
-        k=options.k,
-        temperature=options.temperature,
-        extras=options.extras,
     )
-    rows = await engine.score(query)
-    check_rows(rows, query)
-    judged = judged_rows(rows, span, policy)
-    state, verdict, keep = None, Verdict.CONTINUE, None
-    if policy is not None and judged.bad_events is not None:
-        state, verdict, keep = drift.advance(policy, DriftState(), judged.bad_events)
-    return Scores(rows=judged, drift=state, verdict=verdict, keep_tokens=keep, timing=Timing())
-
-
-@asynccontextmanager
-async def _running(arguments: argparse.Namespace) -> AsyncIterator[Teacher]:
-    from teacher_client.access import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, TeacherAccess
-    from teacher_client.client import TeacherClient
-
-    token_file = arguments.token_file or os.environ.get(TOKEN_FILE_VARIABLE)
-    client = await TeacherClient.connect(
-        [arguments.address],
-        tokenizer_fingerprint="",
-        vocab_size=0,
-        run_id="analyze",
-        connect_timeout_s=CONNECT_S,
-        access=TeacherAccess(
-            token_file=Path(token_file) if token_file else None,
-            token=os.environ.get(TOKEN_VARIABLE, ""),
-            tls_ca=arguments.tls_ca,
-        ),
-    )
-    try:
-        info = client.info
-        yield Teacher(
-            model_id=info.model_id,
-            vocab_size=info.vocab_size,
-            max_context=info.max_context,
-            max_k=info.max_k,
-            score=client.score,
-        )
-    finally:
-        await client.aclose()

@@ -20,7 +20,7 @@ import pytest
 from rollout_records.errors import RecordingError
 from rollout_records.measures import reverse_kl
 from rollout_records.reading import origin, read_rollout, read_table, steps
-from rollout_records.schema import COLUMNS, LOGPROB, METADATA_KEY, Origin, Shape
+from rollout_records.schema import COLUMNS, METADATA_KEY, Origin, Shape
 from rollout_records.writing import drop_later, table_of, thin_out, write_step, write_table
 from scripts.columns_document import PATH, document
 from tests.records.made_rows import made_row
@@ -42,9 +42,9 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
             elif column.name == "started_at":
                 assert int(found.timestamp() * 1000) == written
             elif column.shape is not Shape.SCALAR:
-                tolerance = 5e-4 if column.kind == LOGPROB else 0.0
+                tolerance = 2**-11 if column.is_rounded else 0.0
                 np.testing.assert_allclose(found, written, rtol=tolerance, err_msg=column.name)
-                assert found.dtype == (np.float32 if column.kind == LOGPROB else found.dtype)
+                assert found.dtype == column.kind.to_pandas_dtype()
             else:
                 assert found == pytest.approx(written), column.name
     assert origin(path) == ORIGIN
