@@ -90,7 +90,7 @@ def read_rollout(paths: Sequence[Path], index: int) -> dict[str, Any]:
 def origin(path: Path) -> Origin:
     """Whose rollouts a file holds. Raises RecordingError."""
     with _opened(path) as file:
-        said = json.loads(file.schema_arrow.metadata[METADATA_KEY])
+        said = json.loads(file.metadata.metadata[METADATA_KEY])
     return Origin(**{f.name: said.get(f.name) for f in fields(Origin)})
 
 
@@ -118,7 +118,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         # zstd alone lets most changed bytes pass as other numbers.
         file = pq.ParquetFile(path, page_checksum_verification=True)
     try:
-        metadata = file.schema_arrow.metadata or {}
+        metadata = file.metadata.metadata or {}
         said = _said(path, metadata.get(METADATA_KEY))
         if (version := said.get("version")) is None or version > VERSION:
             raise RecordingError(

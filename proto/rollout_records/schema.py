@@ -23,6 +23,9 @@ FOLDER = "rollouts"
 """In the folder of a run."""
 
 ID = pa.int32()
+TOKEN_BITS, LIST_BITS = 10, 8
+"""What a float16 has, right to 0.004 at -8; two less in the lists, which are most of a file: right
+to 0.016 there, and to 0.004 between -2 and -4."""
 
 
 class Shape(Enum):
@@ -45,9 +48,9 @@ class Column:
     is_required: bool
     """Otherwise null where it is not known."""
     about: str
-    is_rounded: bool = False
-    """A float32, which every reader takes, with no more digits than a float16 has
-    (`writing.rounded`): so it packs."""
+    bits: int | None = None
+    """Of the mantissa that are kept of a float32, so that it packs (`writing.rounded`); None: all.
+    Not every reader takes a float16."""
 
     @property
     def type(self) -> pa.DataType:
@@ -75,7 +78,8 @@ def _tokens(name: str, kind: pa.DataType, about: str, shape: Shape = Shape.TOKEN
 
 def _measured(name: str, about: str, shape: Shape = Shape.TOKENS) -> Column:
     """In nats, or a share."""
-    return Column(name.rstrip("?"), pa.float32(), shape, not name.endswith("?"), about, True)
+    bits = LIST_BITS if shape is Shape.LISTS else TOKEN_BITS
+    return Column(name.rstrip("?"), pa.float32(), shape, not name.endswith("?"), about, bits)
 
 
 def _lists(name: str, kind: pa.DataType, about: str) -> Column:

@@ -32,7 +32,7 @@ from rollout_records.schema import (
 
 GROUP_TOKENS = 1 << 16
 """Tokens of a row group: what is read to show one rollout of a step with many."""
-ZSTD_LEVEL = 3
+ZSTD_LEVEL = 15
 PARTIAL = ".partial"
 Row = Mapping[str, Any]
 """Column -> value, as `reading.read_rollout` gives it; what is not there is null."""
@@ -47,13 +47,13 @@ def table_of(rows: Sequence[Row]) -> pa.Table:
 def write_table(path: Path, table: pa.Table, origin: Origin) -> None:
     """Replaces a file in one go; its folder is made. Raises OSError."""
     told = json.dumps(asdict(origin)).encode()
-    table = table.replace_schema_metadata({METADATA_KEY: told})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with pq.ParquetWriter(partial, table.schema, **ENCODED) as writer:
             for group in _groups(table):
                 writer.write_table(group, row_group_size=max(1, len(group)))
+            writer.add_key_value_metadata({METADATA_KEY: told})
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -138,14 +138,15 @@ def _lengths(values: Iterable[Any]) -> NDArray[np.int64]:
 def _flat(column: Column, arrays: Sequence[NDArray[Any]]) -> pa.Array:
     kind = column.kind.to_pandas_dtype()
     joined = np.concatenate(arrays) if arrays else np.zeros(0, kind)
-    if column.is_rounded:
-        joined = rounded(joined)
+    if column.bits is not None:
+        joined = rounded(joined, column.bits)
     return pa.array(np.ascontiguousarray(joined.astype(kind, copy=False)), column.kind)
 
 
-def rounded(values: NDArray[Any]) -> NDArray[np.float32]:
-    """The nearest that a float16 holds: to a part in 2,000, 0.004 at -8."""
-    return values.astype(np.float16).astype(np.float32)
+def rounded(values: NDArray[Any], bits: int) -> NDArray[np.float32]:
+    """The nearest float32 with so many bits of mantissa; the others are 0."""
+    mantissa, exponent = np.frexp(values.astype(np.float32))
+    return np.ldexp(np.round(np.ldexp(mantissa, bits + 1)), exponent - bits - 1)
 
 
 def _lists(
@@ -162,13 +163,20 @@ def _leaf(column: Column) -> str:
     return ".".join([column.name, *["list.element"] * depth])
 
 
-_SPLIT = [_leaf(column) for column in COLUMNS if column.is_rounded]
+_SPLIT = [
+    _leaf(c) for c in COLUMNS if c.shape is not Shape.SCALAR and (c.bits or c.kind == pa.int32())
+]
+_FEW = ("overlap", "reliability", "ranks")
+"""Of few values: numbered, they pack better."""
+_NUMBERED = [_leaf(c) for c in COLUMNS if c.shape is Shape.SCALAR or c.name in _FEW]
 ENCODED: dict[str, Any] = {
     "write_page_checksum": True,
+    "store_schema": False,  # Arrow's own, a third of the end of a file
+    "write_statistics": [c.name for c in COLUMNS if c.shape is Shape.SCALAR],
     "compression": "zstd",
     "compression_level": ZSTD_LEVEL,
-    # Values of few kinds are numbered; log-probs are cut into their bytes, which zstd packs best.
-    "use_dictionary": [_leaf(c) for c in COLUMNS if not c.is_rounded and c.kind != pa.bool_()],
-    "use_byte_stream_split": _SPLIT,
+    "use_dictionary": _NUMBERED,
+    # Ids and log-probs are cut into their bytes, which zstd packs best.
+    "use_byte_stream_split": [leaf for leaf in _SPLIT if leaf not in _NUMBERED],
 }
 """How pyarrow writes each column; measured in docs/run-folder.md."""

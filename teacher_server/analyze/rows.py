@@ -241,10 +241,9 @@ def _matrix(
 
 
 def _others(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    value: Any
     found: dict[str, Any] = {}
     for name, types in OTHERS.items():
-        value = row.get(name)
+        value: Any = row.get(name)
         if value is None:
             continue
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
@@ -252,7 +251,7 @@ def _others(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
                 f"{where}: {name} must be {' or '.join(t.__name__ for t in types)}, is "
                 f"{_shown(value)}"
             )
-        if types == (int,) and not -MAX_ID <= int(value) <= MAX_ID:
+        if types == (int,) and not -MAX_ID <= value <= MAX_ID:
             raise RecordingError(f"{where}: {name} is {value}, must have 32 bits")
         found[name] = str(value) if str in types else value
     if "prompt_id" not in found and isinstance(row.get("id"), str | int):

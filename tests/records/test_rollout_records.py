@@ -42,7 +42,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
             elif column.name == "started_at":
                 assert int(found.timestamp() * 1000) == written
             elif column.shape is not Shape.SCALAR:
-                tolerance = 2**-11 if column.is_rounded else 0.0
+                tolerance = 0.0 if column.bits is None else 2.0 ** -(column.bits + 1)
                 np.testing.assert_allclose(found, written, rtol=tolerance, err_msg=column.name)
                 assert found.dtype == column.kind.to_pandas_dtype()
             else:
