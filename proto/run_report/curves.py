@@ -188,8 +188,9 @@ def _scaled(axis: Axes, values: NDArray[np.float64]) -> None:
 
 
 def weights_chart(runs: Runs) -> Chart | None:
-    there = [run for run in runs if len(run.series("weight_mean")[0])]
-    if not there:
+    names = ("weight_min", "weight_mean", "weight_max")
+    values = np.concatenate([run.series(name)[1] for run in runs for name in names])
+    if (values == 1.0).all():  # there are none, or no weights
         return None
 
     def draw(axis: Axes) -> None:
