@@ -140,7 +140,11 @@ def curve_chart(runs: Runs, curve: Curve) -> Chart | None:
         for run in runs[:1]:
             for figure in curve.figures:
                 if (reference := run.references.get(figure)) is not None:
-                    axis.axhline(reference, color=MUTED, linestyle=":", label="the teacher")
+                    axis.axhline(reference, color=MUTED, linestyle=":")
+                    axis.annotate(
+                        "the teacher", (0.02, reference), xytext=(0, -3), color=MUTED, va="top",
+                        xycoords=("axes fraction", "data"), textcoords="offset points",
+                    )  # fmt: skip
                     drawn.append(np.array([reference]))
         _scaled(axis, np.concatenate(drawn))
         legend(axis)

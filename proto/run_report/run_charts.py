@@ -135,7 +135,7 @@ def _cloud(run: RunFigures, axis: Axes) -> None:
         axis.plot(*zip(*budgets, strict=True), color=MUTED, linewidth=1, label="budget")
     axis.set_ylim(bottom=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(axis, markerscale=1.5)
+    legend_above(axis, 3)
 
 
 def _ends(run: RunFigures, axis: Axes) -> None:
