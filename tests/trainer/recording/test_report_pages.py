@@ -74,16 +74,6 @@ def test_several_runs_have_one_page_and_names_that_tell_them_apart(
     assert not (runs[1] / "summary.json").exists()
 
 
-def test_a_teacher_s_result_that_is_not_there_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_run(tmp_path)
-    missing = tmp_path / "missing.json"
-    assert cli.main(["report", str(tmp_path), "--teacher-eval", str(missing)]) == cli.EXIT_FAILED
-    said = capsys.readouterr().err
-    assert said == f"DatasetError: --teacher-eval {missing}: No such file or directory\n"
-
-
 def test_every_figure_has_a_group_and_few_are_in_one() -> None:
     names = {
         f.name
