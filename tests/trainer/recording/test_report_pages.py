@@ -53,7 +53,7 @@ def test_a_run_that_was_cut_off_has_a_report_that_says_what_is_missing(
         "The last line of metrics.jsonl is not whole, and left out.",
         "The last line of profiles.jsonl is not whole, and left out.",
         "The recorded rollouts of step 3 are left out",
-        "2 steps of 5 are written: the run goes on, or was ended before its last one.",
+        "2 of 5 steps are written: the run goes on, or was ended before its last one.",
     ):
         assert note in said
         assert note in (tmp_path / "report.html").read_text()
