@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         "--do", choices=("step", "rollout"), default="step", help="or its first phase"
     )
     made.add_argument("--steps", type=int, default=5, help="of each arm, after one to warm up")
-    made.add_argument("--rounds", type=int, default=1, help="starts of each arm")
+    made.add_argument("--rounds", type=int, default=1, help="starts of each arm, or growths")
     made.add_argument("--one-at-a-time", action="store_true", help="for want of memory")
     made.add_argument("--idle-s", type=float, default=0.0, help="look on after the last step, too")
     made.add_argument("--set", action="append", default=[], help="trainer setting, key=value")
@@ -161,8 +161,7 @@ async def main(words: Sequence[str] | None = None, console: Console | None = Non
         growing, say = GROWING[arguments.growth], partial(console.print, highlight=False)
         arm = ARMS[arguments.arms[0]]
         async with running("growth", growing.pair, arm, arguments.set) as pairing:
-            repeats = 1 if arguments.quick else 3
-            grown = await growth(pairing.take, growing.axes, repeats=repeats, said=say)
+            grown = await growth(pairing.take, growing.axes, repeats=arguments.rounds, said=say)
         console.print(growth_table(grown))
     else:
         found = {name: await measure(arguments, name, console) for name in arguments.pairs}

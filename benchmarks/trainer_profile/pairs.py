@@ -83,6 +83,12 @@ class Growing:
     axes: Mapping[str, Sequence[int]]
 
 
+STEADY = {
+    "optim.learning_rate": 1e-12,
+    "optim.final_learning_rate": 0.0,
+    "drift.stop_in_flight": False,
+}
+"""A random student soon learns to end at once, and is unlike its teacher."""
 GROWING = {
     "random": Growing(
         pair=Pair(
@@ -93,7 +99,11 @@ GROWING = {
             max_context=1184,
             student=Llama(layers=2),
             teacher=Llama(layers=2),
-            changes={"sampler.max_num_seqs": 128, "optim.micro_batch_tokens": 16_384},
+            changes={
+                **STEADY,
+                "sampler.max_num_seqs": 128,
+                "optim.micro_batch_tokens": 16_384,
+            },
         ),
         axes={"rollouts": (8, 16, 32, 64, 128), "max_tokens": (64, 128, 256, 512, 1024)},
     ),
@@ -103,7 +113,7 @@ GROWING = {
             rollouts=32,
             max_tokens=256,
             max_context=416,
-            changes={**LANGUAGE.changes, "sampler.max_num_seqs": 32},
+            changes={**STEADY, "sampler.max_num_seqs": 32},
         ),
         axes={"rollouts": (8, 16, 32), "max_tokens": (64, 128, 256)},
     ),
