@@ -163,6 +163,8 @@ class TeacherConfig(BaseSettings):
     """replies waiting on one stream, bytes"""
     drain_s: Seconds = 30.0
     """time for streams to end after SIGTERM, s"""
+    runs: str = ""
+    """folder of runs whose recorded rollouts are shown over HTTP; empty: none"""
     ready_file: str = ""
     """file to write addresses and process id to, as JSON, when ready"""
     log_level: Literal["debug", "info", "warning"] = "info"

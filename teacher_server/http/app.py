@@ -13,10 +13,10 @@ from teacher_server.http import middleware
 from teacher_server.http.bodies import FAILURES
 from teacher_server.http.deps import HttpDeps
 from teacher_server.http.failures import EXCEPTION_HANDLERS
-from teacher_server.http.routes import plain, v1
+from teacher_server.http.routes import page, plain, runs, v1
 from teacher_wire import __version__
 
-GROUPS = (plain, v1)
+GROUPS = (page, plain, v1, runs)
 """Each gives its `routes(deps)`."""
 
 

@@ -184,9 +184,12 @@ class AnalyzeReply(Report):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InfoReply(TeacherInfo):
-    """What is served, its limits, and whether texts can be analysed."""
+    """What is served, its limits, and what the page can show."""
 
     has_tokenizer: bool
+    """Texts can be analysed."""
+    shows_runs: bool
+    """Recorded rollouts can be seen by who asks."""
 
 
 class ErrorDetail(_Body):

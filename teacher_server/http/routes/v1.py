@@ -29,15 +29,15 @@ def routes(deps: HttpDeps) -> APIRouter:
     """/v1/info, /v1/score and /v1/analyze."""
     router = APIRouter(prefix="/v1", dependencies=deps.token_in_schema())
     texts = TokenTexts(deps.tokenizer)
-    # A tokenizer that is asked from two threads at once may refuse ("Already borrowed").
-    tokenizer_turn = asyncio.Lock()
-
-    info_reply = InfoReply(**asdict(deps.info), has_tokenizer=deps.tokenizer is not None)
 
     @router.get("/info", response_model=InfoReply)
-    async def info() -> Response:
-        """What is served, its limits, and whether texts can be analysed."""
-        return _json(asdict(info_reply))
+    async def info(request: Request) -> Response:
+        """What is served, its limits, and whether texts can be analysed and runs seen."""
+        shows_runs = deps.runs is not None and deps.sees_runs(request.state.tenant)
+        reply = InfoReply(
+            **asdict(deps.info), has_tokenizer=deps.tokenizer is not None, shows_runs=shows_runs
+        )
+        return _json(asdict(reply))
 
     @router.post("/score", response_model=ScoreReply)
     async def score(body: ScoreBody, request: Request) -> Response:
@@ -58,7 +58,7 @@ def routes(deps: HttpDeps) -> APIRouter:
     async def analyze(body: AnalyzeBody, request: Request) -> Response:
         """A table of what the teacher thinks of each response token."""
         deps.refuse_unless_ready()
-        async with tokenizer_turn:
+        async with deps.tokenizer_turn:
             prompt_ids, response_ids = await asyncio.to_thread(_ids_of, body, deps.tokenizer)
         _refuse_too_many(len(response_ids), body.k, MAX_REPORT_ENTRIES)
         span = TokenSpan(
@@ -76,7 +76,7 @@ def routes(deps: HttpDeps) -> APIRouter:
             report = build_report(prompt_ids, response_ids, scores, policy, texts)
             return _json({**report_to_json(report), "timing": asdict(scores.timing)})
 
-        async with tokenizer_turn:
+        async with deps.tokenizer_turn:
             return await asyncio.to_thread(render)
 
     return router

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from teacher_server.engine.fake_engine import FakeEngine
 from teacher_server.http import middleware
 from teacher_server.http.app import create_app
 from teacher_server.http.deps import HttpDeps
+from teacher_server.http.recordings import RunFolder
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.sessions import SessionTable
 from teacher_wire.records import Scores, TeacherInfo
@@ -77,6 +79,8 @@ class Teacher:
         has_tokenizer: bool = True,
         authenticate: TenantOf | None = None,
         max_body_bytes: int = middleware.MAX_BODY_BYTES,
+        runs: RunFolder | None = None,
+        sees_runs: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self.engine = FakeEngine(vocab_size=V, max_k=V)
         self.metrics = Metrics()
@@ -90,6 +94,8 @@ class Teacher:
             metrics=self.metrics,
             tokenizer=symbol_tokenizer() if has_tokenizer else None,
             authenticate=authenticate,
+            runs=runs,
+            sees_runs=sees_runs,
         )
         self.app = create_app(deps, max_body_bytes=max_body_bytes)
         transport = httpx.ASGITransport(app=self.app)

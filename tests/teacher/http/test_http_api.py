@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,13 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from teacher_server.engine.fake_engine import full_logprobs, prefix_seeds
-from teacher_server.http import bodies
+from teacher_server.http import app, bodies
 from teacher_server.http.routes import v1
 from teacher_wire.errors import ERROR_CODES, NonFiniteError
 from tests.teacher.http.http_teacher import PROMPT, RESPONSE, Teacher, V, error_of, no_constants
+
+
+FOLDER = Path(app.__file__).parent
 
 
 @pytest.fixture
@@ -238,12 +242,22 @@ async def test_the_page_is_self_contained_and_its_policy_allows_it(teacher: Teac
     response = await teacher.client.get("/")
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     policy = response.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert policy.count("'sha256-") == 2
-    page = response.text
-    assert not re.findall(r'(?:src|href)="(?!data:,)[^"]*"', page)
-    assert not re.findall(r"@import|url\(|innerHTML|\son\w+=|\sstyle=", page)
-    assert re.findall(r"https?://[^\"' ]+", page) == ["http://www.w3.org/2000/svg"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self';")
+    assert "unsafe" not in policy
+    files = set(re.findall(r'(?:src|href)="(?!data:,)([^"]*)"', response.text))
+    assert {"page/d3.js", "page/main.js", "page/base.css"} <= files
+    for name in [path.name for path in (FOLDER / "page").iterdir()]:
+        files |= {f"page/{name}"}
+    for path in files:
+        reply = await teacher.client.get(f"/{path}")
+        assert reply.headers["content-security-policy"] == policy
+        kept = await teacher.client.get(
+            f"/{path}", headers={"if-none-match": reply.headers["etag"]}
+        )
+        assert (reply.status_code, kept.status_code, kept.content) == (200, 304, b"")
+        if path != "page/d3.js":
+            assert not re.findall(r"https?:|@import|url\(|innerHTML|outerHTML|insertAdjacent|eval\(|"
+                                  r"new Function|\son\w+=\"|\sstyle=", reply.text), path
 
 
 async def test_the_schema_names_every_field_of_a_score_request(teacher: Teacher) -> None:
@@ -283,7 +297,9 @@ def test_the_schema_says_where_a_token_is_needed(is_secured: bool) -> None:
         for operation in methods.values()
         if operation.get("security")
     }
-    everywhere = {"/metrics", "/v1/info", "/v1/score", "/v1/analyze"}
+    everywhere = {"/metrics", "/v1/info", "/v1/score", "/v1/analyze", "/v1/runs", "/v1/runs/{run}"}
+    step = "/v1/runs/{run}/steps/{step}"
+    everywhere |= {step, f"{step}/rollouts/{{index}}"}
     assert secured == (everywhere if is_secured else set())
 
 

@@ -219,6 +219,12 @@ async def test_a_client_that_leaves_cancels_its_work(teacher: Teacher) -> None:
     assert sent == []
 
 
+@pytest.mark.parametrize("path", ["/page/%2e%2e/v1/info", "/page/..%2f..%2fdeps.py", "/page/"])
+async def test_the_page_has_its_own_files_and_no_others(teacher: Teacher, path: str) -> None:
+    response = await teacher.client.get(path)
+    assert (response.status_code, "error" in response.json()) == (404, True)
+
+
 async def test_a_path_with_a_slash_too_many_is_not_redirected(teacher: Teacher) -> None:
     """The target would be made from the Host header."""
     response = await teacher.client.post("/v1/score/", headers={"host": "evil.example"})
