@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, Response
 from fastapi.security import HTTPBearer
 
 from teacher_server.access.caller import TenantOf
-from teacher_server.http.analysis import Tokenizer
+from teacher_server.http.texts import Tokenizer
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.sessions import SessionTable
 from teacher_wire.errors import NotReadyError
@@ -40,9 +39,6 @@ class HttpDeps:
     """Recorded rollouts to show; None: there are none to show."""
     sees_runs: Callable[[str], bool] = lambda _: True
     """Whether a tenant may see them."""
-    tokenizer_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by who asks the tokenizer: asked from two threads at once it may refuse ("Already
-    borrowed")."""
 
     def refuse_unless_ready(self) -> None:
         """Raises NotReadyError while loading, stalled or draining."""

@@ -24,6 +24,8 @@ class Session:
     policy: DriftPolicy | None
     tally: TenantTally
     last_used: float
+    background: bool = False
+    """What it scores may be held back for others."""
     owner: object = None
     """Who opened it last."""
     scored_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))

@@ -90,20 +90,20 @@ export class PasteForm {
     try {
       return await api.analyze(body);
     } catch (error) {
-      const told = /(\d+) response tokens.*limit[^\d]*(\d+)/s.exec(error.message ?? "");
-      if (error.status !== 400 || told === null) throw error;
-      const k = Math.floor(Number(told[2]) / Number(told[1]));
-      if (k < 1 || k >= body.k) throw error;
-      this.#say(k, Number(told[1]));
-      return await api.analyze({...body, k});
+      const told = /(\d+) response tokens/.exec(error.message ?? "");
+      if (error.status !== 400 || told === null || !this.#fit(body, Number(told[1]))) throw error;
+      return await api.analyze(body);
     }
   }
 
+  /** Lowers k to what one reply holds; false where it holds it already, or no k would do. */
   #fit(body, numTokens) {
-    const most = this.info?.max_report_entries;
-    if (!most || numTokens * body.k <= most || numTokens > most) return;
-    body.k = Math.floor(most / numTokens);
-    this.#say(body.k, numTokens);
+    const perToken = Math.floor(this.info.max_analysis_entries / numTokens);
+    const k = perToken - (body.candidate_ids?.[0]?.length ?? 0);
+    if (k < 1 || k >= body.k) return false;
+    body.k = k;
+    this.#say(k, numTokens);
+    return true;
   }
 
   #say(k, numTokens) {

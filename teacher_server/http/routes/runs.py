@@ -7,33 +7,37 @@ turn meanwhile: it carries the gRPC streams too.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Path, Query, Request, Response
-from numpy.typing import NDArray
-from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
-from teacher_server.http.analysis import TokenTexts
+from teacher_server.http.analysis import ids_in
 from teacher_server.http.deps import HttpDeps
+from teacher_server.http.rendering import JSON, json_bytes
+from teacher_server.http.texts import TokenTexts
 from teacher_wire.errors import PermissionDeniedError
 
 PARQUET = "application/vnd.apache.parquet"
 MAX_READS = 2
 """Files read at once; the others wait."""
-ROWS_AT_A_TIME = 512
-"""Of a [T][K] column, rendered without letting another thread in."""
 DECIMALS = 5
 
 _Number = Annotated[int, Path(ge=0, le=2**31 - 1)]
 _T = TypeVar("_T")
+_FOREIGN = {
+    "reason": "tokenizer",
+    "field": "texts",
+    "message": "these ids are of another tokenizer than this teacher's: tokens are shown by their ids",
+    "positions": [],
+}
 _ID_COLUMNS = ("prompt_ids", "response_ids", "teacher_topk_ids", "student_topk_ids")
 _AS_FILE: dict[str, Any] = {
     "response_class": Response,
-    "responses": {200: {"content": {"application/json": {}, PARQUET: {}}}},
+    "responses": {200: {"content": {JSON: {}, PARQUET: {}}}},
 }
 """What the published schema says of a path that answers with a file where that is accepted."""
 
@@ -92,9 +96,9 @@ def routes(deps: HttpDeps) -> APIRouter:
         def work() -> bytes:
             rollouts, left_out, problems = of_runs.rollouts(run, step)
             content = {"run": run, "step": step, "rollouts": rollouts}
-            return to_json({**content, "left_out": left_out, "problems": problems})
+            return json_bytes({**content, "left_out": left_out, "problems": problems})
 
-        return Response(await read(request, work), media_type="application/json")
+        return Response(await read(request, work), media_type=JSON)
 
     @router.get("/{run}/steps/{step}/rollouts/{index}", **_AS_FILE)
     async def show_rollout(request: Request, run: str, step: _Number, index: _Number) -> Response:
@@ -104,13 +108,11 @@ def routes(deps: HttpDeps) -> APIRouter:
             content = await read(request, lambda: of_runs.rollout_file(run, step, index))
             return _file(content, f"{run}-step-{step}-rollout-{index}")
 
-        def work() -> dict[str, Any]:
+        def work() -> bytes:
             columns, origin = of_runs.rollout(run, step, index)
-            return {"run": run, **columns, "origin": origin}
+            return _rendered({"run": run, **columns, "origin": origin}, texts, deps)
 
-        content = await read(request, work)
-        async with deps.tokenizer_turn:
-            return await asyncio.to_thread(_rendered, content, texts, deps)
+        return Response(await read(request, work), media_type=JSON)
 
     return router
 
@@ -138,61 +140,27 @@ def _file(content: bytes, name: str) -> Response:
     return Response(content, media_type=PARQUET, headers=headers)
 
 
-def _rendered(content: dict[str, Any], texts: TokenTexts, deps: HttpDeps) -> Response:
-    """The JSON of one rollout."""
-    origin, warnings = content["origin"], []
-    known = _texts(content, texts)
+def _rendered(content: dict[str, Any], texts: TokenTexts, deps: HttpDeps) -> bytes:
+    """The JSON of one rollout; measured numbers to DECIMALS, missing ones null."""
+    origin = content["origin"]
     fingerprint = origin["tokenizer_fingerprint"]
-    if fingerprint is not None and fingerprint != deps.info.tokenizer_fingerprint:
-        known = {}
-        warnings.append(
-            {
-                "reason": "TOKENIZER",
-                "message": "these ids are of another tokenizer than this teacher's: tokens are "
-                "shown by their ids",
-                "positions": [],
-            }
-        )
+    is_foreign = fingerprint is not None and fingerprint != deps.info.tokenizer_fingerprint
     teachers = origin["teachers"] or {}
-    content |= {
-        "model_id": teachers.get(content["teacher"] or ""),
-        "k": content["teacher_topk_ids"].shape[1],
-        "temperature": origin["temperature"],
-        "policy": origin["drift_policy"],
-        "special_token_ids": deps.info.special_token_ids,
-        "texts": known,
-        "warnings": warnings,
+    shown = {
+        name: np.round(value, DECIMALS)
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f"
+        else value
+        for name, value in content.items()
     }
-    return Response(b"".join(_pieces(content)), media_type="application/json")
-
-
-def _texts(content: dict[str, Any], texts: TokenTexts) -> dict[str, str]:
-    """Id -> text, of every id that occurs and that the tokenizer knows."""
-    arrays = [content[name] for name in _ID_COLUMNS if content.get(name) is not None]
-    ids = np.unique(np.concatenate([array.ravel() for array in arrays])).tolist()
-    found = ((i, texts[i]) for i in ids)
-    return {str(i): text for i, text in found if text is not None}
-
-
-def _pieces(content: dict[str, Any]) -> Iterator[bytes]:
-    """A JSON object in pieces; arrays by rows, so that other threads get in between."""
-    before = b"{"
-    for name, value in content.items():
-        yield before + to_json(name) + b":"
-        before = b","
-        if isinstance(value, np.ndarray):
-            yield from _array_pieces(value)
-        else:
-            yield to_json(value, inf_nan_mode="null")
-    yield b"}"
-
-
-def _array_pieces(array: NDArray[Any]) -> Iterator[bytes]:
-    before = b"["
-    for start in range(0, len(array), ROWS_AT_A_TIME):
-        rows = array[start : start + ROWS_AT_A_TIME]
-        if rows.dtype.kind == "f":
-            rows = np.round(rows.astype(np.float64), DECIMALS)
-        yield before + to_json(rows.tolist(), inf_nan_mode="null")[1:-1]
-        before = b","
-    yield b"]" if len(array) else b"[]"
+    return json_bytes(
+        {
+            **shown,
+            "model_id": teachers.get(content["teacher"] or ""),
+            "k": content["teacher_topk_ids"].shape[1],
+            "temperature": origin["temperature"],
+            "policy": origin["drift_policy"],
+            "special_token_ids": deps.info.special_token_ids,
+            "texts": {} if is_foreign else texts.of(ids_in(*map(content.get, _ID_COLUMNS))),
+            "warnings": [_FOREIGN] if is_foreign else [],
+        }
+    )
