@@ -440,3 +440,87 @@ def test_what_cannot_be_shown_is_said_and_the_old_is_gone(
     page.evaluate("location.hash = '#a.run=broken'")
     expect(pane.locator(".warnings")).to_contain_text("broken/rollouts/step-000001.parquet: cut short")
     (cut).unlink()
+
+
+def pasted(page: Page, shown: Site, prompt: str, response: str, *, ids: bool = False) -> Locator:
+    """The pane after a form was filled in and sent."""
+    pane = opened(page, shown, "#a.paste=1")
+    pane.get_by_label("Prompt", exact=True).fill(prompt)
+    pane.get_by_label("Response", exact=True).fill(response)
+    pane.get_by_label("token ids" if ids else "text", exact=True).check()
+    pane.get_by_role("button", name="Analyse").click()
+    expect(pane).to_have_attribute("aria-busy", "false", timeout=LIMIT_MS)
+    return pane
+
+
+def test_a_pasted_response_is_shown_as_text_whatever_it_says(page: Page, shown: Site) -> None:
+    response = "<script>document.title='run'</script><img src=x onerror=alert(1)> 水 e\u0301"
+    pane = pasted(page, shown, "What is <b>this</b>?", response)
+    expect(pane.locator(".tokens")).to_contain_text("水")
+    assert stat(pane, "Tokens") == str(len(shown.tokenizer.encode(response).ids))
+    assert "run" not in page.title()
+    assert pane.locator("script, img, b").count() == 0
+    pane.locator("summary", has_text=re.compile("^Prompt$")).click()
+    expect(pane.locator(".prompt")).to_have_text("What is <b>this</b>?")
+    # Without the student's list there is no overlap, and the policy is one that needs none.
+    assert pane.get_by_label("overlap", exact=True).is_disabled()
+    assert pane.locator("select").input_value() == "teacher_top_p_accept"
+    before = int(stat(pane, "Bad events"))
+    slide(pane, "top_p", "Home")
+    expect(pane.locator(".controls output").nth(1)).to_have_text("0.01")
+    assert int(stat(pane, "Bad events")) >= before
+    page.wait_for_url(re.compile(r"a\.top_p=0\.01"))
+    link = page.url
+    page.goto("about:blank")
+    page.goto(link)
+    expect(pane.locator(".tokens")).to_contain_text("水")
+
+
+def test_candidates_give_a_pasted_response_its_overlap(page: Page, shown: Site) -> None:
+    pane = opened(page, shown, "#a.paste=1")
+    pane.get_by_label("Prompt", exact=True).fill("1 2 3")
+    pane.get_by_label("Response", exact=True).fill("4 5")
+    pane.get_by_label("token ids", exact=True).check()
+    pane.locator("summary", has_text="candidates").click()
+    pane.locator("textarea").nth(2).fill("[[1, 2, 3], [4, 5, 6]]")
+    pane.get_by_role("button", name="Analyse").click()
+    expect(pane.locator(".lists caption").nth(1)).to_have_text("Candidates")
+    assert pane.get_by_label("overlap", exact=True).is_checked()
+
+
+def test_an_error_takes_the_place_of_the_old_report_and_a_new_one_begins_at_its_top(
+    watch: tuple[Page, Watch], shown: Site
+) -> None:
+    page, watched = watch
+    watched.may_be_refused = True
+    long = " ".join(str(1 + i % 300) for i in range(2000))
+    pane = pasted(page, shown, "1 2", long, ids=True)
+    tokens = pane.locator(".tokens")
+    tokens.focus()
+    page.keyboard.press("End")
+    assert tokens.evaluate("node => node.scrollTop") > 0
+    pane.get_by_label("Response", exact=True).fill("1 2 99999")
+    pane.get_by_role("button", name="Analyse").click()
+    expect(pane.locator(".failure")).to_contain_text("99999")
+    assert (tokens.count(), pane.get_by_label("Prompt", exact=True).input_value()) == (0, "1 2")
+    pane.get_by_label("Response", exact=True).fill("1 x")
+    pane.get_by_role("button", name="Analyse").click()
+    expect(pane.locator(".failure")).to_contain_text('"x" in the response is not a token id')
+    pane.get_by_label("Response", exact=True).fill(long)
+    pane.get_by_role("button", name="Analyse").click()
+    expect(tokens).to_be_visible()
+    expect(pane.locator(".failure")).to_be_hidden()
+    assert tokens.evaluate("node => node.scrollTop") == 0
+    expect(pane.locator(".inspector h3")).to_have_text("Token 1 of 2000")
+
+
+def test_a_k_that_a_reply_cannot_hold_is_lowered_and_said(page: Page, shown: Site) -> None:
+    pane = opened(page, shown, "#a.paste=1")
+    pane.get_by_label("Top-K").fill("120")
+    pane.get_by_label("Prompt", exact=True).fill("1")
+    pane.get_by_label("Response", exact=True).fill(" ".join(["7"] * LONG))
+    pane.get_by_label("token ids", exact=True).check()
+    pane.get_by_role("button", name="Analyse").click()
+    expect(pane.locator(".tokens")).to_be_visible()
+    expect(pane.locator("form .hint")).to_contain_text(f"Top-K is {1_048_576 // LONG} here")
+    assert stat(pane, "Tokens") == f"{LONG:,}"

@@ -4,7 +4,7 @@
 // many tokens as fall on a few pixels. What is marked (token, cut) is at its own position.
 
 import {maximum} from "./colours.js";
-import {el, number, onceAFrame} from "./dom.js";
+import {el, number, onceAFrame, whenMoved} from "./dom.js";
 
 const d3 = globalThis.d3;
 const HEIGHT = 210;
@@ -19,7 +19,7 @@ export class Chart {
     this.marks = {chosen: 0, hovered: null};
     const node = this.svg.node();
     node.addEventListener("click", (event) => { const t = this.#at(event); if (t !== null) onChoose(t); });
-    node.addEventListener("pointermove", (event) => onHover(this.#at(event)));
+    node.addEventListener("pointermove", whenMoved((event) => onHover(this.#at(event))));
     node.addEventListener("pointerleave", () => onHover(null));
     new ResizeObserver(onceAFrame(() => this.#resized())).observe(this.root);
   }

@@ -39,6 +39,17 @@ export function onceAFrame(work) {
   };
 }
 
+/** A listener for a mouse that moves: one that rests says nothing, whatever moves below it. */
+export function whenMoved(work) {
+  let last = "";
+  return (event) => {
+    const at = `${event.clientX},${event.clientY}`;
+    if (event.pointerType === "touch" || at === last) return;
+    last = at;
+    work(event);
+  };
+}
+
 /** A model's name; of a path on the server only what it ends with. */
 export function modelName(id) {
   if (!id) return "a teacher without a name";

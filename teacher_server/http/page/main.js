@@ -19,13 +19,18 @@ class App {
     byId("access").addEventListener("change", () => this.#tokenGiven());
     byId("token-form").addEventListener("submit", (event) => event.preventDefault());
     api.whenUnauthenticated(() => { byId("token-form").hidden = false; });
-    addEventListener("popstate", () => { this.state = parse(location.hash); this.show(); });
-    addEventListener("hashchange", () => { this.state = parse(location.hash); this.show(); });
+    for (const moved of ["popstate", "hashchange"]) addEventListener(moved, () => this.#linkChanged());
   }
 
   async start() {
     this.describe().catch((error) => { byId("served").textContent = error.message; });
     if (!Object.keys(this.state.a).length) await this.#firstPlace();
+    this.show();
+  }
+
+  #linkChanged() {
+    clearTimeout(this.resting);
+    this.state = parse(location.hash);
     this.show();
   }
 

@@ -6,7 +6,7 @@ import {PasteForm} from "./paste.js";
 import {fromRecording} from "./rollout.js";
 import {RolloutView} from "./rollout_view.js";
 import {rolloutsList, runsList, stepsList} from "./runs_view.js";
-import {MAX_PASTED, place, placeOnly} from "./state.js";
+import {MAX_PASTED, parse, place, placeOnly} from "./state.js";
 
 export class Pane {
   /** `app` has href(side, state), go(side, state, {replace}), beside(side), close(side), info(). */
@@ -20,7 +20,8 @@ export class Pane {
     this.body = el("div", {class: "body"});
     this.view = new RolloutView(side, (patch) => this.#patch(patch));
     this.form = new PasteForm(side, (words) => this.#pasted(words));
-    this.root = el("section", {class: "pane", "aria-label": side === "a" ? "Main view" : "Beside"},
+    this.root = el("section", {class: "pane", tabindex: "-1",
+      "aria-label": side === "a" ? "Main view" : "Beside", onclick: (event) => this.#followed(event)},
       this.path, this.failure, this.body);
   }
 
@@ -47,6 +48,15 @@ export class Pane {
     } finally {
       if (turn === this.turn) this.root.setAttribute("aria-busy", "false");
     }
+  }
+
+  /** A link of this pane changes this pane; what the other shows by now stays. */
+  #followed(event) {
+    const link = event.target.closest("a[href^='#']");
+    if (!link || event.button !== 0 || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    this.app.go(this.side, parse(link.hash)[this.side] ?? {});
+    this.root.focus({preventScroll: true});
   }
 
   /** Again what is shown: the token was given. */
@@ -102,6 +112,7 @@ export class Pane {
   }
 
   #showRollout(rollout, above) {
+    if (!rollout.T) throw new Error("nothing of this response was kept: it has no tokens");
     this.#put(...above, this.view.root);
     this.view.show(rollout, this.shown);
     if (above.length) this.view.root.scrollIntoView({block: "start"});

@@ -40,7 +40,7 @@ export class RolloutView {
       ` ${colours.measure(name).label}`);
     this.radios = el("fieldset", {class: "choices"}, el("legend", {text: "Colour by"}),
       ...colours.NAMES.map(radio));
-    this.legend = el("p", {class: "legend"});
+    this.legend = el("div", {class: "legend", role: "group"});
     return el("div", {class: "colour-bar"}, this.radios, this.legend);
   }
 

@@ -2,7 +2,7 @@
 // height, tokens are measured once, and what is out of sight is a number of pixels.
 
 import {MISSING} from "./colours.js";
-import {el, onceAFrame} from "./dom.js";
+import {el, onceAFrame, whenMoved} from "./dom.js";
 import {visible} from "./units.js";
 
 const ROW_PX = 30;
@@ -17,15 +17,14 @@ export class TokensView {
     this.lines = el("div", {class: "lines", role: "presentation"});
     this.root = el("div", {
       class: "tokens", role: "listbox", tabindex: "0", "aria-label": label,
-      onclick: (event) => this.#over(event, onChoose),
+      onclick: (event) => { const t = tokenOf(event); if (t !== null) onChoose(t); },
       onkeydown: (event) => this.#key(event, onChoose),
-      onpointermove: (event) => this.#hover(event, onHover),
+      onpointermove: whenMoved((event) => onHover(tokenOf(event))),
       onpointerleave: () => onHover(null),
     }, this.lines);
     Object.assign(this, {rollout: null, rows: null, nodes: null, levels: null, chosen: 0});
     this.measure = document.createElement("canvas").getContext("2d");
     this.widths = new Map();
-    this.mouse = null;
     this.root.addEventListener("scroll", onceAFrame(() => this.#draw(false)), {passive: true});
     this.watch = new ResizeObserver(onceAFrame(() => this.#resized()));
     this.watch.observe(this.root);
@@ -52,7 +51,6 @@ export class TokensView {
 
   choose(t) {
     this.chosen = t;
-    this.root.setAttribute("aria-activedescendant", `${this.id}-${t}`);
     this.#repaint();
   }
 
@@ -160,6 +158,10 @@ export class TokensView {
 
   #repaint() {
     if (!this.nodes || !this.levels) return;
+    // Only what is there can be the active one.
+    if (this.nodes.has(this.chosen)) {
+      this.root.setAttribute("aria-activedescendant", `${this.id}-${this.chosen}`);
+    } else this.root.removeAttribute("aria-activedescendant");
     for (const [t, node] of this.nodes) {
       const level = this.levels[t];
       const name = (level === MISSING ? "tok none" : `tok l${level}`)
@@ -172,21 +174,6 @@ export class TokensView {
         node.setAttribute("aria-selected", selected);
       }
     }
-  }
-
-  #over(event, use) {
-    const t = event.target.closest("[data-t]")?.dataset.t;
-    if (t !== undefined) use(Number(t));
-  }
-
-  /** A mouse that rests says nothing, whatever moves below it. */
-  #hover(event, onHover) {
-    if (event.pointerType === "touch") return;
-    const at = `${event.clientX},${event.clientY}`;
-    if (at === this.mouse) return;
-    this.mouse = at;
-    const t = event.target.closest("[data-t]")?.dataset.t;
-    onHover(t === undefined ? null : Number(t));
   }
 
   #key(event, onChoose) {
@@ -215,4 +202,10 @@ export class TokensView {
     const end = target + 1 < this.rows.length ? this.rows[target + 1] : this.rollout.units.length;
     return this.rollout.units[Math.min(this.rows[target] + along, end - 1)].first;
   }
+}
+
+/** The token that an event is about; null beside all. */
+function tokenOf(event) {
+  const t = event.target.closest("[data-t]")?.dataset.t;
+  return t === undefined ? null : Number(t);
 }
