@@ -191,7 +191,9 @@ class RunFolder:
         steps = self._steps(run)
         if not steps:
             names = [entry.run for entry in self.runs()[0]]
-            raise NoRecordingError(f"there is no run {run[:128]!r} with rollouts{_there_are(names)}")
+            raise NoRecordingError(
+                f"there is no run {run[:128]!r} with rollouts{_there_are(names)}"
+            )
         return steps
 
     def _of_step(self, run: str, step: int) -> list[Path]:

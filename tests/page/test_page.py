@@ -217,7 +217,9 @@ def test_the_chart_has_axes_and_chooses_tokens(page: Page, shown: Site) -> None:
     box = chart.bounding_box()
     assert box is not None
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60)
-    expect(pane.locator(".readout")).to_contain_text(re.compile(r"token (5|6)\d: overlap 0\.\d+, R"))
+    expect(pane.locator(".readout")).to_contain_text(
+        re.compile(r"token (5|6)\d: overlap 0\.\d+, R")
+    )
     expect(pane.locator(".inspector h3")).to_contain_text("under the mouse")
     page.mouse.down()
     page.mouse.up()
@@ -340,14 +342,17 @@ def test_no_width_scrolls_sideways(page: Page, shown: Site, width: int) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(page: Page, shown: Site, scheme: Any) -> None:
-    from axe_playwright_python.base import AXE_PATH  # the script alone
+    from axe_playwright_python.base import AXE_SCRIPT
 
-    script = Path(AXE_PATH).read_text("utf-8")
     page.emulate_media(color_scheme=scheme)
-    for link in ("", "#a.run=demo", "#a.run=demo&a.step=1", f"{ROLLOUT}&a.metric=overlap_ratio"
-                 "&a.threshold=0.9&a.w_drop=0.1&b.paste=1"):
+    for link in (
+        "",
+        "#a.run=demo",
+        "#a.run=demo&a.step=1",
+        f"{ROLLOUT}&a.metric=overlap_ratio&a.threshold=0.9&a.w_drop=0.1&b.paste=1",
+    ):
         opened(page, shown, link)
-        page.evaluate(script)  # the policy lets no script in, the debugger may
+        page.evaluate(AXE_SCRIPT)  # the policy lets no script in, the debugger may
         found = page.evaluate("axe.run().then((all) => all.violations)")
         grave = [
             (rule["id"], rule["impact"], [node["html"][:200] for node in rule["nodes"]][:3])
@@ -370,7 +375,9 @@ def test_the_definitions_in_the_browser_are_those_of_python(page: Page, shown: S
         logprobs = np.sort(logprobs, axis=1)[:, ::-1].astype(np.float32)
         threshold, top_p, w_drop = (round(float(x), 3) for x in rng.uniform(0.02, 1, 3))
         got = page.evaluate(
-            """async ({teacher, student, ids, logprobs, k, n, wide, width, threshold, topP, wDrop}) => {
+            """async (given) => {
+              const {teacher, student, ids, logprobs, k, n, wide, width} = given;
+              const {threshold, topP, wDrop} = given;
               const drift = await import("/page/drift.js");
               const from = drift.commonFrom(student, teacher, n, width, wide);
               const counts = drift.overlapCounts(from, n, width, k);
@@ -438,7 +445,9 @@ def test_what_cannot_be_shown_is_said_and_the_old_is_gone(
     whole = (shown.runs / "demo" / "rollouts" / "step-000001.parquet").read_bytes()
     cut.write_bytes(whole[: len(whole) // 2])
     page.evaluate("location.hash = '#a.run=broken'")
-    expect(pane.locator(".warnings")).to_contain_text("broken/rollouts/step-000001.parquet: cut short")
+    expect(pane.locator(".warnings")).to_contain_text(
+        "broken/rollouts/step-000001.parquet: cut short"
+    )
     (cut).unlink()
 
 

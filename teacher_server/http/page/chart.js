@@ -68,10 +68,10 @@ export class Chart {
     const {T} = this.rollout;
     const right = this.width - MARGIN.right;
     const bottom = HEIGHT - MARGIN.bottom;
-    this.x = d3.scaleLinear([0, T], [MARGIN.left, right]);
-    this.y = d3.scaleLinear([0, 1], [bottom, MARGIN.top]);
+    this.x = d3.scaleLinear().domain([0, T]).range([MARGIN.left, right]);
+    this.y = d3.scaleLinear().domain([0, 1]).range([bottom, MARGIN.top]);
     const most = Math.max(1, this.now.drift[T - 1] ?? 0);
-    this.z = d3.scaleLinear([0, most], [bottom, MARGIN.top]).nice(4);
+    this.z = d3.scaleLinear().domain([0, most]).range([bottom, MARGIN.top]).nice(4);
     const bins = this.#bins(Math.max(1, Math.floor((right - MARGIN.left) / BIN_PX)));
     this.svg.attr("viewBox", `0 0 ${this.width} ${HEIGHT}`).attr("aria-label", this.#summary());
     this.svg.selectAll("*").remove();

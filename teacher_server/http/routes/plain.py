@@ -1,4 +1,4 @@
-"""The documentation of the API, health, metrics: what says how the teacher is, and scores nothing."""
+"""Documentation of the API, health, metrics: what says how the teacher is, and scores nothing."""
 
 from __future__ import annotations
 

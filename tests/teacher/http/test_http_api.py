@@ -21,7 +21,6 @@ from teacher_server.http.routes import v1
 from teacher_wire.errors import ERROR_CODES, NonFiniteError
 from tests.teacher.http.http_teacher import PROMPT, RESPONSE, Teacher, V, error_of, no_constants
 
-
 FOLDER = Path(app.__file__).parent
 
 
@@ -256,8 +255,11 @@ async def test_the_page_is_self_contained_and_its_policy_allows_it(teacher: Teac
         )
         assert (reply.status_code, kept.status_code, kept.content) == (200, 304, b"")
         if path != "page/d3.js":
-            assert not re.findall(r"https?:|@import|url\(|innerHTML|outerHTML|insertAdjacent|eval\(|"
-                                  r"new Function|\son\w+=\"|\sstyle=", reply.text), path
+            assert not re.findall(
+                r"https?:|@import|url\(|innerHTML|outerHTML|insertAdjacent|eval\(|"
+                r"new Function|\son\w+=\"|\sstyle=",
+                reply.text,
+            ), path
 
 
 async def test_the_schema_names_every_field_of_a_score_request(teacher: Teacher) -> None:

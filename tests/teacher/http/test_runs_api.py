@@ -121,7 +121,7 @@ async def test_a_file_is_given_where_it_is_accepted(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "run",
-    ["..", ".", "%2e%2e", "..%2fsecret", "%2Fetc", "demo%00", ".hidden", "x" * 200, "..\\secret"],
+    ["%2e", "%2e%2e", "..%2fsecret", "%2Fetc", "demo%00", ".hidden", "x" * 200, "..\\secret"],
 )
 async def test_a_name_cannot_lead_outside(folder: Path, run: str) -> None:
     for rest in ("", "/steps/1", "/steps/1/rollouts/0"):
@@ -159,9 +159,7 @@ async def test_a_file_that_is_cut_short_is_told_beside_what_can_be_read(
     assert (listed["rollouts"], len(listed["problems"])) == ([], 1)
     for path_of in ("/v1/runs/demo/steps/2/rollouts/0",):
         assert "cut short" in await get(folder, path_of, 422)
-    reply = await teacher(folder).client.get(
-        "/v1/runs/demo/steps/2", headers={"accept": PARQUET}
-    )
+    reply = await teacher(folder).client.get("/v1/runs/demo/steps/2", headers={"accept": PARQUET})
     assert reply.status_code == 422
     # What another process recorded of the step is there all the same.
     write_step(folder / "demo", 2, rows(2, first=3), rank=1)
@@ -192,17 +190,13 @@ async def test_what_there_is_not_is_said_with_what_there_is(folder: Path) -> Non
         assert query.split("=")[0] in await get(folder, f"/v1/runs/demo?{query}", 400)
 
 
-async def test_replies_and_files_are_bounded(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_replies_and_files_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recordings, "MAX_ROLLOUTS", 2)
     listed = await get(folder, "/v1/runs/demo/steps/2")
     assert (len(listed["rollouts"]), listed["left_out"]) == (2, 1)
     monkeypatch.setattr(recordings, "MAX_FILE_BYTES", 100)
     assert "the limit is 100" in await get(folder, ONE, 422)
-    reply = await teacher(folder).client.get(
-        "/v1/runs/demo/steps/2", headers={"accept": PARQUET}
-    )
+    reply = await teacher(folder).client.get("/v1/runs/demo/steps/2", headers={"accept": PARQUET})
     assert (reply.status_code, error_of(reply)["type"]) == (413, "MessageTooLargeError")
 
 
