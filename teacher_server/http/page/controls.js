@@ -3,8 +3,8 @@
 import {el} from "./dom.js";
 
 const METRICS = {
-  overlap_ratio: "overlap ratio below a threshold",
-  teacher_top_p_accept: "token outside the teacher's nucleus",
+  overlap_ratio: "overlap is low",
+  teacher_top_p_accept: "outside the nucleus",
 };
 const DECAY_STEP = 0.01; // of log10
 
@@ -22,7 +22,7 @@ export class Controls {
     };
     this.reset = el("button", {type: "button", class: "quiet", onclick: () => this.#toOwn()});
     this.root = el("fieldset", {class: "controls"}, el("legend", {text: "Drift policy"}),
-      el("label", {for: `${name}-metric`, class: "slider"}, "bad event", this.metric),
+      el("label", {for: `${name}-metric`, class: "slider"}, "bad event where", this.metric),
       ...Object.values(this.sliders).map((slider) => slider.root), this.reset);
   }
 

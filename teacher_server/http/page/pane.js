@@ -115,8 +115,9 @@ export class Pane {
     if (!rollout.T) throw new Error("nothing of this response was kept: it has no tokens");
     this.#put(...above, this.view.root);
     this.view.show(rollout, this.shown);
-    if (above.length) this.view.root.scrollIntoView({block: "start"});
-    else this.root.scrollIntoView({block: "start"});
+    // A new result begins at its top; what is in sight already stays where it is.
+    const top = above.length ? this.view.root : this.root;
+    if (above.length || top.getBoundingClientRect().top < 0) top.scrollIntoView({block: "start"});
   }
 
   #pasted(words) {
