@@ -69,7 +69,8 @@ TRAINER_SETTINGS = {
     "weights.prune": "normalize w_base",
 }
 TEACHER_SETTINGS = """
-analysis_weight block_size cpu_cores data_parallel_size device drain_s dtype enforce_eager engine engine_lost_s
+analysis_weight
+block_size cpu_cores data_parallel_size device drain_s dtype enforce_eager engine engine_lost_s
 engine_stall_s event_loop evict_idle_s fake_latency_s fake_step_tokens fake_tokens_per_s
 fake_vocab_size gpu_memory_utilization grpc_port head_dtype hf_sessions host http_port insecure
 kv_cache_gib log_format log_level max_append_tokens max_context max_k max_num_batched_tokens

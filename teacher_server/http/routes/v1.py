@@ -1,5 +1,5 @@
-"""What is served, and one-shot scoring. Rendering runs in threads, because this loop also carries the
-gRPC streams."""
+"""What is served, and one-shot scoring. Rendering runs in threads, because this loop also carries
+the gRPC streams."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ MAX_JSON_ENTRIES = 262_144
 
 def routes(deps: HttpDeps) -> APIRouter:
     """/v1/info and /v1/score."""
-    router = APIRouter(
-        prefix="/v1", dependencies=deps.token_in_schema(), route_class=JsonRoute
-    )
+    router = APIRouter(prefix="/v1", dependencies=deps.token_in_schema(), route_class=JsonRoute)
     info_reply = InfoReply(**asdict(deps.info), has_tokenizer=deps.tokenizer is not None)
 
     @router.get("/info", response_model=InfoReply)
