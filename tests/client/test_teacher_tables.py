@@ -35,7 +35,6 @@ from tests.rounds import in_the_long_round
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
-CHECKPOINT = ROOT / "examples" / "playground" / "checkpoints" / "teacher"
 NOTEBOOK = ROOT / "examples" / "notebooks" / "analyze.ipynb"
 PROMPT, RESPONSE = "37+4*3-8x12>", "01:37+4=41*3=23-8=15;02:15+4=19"
 QUICK = RetryLimits(max_resends=0)
@@ -43,9 +42,10 @@ QUICK = RetryLimits(max_resends=0)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    flags = ["--engine", "hf", "--model", str(CHECKPOINT), "--max-context", "1024"]
-    with live_server(tmp_path_factory.mktemp("teacher"), *flags, "--no-self-test") as running:
+    folder = tmp_path_factory.mktemp("teacher")
+    with live_server(folder, program=("tests.client.playground_teacher",)) as running:
         yield running
+        print(f"server's processor time {running.cpu_s():.1f} s")  # noqa: T201
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_the_notebook_runs_as_plain_python(
     for source in cells():
         exec(compile(source, "cell", "exec"), names)  # our own file
     names["teacher"].close()
-    assert names["report"]["warnings"][0]["positions"] == [8]
+    assert names["report"]["warnings"][0]["positions"] == [8, 14]
     assert names["frame"]["rollout"].nunique() == 3
 
 

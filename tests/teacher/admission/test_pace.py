@@ -42,7 +42,9 @@ def test_background_gets_its_share_of_the_tokens_and_one_query(
             given_tokens += piece
         pace.foreground(tokens, lambda name: 1.0)
     assert given_tokens <= share * sum(foreground) + piece + 1e-3
-    assert given_tokens >= share * sum(foreground[:-1]) - 1e-3
+    # What pays for more than is owed is not saved up: a payment is lost for each piece at most.
+    paid = share * sum(foreground)
+    assert given_tokens >= paid * piece / (piece + share * max(foreground)) - 1e-3
 
 
 def test_weights_of_tenants_count_on_both_sides() -> None:
@@ -150,8 +152,7 @@ async def test_held_work_goes_on_when_the_foreground_falls_silent() -> None:
 
 async def test_held_work_can_expire_be_cancelled_and_be_too_much() -> None:
     engine = Gate()
-    scheduler = Scheduler(engine, SchedulerLimits(max_queued_tokens=10), quiet_s=60.0)
-    asyncio.get_running_loop()
+    scheduler = Scheduler(engine, SchedulerLimits(max_queued_tokens=20), quiet_s=60.0)
     front = asyncio.create_task(scheduler.score(query(), tenant="trainer"))
     await settle()
     first = asyncio.create_task(scheduler.score(query(), tenant="reader", background=True))
@@ -161,7 +162,7 @@ async def test_held_work_can_expire_be_cancelled_and_be_too_much() -> None:
     with pytest.raises(DeadlineError, match=r"0\.010 s"):
         await scheduler.score(query(2), tenant="reader", background=True, deadline_s=0.01)
     with pytest.raises(CapacityError, match="6 tokens"):
-        await scheduler.score(query(6), tenant="reader", background=True)
+        await scheduler.score(query(15), tenant="reader", background=True)
     held.cancel()
     await asyncio.gather(held, return_exceptions=True)
     assert (scheduler.num_queued, scheduler.queued_tokens) == (0, 0)

@@ -186,7 +186,7 @@ REFUSED = {
     "unknown field": ({"temprature": 1.0}, "temprature"),
     "items beside others": ({"items": [IDS]}, "items must be given alone"),
     "no items": ({"items": []}, "items"),
-    "too long": ({"prompt_ids": [1] * 5000}, "5006 tokens, the limit is 4096"),
+    "too long": ({"prompt_ids": [1] * 4095}, "4101 tokens, the limit is 4096"),
     "messages without a turn": ({"prompt_ids": None, "messages": []}, "messages"),
     "template's own refusal": (
         {"prompt_ids": None, "messages": [{"role": "tool", "content": "1"}]},
