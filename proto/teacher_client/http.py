@@ -1,7 +1,8 @@
 """One-off questions to a teacher over HTTP, for scripts and notebooks. No torch, no event loop.
 
 Nothing is kept between two questions: each is scored from its first token. Rollouts that grow are
-for `TeacherClient`, tables for `Teacher`. Answers are the records that gRPC gives; failures are the same TeacherErrors.
+for `TeacherClient`, tables for `Teacher`. Answers are the records that gRPC gives; failures are the
+same TeacherErrors.
 """
 
 from __future__ import annotations

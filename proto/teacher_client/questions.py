@@ -16,7 +16,7 @@ from teacher_client.access import TeacherAccess
 from teacher_client.frames import comparison_frame, frame_of, pandas
 from teacher_client.http_messages import JSON, answer_of, policy_to_json, to_json
 from teacher_client.retry import Patience, RetryLimits
-from teacher_client.rollout_items import Batches, item_of, rows_of
+from teacher_client.rollout_items import KNOWN, Batches, item_of, rows_of
 from teacher_wire.errors import TeacherError, error_from_json
 from teacher_wire.records import DriftPolicy
 
@@ -118,7 +118,9 @@ class Questions:
     def _batches(
         self, rollouts: Any, policy: Policy | None, common: Mapping[str, Any], on_error: OnError
     ) -> Asking[tuple[Batches, list[Mapping[str, Any]]]]:
-        rows = rows_of({} if rollouts is None else rollouts)
+        if unknown := sorted(set(common) - KNOWN):
+            raise TypeError(f"unknown argument {', '.join(unknown)}: known are {sorted(KNOWN)}")
+        rows = rows_of(common if rollouts is None else rollouts)
         shared = {**common, "policy": policy_to_json(policy)}
         batches = Batches([item_of(row, shared) for row in rows], self._limits)
         while (body := batches.next()) is not None:

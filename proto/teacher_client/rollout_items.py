@@ -21,6 +21,8 @@ from teacher_wire.errors import InvalidRequestError, TeacherError, error_from_js
 PROMPT_FORMS = ("prompt_ids", "messages", "prompt")
 RESPONSE_FORMS = ("response_ids", "response")
 CANDIDATES = ("candidate_ids", "student_topk_ids")
+SHARED = ("k", "temperature", "policy", "add_special_tokens", "chat_template_kwargs")
+KNOWN = {*PROMPT_FORMS, *RESPONSE_FORMS, *CANDIDATES, *SHARED}
 _CHARACTERS_A_TOKEN = 3
 """Of a text of unknown length in tokens."""
 MAX_ITEMS, MAX_ENTRIES = 32, 250_000
@@ -45,7 +47,9 @@ def _row(rollout: Any) -> Mapping[str, Any]:
         return {"response": rollout}
     if _are_ids(rollout):
         return {"response_ids": rollout}
-    raise TypeError(f"a rollout is {type(rollout).__name__}, must be a mapping, a text or token ids")
+    raise TypeError(
+        f"a rollout is {type(rollout).__name__}, must be a mapping, a text or token ids"
+    )
 
 
 def _are_ids(value: Any) -> bool:
@@ -66,8 +70,7 @@ def item_of(row: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]
     candidates = next((row[n] for n in CANDIDATES if not _is_missing(row.get(n))), None)
     if candidates is not None:
         item["candidate_ids"] = packed(_matrix(candidates, "candidate_ids", np.int32))
-    rest = ("k", "temperature", "policy", "add_special_tokens", "chat_template_kwargs")
-    return item | {name: common[name] for name in rest if common.get(name) is not None}
+    return item | {name: common[name] for name in SHARED if common.get(name) is not None}
 
 
 def _is_missing(value: Any) -> bool:

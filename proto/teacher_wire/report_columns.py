@@ -1,5 +1,5 @@
-"""What the columns of an analysis are called: in a report, one array a column, and in a table of one
-row a token. Pure.
+"""What the columns of an analysis are called: in a report, one array a column, and in a table of
+one row a token. Pure.
 """
 
 from __future__ import annotations

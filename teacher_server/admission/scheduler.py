@@ -119,9 +119,10 @@ class Scheduler:
     ) -> tuple[EngineRows, Timing]:
         """Rows of one query and where the time went.
 
-        `deadline_s` counts from now. A background query may be held back for others. Raises CapacityError with a hint when the line is full,
-        QuotaError or RateLimitedError with a hint at a limit of the tenant, DeadlineError when the
-        query has not started in time, EngineError or NonFiniteError when the engine fails.
+        `deadline_s` counts from now. A background query may be held back for others. Raises
+        CapacityError with a hint when the line is full, QuotaError or RateLimitedError with a hint
+        at a limit of the tenant, DeadlineError when the query has not started in time, EngineError
+        or NonFiniteError when the engine fails.
         """
         if deadline_s is not None and deadline_s <= 0:
             raise DeadlineError(f"the deadline had passed by {-deadline_s:.3f} s on arrival")

@@ -1,5 +1,5 @@
-"""A scored response in columns: what the teacher thinks of each token, and what a drift policy makes
-of it. Knows records; knows no transport, no text and no thresholds of its own.
+"""A scored response in columns: what the teacher thinks of each token, and what a drift policy
+makes of it. Knows records; knows no transport, no text and no thresholds of its own.
 
 Alignment: entry t is response token t; its log-prob, rank and top-K are those of the teacher given
 the prompt and the response tokens before t. Reliability R_t already counts a bad event at t.

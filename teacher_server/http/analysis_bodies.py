@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Discriminator, Field, Tag, create_model, model_validator
 
 from teacher_server.http.bodies import (
+    AnyOf,
     Count,
     ErrorDetail,
     Flag,
@@ -61,8 +62,9 @@ def named_metric(policy: Any) -> str:
 
 
 AnyPolicy: Any = Annotated[
-    Union[(*PolicyOfMetric, Annotated[UnnamedPolicy, Tag("unnamed")])],  # noqa: UP007
+    Union[(*PolicyOfMetric, Annotated[UnnamedPolicy, Tag("unnamed")])],
     Discriminator(named_metric),
+    AnyOf(),
 ]
 
 
@@ -117,7 +119,7 @@ class PromptBody(JsonBody):
     prompt_ids: TokenIds | None = None
     add_special_tokens: Flag = False
     """Let the tokenizer add its special tokens to `prompt`."""
-    chat_template_kwargs: Annotated[dict[str, Scalar], Field(max_length=32)] = {}
+    chat_template_kwargs: dict[str, Scalar] = Field(default_factory=dict, max_length=32)
     """What the chat template reads besides the messages, such as enable_thinking."""
 
 
@@ -225,7 +227,7 @@ class CompareBody(_ScoredBody, PromptBody):
     """Several responses to one prompt, each scored once and judged by each of several policies."""
 
     responses: Annotated[list[ComparedResponse], Field(min_length=1, max_length=MAX_ITEMS)]
-    policies: Annotated[list[AnyPolicy], Field(max_length=MAX_POLICIES)] = []
+    policies: list[AnyPolicy] = Field(default_factory=list, max_length=MAX_POLICIES)
 
     @model_validator(mode="after")
     def _one_prompt(self) -> CompareBody:

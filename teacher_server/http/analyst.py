@@ -1,6 +1,7 @@
-"""From a question about a response to a report: its ids, its scores as background work, its columns.
-Texts and reports are made in a thread of their own, because the loop also carries the gRPC streams;
-in one, so that they share what of the interpreter the streams leave. Knows no form of a reply.
+"""From a question about a response to a report: its ids, its scores as background work, its
+columns. Texts and reports are made in a thread of their own, because the loop also carries the gRPC
+streams; in one, so that they share what of the interpreter the streams leave. Knows no form of a
+reply.
 """
 
 from __future__ import annotations
@@ -66,9 +67,7 @@ class Question:
     def options(self) -> ScoreOptions:
         """Every column, and a top-k as wide as every policy looks."""
         flags: dict[str, Any] = dict.fromkeys(ROW_FLAGS, True)
-        return ScoreOptions(
-            k=widest(self.policies, self.k), temperature=self.temperature, **flags
-        )
+        return ScoreOptions(k=widest(self.policies, self.k), temperature=self.temperature, **flags)
 
     @property
     def num_entries(self) -> int:
@@ -149,9 +148,7 @@ class Analyst:
             k=k,
             temperature=temperature,
             policies=tuple(
-                resolved_policy(
-                    policy, k=k, num_candidates=num_candidates, max_k=self.info.max_k
-                )
+                resolved_policy(policy, k=k, num_candidates=num_candidates, max_k=self.info.max_k)
                 for policy in policies
             ),
             warnings=tuple(warnings),

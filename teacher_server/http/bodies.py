@@ -76,9 +76,23 @@ def metric(policy: Any) -> str | None:
 
 
 PolicyOfMetric: tuple[Any, ...] = tuple(map(_policy_body, METRICS.values()))
+
+
+class AnyOf:
+    """Of a union: what is left out is a default, so that a value may match several of its schemas,
+    which `oneOf` would forbid."""
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        made: dict[str, Any] = handler(schema)
+        if "oneOf" in made:
+            made["anyOf"] = made.pop("oneOf")
+        return made
+
+
 PolicyBody: Any = Annotated[
     Union[PolicyOfMetric],  # noqa: UP007
     Discriminator(metric),
+    AnyOf(),
 ]
 
 

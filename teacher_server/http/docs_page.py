@@ -1,4 +1,4 @@
-"""The published schema as one page that needs nothing else: no script, no request, no other host."""
+"""The published schema as one page that needs nothing else: no script and no other host."""
 
 from __future__ import annotations
 

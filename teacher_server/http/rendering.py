@@ -75,7 +75,9 @@ def _array(array: np.ndarray[Any, Any]) -> Iterator[bytes]:
     yield b"]"
 
 
-def arrow_stream(reports: Sequence[tuple[int, Mapping[str, Any]]], head: Mapping[str, Any]) -> bytes:
+def arrow_stream(
+    reports: Sequence[tuple[int, Mapping[str, Any]]], head: Mapping[str, Any]
+) -> bytes:
     """A table of one row a token: `rollout` is the number beside each report. What is not of a
     token stands as JSON in the schema's metadata, under `driftline`: `head`, and under `rollouts`
     each report's own.

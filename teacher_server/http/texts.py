@@ -26,8 +26,13 @@ class Tokenizer(Protocol):
     """The part of a transformers tokenizer used here."""
 
     chat_template: Any
+    is_fast: bool
     unk_token: str | None
     unk_token_id: int | None
+
+    def __call__(
+        self, text: str, *, add_special_tokens: bool, return_offsets_mapping: bool
+    ) -> Mapping[str, list[Any]]: ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -134,10 +139,9 @@ class Tokenizing:
             bare = ids
             if add_special_tokens:
                 bare = tokenizer.encode(text, add_special_tokens=False)
-            back = _decode(tokenizer, bare) if bare else ""
-        if not ids:
-            raise InvalidRequestError(f"{field}: its text has 0 tokens, must have at least 1")
-        return np.array(ids, np.int32), _warnings(tokenizer, field, text, back, bare)
+            if not ids:
+                raise InvalidRequestError(f"{field}: its text has 0 tokens, must have at least 1")
+            return np.array(ids, np.int32), _warnings(tokenizer, field, text, bare)
 
     def _known(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -147,21 +151,35 @@ class Tokenizing:
         return self._tokenizer
 
 
-def _warnings(
-    tokenizer: Tokenizer, field: str, text: str, back: str, ids: list[int]
-) -> list[TextWarning]:
+def _warnings(tokenizer: Tokenizer, field: str, text: str, ids: list[int]) -> list[TextWarning]:
+    back = _decode(tokenizer, ids) if ids else ""
     if text == back:
         return []
-    places = differences(text, back)
+    places = _unknown_places(tokenizer, text)
+    reason = "unknown_text" if places else "round_trip"
+    places = places or differences(text, back)
     count = f"{len(places)} places" if len(places) > 1 else "one place"
-    unknown = tokenizer.unk_token_id
-    if unknown is not None and unknown in ids and (tokenizer.unk_token or "") not in text:
-        reason = "unknown_text"
+    if reason == "unknown_text":
         what = f"has text outside the vocabulary, which the teacher reads as {tokenizer.unk_token}"
     else:
-        reason, what = "round_trip", "is not the text that its tokens stand for"
+        what = "is not the text that its tokens stand for"
     message = f"{field} {what}: {count}, the first at character {places[0]}"
     return [TextWarning(reason=reason, field=field, message=message, positions=tuple(places))]
+
+
+def _unknown_places(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Characters at which text without a token begins; none where the tokenizer does not tell."""
+    if tokenizer.unk_token_id is None or not tokenizer.is_fast:
+        return []
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    places: list[int] = []
+    end_before = -1
+    for token_id, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        if token_id == tokenizer.unk_token_id and text[start:end] != tokenizer.unk_token:
+            if start != end_before:
+                places.append(start)
+            end_before = end
+    return places[:MAX_POSITIONS]
 
 
 def differences(text: str, back: str) -> list[int]:

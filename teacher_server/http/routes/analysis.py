@@ -55,9 +55,7 @@ _FORMS: dict[int | str, dict[str, Any]] = {200: {"content": {ARROW: {}, LINES: {
 
 def routes(deps: HttpDeps) -> APIRouter:
     """/v1/analyze and /v1/compare."""
-    router = APIRouter(
-        prefix="/v1", dependencies=deps.token_in_schema(), route_class=JsonRoute
-    )
+    router = APIRouter(prefix="/v1", dependencies=deps.token_in_schema(), route_class=JsonRoute)
     analyst = Analyst(deps.info, deps.sessions, deps.tokenizer)
 
     @router.post("/analyze", response_model=AnalyzeReply | BatchReply, responses=_FORMS)
@@ -153,16 +151,16 @@ class _Desk:
             for each, question, found in zip(body.responses, questions, scores, strict=True):
                 made = found
                 if isinstance(question, Question) and isinstance(found, Scores):
-                    made = self._made(
-                        partial(analyst.compared_report, question, found, first_ids)
-                    )
+                    made = self._made(partial(analyst.compared_report, question, found, first_ids))
                 reports.append({"name": each.name, **made})
             ids = [
                 array
                 for report in reports
                 if "error" not in report
                 for array in (
-                    report["response_ids"], report["teacher_topk_ids"], report["candidate_ids"]
+                    report["response_ids"],
+                    report["teacher_topk_ids"],
+                    report["candidate_ids"],
                 )
             ]
             return json_bytes(
