@@ -75,8 +75,9 @@ breaking: setup  ## the contract keeps what clients of the published one rely on
 published: setup  ## the contract as it is becomes the one to keep; with a release, or a reason
 	cd proto && ../$(BIN)/buf build --exclude-source-info -o published.binpb
 
-docs: setup  ## docs/settings.md from the docstrings of the settings
+docs: setup  ## docs/settings.md from the docstrings of the settings, the columns in docs/run-folder.md
 	$(BIN)/python -m scripts.settings_document
+	$(BIN)/python -m scripts.columns_document
 
 families: setup  ## the table of families in docs/training.md, a quarter of an hour; goes on where it was cut off
 	$(BIN)/python -m benchmarks.families

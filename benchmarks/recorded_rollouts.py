@@ -6,18 +6,16 @@ are those of the rules (`teacher_wire.drift`), so a reader that computes them an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rollout_records.schema import FOLDER, METADATA_KEY, SCHEMA, Origin, file_name
+from rollout_records import writing
+from rollout_records.schema import FOLDER, Origin
 from teacher_wire.drift import advance, reliability
 from teacher_wire.drift_metrics import OverlapRatio, overlap_counts
 from teacher_wire.records import DriftPolicy, DriftState
@@ -144,8 +142,7 @@ def write_step(
         teachers={"": "/models/teacher-large"},
         drift_policy={
             "metric": metric.name,
-            "k": metric.k,
-            "threshold": metric.threshold,  # type: ignore[attr-defined]
+            **asdict(metric),
             "w_drop": POLICY.w_drop,
             "stop_in_flight": POLICY.stop_in_flight,
         },
@@ -153,33 +150,4 @@ def write_step(
         temperature=1.0,
         run=run.name,
     )
-    schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(asdict(origin)).encode()})
-    columns = [_column([row[field.name] for row in rows], field.type) for field in SCHEMA]
-    path = run / FOLDER / file_name(step, rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), path, compression="zstd")
-    return path
-
-
-def _column(cells: Sequence[Any], kind: pa.DataType) -> pa.Array:
-    if not pa.types.is_list(kind) or any(cell is None for cell in cells):
-        return pa.array(cells, kind)
-    return _lists([np.asarray(cell) for cell in cells], kind)
-
-
-def _lists(cells: Sequence[NDArray[Any]], kind: pa.ListType) -> pa.Array:
-    """Lists of numbers, or of lists of numbers, without a Python object an entry."""
-    offsets = np.cumsum([0, *(len(cell) for cell in cells)]).astype(np.int32)
-    inner = kind.value_type
-    if pa.types.is_list(inner):
-        width = cells[0].shape[1]
-        flat = np.concatenate([cell.ravel() for cell in cells])
-        ends = np.arange(offsets[-1] + 1, dtype=np.int32) * width
-        values = pa.ListArray.from_arrays(ends, _numbers(flat, inner.value_type), type=inner)
-    else:
-        values = _numbers(np.concatenate(cells), inner)
-    return pa.ListArray.from_arrays(offsets, values, type=kind)
-
-
-def _numbers(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
-    return pa.array(values.astype(kind.to_pandas_dtype()), kind)
+    return writing.write_step(run / FOLDER, step, rank, rows, origin)

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import teacher_wire  # noqa: F401
@@ -28,6 +28,9 @@ from vllm_process.children import kill_engines
 from vllm_process.cores import wait_briefly
 from vllm_process.imports import uncollected
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 EXIT_FAILED = 1
 PAIRS_WRITTEN = 10
 PAIRS_SHOWN = 3
@@ -36,6 +39,11 @@ EXIT_INTERRUPTED = 130
 TRAIN = (
     "Distil a student. SIGTERM gives up the step under way, writes a checkpoint of the last "
     "finished one and prints the command that goes on; a second SIGTERM ends the run at once."
+)
+REPORT = (
+    "One run: report.html (one file, nothing else needed), report.png, summary.json and a table; "
+    "several: compared.html in the folder of the first. A run that is still being written has a "
+    "report of what there is."
 )
 EVAL = (
     "Greedy accuracy, avg@k and pass@k by the answers of the held-out problems; held-out "
@@ -101,11 +109,15 @@ def _parser() -> argparse.ArgumentParser:
     _eval_arguments(evaluate)
     evaluate.set_defaults(run=_eval)
 
-    report = commands.add_parser("report", help="summary.json, report.png and a table of a run")
-    report.add_argument("folder", type=Path, help="the run's folder")
-    report.add_argument(
-        "--teacher-eval", type=Path, help="result of `eval --json` for the teacher, for the summary"
+    report = commands.add_parser(
+        "report", help="a page of what runs showed, and of one run a table", description=REPORT
     )
+    report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="the run's folder")
+    report.add_argument(
+        "--teacher-eval", type=Path, help="result of `eval --json` for the teacher, to compare with"
+    )
+    report.add_argument("--page", type=Path, metavar="FILE", help="where the page is written")
+    report.add_argument("--pngs", type=Path, metavar="DIR", help="a PNG file of every picture")
     report.set_defaults(run=_report)
 
     push = commands.add_parser("push", help="upload the trained student to a hub")
@@ -291,30 +303,60 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from student_trainer.recording.report import draw, summary_table, text_table, warning_lines
-    from student_trainer.recording.summary import summarize, write_summary
-    from student_trainer.recording.texts import pairs, write_side_by_side
+    from run_report.page import report
+    from student_trainer.recording.report import COMPARED_PAGE, REPORT_PAGE, references
+    from student_trainer.recording.run_figures import names_of, run_figures
 
     extra: dict[str, Any] = {}
     if arguments.teacher_eval:
-        try:
-            result = json.loads(arguments.teacher_eval.read_text(encoding="utf-8"))
-            extra["teacher_accuracy"] = float(result["accuracy"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DatasetError(
-                f"{arguments.teacher_eval}: not the result of `eval --json`: {error!r}"
-            ) from None
-    summary = summarize(arguments.folder, extra)
-    console = Console()
+        extra["teacher_accuracy"] = _teacher_accuracy(arguments.teacher_eval)
+    console, folders = Console(), arguments.folders
+    named = zip(folders, names_of(folders), strict=True)
+    runs = [run_figures(f, name=name, references=references(extra)) for f, name in named]
+    if len(runs) == 1:
+        _report_of_one(folders[0], extra, console)
+    for run in runs:
+        for note in run.notes:
+            console.print(f"{run.name}: {note}", style="yellow", highlight=False, markup=False)
+    made = report(runs, " and ".join(run.name for run in runs))
+    page = arguments.page or folders[0] / (REPORT_PAGE if len(runs) == 1 else COMPARED_PAGE)
+    console.print(f"{made.write(page)}", highlight=False, soft_wrap=True)
+    if arguments.pngs:
+        made.save_charts(arguments.pngs)
+        console.print(f"{arguments.pngs}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _report_of_one(folder: Path, extra: dict[str, Any], console: Console) -> None:
+    """Table, warnings, some responses, and the files beside the page."""
+    from student_trainer.recording.report import (
+        draw,
+        summary_table,
+        text_table,
+        warning_lines,
+    )
+    from student_trainer.recording.summary import summarize, write_summary
+    from student_trainer.recording.texts import pairs, write_side_by_side
+
+    summary = summarize(folder, extra, [])
     console.print(summary_table(summary))
     for line in warning_lines(summary):
         console.print(line, style="yellow", highlight=False, markup=False)
-    if drawn := pairs(arguments.folder, count=PAIRS_WRITTEN):
+    if drawn := pairs(folder, count=PAIRS_WRITTEN):
         console.print(text_table(drawn[:PAIRS_SHOWN]))
-        console.print(f"{write_side_by_side(arguments.folder, drawn)}", highlight=False)
-    console.print(f"{write_summary(arguments.folder, summary)}", highlight=False)
-    console.print(f"{draw(arguments.folder, summary)}", highlight=False)
-    return 0
+        console.print(f"{write_side_by_side(folder, drawn)}", highlight=False)
+    console.print(f"{write_summary(folder, summary)}", highlight=False)
+    console.print(f"{draw(folder, summary)}", highlight=False)
+
+
+def _teacher_accuracy(path: Path) -> float:
+    """What `eval --json` wrote. Raises DatasetError."""
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["accuracy"])
+    except OSError as error:
+        raise DatasetError(f"--teacher-eval {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path}: not the result of `eval --json`: {error!r}") from None
 
 
 def _push(arguments: argparse.Namespace) -> int:

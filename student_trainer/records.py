@@ -108,6 +108,9 @@ class RolloutTimes:
     """Tokens generated between sending the deciding append and its verdict; 0 if not truncated."""
     verdict_span_tokens: int
     """Tokens in the deciding append; 0 if not truncated."""
+    started_at: float | None = None
+    """Seconds since 1970 at `started_s`, by the clock of the process that generated it; None where
+    nobody looked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,5 @@
-"""`teacher-server serve | probe | token | show-config`. Imports only what the command needs, and
-nothing before `serve` can be ended by a signal."""
+"""`teacher-server serve | analyze | probe | token | show-config`. Imports only what the command
+needs, and nothing before `serve` can be ended by a signal."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ try:
 except ModuleNotFoundError:
     sys.exit("teacher-server: the distribution driftline-client is missing; install it again")
 
+from teacher_server.process.analysis import add_parser as add_analyze
+from teacher_server.process.analysis import analyze
 from teacher_server.process.signals import signals_end_at_once
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ def _run(words: Sequence[str]) -> int:
     # A probe asks for health every few seconds: it does without the settings, and their imports.
     if words[:1] == ["probe"]:
         return _probe(build_parser(with_settings=False).parse_args(words))
+    if words[:1] == ["analyze"]:
+        return analyze(build_parser(with_settings=False).parse_args(words))
     from teacher_server.settings import ConfigError, load_config, refuse_unknown_flags, to_toml
 
     arguments, rest = build_parser().parse_known_args(words)
@@ -79,6 +83,7 @@ def build_parser(*, with_settings: bool = True) -> argparse.ArgumentParser:
     probe.add_argument("--tls-cert", help="PEM file of a client certificate, for mutual TLS")
     probe.add_argument("--tls-key", help="PEM file of its key")
     probe.add_argument("--tls-name", help="name in the server's certificate, when not the address")
+    add_analyze(commands)
     token = commands.add_parser("token", help="make a bearer token; it is printed this once")
     token.add_argument("name", help="name of the tenant")
     return parser

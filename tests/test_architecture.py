@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "teacher_wire": ROOT / "proto" / "teacher_wire",
     "teacher_client": ROOT / "proto" / "teacher_client",
+    "rollout_records": ROOT / "proto" / "rollout_records",
+    "run_report": ROOT / "proto" / "run_report",
     "vllm_process": ROOT / "proto" / "vllm_process",
     "teacher_server": ROOT / "teacher_server",
     "student_trainer": ROOT / "student_trainer",
@@ -79,6 +81,17 @@ RULES = [
         why="whether to try again is independent of transport",
     ),
     Rule(modules="teacher_client.rendezvous", never="grpc numpy teacher_wire", why="pure"),
+    Rule(
+        modules="rollout_records.*",
+        only="numpy pyarrow rollout_records teacher_wire.drift teacher_wire.drift_metrics "
+        "teacher_wire.records",
+        why="a format: page, trainer and notebooks read it without each other",
+    ),
+    Rule(
+        modules="run_report.*",
+        only="numpy pyarrow matplotlib jinja2 markupsafe tokenizers rollout_records run_report",
+        why="pages from figures, whoever has them",
+    ),
     Rule(
         modules="vllm_process.*",
         never=f"{TORCH} grpc teacher_wire {SIDES}",
@@ -219,8 +232,14 @@ RULES = [
     # The server, from the ground up.
     Rule(
         modules="teacher_server.*",
-        never="student_trainer teacher_client examples tests",
+        never="student_trainer examples tests",
         why="one way only",
+    ),
+    Rule(
+        modules="teacher_server.*",
+        never="teacher_client",
+        but="teacher_server.process.scorers teacher_server.process.analysis",
+        why="a server asks no other; the command that analyses a file does",
     ),
     Rule(
         modules="teacher_server.engine.*",
@@ -266,6 +285,11 @@ RULES = [
         modules="teacher_server.metrics.*",
         never="fastapi teacher_server.rpc teacher_server.http teacher_server.scoring",
         why="it is told, it does not ask",
+    ),
+    Rule(
+        modules="teacher_server.analyze.*",
+        never="grpc fastapi teacher_server.rpc teacher_server.http teacher_server.scoring",
+        why="rows of a file, and what came of them",
     ),
     Rule(modules="teacher_server.rpc.*", never="fastapi uvicorn teacher_server.http", why="gRPC"),
     Rule(

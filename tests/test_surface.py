@@ -39,6 +39,7 @@ TRAINER_SETTINGS = {
         "betas epochs final_learning_rate kind learning_rate max_grad_norm max_sync_gap_nats "
         "micro_batch_tokens updates_per_epoch warmup_steps weight_decay"
     ),
+    "recording": "max_bytes rollouts_per_step",
     "rollout": (
         "chunk_tokens max_context max_staleness prompts_per_step rollouts_per_prompt stop_strings "
         "stop_tokens student_topk temperature tokens_per_step top_p"

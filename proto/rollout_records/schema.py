@@ -23,8 +23,9 @@ FOLDER = "rollouts"
 """In the folder of a run."""
 
 ID = pa.int32()
-LOGPROB = pa.float16()
-"""Of what is measured in nats or is a share: to 3 decimal digits, 0.004 at -8 nats."""
+TOKEN_BITS, LIST_BITS = 10, 8
+"""What a float16 has, right to 0.004 at -8; two less in the lists, which are most of a file: right
+to 0.016 there, and to 0.004 between -2 and -4."""
 
 
 class Shape(Enum):
@@ -47,6 +48,9 @@ class Column:
     is_required: bool
     """Otherwise null where it is not known."""
     about: str
+    bits: int | None = None
+    """Of the mantissa that are kept of a float32, so that it packs (`writing.rounded`); None: all.
+    Not every reader takes a float16."""
 
     @property
     def type(self) -> pa.DataType:
@@ -72,8 +76,14 @@ def _tokens(name: str, kind: pa.DataType, about: str, shape: Shape = Shape.TOKEN
     return Column(name.rstrip("?"), kind, shape, not name.endswith("?"), about)
 
 
+def _measured(name: str, about: str, shape: Shape = Shape.TOKENS) -> Column:
+    """In nats, or a share."""
+    bits = LIST_BITS if shape is Shape.LISTS else TOKEN_BITS
+    return Column(name.rstrip("?"), pa.float32(), shape, not name.endswith("?"), about, bits)
+
+
 def _lists(name: str, kind: pa.DataType, about: str) -> Column:
-    return Column(name.rstrip("?"), kind, Shape.LISTS, not name.endswith("?"), about)
+    return _tokens(name, kind, about, Shape.LISTS)
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -88,7 +98,7 @@ COLUMNS: tuple[Column, ...] = (
         "finish",
         pa.string(),
         "why it ended: stop (the student), length (the budget), truncated (the drift policy), "
-        "unscored (the teacher stayed away)",
+        "unscored (the teacher stayed away); unknown of rollouts from elsewhere",
     ),
     _scalar("verdict", pa.string(), "the teacher's last word: continue or truncate"),
     _scalar("num_tokens", pa.int32(), "T, tokens kept"),
@@ -101,7 +111,7 @@ COLUMNS: tuple[Column, ...] = (
     _scalar(
         "exhausted_at?", pa.int32(), "tokens up to and with the one at which R reached 0; else null"
     ),
-    _scalar("policy_version", pa.int32(), "optimiser rounds of the weights that sampled"),
+    _scalar("policy_version?", pa.int32(), "optimiser rounds of the weights that sampled"),
     _scalar("correct?", pa.bool_(), "whether the response has the right answer, where it is known"),
     _scalar("mean_overlap?", pa.float32(), "of `overlap`, where `sampled`"),
     _scalar(
@@ -112,11 +122,13 @@ COLUMNS: tuple[Column, ...] = (
     _scalar("generate_s?", pa.float32(), "seconds until generation ended"),
     _scalar("score_wait_s?", pa.float32(), "seconds from then until its last score was there"),
     _scalar(
-        "round_trip_tokens",
+        "round_trip_tokens?",
         pa.int32(),
         "tokens generated while the deciding append was under way; 0 if not truncated",
     ),
-    _scalar("verdict_span_tokens", pa.int32(), "tokens of the deciding append; 0 if not truncated"),
+    _scalar(
+        "verdict_span_tokens?", pa.int32(), "tokens of the deciding append; 0 if not truncated"
+    ),
     _tokens("prompt_ids", ID, "what the student was given", Shape.PROMPT),
     _tokens("response_ids", ID, "what was kept of the response"),
     _tokens(
@@ -127,22 +139,20 @@ COLUMNS: tuple[Column, ...] = (
         pa.bool_(),
         "false for what others said between the student's answers; null: all is the student's",
     ),
-    _tokens("behavior_logprobs?", LOGPROB, "of the token, by the policy that sampled it"),
-    _tokens("teacher_logprobs", LOGPROB, "of the token, by the teacher"),
-    _tokens(
+    _measured("behavior_logprobs?", "of the token, by the policy that sampled it"),
+    _measured("teacher_logprobs", "of the token, by the teacher"),
+    _measured(
         "reverse_kl?",
-        LOGPROB,
         "sum over the student's top-k of q (log q - log p), q the student's and p the teacher's, "
         "and over all other tokens as if they were one: at least 0, at most KL(q || p)",
     ),
-    _tokens(
+    _measured(
         "overlap?",
-        LOGPROB,
         "share of the first d entries that the student's and the teacher's top-k have in common, "
         "d the drift policy's k",
     ),
     _tokens("bad_events?", pa.bool_(), "where the drift policy saw one"),
-    _tokens("reliability?", LOGPROB, "R_t = clip(1 - w_drop * bad events up to t, 0, 1)"),
+    _measured("reliability?", "R_t = clip(1 - w_drop * bad events up to t, 0, 1)"),
     _tokens(
         "weight?",
         pa.float32(),
@@ -150,13 +160,13 @@ COLUMNS: tuple[Column, ...] = (
         "the position weights and of its teacher's, before the step's sum is divided; 0 where "
         "masked",
     ),
-    _tokens("entropies?", LOGPROB, "of the teacher's whole distribution, in nats"),
+    _measured("entropies?", "of the teacher's whole distribution, in nats"),
     _tokens("ranks?", pa.int32(), "of the token in the teacher's distribution; 1 is most likely"),
     _lists("teacher_topk_ids", ID, "most likely first"),
-    _lists("teacher_topk_logprobs", LOGPROB, "of these, by the teacher"),
+    _measured("teacher_topk_logprobs", "of these, by the teacher", Shape.LISTS),
     _lists("student_topk_ids?", ID, "of the policy that sampled, most likely first; [T][J]"),
-    _lists("student_topk_logprobs?", LOGPROB, "of these, by the policy that sampled"),
-    _lists("teacher_logprobs_at_student_topk?", LOGPROB, "of these, by the teacher"),
+    _measured("student_topk_logprobs?", "of these, by the policy that sampled", Shape.LISTS),
+    _measured("teacher_logprobs_at_student_topk?", "of these, by the teacher", Shape.LISTS),
 )
 BY_NAME = {column.name: column for column in COLUMNS}
 SCALARS = tuple(column.name for column in COLUMNS if column.shape is Shape.SCALAR)

@@ -28,18 +28,21 @@ from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.parts import Start
 from student_trainer.assembly.recording import recorded, warn
 from student_trainer.assembly.restarting import SamplerRestart
+from student_trainer.assembly.rollout_recording import rollout_files
 from student_trainer.assembly.sampling import RunningSampler, loop_on
 from student_trainer.assembly.spreading import refuse_spread
 from student_trainer.diagnostics.step_report import EvalReport, LearnReport, SampleText
 from student_trainer.errors import SamplerDiedError
 from student_trainer.evaluation.evaluate import rollout_text
 from student_trainer.learner.learner import Learner
+from student_trainer.learner.token_weights import TokenWeights
 from student_trainer.pretrained import load_tokenizer
 from student_trainer.process.ranks import ALONE, Ranks
 from student_trainer.process.stopping import Stopped, StopRequest
 from student_trainer.recording.failed_update import kept_if_not_finite
 from student_trainer.recording.model_card import write_model_card
 from student_trainer.recording.recorder import Recorder
+from student_trainer.recording.rollout_files import RolloutFiles
 from student_trainer.recording.run_folder import STUDENT, Resume, RunRecord, checkpoint_to_resume
 from student_trainer.recording.summary import write_progress
 from student_trainer.recording.terminal import Bars
@@ -69,6 +72,7 @@ class Run:
     running: RunningSampler
     restart: SamplerRestart
     stop: StopRequest
+    rollout_files: RolloutFiles
     ranks: Ranks = ALONE
 
     def may_give_up(self) -> AbstractContextManager[None]:
@@ -81,14 +85,20 @@ class Run:
         return self.config.drift.k if self.config.collected_topk > 0 else None
 
     def learn(self, rollouts: Sequence[Rollout], step: int) -> LearnReport:
-        """All updates of one step; one that is not finite is kept for a person to look at.
+        """All updates of one step, and its rollouts on their way to the disk; an update that is
+        not finite is kept for a person to look at.
 
         Raises NonFiniteLossError.
         """
+        recorded = self.rollout_files.chosen(rollouts)
+        noted = TokenWeights(recorded) if recorded else None
         with kept_if_not_finite(
             self.config.run.out, step + 1, lambda: self.learner.update_under_way
         ):
-            return self.learner.learn(rollouts, step)
+            report = self.learner.learn(rollouts, step, noted)
+        if noted is not None:
+            self.rollout_files.write(step + 1, recorded, noted.by_number())
+        return report
 
     def swap_weights(self, version: int) -> float | None:
         """Moves the learner's weights into the sampler; returns the log-prob gap, in nats.
@@ -283,6 +293,9 @@ def _assemble(begins: Start, stack: ExitStack) -> Run:
         running=running,
         restart=SamplerRestart(say),
         stop=begins.stop,
+        rollout_files=stack.enter_context(
+            closing(rollout_files(begins, tokenizer, asked, grader, say))
+        ),
         ranks=ranks,
     )
 

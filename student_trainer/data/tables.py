@@ -1,7 +1,7 @@
 """Rows of Arrow tables: Parquet files, and data sets of the package `datasets`.
 
-Both need the extra `data`. Columns of JSON are read from what is stored, not as `datasets` gives
-them: it makes 7 of the text 007, and a missing value of the text NaN.
+The latter need the extra `data`. Columns of JSON are read from what is stored, not as `datasets`
+gives them: it makes 7 of the text 007, and a missing value of the text NaN.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ ROWS_AT_ONCE = 1000
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each row stands, counted from 0, and its columns. Raises DatasetError."""
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise DatasetError(_needs_extra(str(path))) from None
+    from pyarrow import parquet
+
     try:
         with parquet.ParquetFile(path) as table:
             yield from _numbered(str(path), table.iter_batches(ROWS_AT_ONCE))

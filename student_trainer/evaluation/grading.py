@@ -36,6 +36,10 @@ class Grader(Protocol):
     def grade(self, responses: Sequence[tuple[str, str]]) -> list[bool | None]:
         """A grade for each response and expected answer."""
 
+    def at_once(self, response: str, answer: str) -> bool | None:
+        """A grade in any thread and without another process; None where mathematics would have to
+        be compared."""
+
     def check(self, problems: Sequence[Prompt]) -> None:
         """Raises DatasetError for an expected answer that no response can be graded against."""
 
@@ -48,6 +52,9 @@ class ExactGrader:
 
     def grade(self, responses: Sequence[tuple[str, str]]) -> list[bool | None]:
         return [exactly(found, expected) for found, expected in self.found(responses)]
+
+    def at_once(self, response: str, answer: str) -> bool:
+        return self.grade([(response, answer)])[0] is True
 
     def found(self, responses: Sequence[tuple[str, str]]) -> list[tuple[str | None, str]]:
         """The answer in each response, and the expected one as it is compared."""
@@ -94,6 +101,10 @@ class MathGrader:
         for index, question in unlike.items():
             grades[index] = verdicts[question]
         return grades
+
+    def at_once(self, response: str, answer: str) -> bool | None:
+        ((found, expected),) = self._exact.found([(response, answer)])
+        return exactly(found, expected) or (None if found else False)
 
     def check(self, problems: Sequence[Prompt]) -> None:
         self._exact.check(problems)

@@ -38,6 +38,7 @@ from student_trainer.learner.sharding import (
     stop_together,
 )
 from student_trainer.learner.student import student_forward
+from student_trainer.learner.token_weights import TokenWeights
 from student_trainer.losses.objective import (
     Divergence,
     StepSums,
@@ -135,9 +136,11 @@ class Learner:
         saved = self._learnt() if self._adapter else self._model.parameters()
         return sum(p.numel() * (p.element_size() + int(moments * p.requires_grad)) for p in saved)
 
-    def learn(self, rollouts: Sequence[Rollout], step: int) -> LearnReport:
+    def learn(
+        self, rollouts: Sequence[Rollout], step: int, noted: TokenWeights | None = None
+    ) -> LearnReport:
         """All optimiser updates of one step. Of several processes each is given all rollouts, and
-        computes its share of each update.
+        computes its share of each update. `noted` is told the weights of tokens in the first pass.
 
         A request to stop, to one of several processes too, gives the step up as long as no update
         has changed the weights; from the first update on the others follow, because half of a step
@@ -149,11 +152,12 @@ class Learner:
         all_sums: list[StepSums] = []
         grad_norms: list[float] = []
         before = self._sample()
-        for update in self._updates(rollouts, step):
+        for epoch, update in self._updates(rollouts, step):
             is_first = not grad_norms
+            notes = noted if epoch == 0 else None
             with self._may_give_up() if is_first else nullcontext():
                 totals = self._micro_batches.fitted(
-                    partial(self._accumulate, own_share(update), gives_up=is_first),
+                    partial(self._accumulate, own_share(update), gives_up=is_first, noted=notes),
                     self._model.zero_grad,
                 )
             learning_rate = self._optimizer.learning_rate
@@ -198,16 +202,20 @@ class Learner:
             before_each=partial(stop_together, self._stop),
         )
 
-    def _updates(self, rollouts: Sequence[Rollout], step: int) -> Iterator[list[Rollout]]:
+    def _updates(
+        self, rollouts: Sequence[Rollout], step: int
+    ) -> Iterator[tuple[int, list[Rollout]]]:
         number = 0
         for epoch in range(self._epochs):
             seed = (self._seed, step, epoch)
             for update in split_updates(rollouts, self._updates_per_epoch, seed=seed):
                 number += 1
                 self.update_under_way = number, update
-                yield update
+                yield epoch, update
 
-    def _accumulate(self, rollouts: Sequence[Rollout], *, gives_up: bool) -> StepSums:
+    def _accumulate(
+        self, rollouts: Sequence[Rollout], *, gives_up: bool, noted: TokenWeights | None
+    ) -> StepSums:
         """The gradient of one update, added up over micro-batches, and its sums; `gives_up` where
         one of several processes is asked to stop meanwhile."""
         agree = partial(stop_together, self._stop) if gives_up else _go_on
@@ -231,6 +239,7 @@ class Learner:
                 divergence=self._divergence,
                 weights=self._weights,
                 loss_weights_B=batch.loss_weights_B,
+                noted=None if noted is None else partial(noted.note, micro),
             )
             sums.loss_sum.backward()
             parts.append(sums.detached())

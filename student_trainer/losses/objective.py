@@ -182,12 +182,13 @@ def objective(
     divergence: Divergence,
     weights: Sequence[PositionWeight] = (),
     loss_weights_B: Tensor | None = None,
+    noted: Callable[[Tensor], None] | None = None,
 ) -> StepSums:
     """The micro-batch's sums of m w l, m w and m, and what to log; call `.loss_sum.backward()`.
 
     `loss_weights_B` multiply l, sequence by sequence, and nothing else: how much a teacher counts
-    against another. With no valid token, or weights that are all zero, loss_sum is 0.0 with zero
-    gradients.
+    against another. `noted` is given w [B, T], 0.0 where masked. With no valid token, or weights
+    that are all zero, loss_sum is 0.0 with zero gradients.
 
     Raises:
         ValueError: a tensor that the divergence or a weight needs is absent, or shapes disagree.
@@ -206,6 +207,8 @@ def objective(
     if loss_weights_B is not None:
         loss_BT = loss_BT * loss_weights_B.to(loss_BT.dtype).unsqueeze(-1)
     weight_BT = weight_BT.to(loss_BT.dtype)
+    if noted is not None:
+        noted(weight_BT)
     infinity = weight_BT.new_full((1,), math.inf)
     low = torch.where(mask_BT, weight_BT, math.inf).flatten()
     high = torch.where(mask_BT, weight_BT, -math.inf).flatten()

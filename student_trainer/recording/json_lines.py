@@ -72,11 +72,15 @@ class WrittenRun:
 KINDS = ("step", "skipped", "eval", "warning")
 
 
-def read_run(folder: Path) -> WrittenRun:
-    """The reports of a run. Raises DatasetError naming the file, the line and what is wrong."""
+def read_run(folder: Path, notes: list[str] | None = None) -> WrittenRun:
+    """The reports of a run. Raises DatasetError naming the file, the line and what is wrong.
+
+    With `notes` a last line that is not whole, of a run that is being written or was killed, is
+    left out and told of there.
+    """
     path = folder / METRICS_FILE
     run = WrittenRun()
-    for number, values in enumerate(read_lines(path), start=1):
+    for number, values in enumerate(read_lines(path, notes), start=1):
         kind, step = values.get("kind"), values["step"]
         try:
             if kind == "step":
@@ -95,11 +99,11 @@ def read_run(folder: Path) -> WrittenRun:
     return run
 
 
-def read_profiles(folder: Path) -> dict[int, StepProfile]:
+def read_profiles(folder: Path, notes: list[str] | None = None) -> dict[int, StepProfile]:
     """Profiles by step. Raises DatasetError likewise."""
     path = folder / PROFILES_FILE
     profiles = {}
-    for number, values in enumerate(read_lines(path), start=1):
+    for number, values in enumerate(read_lines(path, notes), start=1):
         try:
             step = values.pop("step")
             profiles[step] = StepProfile(**values)
@@ -108,12 +112,21 @@ def read_profiles(folder: Path) -> dict[int, StepProfile]:
     return profiles
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file. Raises DatasetError naming the file and the line."""
+def read_lines(path: Path, notes: list[str] | None = None) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file. Raises DatasetError naming the file and the line; of a last
+    line without an end only where there are no `notes` to tell of it."""
     if not path.is_file():
         raise DatasetError(f"{path}: no such file; is {path.parent} a run?")
-    with path.open(encoding="utf-8") as lines:
-        return [_record(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
+    found = []
+    with path.open(encoding="utf-8", errors="strict" if notes is None else "replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                found.append(_record(f"{path}:{number}", line))
+            except DatasetError:
+                if notes is None or line.endswith("\n"):
+                    raise
+                notes.append(f"The last line of {path.name} is not whole, and left out.")
+    return found
 
 
 def drop_later(folder: Path, step: int) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from rollout_records.schema import FOLDER
+from rollout_records.writing import drop_later as drop_later_rollouts
 from student_trainer.diagnostics.alarms import Alarm, warnings_of
 from student_trainer.diagnostics.step_report import EvalReport, StepReport
 from student_trainer.errors import ConfigError
@@ -83,6 +85,7 @@ class Recorder:
 
     def _go_on_after(self, folder: Path, step: int) -> None:
         drop_later(folder, step)
+        drop_later_rollouts(folder / FOLDER, step)
         kept = read_run(folder)
         self.first_step = next(iter(kept.steps), None)
         self.last_evaluation = kept.evaluations[-1].step if kept.evaluations else None

@@ -1,4 +1,5 @@
-"""What a run showed, for a person: report.png and a table, from the files the run wrote."""
+"""What a run showed, for a person: report.png and a table, from the files that it wrote. The page
+is `run_report`'s."""
 
 from __future__ import annotations
 
@@ -7,28 +8,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from student_trainer.diagnostics.step_report import (
-    PHASES,
-    EvalReport,
-    HeldoutReport,
-    StepProfile,
-    StepReport,
-)
-from student_trainer.recording.json_lines import read_profiles, read_run
+from run_report.drawing import overview
+from run_report.figures import RunFigures
+from run_report.run_charts import run_charts
+from student_trainer.recording.run_figures import run_figures
 from student_trainer.recording.texts import Pair
-from student_trainer.records import Finish
 
-COLORS = {"generate": "#4878a8", "teacher_wait": "#c44e52", "learn": "#6aa66a", "sync": "#c9a227"}
-FIRST, LAST = "#9aa5b1", "#1f4e79"
-MIN_BAND_SHARE = 0.1
-"""A position band is drawn when at least this share of the rollouts reaches it."""
-
+REPORT_PICTURE, REPORT_PAGE, COMPARED_PAGE = "report.png", "report.html", "compared.html"
 SHOWN_CHARACTERS = 400
 
 
@@ -102,133 +91,25 @@ def warning_lines(summary: dict[str, Any]) -> list[str]:
     ]
 
 
+OVERVIEW = (
+    *("accuracy", "overlap-first-last", "heldout", "length-cloud", "time", "overlap-heldout"),
+)
+"""Pictures of report.png, those that a run has."""
+
+
 def draw(folder: Path, summary: dict[str, Any]) -> Path:
-    """report.png: accuracy by step, overlap by position, rollout lengths, where the time went; and
-    what the teacher makes of held-out responses."""
-    written, profiles = read_run(folder), read_profiles(folder)
-    heldout = [(e.step, e.heldout) for e in written.evaluations if e.heldout is not None]
-    columns = 3 if heldout else 2
-    figure = Figure(figsize=(6 * columns, 8), layout="constrained")
-    axes = figure.subplots(2, columns)
-    _accuracy(axes[0, 0], written.evaluations, summary)
-    if heldout:
-        _divergence(axes[0, 2], heldout)
-        _heldout_overlap(axes[1, 2], heldout)
-    _overlap(axes[0, 1], list(profiles.values()))
-    _lengths(axes[1, 0], profiles)
-    _time(axes[1, 1], written.steps)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.set_axisbelow(True)
-    path = folder / "report.png"
-    figure.savefig(path, dpi=110)
-    return path
+    """report.png: the pictures of the page that say most, in one file."""
+    return save_overview(run_figures(folder, references=references(summary)), folder)
 
 
-def _accuracy(axis: Axes, evals: list[EvalReport], summary: dict[str, Any]) -> None:
-    axis.set(title="Right answers to held-out problems", xlabel="step", ylabel="accuracy")
-    axis.set_ylim(-0.02, 1.05)
-    known = [(e.step, e.accuracy) for e in evals if e.accuracy is not None]
-    if not known:
-        axis.text(0.5, 0.5, "no answers to compare with", transform=axis.transAxes, ha="center")
-        return
-    axis.plot(*zip(*known, strict=True), "o-", color=LAST)
-    for (step, accuracy), offset in ((known[0], (20, -4)), (known[-1], (0, -18))):
-        axis.annotate(
-            f"{accuracy:.0%}",
-            (step, accuracy),
-            textcoords="offset points",
-            xytext=offset,
-            ha="center",
-        )
-    if "teacher_accuracy" in summary:
-        axis.axhline(summary["teacher_accuracy"], color="#888888", linestyle="--", linewidth=1)
-        axis.text(0, summary["teacher_accuracy"] - 0.06, "teacher", color="#666666")
+def save_overview(run: RunFigures, folder: Path) -> Path:
+    """The same of a run that is read already."""
+    charts = {chart.name: chart for chart in run_charts([run])}
+    shown = [charts[name] for name in OVERVIEW if name in charts]
+    return overview(shown or [*charts.values()], folder / REPORT_PICTURE)
 
 
-def _divergence(axis: Axes, heldout: list[tuple[int, HeldoutReport]]) -> None:
-    axis.set(title="Held-out divergence from the teacher", xlabel="step", ylabel="nats a token")
-    for name, color in (("reverse_kl", LAST), ("forward_kl", "#6aa66a")):
-        known = [
-            (step, value, getattr(report, f"{name}_se") or 0.0)
-            for step, report in heldout
-            if (value := getattr(report, name)) is not None
-        ]
-        if known:
-            steps, values, errors = zip(*known, strict=True)
-            label = name.replace("_kl", " KL")
-            axis.errorbar(steps, values, yerr=errors, fmt="o-", capsize=3, color=color, label=label)
-            axis.legend(frameon=False)
-
-
-def _heldout_overlap(axis: Axes, heldout: list[tuple[int, HeldoutReport]]) -> None:
-    axis.set(title="Held-out overlap, by position", xlabel="response token", ylabel="overlap")
-    for (step, report), color in ((heldout[0], FIRST), (heldout[-1], LAST)):
-        if report.overlap_by_band and report.responses_by_band and report.band_tokens:
-            enough = MIN_BAND_SHARE * report.responses
-            overlaps = [
-                overlap
-                for overlap, count in zip(
-                    report.overlap_by_band, report.responses_by_band, strict=True
-                )
-                if count >= enough
-            ]
-            middles = (np.arange(len(overlaps)) + 0.5) * report.band_tokens
-            axis.plot(middles, overlaps, ".-", color=color, label=f"step {step}")
-            axis.legend(frameon=False, loc="lower left")
-
-
-def _overlap(axis: Axes, profiles: list[StepProfile]) -> None:
-    axis.set(
-        title="Overlap of student and teacher top-k, by position",
-        xlabel="response token",
-        ylabel="overlap",
-        ylim=(0, 1.05),
-    )
-    lowest = 1.0
-    if not profiles:  # killed before its first step was written down whole
-        return
-    for profile, color, name in ((profiles[0], FIRST, "first"), (profiles[-1], LAST, "last")):
-        if profile.overlap_by_band is None or profile.rollouts_by_band is None:
-            axis.text(0.5, 0.5, "no student top-k was sent", transform=axis.transAxes, ha="center")
-            return
-        enough = MIN_BAND_SHARE * len(profile.lengths)
-        num_bands = sum(count >= enough for count in profile.rollouts_by_band)
-        middles = (np.arange(num_bands) + 0.5) * profile.band_tokens
-        overlaps = profile.overlap_by_band[:num_bands]
-        axis.plot(middles, overlaps, ".-", color=color, label=f"{name} step")
-        lowest = min([lowest, *overlaps])
-    axis.set_ylim(max(0.0, lowest - 0.05), 1.02)
-    axis.legend(frameon=False, loc="lower left")
-
-
-def _lengths(axis: Axes, profiles: dict[int, StepProfile]) -> None:
-    axis.set(title="Rollout lengths and truncation points", xlabel="step", ylabel="tokens")
-    ended: list[tuple[int, int]] = []
-    stopped: list[tuple[int, int]] = []
-    for step, profile in profiles.items():
-        for length, finish in zip(profile.lengths, profile.finish, strict=True):
-            (stopped if finish == Finish.TRUNCATED.value else ended).append((step, length))
-    for points, color, name in ((ended, LAST, "ran to its end"), (stopped, "#c44e52", "stopped")):
-        if points:
-            steps, lengths = zip(*points, strict=True)
-            jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(steps))
-            axis.plot(np.array(steps) + jitter, lengths, ".", ms=2.5, color=color, label=name)
-    axis.set_ylim(bottom=0)
-    if profiles:
-        axis.legend(frameon=False, markerscale=4, loc="lower right")
-
-
-def _time(axis: Axes, steps: list[StepReport]) -> None:
-    axis.set(title="Where the time went", xlabel="step", ylabel="seconds")
-    numbers = [s.step for s in steps]
-    values = [[getattr(s.seconds, phase) or 0.0 for s in steps] for phase in PHASES]
-    axis.stackplot(
-        numbers,
-        values,
-        labels=[phase.replace("_", " ") for phase in PHASES],
-        colors=[COLORS[phase] for phase in PHASES],
-    )
-    axis.set_ylim(0, 1.25 * max(sum(step) for step in zip(*values, strict=True)))
-    axis.legend(frameon=False, loc="upper right", ncols=4, columnspacing=1.2)
+def references(summary: dict[str, Any]) -> dict[str, float]:
+    """What a figure is to be seen against."""
+    teacher = summary.get("teacher_accuracy")
+    return {} if teacher is None else {"accuracy": teacher}

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from rollout_records.schema import FOLDER
 from student_trainer.errors import ConfigError, DatasetError
 from student_trainer.process.writing import write_whole
 from student_trainer.recording.failed_update import FAILED_UPDATE
@@ -42,8 +43,11 @@ WRITTEN = (
     PROFILES_FILE,
     SUMMARY_FILE,
     "report.png",
+    "report.html",
+    "compared.html",
     SAMPLES_FOLDER,
     SIDE_BY_SIDE_FILE,
+    FOLDER,
     "error.log",
     FAILED_UPDATE,
     "tensorboard",

@@ -36,14 +36,16 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> Path:
     return path
 
 
-def summarize(folder: Path, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+def summarize(
+    folder: Path, extra: dict[str, Any] | None = None, notes: list[str] | None = None
+) -> dict[str, Any]:
     """The figures of a run; tokens are totals over all steps, shares are of the loop's wall time.
 
     `finished` and `steps_planned` are None for a run that never said so. `extra` is added as it is
     (a teacher's accuracy, say). Raises DatasetError when the folder holds no finished step, or a
-    line of a file is broken.
+    line of a file is broken; with `notes` a last line that is not whole is told of there.
     """
-    written = read_run(folder)
+    written = read_run(folder, notes)
     if not written.steps:
         raise DatasetError(f"{folder / METRICS_FILE}: no step was finished")
     said = told(folder)
@@ -62,7 +64,7 @@ def figures(
         **_of_evaluations(written),
     }
     if written.alarms:
-        summary["warnings"] = _by_kind(written.alarms)
+        summary["warnings"] = by_kind(written.alarms)
     return summary
 
 
@@ -117,7 +119,7 @@ def _of_evaluations(written: WrittenRun) -> dict[str, Any]:
     }
 
 
-def _by_kind(alarms: list[tuple[int, Alarm]]) -> dict[str, dict[str, Any]]:
+def by_kind(alarms: list[tuple[int, Alarm]]) -> dict[str, dict[str, Any]]:
     """Warning -> at how many steps, which were the first and last, and what it last said."""
     kinds: dict[str, dict[str, Any]] = {}
     for step, alarm in alarms:

@@ -84,7 +84,7 @@ async def run_rollout(
 
     Raises TeacherError when the teacher fails.
     """
-    started_s = time.monotonic()
+    started_s, started_at = time.monotonic(), time.time()
     generation = Generation(prompt, request_id=request_id, options=options, sampler=sampler)
     judge = asyncio.create_task(_judge(generation, session, rules))
     try:
@@ -103,6 +103,7 @@ async def run_rollout(
         scored_s=scored_s,
         round_trip_tokens=judgement.round_trip_tokens,
         verdict_span_tokens=judgement.verdict_span_tokens,
+        started_at=started_at,
     )
     if not judgement.parts:
         return None

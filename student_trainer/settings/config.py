@@ -33,7 +33,12 @@ from student_trainer.settings.evaluation import EvalSettings
 from student_trainer.settings.lora import LoraSettings
 from student_trainer.settings.loss import ImportedLossSettings, LossSettings, Needs
 from student_trainer.settings.problems import explain
-from student_trainer.settings.run import CheckpointSettings, RunSettings, TrackerSettings
+from student_trainer.settings.run import (
+    CheckpointSettings,
+    RecordingSettings,
+    RunSettings,
+    TrackerSettings,
+)
 from student_trainer.settings.sampler import (
     HfBatchedSamplerSettings,
     SamplerSettings,
@@ -167,6 +172,7 @@ class TrainerConfig(Section):
     optim: OptimSettings
     eval: EvalSettings = EvalSettings()
     checkpoint: Annotated[CheckpointSettings, MayChange()] = CheckpointSettings()
+    recording: Annotated[RecordingSettings, MayChange()] = RecordingSettings()
     trackers: Annotated[TrackerSettings, MayChange()] = TrackerSettings()
 
     @model_validator(mode="after")

@@ -50,6 +50,23 @@ class CheckpointSettings(Section):
     "accuracy", "pass_at_4", "heldout_forward_kl"; whether more or less is better is known."""
 
 
+class RecordingSettings(Section):
+    """What of the rollouts themselves is kept: a Parquet file a step in `run.out`/rollouts, with
+    all that was said of every token."""
+
+    rollouts_per_step: Annotated[int, Field(ge=0)] | Literal["all"] = 8
+    """Rollouts recorded of each step, evenly spaced over it, with at least one of those that were
+    stopped in flight; 0 for none, "all" for all."""
+    max_bytes: int = Field(1_000_000_000, gt=0)
+    """Of the recorded rollouts of the run; beyond, older steps are thinned out: the first and the
+    newest stay, and what is left between is spread over the run."""
+
+    @property
+    def count(self) -> int | None:
+        """Rollouts of a step; None for all."""
+        return None if self.rollouts_per_step == "all" else self.rollouts_per_step
+
+
 class TrackerSettings(Section):
     """Who is told a run's figures besides its folder. One that fails ends no run."""
 

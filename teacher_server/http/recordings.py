@@ -10,6 +10,7 @@ Legend: a run is a folder, its rollouts are RUN/rollouts/step-*.parquet.
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -24,7 +25,8 @@ import pyarrow.parquet as pq
 
 from rollout_records import reading
 from rollout_records.errors import RecordingError
-from rollout_records.schema import FOLDER, SCALARS, Origin
+from rollout_records.schema import FOLDER, METADATA_KEY, SCALARS, Origin
+from rollout_records.writing import ENCODED
 from teacher_server.settings import ConfigError
 from teacher_wire.errors import MessageTooLargeError
 
@@ -153,8 +155,9 @@ class RunFolder:
 
     def rollout_file(self, run: str, step: int, index: int) -> bytes:
         """One rollout as a Parquet file of one row. Raises NoRecordingError, RecordingError."""
-        table = self._table(self._file_of(run, step, index))
-        return _written(table.filter(pc.equal(table["index"], index)))
+        path = self._file_of(run, step, index)
+        table = self._table(path)
+        return _written(table.filter(pc.equal(table["index"], index)), reading.origin(path))
 
     def step_file(self, run: str, step: int) -> bytes:
         """A step as one Parquet file. Raises NoRecordingError, RecordingError,
@@ -167,7 +170,7 @@ class RunFolder:
             )
         try:
             if len(paths) > 1:
-                return _written(reading.read_table(paths))
+                return _written(reading.read_table(paths), reading.origin(paths[0]))
             reading.origin(paths[0])
             return paths[0].read_bytes()
         except RecordingError as error:
@@ -302,7 +305,10 @@ def _listed(row: dict[str, Any]) -> dict[str, Any]:
     return listed
 
 
-def _written(table: pa.Table) -> bytes:
+def _written(table: pa.Table, origin: Origin) -> bytes:
+    """A file in the form of the recorded ones."""
     stream = io.BytesIO()
-    pq.write_table(table, stream, compression="zstd")
+    with pq.ParquetWriter(stream, table.schema, **ENCODED) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(told_origin(origin)).encode()})
     return stream.getvalue()

@@ -22,7 +22,13 @@ import teacher_wire
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKED = {
-    "driftline": ("student_trainer", "teacher_server", "vllm_process"),
+    "driftline": (
+        "student_trainer",
+        "teacher_server",
+        "rollout_records",
+        "run_report",
+        "vllm_process",
+    ),
     "driftline-client": ("teacher_client", "teacher_wire"),
 }
 FOLDERS = {"driftline": Path(), "driftline-client": Path("proto")}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from student_trainer.diagnostics.alarms import Alarm
+from student_trainer.diagnostics.groups import group_of
 from student_trainer.diagnostics.step_report import EvalReport, StepReport
 from student_trainer.errors import one_line
 
@@ -21,7 +22,7 @@ class Tracker(Protocol):
 
 
 class TrackerSink:
-    """A sink of one tracker; the name of a scalar is the kind of its line and its own.
+    """A sink of one tracker; the name of a scalar there is that of its group and its own.
 
     A tracker that cannot start or fails is said once, with the reason, and costs the run nothing;
     one that failed is told again, because what failed may have been the network.
@@ -35,10 +36,10 @@ class TrackerSink:
         self._guarded(lambda: setattr(self, "_tracker", start()))
 
     def step(self, report: StepReport) -> None:
-        self._log(report.kind, report.step, report.values())
+        self._log(report.step, report.values())
 
     def evaluation(self, report: EvalReport) -> None:
-        self._log("eval", report.step, report.values())
+        self._log(report.step, report.values())
 
     def alarm(self, step: int, alarm: Alarm) -> None:
         """No scalar."""
@@ -47,9 +48,9 @@ class TrackerSink:
         if (tracker := self._tracker) is not None:
             self._guarded(tracker.close)
 
-    def _log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
         if (tracker := self._tracker) is not None:
-            named = {f"{kind}/{name}": value for name, value in values.items()}
+            named = {f"{group_of(name)}/{name}": value for name, value in values.items()}
             self._guarded(lambda: tracker.log(step, named))
 
     def _guarded(self, act: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.recorded_rollouts import POLICY, MadeUp, rollout, write_step
+from rollout_records import reading
 from rollout_records.schema import COLUMNS, SCALARS
 from teacher_server.access.tenants import OpenTenants, Tenant
 from teacher_server.access.tenants_file import read_tenants
@@ -41,6 +42,10 @@ def folder(tmp_path: Path) -> Path:
         write_step(runs / "demo", step, rows(step), fingerprint=FINGERPRINT)
     write_step(tmp_path / "secret", 1, rows(1))
     return runs
+
+
+def second_step(folder: Path) -> Path:
+    return folder / "demo/rollouts/step-000002.parquet"
 
 
 def teacher(folder: Path, **options: Any) -> Teacher:
@@ -109,11 +114,14 @@ async def test_a_file_is_given_where_it_is_accepted(folder: Path) -> None:
     one = await client.get(ONE, headers={"accept": PARQUET})
     assert one.headers["content-type"] == PARQUET
     assert 'filename="demo-step-2-rollout-1.parquet"' in one.headers["content-disposition"]
-    table = pq.read_table(io.BytesIO(one.content))
-    assert table["index"].to_pylist() == [1]
-    assert b"driftline" in table.schema.metadata
+    assert pq.read_table(io.BytesIO(one.content))["index"].to_pylist() == [1]
+    path = folder.parent / "one.parquet"
+    path.write_bytes(one.content)
+    assert reading.origin(path).drift_policy == reading.origin(second_step(folder)).drift_policy
+    again = reading.read_rollout([path], 1)
+    np.testing.assert_array_equal(again["response_ids"], rows(2)[1]["response_ids"])
     whole = await client.get("/v1/runs/demo/steps/2", headers={"accept": PARQUET})
-    assert whole.content == (folder / "demo/rollouts/step-000002.parquet").read_bytes()
+    assert whole.content == second_step(folder).read_bytes()
     write_step(folder / "demo", 2, rows(2, first=3), rank=1, fingerprint=FINGERPRINT)
     both = await client.get("/v1/runs/demo/steps/2", headers={"accept": PARQUET})
     assert pq.read_table(io.BytesIO(both.content))["index"].to_pylist() == list(range(6))
@@ -150,7 +158,7 @@ async def test_a_link_cannot_lead_outside(folder: Path) -> None:
 async def test_a_file_that_is_cut_short_is_told_beside_what_can_be_read(
     folder: Path, kept: int
 ) -> None:
-    path = folder / "demo/rollouts/step-000002.parquet"
+    path = second_step(folder)
     path.write_bytes(path.read_bytes()[:kept])
     steps = (await get(folder, "/v1/runs/demo"))["steps"]
     assert "demo/rollouts/step-000002.parquet" in steps[1]["problems"][0]

@@ -35,6 +35,7 @@ from student_trainer.recording.json_lines import read_lines, read_profiles, read
 from student_trainer.recording.phase_clock import PhaseClock
 from student_trainer.recording.recorder import Recorder
 from student_trainer.recording.report import draw, summary_table, warning_lines
+from student_trainer.recording.run_figures import run_figures
 from student_trainer.recording.summary import summarize, write_progress, write_summary
 from student_trainer.recording.terminal import Bars
 from student_trainer.records import Finish, RolloutTimes
@@ -302,22 +303,19 @@ def test_line_that_is_broken_is_named(
     path = tmp_path / "metrics.jsonl"
     with path.open("a") as lines:
         lines.write(line)
+        lines.write("\n")
     with pytest.raises(DatasetError, match=re.escape(f"{path}:5: {reason}")):
         summarize(tmp_path)
     assert cli.main(["report", str(tmp_path)]) == cli.EXIT_FAILED
     assert f"DatasetError: {path}:5: {reason}" in capsys.readouterr().err
 
 
-def test_profile_that_is_broken_or_absent_is_named(tmp_path: Path) -> None:
+def test_profile_that_is_broken_is_named(tmp_path: Path) -> None:
     write_run(tmp_path)
-    summary = summarize(tmp_path)
     path = tmp_path / "profiles.jsonl"
-    path.write_text(path.read_text()[:-9])
-    with pytest.raises(DatasetError, match=rf"{path}:2: not JSON"):
-        draw(tmp_path, summary)
-    path.unlink()
-    with pytest.raises(DatasetError, match=rf"{path}: no such file"):
-        draw(tmp_path, summary)
+    path.write_text("{\n" + path.read_text())
+    with pytest.raises(DatasetError, match=rf"{path}:1: not JSON"):
+        run_figures(tmp_path)
 
 
 def test_broken_line_before_the_last_stops_a_resume(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_tracker_that_fails_is_said_once_and_told_what_comes_after() -> None:
     for step in (1, 2, 3, 4):
         sink.step(step_report(step))
     sink.close()
-    assert tracker.told == [(0, "eval/accuracy"), (1, "step/loss"), (4, "step/loss")]
+    assert tracker.told == [(0, "eval/accuracy"), (1, "update/loss"), (4, "update/loss")]
     assert said == [
         "trackers.report_to wandb: ConnectionError: the network is away; the run goes on, what it "
         "missed is in the folder"
@@ -145,8 +145,8 @@ def test_wandb_goes_on_with_the_same_run(
                 item.key or item.nested_key[0]: json.loads(item.value_json)
                 for item in record.history.item
             }
-            if "step/loss" in values:
-                losses[values["step"]] = values["step/loss"]
+            if "update/loss" in values:
+                losses[values["step"]] = values["update/loss"]
     assert names == {(kept["wandb"], "driftline", "tiny")}
     written = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert losses == {r["step"]: r["loss"] for r in written if r["kind"] == "step"}
@@ -165,7 +165,7 @@ def test_trackio_goes_on_with_the_same_run(
         rows = database.execute("select run_name, step, metrics from metrics").fetchall()
     assert {row[0] for row in rows} == {f"tiny-{kept['trackio']}"}
     told = [(step, json.loads(metrics)) for _, step, metrics in rows]
-    losses = {step: values["step/loss"] for step, values in told if "step/loss" in values}
+    losses = {step: values["update/loss"] for step, values in told if "update/loss" in values}
     written = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert losses == {r["step"]: r["loss"] for r in written if r["kind"] == "step"}
 
@@ -178,4 +178,4 @@ def test_tensorboard_of_a_resumed_run_has_every_step_once(
     out = stopped_and_resumed(folder, "tensorboard")[0]
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("step/loss")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("update/loss")] == [1, 2, 3]

@@ -1,0 +1,1 @@
+"""Rollouts from anywhere, scored and reported on. Knows no engine and no transport."""
