@@ -92,19 +92,18 @@ class RunFolder:
     def runs(self) -> tuple[list[RunEntry], int]:
         """The runs with recorded rollouts, the last written first, and how many are left out."""
         found = []
-        for folder in self._root.iterdir():
-            if _RUN_NAME.fullmatch(folder.name) and self._is_inside(folder / FOLDER):
-                if steps := self._steps(folder.name):
-                    last = max(path.stat().st_mtime for path in steps[max(steps)])
-                    found.append(
-                        RunEntry(
-                            run=folder.name,
-                            num_steps=len(steps),
-                            first_step=min(steps),
-                            last_step=max(steps),
-                            updated_at=round(last, 3),
-                        )
+        for name in sorted(folder.name for folder in self._root.iterdir()):
+            if steps := self._steps(name):
+                last = max(path.stat().st_mtime for path in steps[max(steps)])
+                found.append(
+                    RunEntry(
+                        run=name,
+                        num_steps=len(steps),
+                        first_step=min(steps),
+                        last_step=max(steps),
+                        updated_at=round(last, 3),
                     )
+                )
         found.sort(key=lambda entry: (-entry.updated_at, entry.run))
         return found[:MAX_RUNS], max(0, len(found) - MAX_RUNS)
 

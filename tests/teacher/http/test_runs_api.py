@@ -86,7 +86,7 @@ async def test_a_step_lists_scalars_and_a_rollout_all_that_was_recorded(folder: 
     for name in ("response_ids", "mask", "teacher_topk_ids", "student_topk_ids", "prompt_ids"):
         np.testing.assert_array_equal(shown[name], made[name])
     for name in ("teacher_logprobs", "teacher_topk_logprobs", "overlap", "reliability"):
-        np.testing.assert_allclose(shown[name], made[name], atol=6e-3)
+        np.testing.assert_allclose(shown[name], made[name], rtol=4e-3)  # 8 bits of mantissa
     assert (shown["verdict"], shown["sampled"], shown["k"]) == (made["verdict"], None, MADE.k)
     assert shown["policy"]["w_drop"] == POLICY.w_drop
     ids = {i for name in ("response_ids", "teacher_topk_ids") for i in np.ravel(shown[name])}
