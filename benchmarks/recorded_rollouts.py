@@ -53,7 +53,7 @@ def rollout(made: MadeUp, *, step: int, index: int, num_tokens: int, seed: int) 
     return {
         "step": step,
         "index": index,
-        "prompt_id": f"made-{index}",
+        "prompt_id": f"/data/train.jsonl:{index}",
         "prompt": "What is <b>2 + 2</b>?",
         "answer": "4",
         "teacher": None,

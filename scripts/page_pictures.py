@@ -11,13 +11,17 @@ import shutil
 import sys
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "page"
+COLOURS = 200
 NARROW, USUAL, WIDE = (360, 780), (1280, 900), (2000, 1100)
 
 
-def pictures(page: Page, url: str, run: str, steps: tuple[int, int], index: int) -> None:
+def pictures(
+    page: Page, url: str, run: str, steps: tuple[int, int], index: int, token: int
+) -> None:
     """Writes them all."""
     first, last = steps
 
@@ -32,9 +36,12 @@ def pictures(page: Page, url: str, run: str, steps: tuple[int, int], index: int)
             page.locator(above).first.scroll_into_view_if_needed()
             page.locator(above).first.evaluate("node => node.scrollIntoView({block: 'start'})")
             page.wait_for_timeout(200)
-        page.screenshot(path=FOLDER / f"{name}.png")
+        path = FOLDER / f"{name}.png"
+        page.screenshot(path=path, full_page=not above)
+        with Image.open(path) as picture:
+            picture.quantize(COLOURS).save(path, optimize=True)
 
-    rollout = f"a.run={run}&a.step={last}&a.index={index}&a.t=40"
+    rollout = f"a.run={run}&a.step={last}&a.index={index}&a.t={token}"
     take("rollout-light", rollout, USUAL, "light")
     take("rollout-narrow-dark", rollout, NARROW, "dark", ".colour-bar")
     take("rollout-dark", f"{rollout}&a.colour=logprob", USUAL, "dark")
@@ -50,6 +57,7 @@ def main() -> None:
     parser.add_argument("--run", required=True)
     parser.add_argument("--steps", type=int, nargs=2, required=True)
     parser.add_argument("--index", type=int, default=0)
+    parser.add_argument("--token", type=int, default=0, help="the one that is chosen")
     given = parser.parse_args()
     executable = shutil.which("chromium")
     if executable is None:
@@ -60,7 +68,8 @@ def main() -> None:
             executable_path=executable, args=["--no-sandbox", "--disable-dev-shm-usage"]
         )
         first, last = given.steps
-        pictures(browser.new_page(), given.url, given.run, (first, last), given.index)
+        page = browser.new_page()
+        pictures(page, given.url, given.run, (first, last), given.index, given.token)
         browser.close()
 
 

@@ -148,7 +148,9 @@ class RunFolder:
         """
         path = self._file_of(run, step, index)
         try:
-            return reading.read_rollout([path], index), told_origin(reading.origin(path))
+            row = reading.read_rollout([path], index)
+            row["prompt_id"] = without_folder(row["prompt_id"])
+            return row, told_origin(reading.origin(path))
         except RecordingError as error:
             raise RecordingError(self._said(error)) from None
 
@@ -294,7 +296,9 @@ def _there_are(names: Sequence[object]) -> str:
 def _listed(row: dict[str, Any]) -> dict[str, Any]:
     listed: dict[str, Any] = {}
     for name, value in row.items():
-        if isinstance(value, float):
+        if name == "prompt_id":
+            value = without_folder(value)
+        elif isinstance(value, float):
             value = round(value, 5) if math.isfinite(value) else None
         elif name in ("prompt", "response"):
             value = value if len(value) <= EXCERPT else value[: EXCERPT - 1] + "\u2026"

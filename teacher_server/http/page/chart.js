@@ -79,9 +79,11 @@ export class Chart {
     const at = (bin) => this.x((bin.start + bin.end) / 2);
     this.#path("share band", d3.area().x(at).y0((b) => this.y(b.low)).y1((b) => this.y(b.high))(bins));
     this.#path("share line", d3.line().x(at).y((b) => this.y(b.mean))(bins));
-    this.#path("drift line", d3.line().x((b) => this.x(b.end)).y((b) => this.z(b.drift))(bins));
-    this.#path("r line", d3.line().x((b) => this.x(b.end)).y((b) => this.y(b.r))(
-      [{end: 0, r: 1}, ...bins]));
+    // Up to the end of a bin there is what it ends with.
+    const steps = [{end: 0, drift: 0, r: 1}, ...bins];
+    const stepped = () => d3.line().x((b) => this.x(b.end)).curve(d3.curveStepBefore);
+    this.#path("drift line", stepped().y((b) => this.z(b.drift))(steps));
+    this.#path("r line", stepped().y((b) => this.y(b.r))(steps));
     if (this.now.cut !== null) this.#upright("cut", this.now.cut);
     this.#mark();
   }

@@ -99,6 +99,7 @@ async def test_nothing_that_leaves_says_where_a_file_is(folder: Path) -> None:
         text = (await teacher(folder).client.get(path)).text
         assert str(folder.parent) not in text
         assert "/models/" not in text
+        assert "/data/" not in text
     assert (await get(folder, ONE))["model_id"] == "teacher-large"
 
 
@@ -135,7 +136,7 @@ async def test_a_name_cannot_lead_outside(folder: Path, run: str) -> None:
     for rest in ("", "/steps/1", "/steps/1/rollouts/0"):
         reply = await teacher(folder).client.get(f"/v1/runs/{run}{rest}")
         assert reply.status_code == 404, run
-        assert "made-" not in reply.text
+        assert "train.jsonl" not in reply.text
 
 
 async def test_a_link_cannot_lead_outside(folder: Path) -> None:
