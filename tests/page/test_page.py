@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from benchmarks.recorded_rollouts import POLICY
 from teacher_wire.drift import bad_event_budget, reliability
@@ -25,11 +25,11 @@ from teacher_wire.drift_metrics import (
     overlap_counts,
     slow_outside_nucleus,
 )
-from tests.page.browser import LIMIT_MS, Watch, browser
+from tests.page.browser import Watch, browser
+from tests.page.looking import ROLLOUT, counters, opened, pasted, slide, stat
 from tests.page.site import LENGTHS, LONG, Site, site
 
 pytestmark = pytest.mark.e2e
-ROLLOUT = "#a.run=demo&a.step=1&a.index=0"
 
 
 @pytest.fixture(scope="module")
@@ -59,27 +59,6 @@ def watch(chromium: Browser, shown: Site) -> Iterator[tuple[Page, Watch]]:
 @pytest.fixture
 def page(watch: tuple[Page, Watch]) -> Page:
     return watch[0]
-
-
-def opened(page: Page, shown: Site, link: str = ROLLOUT) -> Locator:
-    """The first pane, once what the link names is drawn."""
-    page.goto(shown.url + link)
-    pane = page.locator(".pane").first
-    expect(pane).to_have_attribute("aria-busy", "false", timeout=LIMIT_MS)
-    return pane
-
-
-def stat(pane: Locator, name: str) -> str:
-    """A number above the chart."""
-    entry = pane.locator(".stats div").filter(has_text=re.compile(f"^{name}"))
-    return entry.locator("dd").inner_text()
-
-
-def slide(pane: Locator, name: str, *keys: str) -> None:
-    """Moves a slider as a hand on the keyboard does."""
-    slider = pane.locator(f"input[id$='-{name}']")
-    for key in keys:
-        slider.press(key)
 
 
 def exhausted_at(row: dict[str, Any], metric: OverlapRatio, w_drop: float) -> int | None:
@@ -170,12 +149,18 @@ def test_a_resting_mouse_does_not_override_the_chosen_token(page: Page, shown: S
     tokens.focus()
     page.keyboard.press("ArrowRight")
     expect(where).to_have_text("Token 2 of 120")
-    # The mouse rests while the text moves below it.
-    for _ in range(3):
-        page.keyboard.press("End")
-        expect(where).to_have_text("Token 120 of 120")
-        page.keyboard.press("Home")
-        expect(where).to_have_text("Token 1 of 120")
+    # The mouse rests while text moves below it, which Chromium tells as a move to where it is.
+    box = tokens.bounding_box()
+    assert box is not None
+    rests = (box["x"] + 30, box["y"] + 25)
+    page.mouse.move(*rests)
+    expect(where).to_contain_text("under the mouse")
+    page.keyboard.press("End")
+    page.mouse.move(*rests)
+    page.mouse.move(*rests)
+    expect(where).to_have_text("Token 120 of 120")
+    page.mouse.move(rests[0] + 40, rests[1])
+    expect(where).to_contain_text("under the mouse")
     pane.locator("[data-t='9']").click()
     expect(where).to_have_text("Token 10 of 120")
     expect(pane.locator("[data-t='9']")).to_have_attribute("aria-selected", "true")
@@ -304,15 +289,6 @@ def test_what_is_saved_is_what_is_shown(page: Page, shown: Site, tmp_path: Path)
     assert saved("PNG").startswith(b"\x89PNG")
 
 
-def counters(page: Page) -> dict[str, float]:
-    """The browser's own counts: nodes of the document, layouts, styles."""
-    session = page.context.new_cdp_session(page)
-    session.send("Performance.enable")
-    metrics = session.send("Performance.getMetrics")["metrics"]
-    session.detach()
-    return {metric["name"]: metric["value"] for metric in metrics}
-
-
 def test_sixteen_thousand_tokens_are_few_nodes_and_little_layout(page: Page, shown: Site) -> None:
     pane = opened(page, shown, "#a.run=demo&a.step=3&a.index=0")
     assert stat(pane, "Tokens") == f"{LONG:,}"
@@ -414,10 +390,10 @@ def test_tokens_that_share_a_character_are_one_unit_each_to_be_chosen(
     pane = opened(page, shown)
     row = shown.row(1, 0, LENGTHS[1, 0])
     text = shown.tokenizer.decode(row["response_ids"].tolist(), skip_special_tokens=False)
-    drawn = "".join(pane.locator(".unit .glyph").all_inner_texts())
-    for character in ("水", "冷", "👩‍👩‍👧"):
+    drawn = pane.locator(".unit .glyph").all_inner_texts()
+    for character in ("水", "冷", "👩‍👩‍👧", "e\u0301"):
         assert character in text
-        assert character in drawn
+        assert character in drawn, "not one unit"
     water = pane.locator(".unit").filter(has_text="水").first
     parts = water.locator("[role=option]")
     assert parts.count() == 3
@@ -449,17 +425,6 @@ def test_what_cannot_be_shown_is_said_and_the_old_is_gone(
         "broken/rollouts/step-000001.parquet: cut short"
     )
     (cut).unlink()
-
-
-def pasted(page: Page, shown: Site, prompt: str, response: str, *, ids: bool = False) -> Locator:
-    """The pane after a form was filled in and sent."""
-    pane = opened(page, shown, "#a.paste=1")
-    pane.get_by_label("Prompt", exact=True).fill(prompt)
-    pane.get_by_label("Response", exact=True).fill(response)
-    pane.get_by_label("token ids" if ids else "text", exact=True).check()
-    pane.get_by_role("button", name="Analyse").click()
-    expect(pane).to_have_attribute("aria-busy", "false", timeout=LIMIT_MS)
-    return pane
 
 
 def test_a_pasted_response_is_shown_as_text_whatever_it_says(page: Page, shown: Site) -> None:
@@ -512,6 +477,7 @@ def test_an_error_takes_the_place_of_the_old_report_and_a_new_one_begins_at_its_
     pane.get_by_role("button", name="Analyse").click()
     expect(pane.locator(".failure")).to_contain_text("99999")
     assert (tokens.count(), pane.get_by_label("Prompt", exact=True).input_value()) == (0, "1 2")
+    expect(pane.locator(".body")).not_to_contain_text("loading")
     pane.get_by_label("Response", exact=True).fill("1 x")
     pane.get_by_role("button", name="Analyse").click()
     expect(pane.locator(".failure")).to_contain_text('"x" in the response is not a token id')
@@ -533,3 +499,27 @@ def test_a_k_that_a_reply_cannot_hold_is_lowered_and_said(page: Page, shown: Sit
     expect(pane.locator(".tokens")).to_be_visible()
     expect(pane.locator("form .hint")).to_contain_text(f"Top-K is {1_048_576 // LONG} here")
     assert stat(pane, "Tokens") == f"{LONG:,}"
+
+
+def test_the_token_is_asked_for_and_is_in_no_link(watch: tuple[Page, Watch], shown: Site) -> None:
+    page, watched = watch
+    watched.may_be_refused = True
+    refusal = {"type": "UnauthenticatedError", "message": "no bearer token"}
+
+    def guarded(route: Route) -> None:
+        if route.request.headers.get("authorization") == "Bearer good":
+            route.continue_()
+        else:
+            route.fulfill(status=401, json={"error": refusal})
+
+    page.route("**/v1/**", guarded)
+    pane = opened(page, shown)
+    expect(pane.locator(".failure")).to_contain_text("no bearer token")
+    page.get_by_label("Access token").fill("good")
+    page.get_by_label("Access token").press("Enter")
+    expect(pane.locator(".inspector h3")).to_have_text("Token 1 of 120")
+    expect(page.get_by_label("Access token")).to_be_hidden()
+    pane.locator("[data-t='3']").click()
+    page.wait_for_url(re.compile(r"a\.t=3"))
+    assert "good" not in page.url
+    assert page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}])") == "[{},{}]"
