@@ -69,6 +69,7 @@ TRAINER_SETTINGS = {
     "weights.prune": "normalize w_base",
 }
 TEACHER_SETTINGS = """
+analysis_weight
 block_size cpu_cores data_parallel_size device drain_s dtype enforce_eager engine engine_lost_s
 engine_stall_s event_loop evict_idle_s fake_latency_s fake_step_tokens fake_tokens_per_s
 fake_vocab_size gpu_memory_utilization grpc_port head_dtype hf_sessions host http_port insecure

@@ -244,6 +244,7 @@ def _limits(config: TeacherConfig) -> Limits:
             max_running=config.max_running,
             max_running_tokens=config.max_running_tokens,
             max_queued_tokens=config.max_queued_tokens,
+            background_share=config.analysis_weight,
         ),
         stream=StreamLimits(
             max_reply_bytes=config.max_reply_bytes, slow_client_s=config.slow_client_s
