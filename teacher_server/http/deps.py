@@ -10,7 +10,7 @@ from fastapi import Depends
 from fastapi.security import HTTPBearer
 
 from teacher_server.access.caller import TenantOf
-from teacher_server.http.analysis import Tokenizer
+from teacher_server.http.texts import Tokenizer
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.sessions import SessionTable
 from teacher_wire.errors import NotReadyError

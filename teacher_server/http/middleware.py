@@ -28,8 +28,8 @@ BODY_TIMEOUT_S = 30.0
 """A body must have arrived whole after this."""
 MAX_BODIES_IN_FLIGHT = 32
 """Requests with a body served at once; with MAX_BODY_BYTES this bounds the memory they hold."""
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
-"""Probes, and the page: it is the same for everybody and asks for the token itself."""
+OPEN_PATHS = frozenset({"/", "/docs", "/healthz", "/readyz"})
+"""Probes, and pages that are the same for everybody: the one at / asks for the token itself."""
 METRICS_PATH = "/metrics"
 
 _UNROUTED = "unrouted"

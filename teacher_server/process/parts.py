@@ -15,9 +15,9 @@ from grpc_reflection.v1alpha import reflection
 from teacher_server.access.auth import Access
 from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
 from teacher_server.engine.base import ScoringEngine
-from teacher_server.http.analysis import Tokenizer
 from teacher_server.http.app import create_app
 from teacher_server.http.deps import HttpDeps
+from teacher_server.http.texts import Tokenizer
 from teacher_server.metrics.live import Readings
 from teacher_server.metrics.server import Metrics
 from teacher_server.process.lifecycle import Lifecycle, Phase

@@ -1,4 +1,4 @@
-"""The page for people, health, metrics: what says how the teacher is, and scores nothing."""
+"""The pages for people, health, metrics: what says how the teacher is, and scores nothing."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import re
 from importlib import resources
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
 from teacher_server.http.deps import HttpDeps
+from teacher_server.http.docs_page import docs_page
 from teacher_server.http.middleware import METRICS_PATH
 from teacher_server.metrics.server import CONTENT_TYPE
 
 
 def routes(deps: HttpDeps) -> APIRouter:
-    """/, /healthz, /readyz and /metrics."""
+    """/, /docs, /healthz, /readyz and /metrics."""
     router = APIRouter()
     page = resources.files("teacher_server.http").joinpath("page.html").read_text("utf-8")
     page_headers = {"Content-Security-Policy": _content_security_policy(page)}
@@ -25,6 +26,17 @@ def routes(deps: HttpDeps) -> APIRouter:
     @router.get("/", **_not_json("text/html"))
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page, headers=page_headers)
+
+    docs: list[HTMLResponse] = []
+
+    @router.get("/docs", **_not_json("text/html"))
+    async def show_docs(request: Request) -> HTMLResponse:
+        """Every path, request and answer, on a page that needs nothing else."""
+        if not docs:
+            made = docs_page(request.app.openapi())
+            headers = {"Content-Security-Policy": _content_security_policy(made)}
+            docs.append(HTMLResponse(made, headers=headers))
+        return docs[0]
 
     @router.get("/healthz")
     async def liveness() -> dict[str, str]:
