@@ -1,8 +1,8 @@
 """Somebody who analyses one response after the other, in a process of its own.
 
 python -m benchmarks.analysis_reader HTTP_ADDRESS VOCABULARY K
-    answers each question {"path": ..., "tokens": ..., "until": FILE} with the requests it made
-    until the file was there; one JSON object a line
+    answers each question {"path": ..., "tokens": ..., "until": FILE} with the times at which it was
+    answered until the file was there, seconds of the monotonic clock; one JSON object a line
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -49,13 +50,14 @@ async def _connected(
             path, until = question["path"], Path(question["until"])
             text = one_text(question["tokens"], vocab_size=vocab_size, k=k)
             content = json.dumps(body_of(text, path, k))
-            headers, requests = {"content-type": "application/json"}, 0
+            headers: dict[str, str] = {"content-type": "application/json"}
+            answered: list[float] = []
             while not until.exists():
                 reply = await client.post(path, content=content, headers=headers)
                 if reply.status_code != 429:
                     reply.raise_for_status()
-                    requests += 1
-            return {"requests": requests}
+                    answered.append(time.monotonic())
+            return {"answered": answered}
 
         yield answer
 

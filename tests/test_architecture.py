@@ -62,6 +62,11 @@ RULES = [
     ),
     Rule(modules="teacher_wire.columns", only="numpy", why="pure: what a column is"),
     Rule(
+        modules="teacher_wire.report_columns",
+        only="teacher_wire.columns teacher_wire.records",
+        why="names, of server and client alike",
+    ),
+    Rule(
         modules="teacher_wire.id_ranges", only="numpy teacher_wire.errors", why="pure: sets of ids"
     ),
     Rule(modules="teacher_wire.vocabulary", only="typing", why="pure: both sides compare by it"),
@@ -72,8 +77,19 @@ RULES = [
     ),
     Rule(
         modules="teacher_client.*",
-        never=f"{TORCH} vllm_process {SIDES}",
+        never=f"{TORCH} pyarrow vllm_process {SIDES}",
         why="other trainers use it without ours",
+    ),
+    Rule(
+        modules="teacher_client.*",
+        never="pandas",
+        but="teacher_client.frames",
+        why="an extra: one file asks for it",
+    ),
+    Rule(
+        modules="teacher_client.rollout_items",
+        only="numpy teacher_client.retry teacher_wire.errors",
+        why="rollouts of any form, no transport",
     ),
     Rule(
         modules="teacher_client.retry",
@@ -270,7 +286,10 @@ RULES = [
         never="grpc fastapi teacher_server.rpc teacher_server.http teacher_server.scoring",
         why="queries and tenants, no transport",
     ),
-    Rule(modules="teacher_server.admission.fair_queue", only="typing", why="pure: a law"),
+    *(
+        Rule(modules=f"teacher_server.admission.{name}", only="typing", why="pure: a law")
+        for name in ("fair_queue", "pace")
+    ),
     Rule(
         modules="teacher_server.admission.tenant_limits",
         only="teacher_server.access.tenants teacher_wire.errors",

@@ -3,6 +3,7 @@
     python -m benchmarks.trainer_profile --json PATH              both pairs, as shipped
     python -m benchmarks.trainer_profile --pairs playground --arms apart both shared
     python -m benchmarks.trainer_profile --growth                 how each phase grows
+    python -m benchmarks.trainer_profile --growth smollm2         the same of a real shape
 
 A teacher server and a trainer run as processes of their own; an arm says on which cores, and how
 their threads wait for each other. What they do is read from /proc: processor time by process and
@@ -131,11 +132,17 @@ def parser() -> argparse.ArgumentParser:
         "--do", choices=("step", "rollout"), default="step", help="or its first phase"
     )
     made.add_argument("--steps", type=int, default=5, help="of each arm, after one to warm up")
-    made.add_argument("--rounds", type=int, default=1, help="starts of each arm")
+    made.add_argument("--rounds", type=int, default=1, help="starts of each arm, or growths")
     made.add_argument("--one-at-a-time", action="store_true", help="for want of memory")
     made.add_argument("--idle-s", type=float, default=0.0, help="look on after the last step, too")
     made.add_argument("--set", action="append", default=[], help="trainer setting, key=value")
-    made.add_argument("--growth", action="store_true", help="of a random model, by phase, instead")
+    made.add_argument(
+        "--growth",
+        nargs="?",
+        choices=GROWING,
+        const="random",
+        help="by phase, instead; of two layers unless named",
+    )
     made.add_argument("--quick", action="store_true", help="one step of the playground")
     return made
 
@@ -151,9 +158,10 @@ async def main(words: Sequence[str] | None = None, console: Console | None = Non
     found: Mapping[str, Mapping[str, list[Step]]] = {}
     grown: dict[str, Any] = {}
     if arguments.growth:
-        async with running("growth", GROWING, ARMS[arguments.arms[0]], arguments.set) as pairing:
-            say = partial(console.print, highlight=False)
-            grown = await growth(pairing.take, repeats=1 if arguments.quick else 3, said=say)
+        growing, say = GROWING[arguments.growth], partial(console.print, highlight=False)
+        arm = ARMS[arguments.arms[0]]
+        async with running("growth", growing.pair, arm, arguments.set) as pairing:
+            grown = await growth(pairing.take, growing.axes, repeats=arguments.rounds, said=say)
         console.print(growth_table(grown))
     else:
         found = {name: await measure(arguments, name, console) for name in arguments.pairs}
@@ -161,7 +169,8 @@ async def main(words: Sequence[str] | None = None, console: Console | None = Non
     record: dict[str, Any] = {
         "made": provenance(),
         "settings": {
-            name: getattr(arguments, name) for name in ("arms", "do", "steps", "rounds", "set")
+            name: getattr(arguments, name)
+            for name in ("arms", "do", "steps", "rounds", "set", "growth")
         },
         "matrix_gflop_per_s": [round(rate, 1) for rate in rates],
         "took_s": round(time.monotonic() - began, 1),

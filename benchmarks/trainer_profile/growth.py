@@ -12,20 +12,20 @@ from rich.table import Table
 from benchmarks.trainer_profile.steps import Step
 
 ROLLOUTS, TOKENS = 16, 128
-AXES: dict[str, Sequence[int]] = {
-    "rollouts": (8, 16, 32, 64, 128),
-    "max_tokens": (64, 128, 256, 512, 1024),
-}
 PHASES = ("rollout", "learn", "sync")
 
 
 async def growth(
-    take: Callable[..., Awaitable[Step]], *, repeats: int, said: Callable[[str], None]
+    take: Callable[..., Awaitable[Step]],
+    axes: Mapping[str, Sequence[int]],
+    *,
+    repeats: int,
+    said: Callable[[str], None],
 ) -> dict[str, Any]:
     """Median seconds by phase for every value of an axis, and the exponents that fit them."""
     found: dict[str, Any] = {}
     await take("step", rollouts=ROLLOUTS, max_tokens=TOKENS)
-    for axis, values in AXES.items():
+    for axis, values in axes.items():
         steps: dict[int, list[Step]] = {value: [] for value in values}
         for _ in range(repeats):
             for value in values:

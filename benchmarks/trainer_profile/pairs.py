@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,51 @@ PAIRS = {
         teacher=LAYERS[1],
     ),
 }
-GROWING = Pair(
-    config=LANGUAGE.config,
-    teacher_config=LANGUAGE.teacher_config,
-    rollouts=128,
-    max_tokens=1024,
-    max_context=1184,
-    student=Llama(layers=2),
-    teacher=Llama(layers=2),
-    changes={"sampler.max_num_seqs": 128, "optim.micro_batch_tokens": 16_384},
-)
-"""For how time grows: it is told of less than it may take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Growing:
+    """A pair for how time grows: it is told of less than it may take, along one axis at a time."""
+
+    pair: Pair
+    axes: Mapping[str, Sequence[int]]
+
+
+STEADY = {
+    "optim.learning_rate": 1e-12,
+    "optim.final_learning_rate": 0.0,
+    "drift.stop_in_flight": False,
+}
+"""A random student soon learns to end at once, and is unlike its teacher."""
+GROWING = {
+    "random": Growing(
+        pair=Pair(
+            config=LANGUAGE.config,
+            teacher_config=LANGUAGE.teacher_config,
+            rollouts=128,
+            max_tokens=1024,
+            max_context=1184,
+            student=Llama(layers=2),
+            teacher=Llama(layers=2),
+            changes={
+                **STEADY,
+                "sampler.max_num_seqs": 128,
+                "optim.micro_batch_tokens": 16_384,
+            },
+        ),
+        axes={"rollouts": (8, 16, 32, 64, 128), "max_tokens": (64, 128, 256, 512, 1024)},
+    ),
+    "smollm2": Growing(
+        pair=replace(
+            PAIRS["smollm2"],
+            rollouts=32,
+            max_tokens=256,
+            max_context=416,
+            changes={**STEADY, "sampler.max_num_seqs": 32},
+        ),
+        axes={"rollouts": (8, 16, 32), "max_tokens": (64, 128, 256)},
+    ),
+}
 
 
 def _made(model: Path | Llama) -> Path:

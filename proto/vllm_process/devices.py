@@ -1,4 +1,5 @@
-"""Whether an engine can be spread over several devices: they are there, and the model can be cut.
+"""Which GPUs an engine has, and whether it can be spread over several devices: they are there, and
+the model can be cut.
 
 Sizes come with the name of their setting, by which the errors call them. "text" is the
 configuration of a model's text part, as transformers reads it.
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
+GPUS_PATTERN = r"auto|\d+(,\d+)*"
 PADDED_VOCABULARY = 64
 """vLLM 0.32 pads a vocabulary to a multiple of this before it cuts it."""
 
@@ -28,6 +30,46 @@ def check_gpus(sizes: Mapping[str, int], num_gpus: int) -> None:
         f"{asked} takes {needed} GPUs, and this process sees {num_gpus}: ask for at most "
         f"{num_gpus}, or show it more (CUDA_VISIBLE_DEVICES)"
     )
+
+
+def gpus_of(
+    named: tuple[str, str],
+    sized: tuple[str, int],
+    *,
+    own: int,
+    place: tuple[int, int],
+    num_gpus: int,
+) -> tuple[int, ...]:
+    """The GPUs of the engine of one process, by their numbers among those that it sees.
+
+    `named` and `sized` are names of settings with what they are: "auto" or numbers for the engines
+    of all processes of this host, and how many an engine takes. `own` is the GPU of the process,
+    `place` which one it is of how many on its host. "auto" is the process's own GPU; of an engine
+    that takes several the first that one process alone sees. Raises DevicesError.
+    """
+    (name, given), (size_name, size), (number, num_processes) = named, sized, place
+    if given == "auto":
+        if size == 1:
+            return (own,)
+        check_gpus({size_name: size}, num_gpus)
+        if num_processes > 1:
+            raise DevicesError(
+                f"{size_name} is {size}, and {num_processes} processes of this host have a GPU "
+                f"each: name the {size * num_processes} GPUs of their engines, {name}"
+            )
+        return tuple(range(size))
+    gpus = tuple(map(int, given.split(",")))
+    if len(set(gpus)) < len(gpus) or max(gpus) >= num_gpus:
+        raise DevicesError(
+            f"{name} is {given!r}: each must be there once, and be less than {num_gpus}, which is "
+            "how many GPUs this process sees"
+        )
+    if len(gpus) != size * num_processes:
+        raise DevicesError(
+            f"{name} is {given!r}, and the engines of this host take {size * num_processes} GPUs "
+            f"({num_processes} times {size_name} {size}): name as many"
+        )
+    return gpus[number * size : (number + 1) * size]
 
 
 def check_tensor_parallel(name: str, size: int, text: Any) -> None:

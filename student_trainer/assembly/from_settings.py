@@ -20,6 +20,7 @@ from student_trainer.pretrained import (
     load_tokenizer,
     refuse_quantised,
 )
+from student_trainer.process.ranks import place_on_host
 from student_trainer.records import Prompt, SamplingOptions, WeightFormat
 from student_trainer.rollouts.samplers.base import Passage, Sampler
 from student_trainer.rollouts.samplers.hf_batched_sampler import HfBatchedSampler
@@ -38,7 +39,7 @@ from student_trainer.special_tokens import SpecialTokens
 from student_trainer.stop_tokens import stop_token_ids
 from teacher_wire.id_ranges import IdRanges
 from vllm_process.cores import CoresError, check_cores
-from vllm_process.devices import DevicesError, check_gpus, check_tensor_parallel
+from vllm_process.devices import DevicesError, check_tensor_parallel, gpus_of
 
 EXACT_GAP_NATS, ROUNDED_GAP_NATS = 1e-3, 0.5
 """What learner and sampler may be apart: both in float32 (below 1e-4 for small models of every
@@ -320,7 +321,7 @@ def _engine(
         )
     if isinstance(settings, HfSamplerSettings):
         return HfSampler(model=model, dtype=settings.dtype, device=device(config), stop_ids=stop)
-    _check_devices(settings, model)
+    gpus = _gpus(config, settings, model)
     return VllmSampler(
         model=model,
         dtype=sampler_dtype(config),
@@ -333,6 +334,7 @@ def _engine(
         enforce_eager=settings.enforce_eager,
         cpu_cores=settings.cpu_cores,
         tensor_parallel_size=settings.tensor_parallel_size,
+        gpus=gpus,
         seed=config.run.seed,
         stop_ids=stop,
         passage=passage(config, settings.weights_dir),
@@ -340,22 +342,27 @@ def _engine(
     )
 
 
-def _check_devices(settings: VllmSamplerSettings, model: str) -> None:
-    """That vLLM's engine can have the cores or GPUs that it is to have, and the student be cut for
-    them. Raises ConfigError, CheckpointError."""
+def _gpus(config: TrainerConfig, settings: VllmSamplerSettings, model: str) -> tuple[int, ...]:
+    """Those of vLLM's engine, none on a CPU. Raises ConfigError for GPUs or cores that it cannot
+    have, and for a student that cannot be cut for them, CheckpointError."""
     name, size = "sampler.tensor_parallel_size", settings.tensor_parallel_size
-    num_gpus = 0
     try:
         if size > 1:
             check_tensor_parallel(name, size, load_text_config(model))
-            if num_gpus := torch.cuda.device_count():
-                check_gpus({name: size}, num_gpus)
-        # On a GPU every process has the same cores.
-        check_cores(settings.cpu_cores, 1 if num_gpus else size)
+        if num_gpus := torch.cuda.device_count():
+            return gpus_of(
+                ("sampler.gpus", settings.gpus),
+                (name, size),
+                own=device(config).index or 0,
+                place=place_on_host(),
+                num_gpus=num_gpus,
+            )
+        check_cores(settings.cpu_cores, size)
     except DevicesError as error:
         raise ConfigError(str(error)) from error
     except CoresError as error:
         raise ConfigError(f"sampler.cpu_cores is {settings.cpu_cores!r}, which {error}") from error
+    return ()
 
 
 def passage(config: TrainerConfig, weights_dir: Path | None) -> Passage:

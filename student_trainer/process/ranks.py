@@ -87,6 +87,11 @@ class Ranks:
 ALONE = Ranks()
 
 
+def place_on_host() -> tuple[int, int]:
+    """Which of the processes of this host this one is, from 0, and how many they are."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Who this process is by the environment that torchrun makes, once all are there.
@@ -108,7 +113,7 @@ def joined() -> Iterator[Ranks]:
     ranks = Ranks(
         rank=int(os.environ["RANK"]),
         world=int(os.environ["WORLD_SIZE"]),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_rank=place_on_host()[0],
     )
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank)

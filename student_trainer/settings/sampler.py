@@ -9,6 +9,7 @@ from pydantic import Field
 
 from student_trainer.settings.section import MayChange, Section, default_kind
 from vllm_process.cores import CORES_PATTERN
+from vllm_process.devices import GPUS_PATTERN
 
 SamplerDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -29,8 +30,12 @@ class VllmSamplerSettings(Section):
     gpu_memory_utilization: Annotated[float, MayChange()] = Field(0.5, gt=0, le=1)
     """Share of a GPU's memory that weights and KV cache may take; the learner needs the rest."""
     tensor_parallel_size: Annotated[int, MayChange()] = Field(1, gt=0)
-    """GPUs that share each layer of the sampler's copy, from the first that the trainer sees; on a
-    CPU processes, each on as many of `cpu_cores`."""
+    """GPUs that share each layer of the sampler's copy; on a CPU processes, each on as many of
+    `cpu_cores`."""
+    gpus: Annotated[str, MayChange()] = Field("auto", pattern=GPUS_PATTERN)
+    """GPUs of the engines of a host, by their numbers among those that its processes see, such as
+    "4,5,6,7": each process takes `tensor_parallel_size` of them, in their order. "auto" is the GPU
+    that the process learns on; for an engine over several, the first ones."""
     enforce_eager: Annotated[bool, MayChange()] = True
     """Without compiled graphs: starts sooner, generates slower."""
     cpu_cores: Annotated[str, MayChange()] = Field("auto", pattern=CORES_PATTERN)

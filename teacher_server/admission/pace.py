@@ -30,8 +30,8 @@ class Pace:
     """The debts of tenants' background work."""
 
     def __init__(self, *, share: float, quiet_s: float, clock: Callable[[], float]) -> None:
-        """`share` of a tenant's weight is what its background work weighs; after quiet_s without
-        foreground work there is none to wait for."""
+        """`share` of a tenant's weight is what its background work weighs; quiet_s after the last
+        foreground work of which more was to come there is none to wait for."""
         if not 0.0 < share <= 1.0:
             raise ValueError(f"share is {share}, must be in (0, 1]")
         self._share = share
@@ -51,16 +51,15 @@ class Pace:
         held.queries += 1
         held.weight = weight
 
-    def leave(self, tenant: str) -> bool:
+    def leave(self, tenant: str, *, more_follows: bool = True) -> bool:
         """A foreground query has ended, however; True when none is left."""
         held = self._present[tenant]
         held.queries -= 1
         if not held.queries:
             del self._present[tenant]
-        if self._present:
-            return False
-        self._silent_since = self._clock()
-        return True
+        if more_follows:
+            self._silent_since = self._clock()
+        return not self._present
 
     def foreground(self, tokens: int, weight_of: Callable[[str], float]) -> None:
         """So many tokens of a foreground query go to the engine: debts are paid off."""

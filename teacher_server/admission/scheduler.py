@@ -33,7 +33,7 @@ from teacher_wire.records import Timing
 
 log = logging.getLogger(__name__)
 _OUT_OF_MEMORY_HINT_MS = 500
-_QUIET_S = 0.1
+_QUIET_S = 0.5
 """Without foreground work for so long, background work has nobody to wait for: longer than trainers
 take between an answer and the next append."""
 _TICK_S = 0.001
@@ -116,10 +116,12 @@ class Scheduler:
         tenant: str,
         deadline_s: float | None = None,
         background: bool = False,
+        more_follows: bool = True,
     ) -> tuple[EngineRows, Timing]:
         """Rows of one query and where the time went.
 
-        `deadline_s` counts from now. A background query may be held back for others. Raises
+        `deadline_s` counts from now. A background query may be held back for others, and for a
+        while after those that more follows: between two appends of a stream. Raises
         CapacityError with a hint when the line is full, QuotaError or RateLimitedError with a hint
         at a limit of the tenant, DeadlineError when the query has not started in time, EngineError
         or NonFiniteError when the engine fails.
@@ -138,8 +140,12 @@ class Scheduler:
             rows = await self._run(query, tokens, entered)
         finally:
             self._tenant_limits.finish(booked, tokens, scored=entered is not None)
-            if not background and self._pace.leave(tenant) and self._held:
-                asyncio.get_running_loop().call_later(self._quiet_s + _TICK_S, self._let_go)
+            if not background:
+                is_last = self._pace.leave(tenant, more_follows=more_follows)
+                if is_last and self._held:
+                    loop = asyncio.get_running_loop()
+                    loop.call_soon(self._let_go)
+                    loop.call_later(self._quiet_s + _TICK_S, self._let_go)
         left = self._clock()
         return rows, Timing(
             queue_us=int((entered - arrived) * 1e6),

@@ -262,14 +262,14 @@ class _Judged(Reply):
     """As it was resolved: the metric and all of its constants."""
 
 
-_Extras: Any = create_model(
-    "_Extras",
-    __base__=Reply,
-    **{in_report(c): (list[number_of(c)] | None, ...) for c in MODEL_COLUMNS.extras},  # type: ignore[misc]
-)
+_OF_EXTRAS: dict[str, Any] = {
+    in_report(column): (list[number_of(column)] | None, ...)  # type: ignore[misc]
+    for column in MODEL_COLUMNS.extras
+}
+_Extras: Any = create_model("_Extras", __base__=Reply, **_OF_EXTRAS)
 
 
-class _Scored(_Extras):  # type: ignore[misc]
+class _Scored(_Extras):
     response_ids: list[int]
     """[T]"""
     teacher_logprobs: list[float]

@@ -22,7 +22,8 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
-        adapter: TypeAdapter[Any] = TypeAdapter(self.body_field.field_info.annotation)
+        annotation: Any = self.body_field.field_info.annotation
+        adapter: TypeAdapter[Any] = TypeAdapter(annotation)
 
         async def parsed(request: Request) -> Response:
             _refuse_unless_json(request.headers.get("content-type", ""))

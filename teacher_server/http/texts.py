@@ -57,7 +57,10 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._texts: dict[int, str | None] = {}
+        self._pairs: dict[int, tuple[str, str]] = {}
+        """The id as JSON names a key, and its text."""
+        self._without: set[int] = set()
+        """Ids that have no text."""
         self._lock = threading.Lock()
         """A tokenizer that is asked from two threads at once may refuse ("Already borrowed")."""
         self._anchor: list[int] = []
@@ -72,15 +75,23 @@ class TokenTexts:
 
     def of(self, ids: Sequence[int]) -> dict[str, str]:
         """The texts of ids, by the id as JSON names a key; without those that have none."""
-        texts = self._texts
+        pairs = self._pairs
+        try:
+            return dict(map(pairs.__getitem__, ids))
+        except KeyError:
+            self._learn([i for i in ids if i not in pairs and i not in self._without])
+            return dict(pairs[i] for i in ids if i in pairs)
+
+    def _learn(self, ids: Sequence[int]) -> None:
         if self._tokenizer is None:
-            return {}
-        missing = [token_id for token_id in ids if token_id not in texts]
-        if missing:
-            with self._lock:
-                texts.update({i: self._text(self._tokenizer, i) for i in missing})
-        found = ((token_id, texts[token_id]) for token_id in ids)
-        return {str(token_id): text for token_id, text in found if text is not None}
+            return
+        with self._lock:
+            for token_id in ids:
+                text = self._text(self._tokenizer, token_id)
+                if text is None:
+                    self._without.add(token_id)
+                else:
+                    self._pairs[token_id] = (str(token_id), text)
 
     def _text(self, tokenizer: Tokenizer, token_id: int) -> str | None:
         entry = tokenizer.convert_ids_to_tokens(token_id)

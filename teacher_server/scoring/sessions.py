@@ -66,6 +66,7 @@ class Scorer(Protocol):
         tenant: str,
         deadline_s: float | None = None,
         background: bool = False,
+        more_follows: bool = True,
     ) -> tuple[EngineRows, Timing]: ...
 
     def forget(self, session: str) -> None: ...
@@ -260,8 +261,7 @@ class SessionTable:
         deadline_s: float | None = None,
         background: bool = False,
     ) -> AsyncIterator[Scores]:
-        """As score_once, piece by piece as they are scored. What is asked in the background may be
-        held back for others, and comes in small pieces. Whoever leaves early closes it."""
+        """As score_once, piece by piece; in the background small ones, which may be held back."""
         if span.offset:
             raise InvalidRequestError(f"span offset is {span.offset}, must be 0")
         name = f"once-{next(self._once)}"
@@ -274,6 +274,7 @@ class SessionTable:
             options=options,
             policy=policy,
             background=background,
+            is_stream=False,
             last_used=self._clock(),
             tally=self._metrics.tenant(tenant),
         )
@@ -389,7 +390,7 @@ class SessionTable:
         left_s = None if give_up is None else give_up - self._clock()
         try:
             rows, timing = await self._scorer.score(
-                query, tenant=session.tenant, deadline_s=left_s, background=session.background
+                query, tenant=session.tenant, deadline_s=left_s, **session.standing
             )
         except BaseException as error:
             session.tally.failed(error)

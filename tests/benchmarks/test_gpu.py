@@ -184,6 +184,7 @@ def test_a_process_that_takes_too_long_is_ended_with_what_it_started(
     wait_until(lambda: not _lives(str(started)))
 
 
+@in_the_long_round
 def test_parity_and_fsdp_need_torch_and_transformers_alone(tmp_path: Path) -> None:
     """In a process that cannot import anything else of what a server and a trainer need."""
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)

@@ -30,6 +30,7 @@ from vllm_process.devices import (
     check_gpus,
     check_pipeline_parallel,
     check_tensor_parallel,
+    gpus_of,
 )
 
 HERE = sorted(os.sched_getaffinity(0))
@@ -105,6 +106,36 @@ def test_more_gpus_than_there_are_are_told_with_how_they_were_asked_for() -> Non
         r"sees 4: ask for at most 4",
     ):
         check_gpus(sizes, 4)
+
+
+def gpus(given: str, size: int = 1, own: int = 0, place: tuple[int, int] = (0, 1)) -> Any:
+    """Of a process that sees 8."""
+    return gpus_of(("sampler.gpus", given), (TP, size), own=own, place=place, num_gpus=8)
+
+
+def test_an_engine_has_the_gpu_of_its_process_or_its_share_of_those_that_are_named() -> None:
+    assert [gpus("auto", own=n, place=(n, 8)) for n in range(8)] == [(n,) for n in range(8)]
+    assert gpus("auto", 4) == (0, 1, 2, 3)
+    assert [gpus("7,6,5,4", place=(n, 4)) for n in range(4)] == [(7,), (6,), (5,), (4,)]
+    assert [gpus("4,5,6,7", 2, own=n, place=(n, 2)) for n in range(2)] == [(4, 5), (6, 7)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("auto", 9), f"{TP} 9 takes 9 GPUs, and this process sees 8"),
+        (("auto", 2, 0, (0, 4)), f"{TP} is 2, and 4 processes .*: name the 8 GPUs of their eng"),
+        (("1,1",), "sampler.gpus is '1,1': each must be there once, and be less than 8"),
+        (("8",), "sampler.gpus is '8': each must be there once, and be less than 8"),
+        (("4,5", 1), rf"is '4,5', and the engines of this host take 1 GPUs \(1 times {TP} 1\): n"),
+        (("4,5", 2, 0, (1, 2)), rf"take 4 GPUs \(2 times {TP} 2\): name as many"),
+    ],
+)
+def test_gpus_that_an_engine_cannot_have_are_told_with_those_that_it_can(
+    asked: tuple[Any, ...], told: str
+) -> None:
+    with pytest.raises(DevicesError, match=told):
+        gpus(*asked)
 
 
 def test_each_process_of_an_engine_has_as_many_cores_of_its_own(

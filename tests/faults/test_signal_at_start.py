@@ -150,11 +150,9 @@ def test_a_signal_after_the_drain_changes_nothing(
         assert server.exit_code() == 0
 
 
+@in_the_long_round  # to one that serves: test_demo.py
 @pytest.mark.vllm
-@pytest.mark.parametrize(
-    "moment",
-    ["its engine is there", pytest.param("testing the engine", marks=in_the_long_round)],
-)
+@pytest.mark.parametrize("moment", ["its engine is there", "testing the engine"])
 def test_a_signal_while_vllm_starts_takes_its_engine_along(moment: str, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model")
     flags = ["--engine", "vllm", "--model", str(model), "--max-context", "192", "--max-k", "16"]

@@ -70,6 +70,7 @@ class VllmSampler:
     cpu_cores: str
     seed: int
     tensor_parallel_size: int = 1
+    gpus: tuple[int, ...] = ()
     stop_ids: tuple[int, ...] = ()
     passage: Passage = field(default_factory=WeightBuffer)
     """How weights come to it, or the matrices of its adapter: those as files."""
@@ -140,6 +141,7 @@ class VllmSampler:
             # vLLM would cast the whole head on every step.
             hf_overrides={} if on_cpu else {"head_dtype": "float32"},
             tensor_parallel_size=ranks,
+            device_ids=[*self.gpus] or None,
             distributed_executor_backend=executor_on(cores, ranks),
             worker_extension_cls=_EXTENSION,
             **(self.adapter.engine_args() if self.adapter else {}),

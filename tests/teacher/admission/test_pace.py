@@ -78,6 +78,10 @@ def test_without_foreground_work_nothing_is_owed_once_it_has_been_quiet_for_a_wh
     pace.background("reader", 1000)
     pace.arrive("trainer", 1.0)
     assert pace.allows("reader")
+    pace.background("reader", 1000)
+    assert not pace.allows("reader")
+    pace.leave("trainer", more_follows=False)
+    assert pace.allows("reader")
 
 
 def test_a_share_that_is_none_is_refused() -> None:
@@ -148,6 +152,18 @@ async def test_held_work_goes_on_when_the_foreground_falls_silent() -> None:
         engine.places.release()
     await asyncio.gather(front, *back)
     assert engine.arrived == ["front", "back0", "back1", "back2"]
+
+
+async def test_nothing_is_waited_for_after_a_call_that_nothing_follows() -> None:
+    engine = Gate()
+    scheduler = Scheduler(engine, SchedulerLimits(), quiet_s=60.0)
+    for _ in range(4):
+        engine.places.release()
+    front = asyncio.create_task(scheduler.score(query(), tenant="trainer", more_follows=False))
+    await settle()
+    for _ in range(3):
+        await scheduler.score(query(), tenant="reader", background=True)
+    await front
 
 
 async def test_held_work_can_expire_be_cancelled_and_be_too_much() -> None:
