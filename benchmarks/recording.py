@@ -55,13 +55,12 @@ def main() -> int:
     if arguments.json.is_file():
         result = json.loads(arguments.json.read_text())
     if arguments.size_of:
-        result["size"] = sizes(arguments.size_of / "rollouts")
+        result["size"] = {"made": provenance()} | sizes(arguments.size_of / "rollouts")
         console.print(size_table(result["size"]))
     else:
         pairs = arguments.pairs or (QUICK_PAIRS if arguments.quick else PAIRS)
-        result["cost"] = cost(pairs, console)
+        result["cost"] = {"made": provenance()} | cost(pairs, console)
         console.print(cost_table(result["cost"]))
-    result |= provenance()
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -32,7 +32,7 @@ from rollout_records.schema import (
 
 GROUP_TOKENS = 1 << 16
 """Tokens of a row group: what is read to show one rollout of a step with many."""
-ZSTD_LEVEL = 15
+ZSTD_LEVEL = 9
 PARTIAL = ".partial"
 Row = Mapping[str, Any]
 """Column -> value, as `reading.read_rollout` gives it; what is not there is null."""

@@ -140,7 +140,11 @@ def curve_chart(runs: Runs, curve: Curve) -> Chart | None:
         for run in runs[:1]:
             for figure in curve.figures:
                 if (reference := run.references.get(figure)) is not None:
-                    axis.axhline(reference, color=MUTED, linestyle=":", label="the teacher")
+                    axis.axhline(reference, color=MUTED, linestyle=":")
+                    axis.annotate(
+                        "the teacher", (0.02, reference), xytext=(0, -3), color=MUTED, va="top",
+                        xycoords=("axes fraction", "data"), textcoords="offset points",
+                    )  # fmt: skip
                     drawn.append(np.array([reference]))
         _scaled(axis, np.concatenate(drawn))
         legend(axis)
@@ -188,8 +192,9 @@ def _scaled(axis: Axes, values: NDArray[np.float64]) -> None:
 
 
 def weights_chart(runs: Runs) -> Chart | None:
-    there = [run for run in runs if len(run.series("weight_mean")[0])]
-    if not there:
+    names = ("weight_min", "weight_mean", "weight_max")
+    values = np.concatenate([run.series(name)[1] for run in runs for name in names])
+    if (values == 1.0).all():  # there are none, or no weights
         return None
 
     def draw(axis: Axes) -> None:

@@ -28,9 +28,11 @@ VARIABLES = {
     GRID: "--grid",
     **{color: f"--c{number}" for number, color in enumerate(SERIES)},
 }
-WIDTH, HEIGHT = 6.0, 3.6
+WIDTH, HEIGHT = 5.4, 3.3
 """Inches of one picture; at 72 dots each it fits a telephone."""
 PNG_DPI, OVERVIEW_DPI = 130, 100
+ABOVE = "above"
+"""Label of a legend that stands above its axes."""
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -96,11 +98,12 @@ def overview(charts: Sequence[Chart], path: Path) -> Path:
     rows = -(-len(charts) // columns)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flat
+        axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
         for chart, axis in zip(charts, axes, strict=False):
             chart.draw(axis)
-            axis.set_title(chart.title, pad=24 if axis.get_legend() else None)
-        for axis in [*axes][len(charts) :]:
+            above = axis.get_legend() is not None and axis.get_legend().get_label() == ABOVE
+            axis.set_title(chart.title, pad=24 if above else None)
+        for axis in axes[len(charts) :]:
             axis.remove()
         figure.savefig(path, dpi=OVERVIEW_DPI, facecolor="white")
     return path
@@ -111,6 +114,12 @@ def legend(axis: Axes, **options: Any) -> None:
     _, labels = axis.get_legend_handles_labels()
     if len(labels) > 1:
         axis.legend(**options)
+
+
+def legend_above(axis: Axes, ncols: int) -> None:
+    """For what fills its axes."""
+    made = axis.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=ncols)
+    made.set_label(ABOVE)
 
 
 def say(axis: Axes, text: str) -> None:

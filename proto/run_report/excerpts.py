@@ -17,7 +17,8 @@ NUM_SHOWN = 3
 """Of the best, and of the worst."""
 MAX_TOKENS = 600
 """Of a response that is shown; the rest is counted."""
-MAX_PROMPT_CHARACTERS = 1200
+MAX_PROMPT_CHARACTERS, MAX_ANSWER_CHARACTERS = 1200, 80
+"""The end of a longer one is shown."""
 SHADES = 5
 """0 is none."""
 KL_EDGES = (0.1, 0.4, 1.0, 2.5)
@@ -123,11 +124,11 @@ def _facts(said: dict[str, Any]) -> list[tuple[str, str]]:
     if said["exhausted_at"] is not None:
         facts.append(("R reached 0 after", f"{said['exhausted_at']} tokens"))
     if said["correct"] is not None:
-        facts.append(
-            ("answer", "right" if said["correct"] else f"wrong, {said['answer']} expected")
-        )
-    elif said["answer"] is not None:
-        facts.append(("expected", said["answer"]))
+        facts.append(("answer", "right" if said["correct"] else "wrong"))
+    if said["answer"] is not None and not said["correct"]:
+        answer = said["answer"]
+        is_long = len(answer) > MAX_ANSWER_CHARACTERS
+        facts.append(("expected", f"… {answer[-MAX_ANSWER_CHARACTERS:]}" if is_long else answer))
     return facts
 
 

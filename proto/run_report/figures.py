@@ -72,6 +72,7 @@ class RunFigures:
     """Dotted name -> value, as text."""
     groups: Callable[[str], str] = lambda name: ""
     """The group of a figure by its name."""
+    group_order: Sequence[str] = ()
     steps: Mapping[int, Values] = field(default_factory=dict)
     """By step, those that learnt."""
     evaluations: Mapping[int, Values] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from run_report.curves import CURVES, MARKED_BELOW, OF_SEVERAL, Runs, curve_chart, weights_chart
-from run_report.drawing import BAD, GOOD, MUTED, SERIES, STOPPED, Chart, legend, say
+from run_report.drawing import BAD, GOOD, MUTED, SERIES, STOPPED, Chart, legend, legend_above, say
 from run_report.figures import Bands, RunFigures
 from run_report.savings import TRUNCATED, spent_by_step
 
@@ -22,8 +22,8 @@ PHASES = {
     "sync": ("sync", SERIES[1]),
 }
 FINISHES = {
-    "stop": ("the student ended it", SERIES[2]),
-    "length": ("budget used up", SERIES[0]),
+    "stop": ("ended by the student", SERIES[2]),
+    "length": ("by the budget", SERIES[0]),
     TRUNCATED: ("stopped in flight", STOPPED),
     "unscored": ("not scored", SERIES[5]),
     "unknown": ("not said", MUTED),
@@ -127,7 +127,7 @@ def _cloud(run: RunFigures, axis: Axes) -> None:
         if len(points):
             jitter = rng.uniform(-0.3, 0.3, len(points))
             axis.plot(
-                points[:, 0] + jitter, points[:, 1], ".", ms=3, alpha=0.6, mew=0, color=color,
+                points[:, 0] + jitter, points[:, 1], ".", ms=5, alpha=0.5, mew=0, color=color,
                 label=label,
             )  # fmt: skip
     budgets = sorted(run.budgets.items())
@@ -135,7 +135,7 @@ def _cloud(run: RunFigures, axis: Axes) -> None:
         axis.plot(*zip(*budgets, strict=True), color=MUTED, linewidth=1, label="budget")
     axis.set_ylim(bottom=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(axis, markerscale=3)
+    legend_above(axis, 3)
 
 
 def _ends(run: RunFigures, axis: Axes) -> None:
@@ -155,7 +155,7 @@ def _ends(run: RunFigures, axis: Axes) -> None:
     axis.set(xlabel="step", ylabel="share", ylim=(0, 1))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(False)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=len(shown), frameon=False)
+    legend_above(axis, len(shown))
 
 
 def _tokens(run: RunFigures, axis: Axes) -> None:
@@ -187,7 +187,7 @@ def _time(run: RunFigures, axis: Axes) -> None:
     highest = max(sum(at) for at in zip(*values, strict=True))
     axis.set(xlabel="step", ylabel="seconds", ylim=(0, 1.05 * highest or 1.0))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=len(labels), frameon=False)
+    legend_above(axis, len(labels))
 
 
 def _seconds_of_all(runs: Runs) -> Chart | None:
@@ -203,7 +203,7 @@ def _seconds_of_all(runs: Runs) -> Chart | None:
             axis.barh(names, seconds, left=left, color=color, label=label, alpha=0.85)
             left += seconds
         axis.set(xlabel="seconds", ylim=(len(runs) - 0.4, -0.6))
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=len(PHASES), frameon=False)
+        legend_above(axis, len(PHASES))
 
     return Chart(
         name="seconds",

@@ -14,6 +14,8 @@ from run_report.figures import RunFigures
 WIDTH, HEIGHT, PAD = 160, 34, 2
 MAX_POINTS = 160
 OTHER = "other"
+MANY = 1000
+"""From here on without decimals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +58,18 @@ def small_multiples(runs: Sequence[RunFigures]) -> dict[str, list[Small]]:
             lines=[_line(number, values) for number, _, values in there],
         )
         grouped.setdefault(group, []).append(small)
-    return grouped
+    order = [*dict.fromkeys(name for run in runs for name in run.group_order)]
+    known = sorted(grouped, key=lambda name: order.index(name) if name in order else len(order))
+    return {name: grouped[name] for name in known}
 
 
 def _line(number: int, values: NDArray[np.float64]) -> Line:
-    first, last, low, high = (
-        f"{value:.4g}" for value in (values[0], values[-1], values.min(), values.max())
-    )
+    first, last, low, high = map(_number, (values[0], values[-1], values.min(), values.max()))
     return Line(run=number, first=first, last=last, low=low, high=high)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= MANY else f"{value:.4g}"
 
 
 def _picture(series: Sequence[tuple[int, NDArray[np.int64], NDArray[np.float64]]]) -> Markup:

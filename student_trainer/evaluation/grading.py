@@ -104,7 +104,10 @@ class MathGrader:
 
     def at_once(self, response: str, answer: str) -> bool | None:
         ((found, expected),) = self._exact.found([(response, answer)])
-        return exactly(found, expected) or (None if found else False)
+        if exactly(found, expected):
+            return True
+        numbers = [answers.plain_number(text) for text in (found or "", expected)]
+        return None if found and None in numbers else False
 
     def check(self, problems: Sequence[Prompt]) -> None:
         self._exact.check(problems)

@@ -93,8 +93,10 @@ def warning_lines(summary: dict[str, Any]) -> list[str]:
 
 OVERVIEW = (
     *("accuracy", "overlap-first-last", "heldout", "length-cloud", "time", "overlap-heldout"),
+    *("overlap-by-position", "ends", "loss", "reverse-kl"),
 )
-"""Pictures of report.png, those that a run has."""
+NUM_SHOWN = 6
+"""Pictures of report.png: the first of these that a run has."""
 
 
 def draw(folder: Path, summary: dict[str, Any]) -> Path:
@@ -105,7 +107,7 @@ def draw(folder: Path, summary: dict[str, Any]) -> Path:
 def save_overview(run: RunFigures, folder: Path) -> Path:
     """The same of a run that is read already."""
     charts = {chart.name: chart for chart in run_charts([run])}
-    shown = [charts[name] for name in OVERVIEW if name in charts]
+    shown = [charts[name] for name in OVERVIEW if name in charts][:NUM_SHOWN]
     return overview(shown or [*charts.values()], folder / REPORT_PICTURE)
 
 

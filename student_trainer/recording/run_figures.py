@@ -18,7 +18,7 @@ from rollout_records.reading import origin, read_table, steps
 from rollout_records.schema import FOLDER
 from run_report.figures import Bands, Profile, RunFigures, TokenPieces, Warned
 from run_report.token_pieces import pieces_of
-from student_trainer.diagnostics.groups import group_of
+from student_trainer.diagnostics.groups import GROUPS, group_of
 from student_trainer.diagnostics.step_report import StepProfile
 from student_trainer.recording.json_lines import (
     PROFILES_FILE,
@@ -57,6 +57,7 @@ def run_figures(
         about=_about(folder, settings),
         settings=settings,
         groups=group_of,
+        group_order=tuple(GROUPS),
         steps={report.step: report.values() for report in written.steps},
         evaluations={report.step: report.values() for report in written.evaluations},
         profiles={step: _profile(profile) for step, profile in profiles.items()},

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from rollout_records.reading import read_table, steps
 from student_trainer import cli
 from student_trainer.assembly.spreading import refuse_spread
 from student_trainer.errors import ConfigError
@@ -135,6 +136,13 @@ def test_two_processes_learn_what_one_does_and_save_at_sigterm(
     gap = max(float((weights[name] - others[name]).abs().max()) for name in weights)
     # AdamW divides a gradient by its size: where it is 0 but for rounding, so is the step's sign.
     assert gap <= 2.1 * expected["updates"] * expected["learning_rate"]
+    of_step = steps(run.folder / "rollouts")[1]
+    assert [path.name for path in of_step] == ["step-000001.parquet", "step-000001.1.parquet"]
+    recorded, by_one = (
+        read_table(paths, ["index", "response_ids", "weight"])
+        for paths in (of_step, steps(alone.folder / "rollouts")[1])
+    )
+    assert recorded.equals(by_one)
     assert said.count("step   1") == 1
     done = len(run.records("step"))
     saved = run.folder / "checkpoints" / f"step-{done:06d}"

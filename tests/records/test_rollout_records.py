@@ -149,6 +149,26 @@ def test_bytes_broken_in_the_middle_are_an_error_and_no_numbers(tmp_path: Path) 
         read_table([path])
 
 
+def test_what_makes_files_small_is_there(tmp_path: Path) -> None:
+    """By which 64 bytes a token are kept to (docs/run-folder.md): bits that are 0, bytes that are
+    split, and no statistics of what nobody searches."""
+    path = write_step(tmp_path, 1, 0, [made_row(i) for i in range(3)], ORIGIN)
+    row = read_rollout([path], 0)
+    for name, zero_bits in (("teacher_topk_logprobs", 16), ("teacher_logprobs", 13)):
+        bits = row[name].view(np.uint32)
+        assert (bits & ((1 << zero_bits) - 1) == 0).all()
+        assert (bits & (1 << zero_bits)).any(), "and no more of them"
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    assert {column.compression for column in columns} == {"ZSTD"}
+    for column in columns:
+        name = column.path_in_schema.partition(".")[0]
+        is_list = column.path_in_schema != name
+        assert (column.statistics is None) == is_list, name
+        if name in ("teacher_topk_ids", "student_topk_logprobs", "response_ids", "reverse_kl"):
+            assert "BYTE_STREAM_SPLIT" in column.encodings
+
+
 def test_a_column_that_must_be_there_is_asked_for() -> None:
     row = made_row(0)
     del row["mask"]

@@ -44,6 +44,9 @@ def test_texts_and_numbers_need_no_process() -> None:
     mathematics = MathProcesses()
     pairs = [(r"\boxed{18.0}", "18"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), ("18", "18")]
     assert grader(mathematics).grade(pairs) == [True, True, False]
+    at_once = [grader(mathematics).at_once(*pair) for pair in [*pairs, (r"\boxed{5}", "6")]]
+    assert at_once == [True, True, False, False]
+    assert grader(mathematics).at_once(r"\boxed{2/4}", "0.5") is None
     assert mathematics._workers == []
 
 
