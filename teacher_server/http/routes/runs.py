@@ -29,7 +29,8 @@ MAX_READS = 2
 """Files read at once; the others wait."""
 DECIMALS = 5
 
-_Number = Annotated[int, Path(ge=0, le=2**31 - 1)]
+_Run = Annotated[str, Path(examples=["demo"])]
+_Number = Annotated[int, Path(ge=0, le=2**31 - 1, examples=[1])]
 _T = TypeVar("_T")
 _FOREIGN = {
     "reason": "tokenizer",
@@ -112,7 +113,7 @@ def _add_lists(router: APIRouter, desk: _Desk) -> None:
     @router.get("/{run}")
     async def list_steps(
         request: Request,
-        run: str,
+        run: _Run,
         before: Annotated[int, Query(ge=0, le=2**31 - 1)] = 2**31 - 1,
         limit: Annotated[int, Query(ge=1, le=500)] = 100,
     ) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def _add_lists(router: APIRouter, desk: _Desk) -> None:
 
 def _add_steps(router: APIRouter, desk: _Desk) -> None:
     @router.get("/{run}/steps/{step}", **_AS_FILE)
-    async def list_rollouts(request: Request, run: str, step: _Number) -> Response:
+    async def list_rollouts(request: Request, run: _Run, step: _Number) -> Response:
         """The rollouts of a step without their tokens, or its file."""
         if _wants_file(request):
             content = await desk.read(request, lambda folder: folder.step_file(run, step))
@@ -142,7 +143,7 @@ def _add_steps(router: APIRouter, desk: _Desk) -> None:
         return Response(await desk.read(request, work), media_type=JSON)
 
     @router.get("/{run}/steps/{step}/rollouts/{index}", **_AS_FILE)
-    async def show_rollout(request: Request, run: str, step: _Number, index: _Number) -> Response:
+    async def show_rollout(request: Request, run: _Run, step: _Number, index: _Number) -> Response:
         """Every column of one rollout with the texts of its ids, or a file with that row."""
         if _wants_file(request):
             content = await desk.read(request, lambda folder: folder.rollout_file(run, step, index))
