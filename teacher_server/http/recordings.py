@@ -94,7 +94,7 @@ class RunFolder:
         found = []
         for name in sorted(folder.name for folder in self._root.iterdir()):
             if steps := self._steps(name):
-                last = max(path.stat().st_mtime for path in steps[max(steps)])
+                last = max(map(_written_at, steps[max(steps)]))
                 found.append(
                     RunEntry(
                         run=name,
@@ -178,7 +178,10 @@ class RunFolder:
             raise RecordingError(self._said(error)) from None
 
     def _is_inside(self, path: Path) -> bool:
-        return path.resolve().is_relative_to(self._root)
+        try:
+            return path.resolve().is_relative_to(self._root)
+        except (OSError, RuntimeError):  # a link that leads to itself
+            return False
 
     def _steps(self, run: str) -> dict[int, list[Path]]:
         """Step -> its files, without those that lead outside; empty for what is no run of ours."""
@@ -237,12 +240,14 @@ class RunFolder:
         tables, problems = [], []
         num_bytes = 0
         for path in paths:
-            status = path.stat()
-            num_bytes += status.st_size
             try:
+                status = path.stat()
+                num_bytes += status.st_size
                 tables.append(_summary(path, status.st_mtime_ns, status.st_size))
             except RecordingError as error:
                 problems.append(self._said(error))
+            except FileNotFoundError:
+                continue  # thinned out meanwhile
         rows = [row for table in tables for row in table]
         overlaps = [row["mean_overlap"] for row in rows if row["mean_overlap"] is not None]
         graded = [row["correct"] for row in rows if row["correct"] is not None]
@@ -269,6 +274,14 @@ def _summary(path: Path, mtime_ns: int, size: int) -> tuple[dict[str, Any], ...]
     if size > MAX_FILE_BYTES:
         raise RecordingError(f"{path}: it has {size} bytes, the limit is {MAX_FILE_BYTES}")
     return tuple(reading.read_table([path], _SUMMED_UP).to_pylist())
+
+
+def _written_at(path: Path) -> float:
+    """0 for a file that was taken away meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def told_origin(origin: Origin) -> dict[str, Any]:

@@ -316,6 +316,18 @@ def test_no_width_scrolls_sideways(page: Page, shown: Site, width: int) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= width, link
 
 
+def test_a_tap_chooses_a_token_on_a_small_screen(chromium: Browser, shown: Site) -> None:
+    context = chromium.new_context(viewport={"width": 360, "height": 700}, has_touch=True)
+    page = context.new_page()
+    watched = Watch(page, shown.server.http_address)
+    pane = opened(page, shown)
+    pane.locator("[data-t='12']").tap()
+    expect(pane.locator(".inspector h3")).to_have_text("Token 13 of 120")
+    assert pane.locator(".lists table").count() == 2
+    context.close()
+    watched.check()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(page: Page, shown: Site, scheme: Any) -> None:
     from axe_playwright_python.base import AXE_SCRIPT

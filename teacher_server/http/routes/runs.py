@@ -80,6 +80,9 @@ class _Desk:
                 return await asyncio.to_thread(work, folder)
         except LookupError as error:
             raise HTTPException(404, str(error.args[0])) from None
+        except FileNotFoundError:
+            message = "what was asked for was taken away meanwhile: ask for the list again"
+            raise HTTPException(404, message) from None
         except RecordingError as error:
             raise HTTPException(422, str(error)) from None
 

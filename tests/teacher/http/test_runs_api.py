@@ -189,6 +189,37 @@ async def test_what_is_still_being_written_is_not_seen(folder: Path) -> None:
     assert (await get(folder, "/v1/runs"))["runs"][0]["last_step"] == 3
 
 
+async def test_what_is_taken_away_meanwhile_is_no_failure_of_the_server(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer thins its recordings out, and somebody may delete a run."""
+    gone = folder / "demo/rollouts/step-000003.parquet"
+    there = reading.steps
+
+    def steps(of: Path) -> dict[int, list[Path]]:
+        return {**there(of), 3: [gone]} if of.parent.name == "demo" else there(of)
+
+    monkeypatch.setattr(reading, "steps", steps)
+    monkeypatch.setattr(Path, "is_file", lambda self: True)  # as it was a moment ago
+    assert (await get(folder, "/v1/runs"))["runs"][0]["run"] == "demo"
+    listed = (await get(folder, "/v1/runs/demo"))["steps"]
+    assert [(step["step"], step["num_rollouts"]) for step in listed] == [(1, 3), (2, 3), (3, 0)]
+    for path in ("steps/3/rollouts/0", "steps/3"):
+        reply = await teacher(folder).client.get(
+            f"/v1/runs/demo/{path}", headers={"accept": PARQUET}
+        )
+        assert (reply.status_code, "meanwhile" in error_of(reply)["message"]) == (404, True)
+
+
+async def test_a_link_that_leads_to_itself_is_no_run(folder: Path) -> None:
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "other").mkdir()
+    (folder / "other" / "rollouts").symlink_to(folder / "other" / "rollouts")
+    assert [run["run"] for run in (await get(folder, "/v1/runs"))["runs"]] == ["demo"]
+    for run in ("loop", "other"):
+        await get(folder, f"/v1/runs/{run}", 404)
+
+
 async def test_what_there_is_not_is_said_with_what_there_is(folder: Path) -> None:
     assert "there are demo" in await get(folder, "/v1/runs/dmo", 404)
     assert "there are 1, 2" in await get(folder, "/v1/runs/demo/steps/7", 404)
