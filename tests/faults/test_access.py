@@ -278,7 +278,7 @@ def http_app() -> Any:
 async def test_every_http_route_but_probes_and_page_needs_a_token(guarded: LiveServer) -> None:
     routes = [(m, r.path) for r in http_app().routes for m in sorted(r.methods)]
     assert {("POST", "/v1/score"), ("GET", "/metrics"), ("GET", "/healthz")} <= set(routes)
-    assert {"/", "/healthz", "/readyz"} == OPEN_PATHS
+    assert {"/", "/docs", "/healthz", "/readyz"} == OPEN_PATHS
     routes.append(("GET", "/no/such/path"))
     async with httpx.AsyncClient(base_url=f"http://{guarded.http_address}") as client:
         for method, path in routes:

@@ -36,6 +36,7 @@ OTHER_VALUES: dict[str, Any] = {
     "event_loop": "asyncio",
     "host": "127.0.0.2",
     "gpu_memory_utilization": 0.5,
+    "analysis_weight": 0.5,
     "cpu_cores": "2,3",
 }
 
