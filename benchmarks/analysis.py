@@ -69,6 +69,11 @@ class Served:
     http_address: str
     vocab_size: int
     k: int
+    pid: int
+
+    def cpu_s(self) -> float:
+        """Processor time of all its threads (Linux: the process's own clock, read from here)."""
+        return time.clock_gettime((~self.pid << 3) | 2)
 
 
 @asynccontextmanager
@@ -90,6 +95,7 @@ async def served(name: str, model: Path, vocab_size: int, k: int) -> AsyncIterat
             http_address=told["http_address"],
             vocab_size=vocab_size,
             k=k,
+            pid=told["pid"],
         )
 
 
@@ -108,23 +114,26 @@ async def cost_runs(teacher: Served, tokens: int) -> AsyncIterator[dict[str, Run
     http = httpx.AsyncClient(base_url=f"http://{teacher.http_address}", timeout=1800.0)
 
     async def score(repeat: int) -> Sample:
-        began = time.monotonic()
+        began, cpu_s = time.monotonic(), teacher.cpu_s()
         scores = await client.score(text.prompt_ids, span(text, 0, tokens), options, None)
         seconds = time.monotonic() - began
         rows = scores.rows
         sent = [rows.topk_ids, rows.topk_logprobs, rows.token_logprobs, rows.candidate_logprobs]
         num_bytes = sum(array.nbytes for array in sent if array is not None)
-        return Sample(seconds=seconds, figures={"bytes_per_token": num_bytes / tokens})
+        return sample(seconds, cpu_s, num_bytes)
+
+    def sample(seconds: float, cpu_s: float, num_bytes: int) -> Sample:
+        figures = {"cpu_s": teacher.cpu_s() - cpu_s, "bytes_per_token": num_bytes / tokens}
+        return Sample(seconds=seconds, figures=figures)
 
     def analyze(form: str) -> Run:
         headers = {"content-type": "application/json", "accept": form}
 
         async def once(repeat: int) -> Sample:
-            began = time.monotonic()
+            began, cpu_s = time.monotonic(), teacher.cpu_s()
             reply = await http.post("/v1/analyze", content=content, headers=headers)
             reply.raise_for_status()
-            seconds = time.monotonic() - began
-            return Sample(seconds=seconds, figures={"bytes_per_token": len(reply.content) / tokens})
+            return sample(time.monotonic() - began, cpu_s, len(reply.content))
 
         return once
 
@@ -180,6 +189,8 @@ def named_ratios(arms: Mapping[str, Measured]) -> dict[str, float | None]:
             if f"{teacher}_{form}" in arms:
                 name = f"{form}_over_score_{teacher}"
                 found[name] = ratio(arms, f"{teacher}_{form}", f"{teacher}_score")
+                ours, other = (arms[f"{teacher}_{arm}"].figure("cpu_s") for arm in (form, "score"))
+                found[f"{name}_cpu"] = ours / other if ours and other else None
     for name in ("beside_analyze", "beside_score"):
         found[f"trainer_speed_{name}"] = ratio(arms, "trainer_alone", f"trainer_{name}")
     return found
@@ -220,7 +231,7 @@ async def main(arguments: argparse.Namespace, console: Console) -> int:
     found = named_ratios(arms)
     write(arguments.json, arms, found, settings)
     progress.done()
-    figures = {"bytes_per_token": ",.0f", "rows_per_s": ",.0f", "read_share": ".2f"}
+    figures = {"cpu_s": ".3f", "bytes_per_token": ",.0f", "rows_per_s": ",.0f", "read_share": ".2f"}
     console.print(table("analysis", arms, reference=None, figures=figures))
     console.print(ratio_table(found))
     return 1 if any(arm.error for arm in arms.values()) else 0

@@ -17,14 +17,14 @@ from benchmarks.measuring import Measured, Sample, wide_console
 from tests.rounds import in_the_long_round
 
 
-def arm(*seconds: float) -> Measured:
-    return Measured(samples=[Sample(seconds=value) for value in seconds])
+def arm(*seconds: float, **figures: float) -> Measured:
+    return Measured(samples=[Sample(seconds=value, figures=figures) for value in seconds])
 
 
 def test_ratios_are_of_analysis_over_score_and_of_the_trainers_speed() -> None:
     arms = {
-        "playground_score": arm(1.0, 2.0, 3.0),
-        **{f"playground_{form}": arm(3.0) for form in FORMS},
+        "playground_score": arm(1.0, 2.0, 3.0, cpu_s=0.5),
+        **{f"playground_{form}": arm(3.0, cpu_s=1.0) for form in FORMS},
         f"{LARGE}_score": arm(10.0),
         f"{LARGE}_analyze": arm(11.0),
         "trainer_alone": arm(2.0),
@@ -33,7 +33,9 @@ def test_ratios_are_of_analysis_over_score_and_of_the_trainers_speed() -> None:
     }
     assert named_ratios(arms) == {
         **{f"{form}_over_score_playground": 1.5 for form in FORMS},
+        **{f"{form}_over_score_playground_cpu": 2.0 for form in FORMS},
         f"analyze_over_score_{LARGE}": 1.1,
+        f"analyze_over_score_{LARGE}_cpu": None,
         "trainer_speed_beside_analyze": 0.8,
         "trainer_speed_beside_score": None,
     }

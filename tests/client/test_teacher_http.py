@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import httpx
 import numpy as np
 import pytest
 
@@ -28,7 +30,9 @@ from tests.client.client_sessions import POLICY, PROMPT, client_of, make_span
 from tests.faults.access_servers import tenants_toml, write_private
 from tests.faults.live_server import LiveServer, live_server
 from tests.faults.made_certificates import Authority
+from tests.faults.scrape import Scrape
 from tests.teacher.scoring.fake_rows import assert_rows_equal
+from tests.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +84,22 @@ async def test_ids_take_no_part_as_over_grpc(teacher: LiveServer, http: TeacherH
     assert not np.isin(found.rows.topk_ids, [*range(400, 450), *range(500, 512)]).any()
     with pytest.raises(InvalidRequestError, match="goes up to 513, the vocabulary has 512 ids"):
         http.score(PROMPT, span, replace(FULL, excluded_ids=((400, 513),)))
+
+
+def test_a_reader_who_leaves_in_the_middle_stops_the_work(tmp_path: Path) -> None:
+    body = {"prompt_ids": [1], "response_ids": [2] * 6000, "k": 2}
+    headers = {"accept": "application/x-ndjson"}
+    flags = ["--fake-tokens-per-s", "5000", "--no-self-test"]
+    with live_server(tmp_path, *flags) as running:
+        url = f"http://{running.http_address}/v1/analyze"
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=LIMIT_S) as reply:
+            lines = reply.iter_lines()
+            assert json.loads(next(lines))["num_tokens"] == 6000
+            assert json.loads(next(lines))["offset"] == 0
+        wait_until(lambda: Scrape(running).value("teacher_batch_sessions") == 0)
+        wait_until(lambda: Scrape(running).value("teacher_queue_depth") == 0)
+        scored = Scrape(running).by("teacher_tokens_scored_total", "tenant")["http"]
+        assert scored < 6000
 
 
 def test_what_the_teacher_refuses_is_raised_as_over_grpc(http: TeacherHttp) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -32,6 +34,7 @@ from teacher_wire.records import DriftPolicy, ScoreOptions, TokenSpan
 from teacher_wire.report_columns import IN_TABLE
 from tests.faults.live_server import LiveServer, live_server
 from tests.rounds import in_the_long_round
+from tests.waiting import LIMIT_S
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,6 +185,32 @@ def test_html_in_a_token_stays_text(teacher: Teacher) -> None:
     assert (warning["reason"], warning["field"]) == ("unknown_text", "response")
     assert warning["positions"] == [0]
     assert len(report["response_ids"]) == 9
+
+
+@pytest.mark.parametrize("page", ["analysis.md", "wire.md"])
+def test_the_requests_of_the_documents_are_answered(server: LiveServer, page: str) -> None:
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    requests = re.findall(
+        r"8080(/v1/\w+) -H '([\w-]+): ([\w/]+)'[\s\\]+-d '(.*?)'", text, re.DOTALL
+    )
+    assert requests
+    for path, name, value, body in requests:
+        url = f"http://{server.http_address}{path}"
+        reply = httpx.post(url, content=body.encode(), headers={name: value}, timeout=LIMIT_S)
+        assert reply.status_code == 200, (path, reply.text)
+
+
+def test_the_cell_of_the_document_makes_a_table(server: LiveServer) -> None:
+    text = (ROOT / "docs" / "analysis.md").read_text("utf-8")
+    source = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    assert "127.0.0.1:8080" in source
+    names: dict[str, Any] = {}
+    *setup, question = source.replace("127.0.0.1:8080", server.http_address).splitlines()
+    exec("\n".join(setup), names)  # our own file
+    frame = eval(question, names)
+    names["teacher"].close()
+    told = set(re.findall(r"`(\w+)`", text.split("One row a token:")[1].split("What is not")[0]))
+    assert set(frame.columns) == told
 
 
 def cells() -> list[str]:

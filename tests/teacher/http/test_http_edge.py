@@ -142,7 +142,8 @@ async def test_v1_needs_the_token_and_names_the_tenant() -> None:
     teacher = Teacher(authenticate=authenticate)
     body = {"prompt_ids": PROMPT, "response_ids": RESPONSE}
     for headers in ({}, {"authorization": "Bearer bad"}, {"authorization": "Basic good"}):
-        for method, path in (("GET", "/v1/info"), ("POST", "/v1/score"), ("POST", "/v1/analyze")):
+        posts = [("POST", f"/v1/{name}") for name in ("score", "analyze", "compare")]
+        for method, path in (("GET", "/v1/info"), *posts):
             response = await teacher.client.request(method, path, json=body, headers=headers)
             assert (response.status_code, error_of(response)["type"]) == (
                 401,
