@@ -146,7 +146,10 @@ def _flat(column: Column, arrays: Sequence[NDArray[Any]]) -> pa.Array:
 def rounded(values: NDArray[Any], bits: int) -> NDArray[np.float32]:
     """The nearest float32 with so many bits of mantissa; the others are 0."""
     mantissa, exponent = np.frexp(values.astype(np.float32))
-    return np.ldexp(np.round(np.ldexp(mantissa, bits + 1)), exponent - bits - 1)
+    nearest: NDArray[np.float32] = np.ldexp(
+        np.round(np.ldexp(mantissa, bits + 1)), exponent - bits - 1
+    )
+    return nearest
 
 
 def _lists(

@@ -251,7 +251,7 @@ def _others(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
                 f"{where}: {name} must be {' or '.join(t.__name__ for t in types)}, is "
                 f"{_shown(value)}"
             )
-        if types == (int,) and not -MAX_ID <= value <= MAX_ID:
+        if types == (int,) and not -MAX_ID <= row[name] <= MAX_ID:
             raise RecordingError(f"{where}: {name} is {value}, must have 32 bits")
         found[name] = str(value) if str in types else value
     if "prompt_id" not in found and isinstance(row.get("id"), str | int):
