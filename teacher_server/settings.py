@@ -153,6 +153,8 @@ class TeacherConfig(BaseSettings):
     """new tokens in the engine at once"""
     max_queued_tokens: Count = 262_144
     """tokens waiting for the engine"""
+    analysis_weight: float = Field(0.1, gt=0.0, le=1.0)
+    """weight of analysis over HTTP beside training, as a share of its tenant's"""
     engine_stall_s: Patience = 30.0
     """silence of an engine that owes answers, until health says NOT_SERVING, s"""
     engine_lost_s: Patience = 300.0
@@ -163,6 +165,8 @@ class TeacherConfig(BaseSettings):
     """replies waiting on one stream, bytes"""
     drain_s: Seconds = 30.0
     """time for streams to end after SIGTERM, s"""
+    runs: str = ""
+    """folder of runs whose recorded rollouts are shown over HTTP; empty: none"""
     ready_file: str = ""
     """file to write addresses and process id to, as JSON, when ready"""
     log_level: Literal["debug", "info", "warning"] = "info"
@@ -267,6 +271,8 @@ def _problem(detail: Mapping[str, Any]) -> str:
     name, value = str(detail["loc"][0]), detail["input"]
     if kind == "extra_forbidden":
         return f"unknown setting {name!r}{_nearest(name)}"
+    if kind == "greater_than":
+        return f"{name} is {value}, must be more than {limits['gt']}"
     if kind == "greater_than_equal":
         return f"{name} is {value}, must be at least {limits['ge']}"
     if kind == "less_than_equal":

@@ -28,6 +28,7 @@ LONGEST_FIRST = (
     "faults/test_thousand_kills.py",
     "faults/test_slow_readers.py",
     "faults/test_channel_options.py",
+    "page/test_page.py",
     "trainer/learner/test_data_parallel.py",
     "trainer/test_failures.py",
     "trainer/test_train.py",

@@ -1,4 +1,4 @@
-"""Who may import whom, how long a file may be, and what must not stand in the source.
+"""Who may import whom, and how long a file may be.
 
 The directions of docs and design in one table. Run: python -m pytest tests/test_architecture.py
 """
@@ -6,7 +6,6 @@ The directions of docs and design in one table. Run: python -m pytest tests/test
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -18,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.tracked_files import ROOT, tracked
 from tests.waiting import LIMIT_S
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "teacher_wire": ROOT / "proto" / "teacher_wire",
     "teacher_client": ROOT / "proto" / "teacher_client",
@@ -62,6 +61,11 @@ RULES = [
     ),
     Rule(modules="teacher_wire.columns", only="numpy", why="pure: what a column is"),
     Rule(
+        modules="teacher_wire.report_columns",
+        only="teacher_wire.columns teacher_wire.records",
+        why="names, of server and client alike",
+    ),
+    Rule(
         modules="teacher_wire.id_ranges", only="numpy teacher_wire.errors", why="pure: sets of ids"
     ),
     Rule(modules="teacher_wire.vocabulary", only="typing", why="pure: both sides compare by it"),
@@ -72,8 +76,19 @@ RULES = [
     ),
     Rule(
         modules="teacher_client.*",
-        never=f"{TORCH} vllm_process {SIDES}",
+        never=f"{TORCH} pyarrow vllm_process {SIDES}",
         why="other trainers use it without ours",
+    ),
+    Rule(
+        modules="teacher_client.*",
+        never="pandas",
+        but="teacher_client.frames",
+        why="an extra: one file asks for it",
+    ),
+    Rule(
+        modules="teacher_client.rollout_items",
+        only="numpy teacher_client.retry teacher_wire.errors",
+        why="rollouts of any form, no transport",
     ),
     Rule(
         modules="teacher_client.retry",
@@ -270,7 +285,10 @@ RULES = [
         never="grpc fastapi teacher_server.rpc teacher_server.http teacher_server.scoring",
         why="queries and tenants, no transport",
     ),
-    Rule(modules="teacher_server.admission.fair_queue", only="typing", why="pure: a law"),
+    *(
+        Rule(modules=f"teacher_server.admission.{name}", only="typing", why="pure: a law")
+        for name in ("fair_queue", "pace")
+    ),
     Rule(
         modules="teacher_server.admission.tenant_limits",
         only="teacher_server.access.tenants teacher_wire.errors",
@@ -301,6 +319,11 @@ RULES = [
         modules="teacher_server.http.*",
         never="grpc teacher_wire.pb teacher_wire.codec teacher_server.rpc",
         why="HTTP only",
+    ),
+    Rule(
+        modules="teacher_server.http.recordings",
+        never="fastapi starlette uvicorn",
+        why="it reads files, whoever asks",
     ),
     Rule(
         modules="teacher_server.*",
@@ -446,21 +469,6 @@ def test_module_does_not_bring_these_along(module: str, absent: str) -> None:
     assert done.stdout.split() == []
 
 
-def tracked(pattern: str = "*") -> list[str]:
-    """Files of the repository, without what git ignores."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", pattern],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=LIMIT_S,
-    )
-    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
-
-
 def test_no_module_is_a_dumping_ground() -> None:
     names = {part for name in tracked("*.py") for part in Path(name).with_suffix("").parts}
     assert names & FORBIDDEN_NAMES == set()
@@ -475,7 +483,10 @@ def test_files_are_short() -> None:
     assert long == set(LONG_FILES)
 
 
-@pytest.mark.parametrize(("pattern", "limit"), [("tests/*.py", 550), ("*.proto", 500)])
+@pytest.mark.parametrize(
+    ("pattern", "limit"),
+    [("tests/*.py", 550), ("*.proto", 500), ("teacher_server/http/page/*", 250)],
+)
 def test_tests_and_the_contract_are_not_much_longer(pattern: str, limit: int) -> None:
     lengths = {
         name: len((ROOT / name).read_text("utf-8").splitlines()) for name in tracked(pattern)
@@ -505,45 +516,3 @@ def test_the_loop_is_on_one_screen() -> None:
     source = (ROOT / "student_trainer" / "train.py").read_text(encoding="utf-8")
     assert len(source.splitlines()) <= MAX_LOOP_LINES
     assert source.count("for step in range(") == 1
-
-
-GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-HISTORY = ROOT / "docs" / "LOG.md"
-"""Tells of files that are no more."""
-
-
-@pytest.mark.parametrize(
-    "guide", [path for path in GUIDES if path != HISTORY], ids=lambda path: path.name
-)
-def test_paths_in_a_guide_exist(guide: Path) -> None:
-    text = guide.read_text(encoding="utf-8")
-    tops = {name.split("/")[0] for name in tracked()}
-    # `a/b` is a path when `a` is a file or folder of ours; other words in backticks are not.
-    named = re.findall(r"`([\w.-]+(?:/[\w.-]+)*/?)`", text)
-    paths = {ROOT / name for name in named if name.split("/")[0] in tops}
-    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
-    paths |= {guide.parent / name for name in links}
-    if guide.name in ("README.md", "CONTRIBUTING.md"):
-        assert paths, "it names no path"
-    missing = [path for path in paths if not path.exists()]
-    assert sorted(str(path.relative_to(ROOT)) for path in missing) == []
-
-
-# Joined here, so that this file does not contain what it looks for.
-MACHINE_PATHS = re.compile(
-    "|".join([r"(?<![\w.])/wo" + "rk/", "/tmp" + "/build", r"(?<![\w./])/ro" + "ot/"])
-)
-REGISTRY_HOSTS = re.compile("|".join(["pypi" + r"\.org", "python" + "hosted", "npmjs" + r"\."]))
-
-
-def test_source_names_no_machine_and_no_package_registry() -> None:
-    found = []
-    for name in tracked():
-        try:
-            text = (ROOT / name).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        for number, line in enumerate(text.splitlines(), start=1):
-            if MACHINE_PATHS.search(line) or REGISTRY_HOSTS.search(line):
-                found.append(f"{name}:{number}: {line.strip()[:80]}")
-    assert found == []

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from teacher_client.client import TeacherClient, TeacherSession
     from teacher_client.http import TeacherHttp
     from teacher_client.retry import RetryLimits
+    from teacher_client.teacher import AsyncTeacher, Teacher
 
 __all__ = [
     "AccessError",
+    "AsyncTeacher",
     "RetryLimits",
+    "Teacher",
     "TeacherAccess",
     "TeacherClient",
     "TeacherHttp",
@@ -27,7 +30,9 @@ __all__ = [
 ]
 _MODULES = {
     "AccessError": "access",
+    "AsyncTeacher": "teacher",
     "RetryLimits": "retry",
+    "Teacher": "teacher",
     "TeacherAccess": "access",
     "TeacherClient": "client",
     "TeacherHttp": "http",

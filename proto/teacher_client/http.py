@@ -1,16 +1,15 @@
 """One-off questions to a teacher over HTTP, for scripts and notebooks. No torch, no event loop.
 
 Nothing is kept between two questions: each is scored from its first token. Rollouts that grow are
-for `TeacherClient`. Answers are the records that gRPC gives; failures are the same TeacherErrors.
+for `TeacherClient`, tables for `Teacher`. Answers are the records that gRPC gives; failures are the
+same TeacherErrors.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
-from enum import Enum
+from dataclasses import fields
 from typing import Any, Self
 
 import httpx
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_client.access import TeacherAccess
-from teacher_wire.errors import DeadlineError, NotReadyError, error_from_json
+from teacher_client.http_messages import JSON, answer_of, policy_to_json, to_json, told
 from teacher_wire.records import (
     DriftPolicy,
     DriftState,
@@ -77,7 +76,7 @@ class TeacherHttp:
             "response_ids": span.token_ids,
             "candidate_ids": span.candidate_ids,
             "event_mask": span.event_mask,
-            "policy": _policy(policy),
+            "policy": policy_to_json(policy),
             "encoding": "base64",
             **{field.name: getattr(options, field.name) for field in fields(options) if field.init},
         }
@@ -92,57 +91,13 @@ class TeacherHttp:
             timing=Timing(**_fields(Timing, answer["timing"])),
         )
 
-    def analyze(
-        self,
-        prompt: str | NDArray[np.int32],
-        response: str | NDArray[np.int32],
-        *,
-        k: int = 8,
-        temperature: float = 1.0,
-        candidate_ids: NDArray[np.int32] | None = None,
-        policy: DriftPolicy | None = None,
-    ) -> dict[str, Any]:
-        """The report of one response as /openapi.json describes it (AnalyzeReply): `tokens` has
-        one dict a response token. Texts need a teacher with a tokenizer."""
-        body: dict[str, Any] = {"k": k, "temperature": temperature, "policy": _policy(policy)}
-        body["candidate_ids"] = candidate_ids
-        for name, value in (("prompt", prompt), ("response", response)):
-            body[name if isinstance(value, str) else f"{name}_ids"] = value
-        return self._ask("POST", "/v1/analyze", body)
-
     def _ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        headers = {"content-type": "application/json", **dict(self._access.metadata())}
-        content = None if body is None else json.dumps(body, default=_plain)
+        headers = {"content-type": JSON, **dict(self._access.metadata())}
+        content = None if body is None else to_json(body)
         where = f"{self._client.base_url}{path.removeprefix('/')}"
-        try:
+        with told(where, self._timeout_s):
             reply = self._client.request(method, path, content=content, headers=headers)
-        except httpx.TimeoutException as error:
-            raise DeadlineError(f"{where} gave no answer in {self._timeout_s} s") from error
-        except httpx.TransportError as error:
-            raise NotReadyError(f"{where} cannot be reached: {error}") from error
-        try:
-            answer: dict[str, Any] = dict(reply.json())
-            failure = None if reply.is_success else dict(answer["error"])
-        except (ValueError, TypeError, KeyError) as error:
-            said = f"HTTP {reply.status_code} and no JSON of a teacher"
-            raise NotReadyError(f"{where} answered {said}") from error
-        if failure is not None:
-            raise error_from_json(reply.status_code, failure)
-        return answer
-
-
-def _plain(value: Any) -> Any:
-    """An array, an enum or a record as JSON has it."""
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return value.value if isinstance(value, Enum) else asdict(value)
-
-
-def _policy(policy: DriftPolicy | None) -> dict[str, Any] | None:
-    """The constants of the metric beside those of all metrics."""
-    if policy is None:
-        return None
-    return {**asdict(policy), "metric": policy.metric.name, **asdict(policy.metric)}
+        return answer_of(reply, where)
 
 
 def _fields(record: type[Any], content: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,26 +44,31 @@ class Patience:
 
     async def after(self, error: TeacherError | BrokenStreamError) -> None:
         """Returns when it is time to try again; raises the error when it is not worth it."""
+        if pause_s := self.pause_s(error):
+            await asyncio.sleep(pause_s)
+
+    def pause_s(self, error: TeacherError | BrokenStreamError) -> float:
+        """How long to wait before trying again; raises the error when it is not worth it."""
         if isinstance(error, CapacityError) and error.retry_after_ms:
             # The sum of the hints bounds the wait; jitter keeps trainers from coming back together.
             if self._waited_s >= self._limits.capacity_wait_s:
                 raise error
             pause_s = error.retry_after_ms / 1000 * random.uniform(0.75, 1.5)
             self._waited_s += pause_s
-            await asyncio.sleep(pause_s)
-        elif isinstance(error, BrokenStreamError | NotReadyError):
+            return pause_s
+        if isinstance(error, BrokenStreamError | NotReadyError):
             self._resends += 1
             if self._resends > self._limits.max_resends:
                 raise NotReadyError(
                     f"given up after {self._limits.max_resends} broken streams: {error}"
                 ) from error
-            await asyncio.sleep(backoff_s(self._limits, self._resends - 1))
-        elif isinstance(error, SessionNotFoundError | SessionOffsetError):
+            return backoff_s(self._limits, self._resends - 1)
+        if isinstance(error, SessionNotFoundError | SessionOffsetError):
             self._reopens += 1
             if self._reopens > self._limits.max_reopens:
                 raise error
-        else:
-            raise error
+            return 0.0
+        raise error
 
 
 def backoff_s(limits: RetryLimits, attempt: int) -> float:

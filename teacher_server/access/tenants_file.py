@@ -4,6 +4,7 @@
     token_sha256 = ["9f86d081..."]          # `teacher-server token vision` prints one
     weight = 2.0
     max_sessions = 256
+    runs = true                             # sees recorded rollouts
     expires = 2027-01-31T00:00:00Z
 
 A token is 256 random bits, so one round of SHA-256 is enough: there is nothing to guess.
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HASH_PATTERN = re.compile(r"[0-9a-fA-F]{64}")
 _COUNTS = ("max_sessions", "max_tokens_in_flight", "tokens_per_minute")
-_KEYS = ("token_sha256", "weight", *_COUNTS, "expires")
+_KEYS = ("token_sha256", "weight", *_COUNTS, "expires", "runs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +144,11 @@ def _entry(name: str, table: object) -> Entry:
         raise ConfigError(f"{where}.weight is {weight!r}, must be a number")
     if not (weight > 0 and math.isfinite(weight)):
         raise ConfigError(f"{where}.weight is {weight}, must be more than 0 and finite")
+    runs = table.get("runs", False)
+    if not isinstance(runs, bool):
+        raise ConfigError(f"{where}.runs is {runs!r}, must be true or false")
     return Entry(
-        tenant=Tenant(name=name, weight=float(weight), **counts),
+        tenant=Tenant(name=name, weight=float(weight), runs=runs, **counts),
         hashes=_hashes(f"{where}.token_sha256", table.get("token_sha256")),
         expires=_instant(f"{where}.expires", table.get("expires")),
     )

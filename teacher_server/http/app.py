@@ -13,10 +13,10 @@ from teacher_server.http import middleware
 from teacher_server.http.bodies import FAILURES
 from teacher_server.http.deps import HttpDeps
 from teacher_server.http.failures import EXCEPTION_HANDLERS
-from teacher_server.http.routes import plain, v1
+from teacher_server.http.routes import analysis, page, plain, runs, v1
 from teacher_wire import __version__
 
-GROUPS = (plain, v1)
+GROUPS = (page, plain, v1, analysis, runs)
 """Each gives its `routes(deps)`."""
 
 
@@ -37,7 +37,7 @@ def middlewares(deps: HttpDeps, max_body_bytes: int) -> list[Middleware]:
 def create_app(deps: HttpDeps, *, max_body_bytes: int = middleware.MAX_BODY_BYTES) -> FastAPI:
     """The HTTP application of one server."""
     deps.metrics.serving(deps.info)
-    # FastAPI's interactive pages load scripts from elsewhere, so only the schema is served.
+    # FastAPI's interactive pages load scripts from elsewhere: /docs is ours.
     app = FastAPI(
         title="driftline teacher",
         version=deps.info.server_version or __version__,

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
 
-from teacher_server.http.analysis import Report
 from teacher_server.http.rows import ArrayEncoding, RowsReply
 from teacher_wire.drift_metrics import METRICS, DriftMetric, OverlapRatio
 from teacher_wire.errors import ERROR_CODES, InvalidRequestError
@@ -36,15 +35,21 @@ Int32 = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Count = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
-TokenIds = Annotated[list[Int32], Field(min_length=1, max_length=2**20)]
+TokenIds = Annotated[list[Int32], Field(min_length=1, max_length=2**20, fail_fast=True)]
+"""The first that is wrong is told; a list of all would take as long as the list."""
+IdRow = Annotated[list[Int32], Field(fail_fast=True)]
+IdRows = Annotated[list[IdRow], Field(max_length=2**20, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1, max_length=2**20)]
+Temperature = Annotated[float, Field(strict=True, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class JsonBody(BaseModel):
+    """Part of a request; a name that is not known is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class _PolicyBody(_Body):
+class PolicyFields(JsonBody):
     """teacher_wire.records.DriftPolicy as JSON, the constants of its metric beside its own."""
 
     w_drop: Real = DriftPolicy().w_drop
@@ -59,7 +64,7 @@ def _policy_body(kind: type[DriftMetric]) -> Any:
         **{field.name: (strict[hints[field.name]], field.default) for field in fields(kind)},
     }
     body = create_model(
-        f"{kind.__name__}Policy", __base__=_PolicyBody, __doc__=kind.__doc__, **constants
+        f"{kind.__name__}Policy", __base__=PolicyFields, __doc__=kind.__doc__, **constants
     )
     return Annotated[body, Tag(kind.name)]
 
@@ -70,16 +75,31 @@ def metric(policy: Any) -> str | None:
     return named if isinstance(named, str) else None
 
 
+PolicyOfMetric: tuple[Any, ...] = tuple(map(_policy_body, METRICS.values()))
+
+
+class AnyOf:
+    """Of a union: what is left out is a default, so that a value may match several of its schemas,
+    which `oneOf` would forbid."""
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        made: dict[str, Any] = handler(schema)
+        if "oneOf" in made:
+            made["anyOf"] = made.pop("oneOf")
+        return made
+
+
 PolicyBody: Any = Annotated[
-    Union[tuple(map(_policy_body, METRICS.values()))],  # noqa: UP007
+    Union[PolicyOfMetric],  # noqa: UP007
     Discriminator(metric),
+    AnyOf(),
 ]
 
 
-class _SpanBody(_Body):
-    candidate_ids: Annotated[list[list[Int32]], Field(max_length=2**20)] | None = None
+class _SpanBody(JsonBody):
+    candidate_ids: IdRows | None = None
     """One row a response token, each of the same length: the student's top-k, most likely first."""
-    temperature: Annotated[float, Field(strict=True, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] = 1.0
+    temperature: Temperature = 1.0
     policy: Optional[PolicyBody] = None  # noqa: UP045
 
     def policy_record(self) -> DriftPolicy | None:
@@ -113,7 +133,7 @@ class ScoreBody(_FlagsBody):
 
     prompt_ids: TokenIds
     response_ids: TokenIds
-    event_mask: list[Flag] | None = None
+    event_mask: Annotated[list[Flag], Field(fail_fast=True)] | None = None
     """False where a position may raise no drift event."""
     k: Count = 16
     excluded_ids: Annotated[tuple[tuple[Int32, Int32], ...], Field(max_length=MAX_RANGES)] = ()
@@ -140,32 +160,7 @@ class ScoreBody(_FlagsBody):
         )
 
 
-class AnalyzeBody(_SpanBody):
-    """One prompt and response to analyse, each as text or as token ids."""
-
-    prompt: Text | None = None
-    prompt_ids: TokenIds | None = None
-    response: Text | None = None
-    response_ids: TokenIds | None = None
-    add_special_tokens: Flag = False
-    """Let the tokenizer add its special tokens to a prompt given as text."""
-    k: Count = 8
-
-    def options_record(self) -> ScoreOptions:
-        """A report shows every column."""
-        flags: dict[str, Any] = dict.fromkeys(ROW_FLAGS, True)
-        return ScoreOptions(k=self.k, temperature=self.temperature, **flags)
-
-    @model_validator(mode="after")
-    def _one_of_each(self) -> AnalyzeBody:
-        for name in ("prompt", "response"):
-            given = [f for f in (name, f"{name}_ids") if getattr(self, f) is not None]
-            if len(given) != 1:
-                raise ValueError(f"exactly one of {name} and {name}_ids must be given")
-        return self
-
-
-class ScoreReply(_Body):
+class ScoreReply(JsonBody):
     """teacher_wire.records.Scores as JSON."""
 
     rows: RowsReply
@@ -176,20 +171,18 @@ class ScoreReply(_Body):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AnalyzeReply(Report):
-    """The report, and what it took."""
-
-    timing: Timing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class InfoReply(TeacherInfo):
-    """What is served, its limits, and whether texts can be analysed."""
+    """What is served, its limits, and what the page can show."""
 
     has_tokenizer: bool
+    """Texts can be analysed."""
+    shows_runs: bool
+    """Recorded rollouts can be seen by who asks."""
+    max_analysis_entries: int
+    """Largest T * (K + candidates) of a report as one JSON object."""
 
 
-class ErrorDetail(_Body):
+class ErrorDetail(JsonBody):
     """A failure, by the table of teacher_wire.errors."""
 
     type: str
@@ -202,7 +195,7 @@ class ErrorDetail(_Body):
     offset: int | None = None
 
 
-class ErrorReply(_Body):
+class ErrorReply(JsonBody):
     """The body of every answer that is not 200."""
 
     error: ErrorDetail

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import Depends
+from fastapi import Depends, Response
 from fastapi.security import HTTPBearer
 
 from teacher_server.access.caller import TenantOf
-from teacher_server.http.analysis import Tokenizer
+from teacher_server.http.texts import Tokenizer
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.sessions import SessionTable
 from teacher_wire.errors import NotReadyError
 from teacher_wire.records import TeacherInfo
+
+if TYPE_CHECKING:
+    from teacher_server.http.recordings import RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,10 @@ class HttpDeps:
     """Who asks, for every path but the open ones; None: nobody is authenticated."""
     open_metrics: bool = False
     """/metrics is open too."""
+    runs: RunFolder | None = None
+    """Recorded rollouts to show; None: there are none to show."""
+    sees_runs: Callable[[str], bool] = lambda _: True
+    """Whether a tenant may see them."""
 
     def refuse_unless_ready(self) -> None:
         """Raises NotReadyError while loading, stalled or draining."""
@@ -44,3 +51,8 @@ class HttpDeps:
         if self.authenticate is None or not needed:
             return []
         return [Depends(HTTPBearer(auto_error=False))]
+
+
+def not_json(media_type: str) -> dict[str, Any]:
+    """What the published schema says of a path whose answer is no JSON, though its failures are."""
+    return {"response_class": Response, "responses": {200: {"content": {media_type: {}}}}}

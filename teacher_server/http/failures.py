@@ -27,15 +27,29 @@ from teacher_wire.errors import (
 _log = logging.getLogger(__name__)
 
 
-def error_response(error: Exception, request_id: str, metrics: Metrics) -> Response:
-    """The response of an exception; what is not a TeacherError becomes an EngineError."""
+def told_of(error: Exception, request_id: str) -> TeacherError:
+    """What a client is told; what is not a TeacherError becomes an EngineError."""
     if isinstance(error, TeacherError) and not isinstance(error, EngineError):
-        told: TeacherError = error
-    else:
-        # The engine's own words (paths, addresses, tensors) are for the log.
-        told = EngineError(f"the teacher failed; its log has more under request id {request_id}")
+        return error
+    # The engine's own words (paths, addresses, tensors) are for the log.
+    return EngineError(f"the teacher failed; its log has more under request id {request_id}")
+
+
+def error_response(error: Exception, request_id: str, metrics: Metrics) -> Response:
+    """The response of an exception."""
+    told = told_of(error, request_id)
     metrics.error(type(told).__name__)
     return _error_body(code_of(told).http, told)
+
+
+def item_failure(request: Request, error: TeacherError) -> dict[str, object]:
+    """A failure inside an answer that is otherwise good, counted and logged as any other."""
+    state = request.state
+    if isinstance(error, EngineError):
+        _log.error("request %s: engine failed", state.request_id, exc_info=error)
+    told = told_of(error, state.request_id)
+    state.metrics.error(type(told).__name__)
+    return {"error": error_to_json(told)}
 
 
 def _error_body(status: int, told: TeacherError) -> Response:

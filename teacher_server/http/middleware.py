@@ -28,8 +28,10 @@ BODY_TIMEOUT_S = 30.0
 """A body must have arrived whole after this."""
 MAX_BODIES_IN_FLIGHT = 32
 """Requests with a body served at once; with MAX_BODY_BYTES this bounds the memory they hold."""
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
-"""Probes, and the page: it is the same for everybody and asks for the token itself."""
+OPEN_PATHS = frozenset({"/", "/docs", "/healthz", "/readyz"})
+"""Probes, and pages that are the same for everybody: the one at / asks for the token itself."""
+PAGE_FILES = "/page/"
+"""What the page is made of: open like the page, all that is below."""
 METRICS_PATH = "/metrics"
 
 _UNROUTED = "unrouted"
@@ -42,6 +44,11 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
+
+
+def is_open(path: str) -> bool:
+    """Whether a path is anybody's to ask for, whatever the settings."""
+    return path in OPEN_PATHS or path.startswith(PAGE_FILES)
 
 
 class _Middleware:
@@ -143,11 +150,11 @@ class Authenticated(_Middleware):
     def __init__(self, app: ASGIApp, *, authenticate: TenantOf | None, open_metrics: bool) -> None:
         super().__init__(app)
         self._authenticate = authenticate
-        self._open_paths = OPEN_PATHS | {METRICS_PATH} if open_metrics else OPEN_PATHS
+        self._open_metrics = open_metrics
 
     async def request(self, scope: Scope, receive: Receive, send: Send) -> None:
         tenant = UNAUTHENTICATED_HTTP_TENANT
-        if self._authenticate is not None and scope["path"] not in self._open_paths:
+        if self._authenticate is not None and not self._is_open(scope["path"]):
             tenant = self._authenticate(
                 Caller(
                     authorization=Headers(scope=scope).getlist("authorization"),
@@ -158,6 +165,9 @@ class Authenticated(_Middleware):
         scope["state"]["tenant"] = tenant
         logs.tenant.set(tenant)
         await self._app(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return is_open(path) or (self._open_metrics and path == METRICS_PATH)
 
 
 class BodiesInFlight(_WithBody):

@@ -15,7 +15,7 @@ import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teacher_server.access.auth import Access
 from teacher_server.admission.scheduler import SchedulerLimits
@@ -33,6 +33,9 @@ from teacher_wire.errors import EngineError, TeacherError
 from teacher_wire.records import TeacherInfo
 from teacher_wire.vocabulary import Vocabulary
 from vllm_process.imports import uncollected
+
+if TYPE_CHECKING:
+    from teacher_server.http.recordings import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class TeacherApp:
         info: TeacherInfo,
         tokenizer: Any,
         access: Access,
+        runs: RunFolder | None = None,
     ) -> None:
         self._config = config
         self._parts = parts = TeacherParts(
@@ -71,7 +75,7 @@ class TeacherApp:
         tls = access.tls
         self._grpc = parts.grpc_server(reflects=config.reflection)
         self._http = http_server(
-            parts.http_app(tokenizer, open_metrics=config.open_metrics),
+            parts.http_app(tokenizer, open_metrics=config.open_metrics, runs=runs),
             None if tls is None else tls.http_context,
             slow_client_s=config.slow_client_s,
             on_slow=parts.metrics.slow_stream,
@@ -244,6 +248,7 @@ def _limits(config: TeacherConfig) -> Limits:
             max_running=config.max_running,
             max_running_tokens=config.max_running_tokens,
             max_queued_tokens=config.max_queued_tokens,
+            background_share=config.analysis_weight,
         ),
         stream=StreamLimits(
             max_reply_bytes=config.max_reply_bytes, slow_client_s=config.slow_client_s
@@ -274,10 +279,20 @@ def _check_ready_file(name: str) -> None:
     raise StartError(f"ready_file is {name!r}, but {why}")
 
 
+def _runs(config: TeacherConfig) -> RunFolder | None:
+    """Raises ConfigError."""
+    if not config.runs:
+        return None
+    from teacher_server.http.recordings import RunFolder  # Arrow comes with it
+
+    return RunFolder(Path(config.runs))
+
+
 async def serve(config: TeacherConfig) -> int:
     """Builds and runs a server; returns its exit code. Raises StartError and ConfigError."""
     _check_ready_file(config.ready_file)
     access = Access.from_config(config)
+    runs = _runs(config)
     try:
         with uncollected():
             engine = await asyncio.to_thread(build_engine, config)
@@ -290,4 +305,4 @@ async def serve(config: TeacherConfig) -> int:
         if isinstance(error, PermissionError):
             told += "; let the user that serves read it (chmod a+r)"
         raise StartError(f"cannot read the checkpoint {config.model!r}: {told}") from error
-    return await TeacherApp(config, engine, info, tokenizer, access).run()
+    return await TeacherApp(config, engine, info, tokenizer, access, runs).run()

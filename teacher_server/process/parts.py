@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import grpc
 from fastapi import FastAPI
@@ -15,9 +16,9 @@ from grpc_reflection.v1alpha import reflection
 from teacher_server.access.auth import Access
 from teacher_server.admission.scheduler import Scheduler, SchedulerLimits
 from teacher_server.engine.base import ScoringEngine
-from teacher_server.http.analysis import Tokenizer
 from teacher_server.http.app import create_app
 from teacher_server.http.deps import HttpDeps
+from teacher_server.http.texts import Tokenizer
 from teacher_server.metrics.live import Readings
 from teacher_server.metrics.server import Metrics
 from teacher_server.process.lifecycle import Lifecycle, Phase
@@ -31,6 +32,9 @@ from teacher_server.scoring.sessions import SessionTable
 from teacher_wire.codec import SERVICE_NAME
 from teacher_wire.records import TeacherInfo
 from teacher_wire.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from teacher_server.http.recordings import RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +104,11 @@ class TeacherParts:
         return server
 
     def http_app(
-        self, tokenizer: Tokenizer | None = None, *, open_metrics: bool = False
+        self,
+        tokenizer: Tokenizer | None = None,
+        *,
+        open_metrics: bool = False,
+        runs: RunFolder | None = None,
     ) -> FastAPI:
         """The HTTP side of the same sessions."""
         return create_app(
@@ -112,6 +120,8 @@ class TeacherParts:
                 tokenizer=tokenizer,
                 authenticate=self.access.tenant_of if self.access.required else None,
                 open_metrics=open_metrics,
+                runs=runs,
+                sees_runs=lambda tenant: self.access.tenants.get(tenant).runs,
             )
         )
 

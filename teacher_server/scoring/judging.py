@@ -14,6 +14,7 @@ from teacher_wire.errors import EngineError, NonFiniteError
 from teacher_wire.records import (
     MODEL_COLUMNS,
     DriftPolicy,
+    ModelRows,
     ScoreRows,
     Scores,
     Timing,
@@ -46,8 +47,8 @@ def check_rows(rows: EngineRows, query: ScoreQuery) -> None:
             raise NonFiniteError(f"the engine's {column.name} holds a NaN or an infinity")
 
 
-def judged_rows(rows: EngineRows, span: TokenSpan, policy: DriftPolicy | None) -> ScoreRows:
-    """The engine's rows with overlap and bad events."""
+def judged_rows(rows: ModelRows, span: TokenSpan, policy: DriftPolicy | None) -> ScoreRows:
+    """A model's rows with overlap and bad events."""
     overlaps = bad = None
     if span.candidate_ids is not None:
         widths = (span.candidate_ids.shape[1], rows.topk_ids.shape[1], MAX_DRIFT_K)

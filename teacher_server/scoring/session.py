@@ -24,6 +24,10 @@ class Session:
     policy: DriftPolicy | None
     tally: TenantTally
     last_used: float
+    background: bool = False
+    """What it scores may be held back for others."""
+    is_stream: bool = True
+    """More follows what it scores."""
     owner: object = None
     """Who opened it last."""
     scored_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -35,6 +39,11 @@ class Session:
     num_pending: int = 0
     """Appends waiting or running."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def standing(self) -> dict[str, bool]:
+        """Beside what others ask: arguments of teacher_server.scoring.sessions.Scorer.score."""
+        return {"background": self.background, "more_follows": self.is_stream}
 
     @property
     def engine_name(self) -> str:

@@ -14,7 +14,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -52,13 +52,21 @@ from teacher_wire.records import (
 
 _EMPTY_IDS: NDArray[np.int32] = np.zeros(0, np.int32)
 _EVICTION_HINT_MS = 500
+_BACKGROUND_PIECE_TOKENS = 256
+"""Of background work, so that others wait for no more than that."""
 
 
 class Scorer(Protocol):
     """What a session table asks for rows; teacher_server.admission.scheduler.Scheduler."""
 
     async def score(
-        self, query: ScoreQuery, *, tenant: str, deadline_s: float | None = None
+        self,
+        query: ScoreQuery,
+        *,
+        tenant: str,
+        deadline_s: float | None = None,
+        background: bool = False,
+        more_follows: bool = True,
     ) -> tuple[EngineRows, Timing]: ...
 
     def forget(self, session: str) -> None: ...
@@ -237,6 +245,23 @@ class SessionTable:
         deadline_s: float | None = None,
     ) -> Scores:
         """Scores one whole response of any length that fits the context; nothing is kept."""
+        parts = self.score_in_pieces(
+            prompt_ids, span, options, policy, tenant=tenant, deadline_s=deadline_s
+        )
+        return joined([part async for part in parts])
+
+    async def score_in_pieces(
+        self,
+        prompt_ids: NDArray[np.int32],
+        span: TokenSpan,
+        options: ScoreOptions,
+        policy: DriftPolicy | None,
+        *,
+        tenant: str,
+        deadline_s: float | None = None,
+        background: bool = False,
+    ) -> AsyncIterator[Scores]:
+        """As score_once, piece by piece; in the background small ones, which may be held back."""
         if span.offset:
             raise InvalidRequestError(f"span offset is {span.offset}, must be 0")
         name = f"once-{next(self._once)}"
@@ -248,17 +273,18 @@ class SessionTable:
             prompt_ids=prompt_ids,
             options=options,
             policy=policy,
+            background=background,
+            is_stream=False,
             last_used=self._clock(),
             tally=self._metrics.tenant(tenant),
         )
         give_up = None if deadline_s is None else self._clock() + deadline_s
-        parts: list[Scores] = []
+        size = self._info.max_append_tokens
         try:
-            for piece in pieces(span, self._info.max_append_tokens):
-                parts.append(await self._score(session, piece, give_up))
+            for piece in pieces(span, min(size, _BACKGROUND_PIECE_TOKENS) if background else size):
+                yield await self._score(session, piece, give_up)
         finally:
             self._scorer.forget(session.engine_name)
-        return joined(parts)
 
     def _find(self, session_id: str, tenant: str) -> Session:
         session = self._sessions.get((tenant, session_id))
@@ -363,7 +389,9 @@ class SessionTable:
         )
         left_s = None if give_up is None else give_up - self._clock()
         try:
-            rows, timing = await self._scorer.score(query, tenant=session.tenant, deadline_s=left_s)
+            rows, timing = await self._scorer.score(
+                query, tenant=session.tenant, deadline_s=left_s, **session.standing
+            )
         except BaseException as error:
             session.tally.failed(error)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import httpx
 import numpy as np
 import pytest
 
@@ -28,7 +30,9 @@ from tests.client.client_sessions import POLICY, PROMPT, client_of, make_span
 from tests.faults.access_servers import tenants_toml, write_private
 from tests.faults.live_server import LiveServer, live_server
 from tests.faults.made_certificates import Authority
+from tests.faults.scrape import Scrape
 from tests.teacher.scoring.fake_rows import assert_rows_equal
+from tests.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,23 +86,25 @@ async def test_ids_take_no_part_as_over_grpc(teacher: LiveServer, http: TeacherH
         http.score(PROMPT, span, replace(FULL, excluded_ids=((400, 513),)))
 
 
-def test_an_analysis_names_every_token_and_its_reliability(http: TeacherHttp) -> None:
-    span = make_span(20)
-    report = http.analyze(
-        PROMPT, span.token_ids, k=16, candidate_ids=span.candidate_ids, policy=POLICY
-    )
-    scores = http.score(PROMPT, span, FULL, POLICY)
-    assert [entry["token_id"] for entry in report["tokens"]] == span.token_ids.tolist()
-    logprobs = np.array([entry["logprob"] for entry in report["tokens"]], np.float32)
-    np.testing.assert_array_equal(logprobs, scores.rows.token_logprobs)
-    assert (report["verdict"], report["keep_tokens"]) == ("truncate", scores.keep_tokens)
+def test_a_reader_who_leaves_in_the_middle_stops_the_work(tmp_path: Path) -> None:
+    body = {"prompt_ids": [1], "response_ids": [2] * 6000, "k": 2}
+    headers = {"accept": "application/x-ndjson"}
+    flags = ["--fake-tokens-per-s", "5000", "--no-self-test"]
+    with live_server(tmp_path, *flags) as running:
+        url = f"http://{running.http_address}/v1/analyze"
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=LIMIT_S) as reply:
+            lines = reply.iter_lines()
+            assert json.loads(next(lines))["num_tokens"] == 6000
+            assert json.loads(next(lines))["offset"] == 0
+        wait_until(lambda: Scrape(running).value("teacher_batch_sessions") == 0)
+        wait_until(lambda: Scrape(running).value("teacher_queue_depth") == 0)
+        scored = Scrape(running).by("teacher_tokens_scored_total", "tenant")["http"]
+        assert scored < 6000
 
 
 def test_what_the_teacher_refuses_is_raised_as_over_grpc(http: TeacherHttp) -> None:
     with pytest.raises(InvalidRequestError, match=r"token_ids\[0\] is 600"):
         http.score(PROMPT, replace(make_span(1), token_ids=np.array([600], np.int32)), FULL)
-    with pytest.raises(InvalidRequestError, match="this teacher has no tokenizer"):
-        http.analyze("12+34=", "46")
 
 
 def test_tokens_and_certificates_are_those_of_the_access(tmp_path: Path) -> None:
@@ -197,8 +203,8 @@ def test_the_package_exports_its_names_and_imports_none_of_them_before() -> None
         teacher_client.__all__
     )
     assert set(teacher_client.__all__) <= set(dir(teacher_client))
-    with pytest.raises(AttributeError, match="'teacher_client' has no attribute 'Teacher'"):
-        _ = teacher_client.Teacher
+    with pytest.raises(AttributeError, match="'teacher_client' has no attribute 'Student'"):
+        _ = teacher_client.Student
     code = "import sys, teacher_client; print(*{'grpc', 'httpx', 'numpy'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

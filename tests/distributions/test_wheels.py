@@ -74,7 +74,7 @@ def tracked() -> list[str]:
 
 def in_tree(package: str) -> set[str]:
     """A package's files of the kinds that are packed, as they are named in a wheel."""
-    kinds = {*MODULES, ".html", ".jinja", ".typed"}
+    kinds = {*MODULES, ".css", ".html", ".jinja", ".js", ".typed"}
     names = {name.removeprefix("proto/") for name in tracked() if Path(name).suffix in kinds}
     return {name for name in names if name.startswith(f"{package}/")}
 
@@ -91,7 +91,7 @@ def test_a_wheel_holds_all_of_its_packages_and_nothing_else(
 def test_no_module_is_in_both(wheels: dict[str, Wheel]) -> None:
     first, second = (wheel.files for wheel in wheels.values())
     assert first & second == frozenset()
-    assert "teacher_server/http/page.html" in wheels["driftline"].files
+    assert "teacher_server/http/page/index.html" in wheels["driftline"].files
 
 
 def test_both_have_one_version_and_driftline_requires_the_client_of_it(

@@ -183,8 +183,14 @@ def garbage(rng: random.Random) -> bytes:
 def http_body(rng: random.Random) -> bytes:
     """A body that one of the paths likes, bent byte by byte or in its values."""
     value: dict[str, Any] = {"prompt_ids": [1, 2, 3], "response_ids": [4, 5], "k": 4}
+    kind = rng.randrange(5)
+    if kind == 3:
+        value = {"items": [value, dict(value)]}
+    elif kind == 4:
+        value = {"prompt_ids": [1], "responses": [{"response_ids": [4, 5]}], "policies": [{}]}
     if rng.random() < 0.5:
-        name = rng.choice((*value, "candidate_ids", "policy", "temperature", "event_mask"))
+        names = ("candidate_ids", "policy", "temperature", "event_mask", "items", "messages")
+        name = rng.choice((*value, *names, "responses", "policies"))
         value[name] = rng.choice((None, True, -1, math.inf, 10**30, "x", [], {"a": {}}, _DEEP))
     depth = rng.choice((1, 60, 5000))
     deep = "[" * depth + "]" * depth

@@ -31,7 +31,7 @@ from teacher_client.retry import RetryLimits
 from teacher_server.access.auth import Access
 from teacher_server.access.tenants_file import TenantsFile
 from teacher_server.engine.fake_engine import FakeEngine
-from teacher_server.http.middleware import OPEN_PATHS
+from teacher_server.http.middleware import OPEN_PATHS, is_open
 from teacher_server.process.parts import Limits, TeacherParts
 from teacher_server.testing import teacher_info
 from teacher_wire import codec
@@ -278,15 +278,16 @@ def http_app() -> Any:
 async def test_every_http_route_but_probes_and_page_needs_a_token(guarded: LiveServer) -> None:
     routes = [(m, r.path) for r in http_app().routes for m in sorted(r.methods)]
     assert {("POST", "/v1/score"), ("GET", "/metrics"), ("GET", "/healthz")} <= set(routes)
-    assert {"/", "/healthz", "/readyz"} == OPEN_PATHS
-    routes.append(("GET", "/no/such/path"))
+    assert {"/", "/docs", "/healthz", "/readyz"} == OPEN_PATHS
+    assert {path for _, path in routes if is_open(path)} == {*OPEN_PATHS, "/page/{name}"}
+    routes += [("GET", "/no/such/path"), ("GET", "/page")]
     async with httpx.AsyncClient(base_url=f"http://{guarded.http_address}") as client:
         for method, path in routes:
             for name, headers in BAD_HEADERS.items():
                 given = [("authorization", header) for header in headers]
                 reply = await client.request(method, path, headers=given, content=b"\xff")
                 refused = reply.status_code == 401
-                assert refused is (path not in OPEN_PATHS), f"{method} {path}, {name}"
+                assert refused is not is_open(path), f"{method} {path}, {name}"
                 assert not refused or reply.headers["www-authenticate"] == "Bearer"
             good = {"authorization": f"Bearer {ALICE}"}
             reply = await client.request(method, path, headers=good, content=b"\xff")

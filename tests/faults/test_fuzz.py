@@ -22,6 +22,7 @@ import grpc
 import httpx
 import pytest
 
+from benchmarks.recorded_rollouts import MadeUp, rollout, write_step
 from teacher_wire import codec
 from teacher_wire.errors import ERROR_CODES, EngineError, NonFiniteError
 from teacher_wire.pb import teacher_pb2 as pb
@@ -76,7 +77,10 @@ class Tally:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    with live_server(tmp_path_factory.mktemp("fuzz"), *SETTINGS) as running:
+    folder = tmp_path_factory.mktemp("fuzz")
+    row = rollout(MadeUp(k=4), step=1, index=1, num_tokens=5, seed=0)
+    write_step(folder / "runs" / "demo", 1, [row])  # the names of the schema's examples
+    with live_server(folder, *SETTINGS, "--runs", str(folder / "runs")) as running:
         yield running
 
 
@@ -302,7 +306,8 @@ def test_http_bodies_that_nobody_meant(server: LiveServer) -> None:
         ) as client:
 
             async def case(rng: random.Random) -> None:
-                path, body = rng.choice(("/v1/score", "/v1/analyze")), fuzz_cases.http_body(rng)
+                paths = ("/v1/score", "/v1/analyze", "/v1/compare")
+                path, body = rng.choice(paths), fuzz_cases.http_body(rng)
                 tally.cases += 1
                 await in_time(ask(path, body), tally, (path, body))
 

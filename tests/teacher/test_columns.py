@@ -38,6 +38,7 @@ from teacher_wire.records import (
     TokenSpan,
     concat_rows,
 )
+from teacher_wire.report_columns import in_report
 from tests.teacher.scoring.fake_rows import cut
 
 VOCAB, K, NUM_TOKENS = 64, 6, 23
@@ -194,11 +195,11 @@ async def test_what_was_asked_for_arrives_and_nothing_else(ways: Ways, way: str,
 async def test_a_report_shows_every_column_that_a_flag_asks_for(ways: Ways) -> None:
     asked = question(set(ROW_FLAGS))
     body = {"prompt_ids": PROMPT.tolist(), "response_ids": asked.span.token_ids.tolist(), "k": K}
-    tokens = (await ways.http.post("/v1/analyze", json=body)).json()["tokens"]
+    report = (await ways.http.post("/v1/analyze", json=body)).json()
     expected = asked.expected()
     for column in MODEL_COLUMNS.extras:
-        shown = [token[column.singular] for token in tokens]
-        assert shown == getattr(expected, column.name).tolist(), column.name
+        shown = _array(report[in_report(column)], column)
+        np.testing.assert_array_equal(shown, getattr(expected, column.name), column.name)
 
 
 def test_every_column_that_a_flag_asks_for_has_a_definition() -> None:

@@ -36,6 +36,7 @@ OTHER_VALUES: dict[str, Any] = {
     "event_loop": "asyncio",
     "host": "127.0.0.2",
     "gpu_memory_utilization": 0.5,
+    "analysis_weight": 0.5,
     "cpu_cores": "2,3",
 }
 
@@ -101,6 +102,7 @@ def test_flags_win_over_variables_over_the_file(tmp_path: Path) -> None:
     [
         ({"grpc_port": 65536}, "grpc_port is 65536, must be at most 65535"),
         ({"max_k": 0}, "max_k is 0, must be at least 1"),
+        ({"analysis_weight": 0.0}, "analysis_weight is 0.0, must be more than 0.0"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5, must be at most 1.0"),
         ({"drain_s": float("nan")}, "drain_s is nan"),
         ({"engine": "jax"}, "engine is 'jax', must be one of vllm, hf, fake"),

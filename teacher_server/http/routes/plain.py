@@ -1,30 +1,34 @@
-"""The page for people, health, metrics: what says how the teacher is, and scores nothing."""
+"""Documentation of the API, health, metrics: what says how the teacher is, and scores nothing."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
-from importlib import resources
-from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
-from teacher_server.http.deps import HttpDeps
+from teacher_server.http.deps import HttpDeps, not_json
+from teacher_server.http.docs_page import docs_page
 from teacher_server.http.middleware import METRICS_PATH
 from teacher_server.metrics.server import CONTENT_TYPE
 
 
 def routes(deps: HttpDeps) -> APIRouter:
-    """/, /healthz, /readyz and /metrics."""
+    """/docs, /healthz, /readyz and /metrics."""
     router = APIRouter()
-    page = resources.files("teacher_server.http").joinpath("page.html").read_text("utf-8")
-    page_headers = {"Content-Security-Policy": _content_security_policy(page)}
 
-    @router.get("/", **_not_json("text/html"))
-    async def show_page() -> HTMLResponse:
-        return HTMLResponse(page, headers=page_headers)
+    docs: list[HTMLResponse] = []
+
+    @router.get("/docs", **not_json("text/html"))
+    async def show_docs(request: Request) -> HTMLResponse:
+        """Every path, request and answer, on a page that needs nothing else."""
+        if not docs:
+            made = docs_page(request.app.openapi())
+            headers = {"Content-Security-Policy": _content_security_policy(made)}
+            docs.append(HTMLResponse(made, headers=headers))
+        return docs[0]
 
     @router.get("/healthz")
     async def liveness() -> dict[str, str]:
@@ -39,17 +43,12 @@ def routes(deps: HttpDeps) -> APIRouter:
 
     token = deps.token_in_schema(needed=not deps.open_metrics)
 
-    @router.get(METRICS_PATH, **_not_json("text/plain"), dependencies=token)
+    @router.get(METRICS_PATH, **not_json("text/plain"), dependencies=token)
     async def prometheus() -> Response:
         """Prometheus text format."""
         return Response(deps.metrics.render(), media_type=CONTENT_TYPE)
 
     return router
-
-
-def _not_json(media_type: str) -> dict[str, Any]:
-    """What the published schema says of a path whose answer is no JSON, though its failures are."""
-    return {"response_class": Response, "responses": {200: {"content": {media_type: {}}}}}
 
 
 def _content_security_policy(page: str) -> str:

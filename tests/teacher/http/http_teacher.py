@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from teacher_server.engine.fake_engine import FakeEngine
 from teacher_server.http import middleware
 from teacher_server.http.app import create_app
 from teacher_server.http.deps import HttpDeps
+from teacher_server.http.recordings import RunFolder
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.sessions import SessionTable
 from teacher_wire.records import Scores, TeacherInfo
@@ -22,6 +24,9 @@ from teacher_wire.records import Scores, TeacherInfo
 SYMBOLS = "0123456789+*=; é"
 SPECIALS = ["<|bos|>", "<|eos|>"]
 V = len(SYMBOLS) + len(SPECIALS)
+TEMPLATE = """{% for message in messages %}{% if message.role == "tool" %}\
+{{ raise_exception("no tools here") }}{% endif %}{{ message.content }};{% endfor %}\
+{% if add_generation_prompt %}{{ "=" * (times or 1) }}{% endif %}"""
 PROMPT, RESPONSE = [0, 1, 10], [2, 12, 5, 13, 7, 7]
 
 INFO = TeacherInfo(
@@ -50,7 +55,9 @@ def symbol_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIALS[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=SPECIALS[0], chat_template=TEMPLATE
+    )
 
 
 class TroubledSessions(SessionTable):
@@ -59,13 +66,13 @@ class TroubledSessions(SessionTable):
     failure: Exception | None = None
     poison: float | None = None
 
-    async def score_once(self, *args: Any, **kwargs: Any) -> Scores:
+    async def score_in_pieces(self, *args: Any, **kwargs: Any) -> AsyncIterator[Scores]:
         if self.failure is not None:
             raise self.failure
-        scores = await super().score_once(*args, **kwargs)
-        if self.poison is not None:
-            scores.rows.token_logprobs[2] = self.poison
-        return scores
+        async for scores in super().score_in_pieces(*args, **kwargs):
+            if self.poison is not None and not scores.rows.offset:
+                scores.rows.token_logprobs[2] = self.poison
+            yield scores
 
 
 class Teacher:
@@ -77,6 +84,8 @@ class Teacher:
         has_tokenizer: bool = True,
         authenticate: TenantOf | None = None,
         max_body_bytes: int = middleware.MAX_BODY_BYTES,
+        runs: RunFolder | None = None,
+        sees_runs: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self.engine = FakeEngine(vocab_size=V, max_k=V)
         self.metrics = Metrics()
@@ -90,6 +99,8 @@ class Teacher:
             metrics=self.metrics,
             tokenizer=symbol_tokenizer() if has_tokenizer else None,
             authenticate=authenticate,
+            runs=runs,
+            sees_runs=sees_runs,
         )
         self.app = create_app(deps, max_body_bytes=max_body_bytes)
         transport = httpx.ASGITransport(app=self.app)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from teacher_server.engine.fake_engine import full_logprobs, prefix_seeds
-from teacher_server.http import bodies
+from teacher_server.http import app, bodies
 from teacher_server.http.routes import v1
 from teacher_wire.errors import ERROR_CODES, NonFiniteError
 from tests.teacher.http.http_teacher import PROMPT, RESPONSE, Teacher, V, error_of, no_constants
+
+FOLDER = Path(app.__file__).parent
 
 
 @pytest.fixture
@@ -84,43 +87,6 @@ async def test_packed_arrays_equal_the_json_numbers(
     assert rows["token_ranks"] is None
 
 
-async def test_analysis_of_text_equals_analysis_of_its_ids(teacher: Teacher) -> None:
-    policy = {"metric": "teacher_top_p_accept", "k": 3, "top_p": 0.6, "w_drop": 0.5}
-    by_text = await teacher.post(
-        "/v1/analyze", {"prompt": "01+", "response": "2=5;77", "k": 3, "policy": policy}
-    )
-    by_ids = await teacher.post(
-        "/v1/analyze", {"prompt_ids": PROMPT, "response_ids": RESPONSE, "k": 3, "policy": policy}
-    )
-    assert by_text.status_code == 200
-    content, same = by_text.json(), by_ids.json()
-    assert set(content.pop("timing")) == set(same.pop("timing"))
-    assert content == same
-    assert [t["token"] for t in content["tokens"]] == ["2", "=", "5", ";", "7", "7"]
-    assert content["prompt"][0] == {"token_id": 0, "token": "0"}
-    bad = [t["bad_event"] for t in content["tokens"]]
-    assert content["num_bad_events"] == sum(bad) >= 2
-    second = [i for i, event in enumerate(bad) if event][1]
-    assert content["exhausted_at"] == content["keep_tokens"] == second + 1
-    assert content["tokens"][second]["reliability"] == 0.0
-    assert content["verdict"] == "truncate"
-
-
-async def test_special_tokens_raise_no_bad_event_in_an_analysis(teacher: Teacher) -> None:
-    policy = {"metric": "teacher_top_p_accept", "k": 1, "top_p": 0.01}
-    body = {"prompt_ids": PROMPT, "response_ids": [V - 1] * 5, "k": 1, "policy": policy}
-    content = (await teacher.post("/v1/analyze", body)).json()
-    assert content["num_bad_events"] == 0
-
-
-async def test_text_without_a_tokenizer_is_refused_and_ids_still_work() -> None:
-    teacher = Teacher(has_tokenizer=False)
-    refused = await teacher.post("/v1/analyze", {"prompt": "0", "response": "1"})
-    assert (refused.status_code, error_of(refused)["type"]) == (400, "InvalidRequestError")
-    taken = await teacher.post("/v1/analyze", {"prompt_ids": PROMPT, "response_ids": RESPONSE})
-    assert taken.json()["tokens"][0]["token"] is None
-
-
 REFUSED_SCORES = {
     "unknown field": ({"temprature": 1.0}, "temprature"),
     "k too small": ({"k": 0}, "greater than or equal to 1, got 0"),
@@ -168,23 +134,9 @@ async def test_a_score_request_that_cannot_succeed_is_refused_with_its_reason(
 
 
 @pytest.mark.parametrize(
-    "body",
-    [
-        {"prompt": "0"},
-        {"prompt": "0", "prompt_ids": [0], "response": "1"},
-        {"prompt": "0", "response": ""},
-        {"prompt_ids": [0], "response": "1", "response_ids": None, "k": 0},
-    ],
-)
-async def test_an_analysis_needs_each_text_once(teacher: Teacher, body: dict[str, Any]) -> None:
-    response = await teacher.post("/v1/analyze", body)
-    assert (response.status_code, error_of(response)["type"]) == (400, "InvalidRequestError")
-
-
-@pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"nul", b"\xff\xfe", b'{"k": 1e999}', b"[" * 100_000, b"9" * 9999]
 )
-@pytest.mark.parametrize("path", ["/v1/score", "/v1/analyze"])
+@pytest.mark.parametrize("path", ["/v1/score", "/v1/analyze", "/v1/compare"])
 async def test_a_body_that_is_no_request_is_refused(
     teacher: Teacher, path: str, content: bytes
 ) -> None:
@@ -224,12 +176,10 @@ async def test_replies_too_large_for_json_are_refused_before_the_engine(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(v1, "MAX_JSON_ENTRIES", 11)
-    monkeypatch.setattr(v1, "MAX_REPORT_ENTRIES", 11)
     body = {"prompt_ids": PROMPT, "response_ids": RESPONSE, "k": 2}
-    for path in ("/v1/score", "/v1/analyze"):
-        refused = await teacher.post(path, body)
-        assert refused.status_code == 400
-        assert "12 entries" in error_of(refused)["message"]
+    refused = await teacher.post("/v1/score", body)
+    assert refused.status_code == 400
+    assert "12 entries" in error_of(refused)["message"]
     assert teacher.engine.num_queries == 0
     assert (await teacher.post("/v1/score", {**body, "encoding": "base64"})).status_code == 200
 
@@ -238,17 +188,38 @@ async def test_the_page_is_self_contained_and_its_policy_allows_it(teacher: Teac
     response = await teacher.client.get("/")
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     policy = response.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert policy.count("'sha256-") == 2
-    page = response.text
-    assert not re.findall(r'(?:src|href)="(?!data:,)[^"]*"', page)
-    assert not re.findall(r"@import|url\(|innerHTML|\son\w+=|\sstyle=", page)
-    assert re.findall(r"https?://[^\"' ]+", page) == ["http://www.w3.org/2000/svg"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self';")
+    assert "unsafe" not in policy
+    files = set(re.findall(r'(?:src|href)="(?!data:,)([^"]*)"', response.text))
+    assert {"page/d3.js", "page/main.js", "page/base.css"} <= files
+    for name in [path.name for path in (FOLDER / "page").iterdir()]:
+        files |= {f"page/{name}"}
+    for path in files:
+        reply = await teacher.client.get(f"/{path}")
+        assert reply.headers["content-security-policy"] == policy
+        kept = await teacher.client.get(
+            f"/{path}", headers={"if-none-match": reply.headers["etag"]}
+        )
+        assert (reply.status_code, kept.status_code, kept.content) == (200, 304, b"")
+        if path != "page/d3.js":
+            assert not re.findall(
+                r"https?:|@import|url\(|innerHTML|outerHTML|insertAdjacent|eval\(|"
+                r"new Function|\son\w+=\"|\sstyle=",
+                reply.text,
+            ), path
 
 
 async def test_the_schema_names_every_field_of_a_score_request(teacher: Teacher) -> None:
     schema = (await teacher.client.get("/openapi.json")).json()
-    assert {"/v1/score", "/v1/analyze", "/v1/info", "/healthz", "/readyz"} <= set(schema["paths"])
+    assert {
+        "/v1/score",
+        "/v1/analyze",
+        "/v1/compare",
+        "/v1/info",
+        "/docs",
+        "/healthz",
+        "/readyz",
+    } <= set(schema["paths"])
     fields = schema["components"]["schemas"]["ScoreBody"]["properties"]
     assert {"prompt_ids", "response_ids", "candidate_ids", "policy", "encoding"} <= set(fields)
 
@@ -265,11 +236,9 @@ async def test_replies_are_what_the_schema_says(
     full = {"want_entropy": is_judged, "want_rank": is_judged, "encoding": encoding}
     score = await teacher.post("/v1/score", body | full)
     bodies.ScoreReply.model_validate_json(score.text, strict=True)
-    analysis = await teacher.post("/v1/analyze", body)
     info = await teacher.client.get("/v1/info")
-    for reply, kind in ((analysis, bodies.AnalyzeReply), (info, bodies.InfoReply)):
-        TypeAdapter(kind).validate_json(reply.text, strict=True)
-        assert set(reply.json()) == set(kind.__dataclass_fields__)
+    TypeAdapter(bodies.InfoReply).validate_json(info.text, strict=True)
+    assert set(info.json()) == set(bodies.InfoReply.__dataclass_fields__)
     wrong = await teacher.post("/v1/score", body | {"k": 0})
     bodies.ErrorReply.model_validate_json(wrong.text, strict=True)
 
@@ -283,7 +252,9 @@ def test_the_schema_says_where_a_token_is_needed(is_secured: bool) -> None:
         for operation in methods.values()
         if operation.get("security")
     }
-    everywhere = {"/metrics", "/v1/info", "/v1/score", "/v1/analyze"}
+    everywhere = {"/metrics", "/v1/info", "/v1/score", "/v1/analyze", "/v1/compare"}
+    step = "/v1/runs/{run}/steps/{step}"
+    everywhere |= {"/v1/runs", "/v1/runs/{run}", step, f"{step}/rollouts/{{index}}"}
     assert secured == (everywhere if is_secured else set())
 
 
@@ -294,6 +265,7 @@ JSON_VALUES = st.recursive(
 )
 FIELDS = ["prompt_ids", "response_ids", "prompt", "response", "k", "candidate_ids", "event_mask"]
 FIELDS += ["policy", "temperature", "encoding", "want_rank", "logprob_dtype", "add_special_tokens"]
+FIELDS += ["messages", "items", "chat_template_kwargs", "responses", "policies"]
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +281,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    path=st.sampled_from(["/v1/score", "/v1/analyze"]),
+    path=st.sampled_from(["/v1/score", "/v1/analyze", "/v1/compare"]),
     change=st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, min_size=1, max_size=3),
 )
 def test_no_json_makes_the_server_fail(

@@ -142,7 +142,8 @@ async def test_v1_needs_the_token_and_names_the_tenant() -> None:
     teacher = Teacher(authenticate=authenticate)
     body = {"prompt_ids": PROMPT, "response_ids": RESPONSE}
     for headers in ({}, {"authorization": "Bearer bad"}, {"authorization": "Basic good"}):
-        for method, path in (("GET", "/v1/info"), ("POST", "/v1/score"), ("POST", "/v1/analyze")):
+        posts = [("POST", f"/v1/{name}") for name in ("score", "analyze", "compare")]
+        for method, path in (("GET", "/v1/info"), *posts):
             response = await teacher.client.request(method, path, json=body, headers=headers)
             assert (response.status_code, error_of(response)["type"]) == (
                 401,
@@ -217,6 +218,12 @@ async def test_a_client_that_leaves_cancels_its_work(teacher: Teacher) -> None:
         await teacher.app(scope, receive, send)
     assert cancelled.is_set()
     assert sent == []
+
+
+@pytest.mark.parametrize("path", ["/page/%2e%2e/v1/info", "/page/..%2f..%2fdeps.py", "/page/"])
+async def test_the_page_has_its_own_files_and_no_others(teacher: Teacher, path: str) -> None:
+    response = await teacher.client.get(path)
+    assert (response.status_code, "error" in response.json()) == (404, True)
 
 
 async def test_a_path_with_a_slash_too_many_is_not_redirected(teacher: Teacher) -> None:
