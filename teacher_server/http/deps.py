@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Depends
@@ -13,6 +14,7 @@ from teacher_server.access.caller import TenantOf
 from teacher_server.http.analysis import Tokenizer
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.sessions import SessionTable
+from teacher_server.scoring.texts import Texts
 from teacher_wire.errors import NotReadyError
 from teacher_wire.records import TeacherInfo
 
@@ -23,15 +25,29 @@ class HttpDeps:
 
     info: TeacherInfo
     sessions: SessionTable
+    texts: Texts
+    """Of the same sessions, for clients that know none."""
     ready: Callable[[], bool]
     """False while loading or draining; must not block."""
     metrics: Metrics
     tokenizer: Tokenizer | None
     """None: texts are refused, token ids still work."""
+    tokenizer_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Whoever holds it may ask the tokenizer, which asked from two threads at once may refuse
+    ("Already borrowed")."""
+    served_name: str = ""
+    """Of the model for other trainers' clients; empty: as in `info`."""
+    follow_temperature: bool = False
+    """Requests whose own server would score at 1 are scored at their temperature."""
     authenticate: TenantOf | None = None
     """Who asks, for every path but the open ones; None: nobody is authenticated."""
     open_metrics: bool = False
     """/metrics is open too."""
+
+    @property
+    def model_name(self) -> str:
+        """By which other trainers' clients ask for the model."""
+        return self.served_name or self.info.model_id
 
     def refuse_unless_ready(self) -> None:
         """Raises NotReadyError while loading, stalled or draining."""

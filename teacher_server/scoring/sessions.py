@@ -25,7 +25,7 @@ from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.eviction import fits_beyond, givers
 from teacher_server.scoring.judging import check_rows, joined, judged_rows, pieces
-from teacher_server.scoring.session import Session
+from teacher_server.scoring.session import Session, engine_name
 from teacher_server.scoring.validation import (
     check_drift,
     check_open,
@@ -235,11 +235,16 @@ class SessionTable:
         *,
         tenant: str,
         deadline_s: float | None = None,
+        keep_as: str | None = None,
     ) -> Scores:
-        """Scores one whole response of any length that fits the context; nothing is kept."""
+        """Scores one whole response of any length that fits the context; the table keeps nothing.
+
+        Under the name `keep_as` the engine may keep what it has computed, for a later call of that
+        name whose text begins alike, until `drop`; not of a call that fails.
+        """
         if span.offset:
             raise InvalidRequestError(f"span offset is {span.offset}, must be 0")
-        name = f"once-{next(self._once)}"
+        name = keep_as or f"once-{next(self._once)}"
         check_open(self._info, name, prompt_ids, _EMPTY_IDS, options, policy)
         check_total_length(self._info, len(prompt_ids) + len(span))
         session = Session(
@@ -253,12 +258,19 @@ class SessionTable:
         )
         give_up = None if deadline_s is None else self._clock() + deadline_s
         parts: list[Scores] = []
+        is_kept = False
         try:
             for piece in pieces(span, self._info.max_append_tokens):
                 parts.append(await self._score(session, piece, give_up))
+            is_kept = keep_as is not None
         finally:
-            self._scorer.forget(session.engine_name)
+            if not is_kept:
+                self._scorer.forget(session.engine_name)
         return joined(parts)
+
+    def drop(self, name: str, *, tenant: str) -> None:
+        """Lets the engine drop what it keeps under a name of `score_once`."""
+        self._scorer.forget(engine_name(tenant, name))
 
     def _find(self, session_id: str, tenant: str) -> Session:
         session = self._sessions.get((tenant, session_id))

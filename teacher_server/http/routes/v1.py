@@ -29,8 +29,7 @@ def routes(deps: HttpDeps) -> APIRouter:
     """/v1/info, /v1/score and /v1/analyze."""
     router = APIRouter(prefix="/v1", dependencies=deps.token_in_schema())
     texts = TokenTexts(deps.tokenizer)
-    # A tokenizer that is asked from two threads at once may refuse ("Already borrowed").
-    tokenizer_turn = asyncio.Lock()
+    tokenizer_turn = deps.tokenizer_turn
 
     info_reply = InfoReply(**asdict(deps.info), has_tokenizer=deps.tokenizer is not None)
 

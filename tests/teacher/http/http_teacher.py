@@ -17,6 +17,7 @@ from teacher_server.http.app import create_app
 from teacher_server.http.deps import HttpDeps
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.sessions import SessionTable
+from teacher_server.scoring.texts import Texts
 from teacher_wire.records import Scores, TeacherInfo
 
 SYMBOLS = "0123456789+*=; é"
@@ -77,19 +78,25 @@ class Teacher:
         has_tokenizer: bool = True,
         authenticate: TenantOf | None = None,
         max_body_bytes: int = middleware.MAX_BODY_BYTES,
+        kept_bytes: int = 1 << 20,
+        **options: Any,
     ) -> None:
+        """`options`: further fields of HttpDeps."""
         self.engine = FakeEngine(vocab_size=V, max_k=V)
         self.metrics = Metrics()
         scheduler = Scheduler(self.engine, SchedulerLimits())
         self.sessions = TroubledSessions(scheduler, INFO, metrics=self.metrics)
+        self.texts = Texts(self.sessions, metrics=self.metrics, max_bytes=kept_bytes)
         self.is_ready = True
         deps = HttpDeps(
             info=INFO,
             sessions=self.sessions,
+            texts=self.texts,
             ready=lambda: self.is_ready,
             metrics=self.metrics,
             tokenizer=symbol_tokenizer() if has_tokenizer else None,
             authenticate=authenticate,
+            **options,
         )
         self.app = create_app(deps, max_body_bytes=max_body_bytes)
         transport = httpx.ASGITransport(app=self.app)

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from teacher_server.engine.fake_engine import full_logprobs, prefix_seeds
 from teacher_server.http import bodies
+from teacher_server.http.clients.paths import HEALTH_PATHS, SHAPED_PATHS
 from teacher_server.http.routes import v1
 from teacher_wire.errors import ERROR_CODES, NonFiniteError
 from tests.teacher.http.http_teacher import PROMPT, RESPONSE, Teacher, V, error_of, no_constants
@@ -284,6 +285,7 @@ def test_the_schema_says_where_a_token_is_needed(is_secured: bool) -> None:
         if operation.get("security")
     }
     everywhere = {"/metrics", "/v1/info", "/v1/score", "/v1/analyze"}
+    everywhere |= SHAPED_PATHS - set(HEALTH_PATHS)
     assert secured == (everywhere if is_secured else set())
 
 
