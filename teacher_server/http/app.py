@@ -13,10 +13,10 @@ from teacher_server.http import middleware
 from teacher_server.http.bodies import FAILURES
 from teacher_server.http.deps import HttpDeps
 from teacher_server.http.failures import EXCEPTION_HANDLERS
-from teacher_server.http.routes import openai, plain, scale_out, sglang, trl, v1
+from teacher_server.http.routes import about, openai, plain, scale_out, sglang, trl, v1
 from teacher_wire import __version__
 
-GROUPS = (plain, v1, openai, scale_out, sglang, trl)
+GROUPS = (plain, v1, about, openai, scale_out, sglang, trl)
 """Each gives its `routes(deps)`."""
 
 

@@ -42,23 +42,16 @@ def build_engine(config: TeacherConfig) -> ScoringEngine:
             base_latency_s=config.fake_latency_s,
             step_tokens=config.fake_step_tokens,
         )
-    common: dict[str, Any] = {
-        "model": config.model,
-        "revision": config.revision or None,
-        "dtype": config.dtype,
-        "max_context": _max_context(config),
-        "max_k": config.max_k,
-    }
     if config.engine == "hf":
-        _check_torch_device(config.device)
         from teacher_server.engine.hf_engine import HfEngine
 
-        return HfEngine(**common, device=config.device, max_sessions=config.hf_sessions)
+        _check_torch_device(config.device)
+        return HfEngine(**_of_models(config), device=config.device, max_sessions=config.hf_sessions)
     _check_devices(config)
     from teacher_server.engine.vllm_engine import VllmEngine
 
     return VllmEngine(
-        **common,
+        **_of_models(config),
         block_size=config.block_size,
         kv_cache_gib=config.kv_cache_gib or None,
         gpu_memory_utilization=config.gpu_memory_utilization,
@@ -71,6 +64,17 @@ def build_engine(config: TeacherConfig) -> ScoringEngine:
         data_parallel_size=config.data_parallel_size,
         cpu_cores=config.cpu_cores,
     )
+
+
+def _of_models(config: TeacherConfig) -> dict[str, Any]:
+    """What every engine with a model is made of."""
+    return {
+        "model": config.model,
+        "revision": config.revision or None,
+        "dtype": config.dtype,
+        "max_context": _max_context(config),
+        "max_k": config.max_k,
+    }
 
 
 def _max_context(config: TeacherConfig) -> int:

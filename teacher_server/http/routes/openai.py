@@ -1,5 +1,5 @@
-"""What a client of `vllm serve` asks: health, the model's name, and the log-probs of a prompt in
-OpenAI's shape. TRL from 1.11 on reads these, and whatever speaks to a completions endpoint."""
+"""The log-probs of prompts in OpenAI's shape, as `vllm serve` has it: TRL from 1.11 on reads these,
+and whatever speaks to a completions endpoint."""
 
 from __future__ import annotations
 
@@ -13,17 +13,10 @@ from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 
 from teacher_server.http.clients import asking, openai_bodies
-from teacher_server.http.clients.openai_bodies import (
-    CompletionBody,
-    CompletionReply,
-    ModelList,
-    TokenizeBody,
-    TokenizeReply,
-)
-from teacher_server.http.clients.paths import HEALTH_PATHS
+from teacher_server.http.clients.openai_bodies import CompletionBody, CompletionReply
 from teacher_server.http.clients.prompt_logprobs import openai_logprobs, prompt_logprobs
 from teacher_server.http.clients.token_strings import TokenStrings
-from teacher_server.http.clients.writing import dumps, json_reply, json_stream, usage
+from teacher_server.http.clients.writing import dumps, json_stream, usage
 from teacher_server.http.deps import HttpDeps
 from teacher_server.scoring.texts import TextScores
 from teacher_wire.errors import InvalidRequestError
@@ -31,54 +24,13 @@ from teacher_wire.records import ScoreOptions
 
 
 def routes(deps: HttpDeps) -> APIRouter:
-    """/health, /ping, /version, /tokenize, /v1/models and /v1/completions."""
+    """/v1/completions."""
     router = APIRouter(responses=openai_bodies.FAILURES)
-    token = deps.token_in_schema()
     strings = TokenStrings(deps.tokenizer, deps.tokenizer_turn)
-    started = int(time.time())
 
-    async def health() -> Response:
-        """200 with nothing when clients should come here, else 503."""
-        deps.refuse_unless_ready()
-        return Response()
-
-    for path in HEALTH_PATHS:
-        empty: dict[int | str, Any] = {200: {"description": "Ready; the body is empty."}}
-        router.add_api_route(path, health, response_class=Response, responses=empty)
-
-    @router.get("/version", response_model=openai_bodies.Version, dependencies=token)
-    async def version() -> Response:
-        """Of this server, not of vLLM."""
-        return json_reply({"version": deps.info.server_version})
-
-    @router.get("/v1/models", response_model=ModelList, dependencies=token)
-    async def models() -> Response:
-        """The one model that is served, by the name to ask for it."""
-        card = {
-            "id": deps.model_name,
-            "object": "model",
-            "created": started,
-            "owned_by": "driftline",
-            "root": deps.info.model_id,
-            "parent": None,
-            "max_model_len": deps.info.max_context,
-            "permission": [],
-        }
-        return json_reply({"object": "list", "data": [card]})
-
-    @router.post("/tokenize", response_model=TokenizeReply, dependencies=token)
-    async def tokenize(body: TokenizeBody) -> Response:
-        """Token ids of a text."""
-        asking.check_model(body.model, deps)
-        ids = (await asking.ids_of([body.prompt], body.add_special_tokens, deps))[0]
-        strs = None
-        if body.return_token_strs:
-            await strings.learn(np.array(ids, np.int32))
-            strs = list(map(strings.text, ids))
-        counts = {"count": len(ids), "max_model_len": deps.info.max_context}
-        return json_reply({**counts, "tokens": ids, "token_strs": strs})
-
-    @router.post("/v1/completions", response_model=CompletionReply, dependencies=token)
+    @router.post(
+        "/v1/completions", response_model=CompletionReply, dependencies=deps.token_in_schema()
+    )
     async def completions(body: CompletionBody, request: Request) -> Response:
         """The log-probs of every token of one or several prompts."""
         deps.refuse_unless_ready()

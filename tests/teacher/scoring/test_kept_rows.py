@@ -1,6 +1,6 @@
 """Rows that are kept are those that would be made.
 
-Run: pytest tests/teacher/scoring/test_texts.py
+Run: pytest tests/teacher/scoring/test_kept_rows.py
 """
 
 from __future__ import annotations
