@@ -72,6 +72,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     where = "" if path in SHAPED_PATHS else f"{request.method} {path}: "
     response = _error_body(error.status_code, InvalidRequestError(where + error.detail), path)
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        # Starlette names those of one route; a path may have a route for each of its methods.
+        routes = [route for route in request.app.routes if route.path == path]
+        methods = {method for route in routes for method in route.methods}
+        response.headers["allow"] = ", ".join(sorted(methods))
     return response
 
 

@@ -203,6 +203,13 @@ async def test_slime_reads_the_log_probs_of_score(teacher: Teacher, method: str)
     assert "input_top_logprobs" not in meta
 
 
+async def test_another_method_is_told_those_there_are(teacher: Teacher) -> None:
+    """Was POST alone: each has a route."""
+    reply = await teacher.client.get("/generate")
+    refusal(reply, 405)
+    assert reply.headers["allow"] == "POST, PUT"
+
+
 async def test_miles_reads_top_k_and_its_own_ids_of_each_position(teacher: Teacher) -> None:
     positions = [[] for _ in PROMPT] + [[i % V, 3, (i * 5) % V][: i % 3 + 1] for i in range(R)]
     flat = [7, 2, 11]
