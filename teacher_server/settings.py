@@ -79,7 +79,7 @@ class TeacherConfig(BaseSettings):
     device: Annotated[Literal["auto", "cpu", "cuda"], HF] = "auto"
     """where the model runs"""
     max_context: int = Field(8192, ge=2)
-    """prompt plus response, tokens"""
+    """prompt plus response, tokens; not set, no more than the model has positions"""
     max_k: int = Field(128, ge=1, le=4096)
     """largest top-k and candidates a row"""
     self_test: bool = True
