@@ -19,7 +19,7 @@ TEST_PROCESSES ?= $(if $(filter cuda,$(ACCELERATOR)),1,3)
 # A hundred processes start in there: each would compile what it imports where this is set.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: families demo demo-language test test-language check faults gpu-check try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
+.PHONY: families demo demo-language test test-clients test-language check faults gpu-check try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
@@ -32,6 +32,9 @@ test-language: $(VENV)/.language  ## the same in three steps, on fewer prompts: 
 
 test: setup  ## the whole test suite, in three processes
 	$(PYTEST)
+
+test-clients: setup  ## TRL's own client from its wheel, in an environment of its own, against a teacher
+	$(BIN)/python -m pytest -q tests/clients/try_trl.py
 
 check: lint  ## lint, types and the tests that need no engine, in about a minute
 	$(PYTEST) -m "not vllm and not e2e"

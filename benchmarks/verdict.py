@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks import options
 from benchmarks.arms.base import Job
-from benchmarks.arms.lineup import compared, names, rivals
+from benchmarks.arms.lineup import CLIENTS, compared, names, rivals
 from benchmarks.measuring import Measured, fastest, ratio, ratio_table, table, wide_console, write
 from benchmarks.processes import run
 from benchmarks.progress import Progress
@@ -32,7 +32,7 @@ FIGURES = {"rows_per_s": ",.0f", "bytes_per_row": ",.0f"}
 async def main(arguments: argparse.Namespace, console: Console) -> int:
     prefix = arguments.prefix or (QUICK_PREFIX if arguments.quick else PREFIX)
     common = options.setup(arguments, max_context=prefix + 64)
-    chosen = arguments.arms or names(options.block_sizes(arguments))
+    chosen = arguments.arms or [*names(options.block_sizes(arguments)), *CLIENTS]
     job = Job(
         seed=0,
         prompt=arguments.prompt,
@@ -61,7 +61,8 @@ async def main(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def named_ratios(found: Mapping[str, Measured]) -> dict[str, float | None]:
-    """Every arm over ours, ours over the floor, and vLLM's fastest way over ours."""
+    """Every arm over ours, ours over the floor, vLLM's fastest way over ours, and TRL's client
+    against vLLM over the same against us."""
     ratios = {
         f"{name}_over_driftline": ratio(found, name, "driftline")
         for name in found
@@ -70,6 +71,8 @@ def named_ratios(found: Mapping[str, Measured]) -> dict[str, float | None]:
     best = fastest(found, rivals(list(found)))
     ratios["vllm_best_over_driftline"] = None if best is None else ratio(found, best, "driftline")
     ratios["driftline_over_floor"] = ratio(found, "driftline", "floor")
+    if "trl_client" in found:
+        ratios["trl_client_vllm_over_trl_client"] = ratio(found, "trl_client_vllm", "trl_client")
     return ratios
 
 

@@ -128,20 +128,23 @@ class SharedIds:
                     )
 
 
-async def shared_ids(own: Vocabulary, student_width: int, teacher: TokenTeller) -> SharedIds:
+async def shared_ids(
+    own: Vocabulary, student_width: int, teacher: TokenTeller, *, student: str = "the student"
+) -> SharedIds:
     """Compares the tokens of a student with a teacher's, asking for no more than differs.
 
     Without tokens of its own a student is compared by width alone. Raises FingerprintMismatchError
-    for another tokenizer, naming entries and counts.
+    for another tokenizer, naming both models (`student` is what to call that one), entries and
+    counts.
     """
     info = teacher.info
+    names = f"{student} and the teacher {info.model_id}"
     differing: tuple[Entry, ...] = ()
     if own.tokens and own.fingerprint != info.tokenizer_fingerprint:
         if not info.token_digests:
             raise FingerprintMismatchError(
-                f"the teacher {info.model_id} does not tell its tokens, so that they cannot be "
-                f"compared (tokenizer_fingerprint is {info.tokenizer_fingerprint!r}, the student's "
-                f"{own.fingerprint!r}): it has no tokenizer, or is of an earlier version"
+                f"{names} cannot be compared: the teacher does not tell its tokens, as it has no "
+                "tokenizer or is of an earlier version. Start it with --tokenizer, or a newer one"
             )
         parts = differing_ranges(own.digests, info.token_digests)
         answers = await asyncio.gather(*(teacher.tokens(*part) for part in parts))
@@ -154,21 +157,21 @@ async def shared_ids(own: Vocabulary, student_width: int, teacher: TokenTeller) 
         )
         num_theirs = own.num_named - len(ours) + len(theirs)
         num_either = own.num_named + len(theirs.keys() - ours.keys())
-        _refuse_another(differing, own.num_named, num_theirs, num_either)
+        _refuse_another(names, differing, own.num_named, num_theirs, num_either)
     return SharedIds(
         student_width=student_width, teacher_width=info.vocab_size, differing=differing
     )
 
 
 def _refuse_another(
-    differing: Sequence[Entry], num_own: int, num_theirs: int, num_either: int
+    names: str, differing: Sequence[Entry], num_own: int, num_theirs: int, num_either: int
 ) -> None:
     is_other = len(differing) > MAX_DIFFERING_SHARE * num_either
     if not is_other and len(ranges_of(e.token_id for e in differing)) < MAX_RANGES:
         return
     limit = f"more than {MAX_DIFFERING_SHARE:.0%}" if is_other else f"in {MAX_RANGES} places"
     raise FingerprintMismatchError(
-        f"student and teacher have different tokenizers: of {num_either} ids {len(differing)} mean "
+        f"{names} have different tokenizers: of {num_either} ids {len(differing)} mean "
         f"something else, {limit}, such as {_first(differing)} (student / teacher); the student "
         f"has {num_own} tokens, the teacher {num_theirs}. Take a teacher with the student's "
         "tokenizer, or a student with the teacher's"

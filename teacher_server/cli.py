@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 try:
@@ -16,7 +15,7 @@ except ModuleNotFoundError:
 
 from teacher_server.process.analysis import add_parser as add_analyze
 from teacher_server.process.analysis import analyze
-from teacher_server.process.signals import signals_end_at_once
+from teacher_server.process.signals import interrupts_end_quietly, signals_end_at_once
 
 if TYPE_CHECKING:
     import argparse
@@ -32,7 +31,7 @@ PROBE_SERVING, PROBE_NOT_SERVING, PROBE_UNREACHABLE = 0, 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
-    with signals_end_at_once() if words[:1] == ["serve"] else nullcontext():
+    with signals_end_at_once() if words[:1] == ["serve"] else interrupts_end_quietly():
         return _run(words)
 
 
@@ -42,7 +41,9 @@ def _run(words: Sequence[str]) -> int:
         return _probe(build_parser(with_settings=False).parse_args(words))
     if words[:1] == ["analyze"]:
         return analyze(build_parser(with_settings=False).parse_args(words))
-    from teacher_server.settings import ConfigError, load_config, refuse_unknown_flags, to_toml
+    from teacher_server.flags import refuse_unknown_flags
+    from teacher_server.process.model_folder import check_model_folder
+    from teacher_server.settings import ConfigError, load_config, to_toml
 
     arguments, rest = build_parser().parse_known_args(words)
     try:
@@ -50,6 +51,8 @@ def _run(words: Sequence[str]) -> int:
         if arguments.command == "token":
             return _token(arguments.name)
         config, sources = load_config(vars(arguments), os.environ)
+        if arguments.command == "serve":
+            check_model_folder(config)
     except ConfigError as error:
         return _refused(error)
     if arguments.command == "show-config":
@@ -70,7 +73,7 @@ def build_parser(*, with_settings: bool = True) -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="load the teacher and serve it")
     shown = commands.add_parser("show-config", help="print the resolved settings as TOML")
     if with_settings:
-        from teacher_server.settings import add_flags
+        from teacher_server.flags import add_flags
 
         add_flags(serve)
         add_flags(shown)

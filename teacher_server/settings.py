@@ -3,18 +3,17 @@ defaults.
 
 Every setting `max_sessions` is the flag `--max-sessions`, the environment variable
 `TEACHER_MAX_SESSIONS` and the TOML key `max_sessions`; the first of these that is given wins.
-pydantic-settings reads variables and file; flags are argparse's, for a help text of one line a
-setting and subcommands that need no settings.
+pydantic-settings reads variables and file; flags are argparse's (teacher_server.flags), for a help
+text of one line a setting and subcommands that need no settings.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import ipaddress
 import logging
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -80,9 +79,11 @@ class TeacherConfig(BaseSettings):
     device: Annotated[Literal["auto", "cpu", "cuda"], HF] = "auto"
     """where the model runs"""
     max_context: int = Field(8192, ge=2)
-    """prompt plus response, tokens"""
+    """prompt plus response, tokens; not set, no more than the model has positions"""
     max_k: int = Field(128, ge=1, le=4096)
     """largest top-k and candidates a row"""
+    self_test: bool = True
+    """score a short text two ways before serving"""
     block_size: Annotated[Count, VLLM] = 32
     """tokens in a KV block"""
     kv_cache_gib: Annotated[float, Field(ge=0.0), VLLM] = 0.0
@@ -107,8 +108,6 @@ class TeacherConfig(BaseSettings):
     """no compiled graphs: starts sooner, runs slower"""
     hf_sessions: Annotated[Count, HF] = 64
     """KV caches that the engine keeps"""
-    self_test: bool = True
-    """score a short text two ways before serving"""
     fake_vocab_size: Annotated[int, Field(ge=2), FAKE] = 512
     """vocabulary of the engine"""
     fake_tokens_per_s: Annotated[float, Field(ge=0.0), FAKE] = 0.0
@@ -137,6 +136,13 @@ class TeacherConfig(BaseSettings):
     """PEM file of the CA whose certificates clients must show"""
     reflection: bool = True
     """serve gRPC reflection"""
+    served_model_name: str = ""
+    """name by which other trainers' clients ask for the model; empty: as in model"""
+    follow_temperature: bool = False
+    """/generate and /inference/v1/generate score at the request's temperature; without it at 1, as
+    SGLang and vLLM do"""
+    kept_rows_mib: int = Field(256, ge=0)
+    """rows of texts scored over HTTP that are kept for texts that go on from them, MiB"""
     max_sessions: Count = 4096
     """open sessions"""
     session_ttl_s: Patience = 600.0
@@ -288,10 +294,10 @@ def _problem(detail: Mapping[str, Any]) -> str:
 
 
 def _wrong_type(name: str, value: object) -> str:
-    return f"{name} is {value!r}, must be of type {_kind(_FIELDS[name])}"
+    return f"{name} is {value!r}, must be of type {kind_of(_FIELDS[name])}"
 
 
-def _kind(entry: FieldInfo) -> str:
+def kind_of(entry: FieldInfo) -> str:
     """int, float, bool or str."""
     return entry.annotation.__name__ if isinstance(entry.annotation, type) else "str"
 
@@ -309,31 +315,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config` and one flag a setting; one that is not given is not in the namespace."""
-    parser.add_argument("--config", metavar="PATH", help="TOML file with settings")
-    for name, entry in _FIELDS.items():
-        readers = read_by(entry)
-        note = "" if readers == ENGINES else f", {' and '.join(readers)} only"
-        text = f"{entry.description} (default {entry.default!r}{note})"
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        if entry.annotation is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["metavar"] = "|".join(get_args(entry.annotation)) or _kind(entry).upper()
-        parser.add_argument(f"--{name.replace('_', '-')}", **options)
-
-
-def refuse_unknown_flags(words: Iterable[str]) -> None:
-    """Raises ConfigError for words of a command line that are no flag, naming the nearest."""
-    for word in words:
-        flag, _, _ = word.partition("=")
-        known = [f"--{name.replace('_', '-')}" for name in ("config", *_FIELDS)]
-        near = difflib.get_close_matches(flag, known, n=1)
-        hint = f", did you mean {near[0]!r}?" if near and near[0] != flag else ""
-        raise ConfigError(f"unknown argument {flag!r}{hint}")
 
 
 def load_config(

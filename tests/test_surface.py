@@ -72,13 +72,13 @@ TRAINER_SETTINGS = {
 TEACHER_SETTINGS = """
 analysis_weight block_size cpu_cores data_parallel_size device drain_s dtype enforce_eager engine
 engine_lost_s engine_stall_s event_loop evict_idle_s fake_latency_s fake_step_tokens
-fake_tokens_per_s fake_vocab_size gpu_memory_utilization grpc_port head_dtype hf_sessions host
-http_port insecure
-kv_cache_gib log_format log_level max_append_tokens max_context max_k max_num_batched_tokens
-max_num_seqs max_queued_tokens max_reply_bytes max_running max_running_tokens max_sessions model
-open_metrics otlp_endpoint pipeline_parallel_size ready_file reflection resume_window_s revision
-runs self_test session_ttl_s slow_client_s tenants_file tensor_parallel_size tls_cert tls_client_ca
-tls_key tokenizer
+fake_tokens_per_s fake_vocab_size follow_temperature gpu_memory_utilization grpc_port head_dtype
+hf_sessions host http_port insecure kept_rows_mib kv_cache_gib log_format log_level
+max_append_tokens max_context max_k max_num_batched_tokens max_num_seqs max_queued_tokens
+max_reply_bytes max_running max_running_tokens max_sessions model open_metrics otlp_endpoint
+pipeline_parallel_size ready_file reflection resume_window_s revision runs self_test
+served_model_name session_ttl_s slow_client_s tenants_file tensor_parallel_size tls_cert
+tls_client_ca tls_key tokenizer
 """
 MESSAGES = {
     "Append": "session_id=1 span=2 deadline_ms=3 traceparent=4",

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from benchmarks.arms.base import Arm, Job, Setup
 from benchmarks.arms.driftline import Driftline
+from benchmarks.arms.trl_client import TrlClient, TrlClientVllm
 from benchmarks.arms.vllm_server import VllmOpenai, VllmOpenaiCached, VllmTokenIds
 from benchmarks.arms.worker import CACHED, Worker
 from benchmarks.measuring import Measured, Run, Sample, interleave
@@ -17,6 +18,8 @@ from benchmarks.processes import first_line
 from benchmarks.progress import Progress
 
 CLOSE_LIMIT_S = 60.0
+CLIENTS = ("trl_client", "trl_client_vllm")
+"""TRL's client, against us and against vLLM."""
 
 
 def names(block_sizes: Sequence[int]) -> list[str]:
@@ -38,12 +41,14 @@ def made(name: str, setup: Setup) -> Arm:
         "vllm_openai": VllmOpenai,
         "vllm_openai_cached": VllmOpenaiCached,
         "vllm_token_ids": VllmTokenIds,
+        "trl_client": TrlClient,
+        "trl_client_vllm": TrlClientVllm,
     }
     if name in servers:
         return servers[name](setup)
     if name in ("transformers", "floor") or name.removeprefix(CACHED).isdigit():
         return Worker(name, setup, _DESCRIPTIONS.get(name, _CACHED_DESCRIPTION))
-    raise ValueError(f"no arm is called {name!r}; there are {', '.join(names([32]))}")
+    raise ValueError(f"no arm is called {name!r}; there are {', '.join([*names([32]), *CLIENTS])}")
 
 
 _DESCRIPTIONS = {

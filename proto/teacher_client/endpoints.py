@@ -223,7 +223,8 @@ class TeacherEndpoints:
             before, now = getattr(first, name), getattr(info, name)
             if before != now:
                 raise FingerprintMismatchError(
-                    f"{address} now serves {name} {now!r}, the run began with {before!r}"
+                    f"{address} now serves {name} {now!r}, the run began with {before!r} (models "
+                    f"{info.model_id!r} and {first.model_id!r})"
                 )
         lowest = {name: min(getattr(first, name), getattr(info, name)) for name in _SHARED_LIMITS}
         for name, value in lowest.items():

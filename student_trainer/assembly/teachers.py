@@ -79,7 +79,8 @@ def connected(
             with _naming(config, tag):
                 clients[tag] = client = loop.run(connect(config, tag))
                 stack.callback(_close, loop, client)
-                shared[tag] = loop.run(shared_ids(own, vocab_size, client))
+                student = f"the student {config.student.model}"
+                shared[tag] = loop.run(shared_ids(own, vocab_size, client, student=student))
             shared[tag].refuse_prompts(prompt for prompt in prompts if prompt.teacher == tag)
         for tag, with_teacher in shared.items():
             with _naming(config, tag):

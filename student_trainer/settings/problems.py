@@ -66,6 +66,7 @@ def _line(problem: ErrorDetails, root: type[BaseModel]) -> str:
     if isinstance(given, str) and (place.name, given) in RENAMED_VALUES:
         return f"{place.name}: {given!r} is now {RENAMED_VALUES[place.name, given]!r}"
     text = str(context["error"]) if problem["type"] == "value_error" else problem["msg"]
+    text = text.replace("valid tuple", "valid list")  # TOML and JSON have no other
     got = "" if isinstance(given, dict) else f" (got {given!r})"
     return f"{place.name or 'settings'}: {text}{got}"
 

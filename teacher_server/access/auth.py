@@ -1,12 +1,15 @@
 """Who calls: a bearer token of the tenants file, a client's certificate, or nobody in particular.
 
-One rule for gRPC and HTTP. With a tenants file the token names the tenant; without one, but with a
+One rule for gRPC and HTTP. With a tenants file the token names the tenant, as Bearer, or as the
+user of Basic, which is what clients make of a URL's user part; without one, but with a
 client CA, the common name of the client's certificate does; without both every caller is who its
 run_id says, which is for loopback and trusted networks.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +23,10 @@ from teacher_wire.errors import PermissionDeniedError, UnauthenticatedError
 
 log = logging.getLogger(__name__)
 MAX_TOKEN_CHARACTERS = 4096
+HOW_TO_SEND = (
+    "send the header `authorization: Bearer TOKEN`, or over HTTP the token as the user of the URL, "
+    "http://TOKEN:@HOST:PORT"
+)
 
 
 class Access:
@@ -96,14 +103,34 @@ class Access:
 def _bearer(authorization: Sequence[str]) -> str:
     """The token of the one Authorization header. No message repeats what it held."""
     if not authorization:
-        raise UnauthenticatedError("no bearer token: send the header `authorization: Bearer TOKEN`")
+        raise UnauthenticatedError(f"no bearer token: {HOW_TO_SEND}")
     if len(authorization) > 1:
         raise UnauthenticatedError(f"{len(authorization)} authorization headers, must be one")
     scheme, _, token = authorization[0].partition(" ")
-    if scheme.lower() != "bearer":
-        raise UnauthenticatedError("the authorization scheme is not Bearer")
+    if scheme.lower() == "basic":
+        token = _user_of(token)
+    elif scheme.lower() != "bearer":
+        raise UnauthenticatedError(
+            f"the authorization scheme is not Bearer and not Basic: {HOW_TO_SEND}"
+        )
     if not token or len(token) > MAX_TOKEN_CHARACTERS:
         raise UnauthenticatedError(
             f"the bearer token has {len(token)} characters, must have 1 to {MAX_TOKEN_CHARACTERS}"
         )
     return token
+
+
+def _user_of(credentials: str) -> str:
+    """The user of Basic credentials, whose password must be empty."""
+    if len(credentials) > 2 * MAX_TOKEN_CHARACTERS:
+        raise UnauthenticatedError(f"the Basic credentials have {len(credentials)} characters")
+    try:
+        text = base64.b64decode(credentials, validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError, ValueError):
+        raise UnauthenticatedError(
+            f"the Basic credentials are no base64 of USER:PASSWORD: {HOW_TO_SEND}"
+        ) from None
+    user, _, password = text.partition(":")
+    if password:
+        raise UnauthenticatedError(f"the Basic password is not empty: {HOW_TO_SEND}")
+    return user

@@ -38,6 +38,19 @@ def num_entries(config: PretrainedConfig) -> int:
     return size
 
 
+def num_positions(config: PretrainedConfig) -> int | None:
+    """Tokens that the model was made for, scaled as its configuration says; None: it names no
+    limit."""
+    text = config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    if not limit:
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    # Kinds of layers may each have their own.
+    tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]
+    return int(limit * max(float(table.get("factor") or 1.0) for table in tables))
+
+
 def right_attention(config: PretrainedConfig) -> str | None:
     """What transformers must be told to use; None for its own choice, which is sdpa and passes over
     a soft-cap of the attention's scores without a word (Gemma 2)."""

@@ -13,10 +13,21 @@ from teacher_server.http import middleware
 from teacher_server.http.bodies import FAILURES
 from teacher_server.http.deps import HttpDeps
 from teacher_server.http.failures import EXCEPTION_HANDLERS
-from teacher_server.http.routes import analysis, page, plain, runs, v1
+from teacher_server.http.routes import (
+    about,
+    analysis,
+    openai,
+    page,
+    plain,
+    runs,
+    scale_out,
+    sglang,
+    trl,
+    v1,
+)
 from teacher_wire import __version__
 
-GROUPS = (page, plain, v1, analysis, runs)
+GROUPS = (page, plain, v1, analysis, runs, about, openai, scale_out, sglang, trl)
 """Each gives its `routes(deps)`."""
 
 

@@ -13,6 +13,7 @@ from teacher_server.access.caller import TenantOf
 from teacher_server.http.texts import Tokenizer
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.sessions import SessionTable
+from teacher_server.scoring.texts import Texts
 from teacher_wire.errors import NotReadyError
 from teacher_wire.records import TeacherInfo
 
@@ -26,11 +27,17 @@ class HttpDeps:
 
     info: TeacherInfo
     sessions: SessionTable
+    texts: Texts
+    """Of the same sessions, for clients that know none."""
     ready: Callable[[], bool]
     """False while loading or draining; must not block."""
     metrics: Metrics
     tokenizer: Tokenizer | None
     """None: texts are refused, token ids still work."""
+    served_name: str = ""
+    """Of the model for other trainers' clients; empty: as in `info`."""
+    follow_temperature: bool = False
+    """Requests whose own server would score at 1 are scored at their temperature."""
     authenticate: TenantOf | None = None
     """Who asks, for every path but the open ones; None: nobody is authenticated."""
     open_metrics: bool = False
@@ -39,6 +46,11 @@ class HttpDeps:
     """Recorded rollouts to show; None: there are none to show."""
     sees_runs: Callable[[str], bool] = lambda _: True
     """Whether a tenant may see them."""
+
+    @property
+    def model_name(self) -> str:
+        """By which other trainers' clients ask for the model."""
+        return self.served_name or self.info.model_id
 
     def refuse_unless_ready(self) -> None:
         """Raises NotReadyError while loading, stalled or draining."""

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from teacher_server import logs
 from teacher_server.access.caller import UNAUTHENTICATED_HTTP_TENANT, Caller, TenantOf
+from teacher_server.http.clients.paths import HEALTH_PATHS
 from teacher_server.http.failures import error_response
 from teacher_server.metrics.server import Metrics
 from teacher_wire.errors import CapacityError, DeadlineError, MessageTooLargeError, TeacherError
@@ -28,7 +29,7 @@ BODY_TIMEOUT_S = 30.0
 """A body must have arrived whole after this."""
 MAX_BODIES_IN_FLIGHT = 32
 """Requests with a body served at once; with MAX_BODY_BYTES this bounds the memory they hold."""
-OPEN_PATHS = frozenset({"/", "/docs", "/healthz", "/readyz"})
+OPEN_PATHS = frozenset({"/", "/docs", "/healthz", "/readyz", *HEALTH_PATHS})
 """Probes, and pages that are the same for everybody: the one at / asks for the token itself."""
 PAGE_FILES = "/page/"
 """What the page is made of: open like the page, all that is below."""
@@ -141,7 +142,8 @@ class Caught(_Middleware):
             if not isinstance(error, TeacherError):
                 _log.exception("request %s to %s failed", request_id, scope["path"])
             if not begun:
-                await error_response(error, request_id, self._metrics)(scope, receive, send)
+                answer = error_response(error, request_id, self._metrics, scope["path"])
+                await answer(scope, receive, send)
 
 
 class Authenticated(_Middleware):

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from jinja2 import TemplateError
@@ -48,6 +49,15 @@ class Tokenizer(Protocol):
     ) -> str: ...
 
 
+_turns: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+
+
+def turn_of(tokenizer: Tokenizer | None) -> threading.Lock:
+    """Whoever holds it may ask the tokenizer, which asked from two threads at once may refuse
+    ("Already borrowed")."""
+    return threading.Lock() if tokenizer is None else _turns.setdefault(tokenizer, threading.Lock())
+
+
 class TokenTexts:
     """The text that each token id adds to a text, remembered.
 
@@ -61,8 +71,7 @@ class TokenTexts:
         """The id as JSON names a key, and its text."""
         self._without: set[int] = set()
         """Ids that have no text."""
-        self._lock = threading.Lock()
-        """A tokenizer that is asked from two threads at once may refuse ("Already borrowed")."""
+        self._lock = turn_of(tokenizer)
         self._anchor: list[int] = []
         self._anchor_text = ""
         if tokenizer is not None:
@@ -115,11 +124,11 @@ class TextWarning:
 
 
 class Tokenizing:
-    """Texts to ids, one at a time: a tokenizer may refuse two threads at once."""
+    """Texts to ids, one at a time."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._lock = threading.Lock()
+        self._lock = turn_of(tokenizer)
 
     def conversation(self, messages: list[dict[str, str]], options: Mapping[str, Any]) -> str:
         """The text that asks for the next message, by the tokenizer's chat template."""

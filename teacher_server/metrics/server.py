@@ -100,6 +100,16 @@ class Metrics:
             self._evictions.labels(reason)
         for result in ("held", "rebuilt", "refused"):
             self._resumes.labels(result)
+        self._text_rows = counter(
+            "teacher_text_rows",
+            "Rows of texts scored over HTTP, made or kept from an earlier call.",
+            ("source",),
+        )
+        for source in ("kept", "made"):
+            self._text_rows.labels(source)
+        self._kept_bytes = Gauge(
+            "teacher_kept_rows_bytes", "Rows of texts that are kept.", registry=self.registry
+        )
         self._build = Gauge(
             "teacher_build_info",
             "Always 1; the labels say what is served.",
@@ -140,6 +150,12 @@ class Metrics:
         live.queue_wait.add(timing.queue_us / 1e6)
         live.engine_step.add(timing.engine_us / 1e6)
         live.computed_tokens += timing.computed_tokens or 0
+
+    def text_rows(self, kept: int, made: int, kept_bytes: int) -> None:
+        """Records where the rows of a text came from, and how much is kept now."""
+        self._text_rows.labels("kept").inc(kept)
+        self._text_rows.labels("made").inc(made)
+        self._kept_bytes.set(kept_bytes)
 
     def loop_lag(self, seconds: float) -> None:
         """Records how late the event loop was."""

@@ -75,7 +75,13 @@ class TeacherApp:
         tls = access.tls
         self._grpc = parts.grpc_server(reflects=config.reflection)
         self._http = http_server(
-            parts.http_app(tokenizer, open_metrics=config.open_metrics, runs=runs),
+            parts.http_app(
+                tokenizer,
+                open_metrics=config.open_metrics,
+                runs=runs,
+                served_name=config.served_model_name,
+                follow_temperature=config.follow_temperature,
+            ),
             None if tls is None else tls.http_context,
             slow_client_s=config.slow_client_s,
             on_slow=parts.metrics.slow_stream,
@@ -256,6 +262,7 @@ def _limits(config: TeacherConfig) -> Limits:
         session_ttl_s=config.session_ttl_s,
         evict_idle_s=config.evict_idle_s,
         resume_window_s=config.resume_window_s,
+        kept_rows_bytes=config.kept_rows_mib << 20,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,6 +28,8 @@ from vllm_process.devices import (
     check_tensor_parallel,
 )
 
+log = logging.getLogger(__name__)
+
 
 def build_engine(config: TeacherConfig) -> ScoringEngine:
     """The engine of the configuration, not started. Imports no other engine. Raises ConfigError."""
@@ -39,22 +42,16 @@ def build_engine(config: TeacherConfig) -> ScoringEngine:
             base_latency_s=config.fake_latency_s,
             step_tokens=config.fake_step_tokens,
         )
-    common: dict[str, Any] = {
-        "model": config.model,
-        "revision": config.revision or None,
-        "dtype": config.dtype,
-        "max_context": config.max_context,
-        "max_k": config.max_k,
-    }
     if config.engine == "hf":
         from teacher_server.engine.hf_engine import HfEngine
 
-        return HfEngine(**common, device=config.device, max_sessions=config.hf_sessions)
+        _check_torch_device(config.device)
+        return HfEngine(**_of_models(config), device=config.device, max_sessions=config.hf_sessions)
     _check_devices(config)
     from teacher_server.engine.vllm_engine import VllmEngine
 
     return VllmEngine(
-        **common,
+        **_of_models(config),
         block_size=config.block_size,
         kv_cache_gib=config.kv_cache_gib or None,
         gpu_memory_utilization=config.gpu_memory_utilization,
@@ -67,6 +64,45 @@ def build_engine(config: TeacherConfig) -> ScoringEngine:
         data_parallel_size=config.data_parallel_size,
         cpu_cores=config.cpu_cores,
     )
+
+
+def _of_models(config: TeacherConfig) -> dict[str, Any]:
+    """What every engine with a model is made of."""
+    return {
+        "model": config.model,
+        "revision": config.revision or None,
+        "dtype": config.dtype,
+        "max_context": _max_context(config),
+        "max_k": config.max_k,
+    }
+
+
+def _max_context(config: TeacherConfig) -> int:
+    """That of the settings; where nobody has set it, no more than the model has positions. Raises
+    ConfigError where somebody has, and EngineError for a checkpoint that cannot be read."""
+    from teacher_server.engine.checkpoint import num_positions, read_config
+
+    limit = num_positions(read_config(config.model, config.revision or None))
+    if limit is None or config.max_context <= limit:
+        return config.max_context
+    if "max_context" in config.model_fields_set:
+        raise ConfigError(
+            f"max_context is {config.max_context}, and the model {config.model!r} has {limit} "
+            "positions: take no more than that, or a model with more"
+        )
+    log.info("max_context is %d: the model has no more positions", limit)
+    return limit
+
+
+def _check_torch_device(device: str) -> None:
+    """Raises ConfigError for a device that torch does not find."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device is 'cuda', and torch finds no CUDA device here: take 'cpu' or 'auto', or "
+            "install the extra `cuda` on a machine with an NVIDIA driver"
+        )
 
 
 def _check_devices(config: TeacherConfig) -> None:

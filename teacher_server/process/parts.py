@@ -29,6 +29,7 @@ from teacher_server.rpc.server_options import SERVER_OPTIONS
 from teacher_server.rpc.service import TeacherService, add_to_server
 from teacher_server.rpc.stream import StreamLimits
 from teacher_server.scoring.sessions import SessionTable
+from teacher_server.scoring.texts import Texts
 from teacher_wire.codec import SERVICE_NAME
 from teacher_wire.records import TeacherInfo
 from teacher_wire.vocabulary import Vocabulary
@@ -46,6 +47,7 @@ class Limits:
     session_ttl_s: float = 600.0
     evict_idle_s: float = 1.0
     resume_window_s: float = 1.0
+    kept_rows_bytes: int = 256 << 20
 
 
 class TeacherParts:
@@ -79,6 +81,7 @@ class TeacherParts:
             evict_idle_s=limits.evict_idle_s,
             resume_window_s=limits.resume_window_s,
         )
+        self.texts = Texts(self.sessions, metrics=self.metrics, max_bytes=limits.kept_rows_bytes)
         self.service = TeacherService(
             info,
             self.sessions,
@@ -109,12 +112,17 @@ class TeacherParts:
         *,
         open_metrics: bool = False,
         runs: RunFolder | None = None,
+        served_name: str = "",
+        follow_temperature: bool = False,
     ) -> FastAPI:
         """The HTTP side of the same sessions."""
         return create_app(
             HttpDeps(
                 info=self.info,
                 sessions=self.sessions,
+                texts=self.texts,
+                served_name=served_name,
+                follow_temperature=follow_temperature,
                 ready=lambda: self.life.ready,
                 metrics=self.metrics,
                 tokenizer=tokenizer,

@@ -1,4 +1,5 @@
-"""SIGTERM and SIGINT before there is a server to drain: the process ends with 0, and at once.
+"""SIGTERM and SIGINT before there is a server to drain: the process ends with 0, and at once. Of
+the other commands Ctrl-C ends the process as a shell knows it, without a traceback.
 
 Set by the command's first line, before anything that takes long to import; a server takes them over
 (teacher_server.process.lifecycle). Imports next to nothing: a signal before it has is nobody's.
@@ -25,6 +26,16 @@ def signals_end_at_once() -> Iterator[None]:
         for number, handler in before.items():
             if signal.getsignal(number) is _end:
                 signal.signal(number, handler)
+
+
+@contextmanager
+def interrupts_end_quietly() -> Iterator[None]:
+    """Until left, SIGINT ends the process as it ends one that is not Python's."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end(number: int, _frame: FrameType | None) -> None:

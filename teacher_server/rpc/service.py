@@ -347,7 +347,9 @@ def check_hello(hello: pb.Hello, info: TeacherInfo) -> None:
     fingerprint = hello.tokenizer_fingerprint
     if fingerprint and fingerprint != info.tokenizer_fingerprint:
         raise FingerprintMismatchError(
-            f"tokenizer_fingerprint is {fingerprint}, the teacher's is {info.tokenizer_fingerprint}"
+            f"the tokenizer is another one than that of the teacher's model {info.model_id}: "
+            f"tokenizer_fingerprint is {fingerprint}, the teacher's is "
+            f"{info.tokenizer_fingerprint}; GetTokens tells what each id means"
         )
     if hello.vocab_size and hello.vocab_size != info.vocab_size:
         raise FingerprintMismatchError(

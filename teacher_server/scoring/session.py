@@ -13,6 +13,11 @@ from teacher_wire import drift
 from teacher_wire.records import DriftPolicy, DriftState, ScoreOptions, TokenSpan, Verdict
 
 
+def engine_name(tenant: str, session_id: str) -> str:
+    """Name of a session for the engine; no two tenants share one, whatever their names."""
+    return f"{len(tenant)}:{tenant}/{session_id}"
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     """One response that is being scored."""
@@ -47,8 +52,7 @@ class Session:
 
     @property
     def engine_name(self) -> str:
-        """Name of the session for the engine; no two tenants share one, whatever their names."""
-        return f"{len(self.tenant)}:{self.tenant}/{self.session_id}"
+        return engine_name(self.tenant, self.session_id)
 
     def take_in(
         self, span: TokenSpan, bad: NDArray[np.bool_] | None

@@ -15,21 +15,19 @@ import itertools
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teacher_server.access.tenants import OpenTenants, Tenants
-from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.metrics.server import Metrics
+from teacher_server.scoring.appends import Appends, Scorer
 from teacher_server.scoring.eviction import fits_beyond, givers
-from teacher_server.scoring.judging import check_rows, joined, judged_rows, pieces
-from teacher_server.scoring.session import Session
+from teacher_server.scoring.judging import joined, pieces
+from teacher_server.scoring.session import Session, engine_name
 from teacher_server.scoring.validation import (
     check_drift,
     check_open,
-    check_span,
     check_total_length,
 )
 from teacher_wire.errors import (
@@ -37,16 +35,13 @@ from teacher_wire.errors import (
     InvalidRequestError,
     QuotaError,
     SessionNotFoundError,
-    SessionOffsetError,
 )
 from teacher_wire.records import (
     DriftPolicy,
     DriftState,
     ScoreOptions,
-    ScoreRows,
     Scores,
     TeacherInfo,
-    Timing,
     TokenSpan,
 )
 
@@ -54,22 +49,6 @@ _EMPTY_IDS: NDArray[np.int32] = np.zeros(0, np.int32)
 _EVICTION_HINT_MS = 500
 _BACKGROUND_PIECE_TOKENS = 256
 """Of background work, so that others wait for no more than that."""
-
-
-class Scorer(Protocol):
-    """What a session table asks for rows; teacher_server.admission.scheduler.Scheduler."""
-
-    async def score(
-        self,
-        query: ScoreQuery,
-        *,
-        tenant: str,
-        deadline_s: float | None = None,
-        background: bool = False,
-        more_follows: bool = True,
-    ) -> tuple[EngineRows, Timing]: ...
-
-    def forget(self, session: str) -> None: ...
 
 
 class SessionTable:
@@ -93,6 +72,7 @@ class SessionTable:
         whose stream broke ends after resume_window_s, unless it is opened again before.
         """
         self._scorer = scorer
+        self._appends = Appends(scorer, info, metrics=metrics, clock=clock)
         self._info = info
         self._metrics = metrics
         self._tenants = tenants or OpenTenants()
@@ -179,7 +159,7 @@ class SessionTable:
         give_up = None if deadline_s is None else self._clock() + deadline_s
         try:
             async with session.lock:
-                scores = await self._score(session, span, give_up)
+                scores = await self._appends.score(session, span, give_up)
         finally:
             session.num_pending -= 1
             is_held = self._sessions.get((tenant, session_id)) is session
@@ -243,10 +223,21 @@ class SessionTable:
         *,
         tenant: str,
         deadline_s: float | None = None,
+        keep_as: str | None = None,
     ) -> Scores:
-        """Scores one whole response of any length that fits the context; nothing is kept."""
+        """Scores one whole response of any length that fits the context; the table keeps nothing.
+
+        Under the name `keep_as` the engine may keep what it has computed, for a later call of that
+        name whose text begins alike, until `drop`; not of a call that fails.
+        """
         parts = self.score_in_pieces(
-            prompt_ids, span, options, policy, tenant=tenant, deadline_s=deadline_s
+            prompt_ids,
+            span,
+            options,
+            policy,
+            tenant=tenant,
+            deadline_s=deadline_s,
+            keep_as=keep_as,
         )
         return joined([part async for part in parts])
 
@@ -260,11 +251,12 @@ class SessionTable:
         tenant: str,
         deadline_s: float | None = None,
         background: bool = False,
+        keep_as: str | None = None,
     ) -> AsyncIterator[Scores]:
         """As score_once, piece by piece; in the background small ones, which may be held back."""
         if span.offset:
             raise InvalidRequestError(f"span offset is {span.offset}, must be 0")
-        name = f"once-{next(self._once)}"
+        name = keep_as or f"once-{next(self._once)}"
         check_open(self._info, name, prompt_ids, _EMPTY_IDS, options, policy)
         check_total_length(self._info, len(prompt_ids) + len(span))
         session = Session(
@@ -280,11 +272,18 @@ class SessionTable:
         )
         give_up = None if deadline_s is None else self._clock() + deadline_s
         size = self._info.max_append_tokens
+        is_kept = False
         try:
             for piece in pieces(span, min(size, _BACKGROUND_PIECE_TOKENS) if background else size):
-                yield await self._score(session, piece, give_up)
+                yield await self._appends.score(session, piece, give_up)
+            is_kept = keep_as is not None
         finally:
-            self._scorer.forget(session.engine_name)
+            if not is_kept:
+                self._scorer.forget(session.engine_name)
+
+    def drop(self, name: str, *, tenant: str) -> None:
+        """Lets the engine drop what it keeps under a name of `score_once`."""
+        self._scorer.forget(engine_name(tenant, name))
 
     def _find(self, session_id: str, tenant: str) -> Session:
         session = self._sessions.get((tenant, session_id))
@@ -345,56 +344,3 @@ class SessionTable:
     def _end(self, key: tuple[str, str]) -> None:
         self._scorer.forget(self._sessions.pop(key).engine_name)
         self._metrics.sessions_open(len(self._sessions))
-
-    async def _score(self, session: Session, span: TokenSpan, give_up: float | None) -> Scores:
-        check_span(self._info, session.options, session.policy, span)
-        offset, length = span.offset, len(session.scored_ids)
-        if offset > length:
-            raise SessionOffsetError(
-                f"append at {offset}, but the session has {length} scored tokens",
-                expected_offset=length,
-                offset=offset,
-            )
-        first = session.opened_at.num_tokens
-        if offset < first:
-            raise SessionOffsetError(
-                f"append at {offset}, but the session was opened at {first}: open it again",
-                expected_offset=first,
-                offset=offset,
-            )
-        check_total_length(self._info, len(session.prompt_ids) + offset + len(span))
-        rows, timing = await self._rows(session, span, give_up)
-        state, verdict, keep_tokens = session.take_in(span, rows.bad_events)
-        session.tally.tokens_scored += len(span)
-        self._metrics.append_done(timing)
-        return Scores(
-            rows=rows, drift=state, verdict=verdict, keep_tokens=keep_tokens, timing=timing
-        )
-
-    async def _rows(
-        self, session: Session, span: TokenSpan, give_up: float | None
-    ) -> tuple[ScoreRows, Timing]:
-        options = session.options
-        prefix = [session.prompt_ids, session.scored_ids[: span.offset], span.token_ids]
-        query = ScoreQuery(
-            token_ids=np.concatenate(prefix),
-            first_row=len(session.prompt_ids) + span.offset,
-            candidate_ids=span.candidate_ids,
-            k=options.k,
-            temperature=options.temperature,
-            extras=options.extras,
-            excluded_ids=options.excluded_ids,
-            session=session.engine_name,
-            cache_salt=session.tenant,
-        )
-        left_s = None if give_up is None else give_up - self._clock()
-        try:
-            rows, timing = await self._scorer.score(
-                query, tenant=session.tenant, deadline_s=left_s, **session.standing
-            )
-        except BaseException as error:
-            session.tally.failed(error)
-            raise
-        session.tally.admitted += 1
-        check_rows(rows, query)
-        return judged_rows(rows, span, session.policy), timing

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks import concurrency, oneshot, verdict
 from benchmarks.arms.base import Job, Setup, made_texts
-from benchmarks.arms.lineup import made, names
+from benchmarks.arms.lineup import CLIENTS, made, names
 from benchmarks.arms.vllm_server import parsed_rows
 from benchmarks.measuring import (
     Measured,
@@ -68,6 +68,11 @@ def test_ratios_are_of_medians_and_null_for_a_failed_arm() -> None:
         "vllm_best_over_driftline": 1.5,
         "driftline_over_floor": 1.3333,
     }
+
+
+def test_trls_client_is_compared_with_itself_against_vllm() -> None:
+    arms = ARMS | {"trl_client": measured(2.0), "trl_client_vllm": measured(15.0)}
+    assert verdict.named_ratios(arms)["trl_client_vllm_over_trl_client"] == 7.5
 
 
 def test_an_arm_that_fails_in_a_late_repeat_has_no_median() -> None:
@@ -252,7 +257,7 @@ def test_concurrency_ratios() -> None:
 
 
 def test_every_arm_says_what_it_is(tiny_setup: Setup) -> None:
-    for name in names([32, 64]):
+    for name in [*names([32, 64]), *CLIENTS]:
         assert len(made(name, tiny_setup).description) > 40
     with pytest.raises(ValueError, match="no arm is called 'vllm'"):
         made("vllm", tiny_setup)

@@ -23,9 +23,10 @@ from pathlib import Path
 from teacher_server.access.auth import Access
 from teacher_server.engine.base import EngineRows, ScoreQuery
 from teacher_server.engine.fake_engine import FakeEngine
+from teacher_server.flags import add_flags
 from teacher_server.process.app import TeacherApp
 from teacher_server.process.loading import describe
-from teacher_server.settings import add_flags, load_config
+from teacher_server.settings import load_config
 
 
 class BrokenEngine(FakeEngine):

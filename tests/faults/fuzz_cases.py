@@ -180,19 +180,48 @@ def garbage(rng: random.Random) -> bytes:
     return H2_PREFACE + settings + b"".join(_frame(rng) for _ in range(rng.randint(1, 12)))
 
 
-def http_body(rng: random.Random) -> bytes:
-    """A body that one of the paths likes, bent byte by byte or in its values."""
-    value: dict[str, Any] = {"prompt_ids": [1, 2, 3], "response_ids": [4, 5], "k": 4}
-    kind = rng.randrange(5)
-    if kind == 3:
-        value = {"items": [value, dict(value)]}
-    elif kind == 4:
-        value = {"prompt_ids": [1], "responses": [{"response_ids": [4, 5]}], "policies": [{}]}
+SCORED = {"prompt_ids": [1, 2, 3], "response_ids": [4, 5], "k": 4}
+HTTP_BODIES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("/v1/score", SCORED, ("candidate_ids", "policy", "temperature", "event_mask")),
+    ("/v1/analyze", SCORED, ("candidate_ids", "policy", "temperature", "items", "messages")),
+    ("/v1/analyze", {"items": [SCORED, SCORED]}, ("k", "policy")),
+    (
+        "/v1/compare",
+        {"prompt_ids": [1], "responses": [{"response_ids": [4, 5]}], "policies": [{}]},
+        ("messages", "temperature"),
+    ),
+    (
+        "/v1/completions",
+        {"prompt": [[1, 2, 3], [4]], "max_tokens": 1, "prompt_logprobs": 3},
+        ("temperature", "echo", "logprobs", "stream", "n"),
+    ),
+    (
+        "/inference/v1/generate",
+        {"token_ids": [1, 2, 3], "sampling_params": {"prompt_logprobs": 1}},
+        ("features", "request_id", "return_token_ids"),
+    ),
+    (
+        "/generate",
+        {"input_ids": [1, 2, 3], "return_logprob": True, "logprob_start_len": 0},
+        ("token_ids_logprob", "token_ids_logprob_positions", "top_logprobs_num", "text"),
+    ),
+    (
+        "/get_sequence_logprobs/",
+        {"sequences": [[1, 2, 3]], "prompt_lengths": [1], "top_logprobs": 3},
+        ("temperature", "response_format"),
+    ),
+)
+"""Paths with a body that each likes, and further fields of it."""
+
+
+def http_body(rng: random.Random) -> tuple[str, bytes]:
+    """A path, and a body that it likes bent byte by byte or in its values."""
+    path, liked, others = rng.choice(HTTP_BODIES)
+    value = dict(liked)
     if rng.random() < 0.5:
-        names = ("candidate_ids", "policy", "temperature", "event_mask", "items", "messages")
-        name = rng.choice((*value, *names, "responses", "policies"))
+        name = rng.choice((*value, *others))
         value[name] = rng.choice((None, True, -1, math.inf, 10**30, "x", [], {"a": {}}, _DEEP))
     depth = rng.choice((1, 60, 5000))
     deep = "[" * depth + "]" * depth
     raw = json.dumps(value).replace(json.dumps(_DEEP), deep).encode()
-    return mutated(rng, raw) if rng.random() < 0.5 else raw
+    return path, mutated(rng, raw) if rng.random() < 0.5 else raw

@@ -6,6 +6,7 @@ Run: pytest tests/faults/test_access.py
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
 import signal
@@ -31,6 +32,7 @@ from teacher_client.retry import RetryLimits
 from teacher_server.access.auth import Access
 from teacher_server.access.tenants_file import TenantsFile
 from teacher_server.engine.fake_engine import FakeEngine
+from teacher_server.http.clients.paths import SHAPED_PATHS
 from teacher_server.http.middleware import OPEN_PATHS, is_open
 from teacher_server.process.parts import Limits, TeacherParts
 from teacher_server.testing import teacher_info
@@ -60,9 +62,20 @@ pytestmark = pytest.mark.e2e
 ALICE, BOB, CAROL = ("alice-token-" + "a" * 31, "bob-token-" + "b" * 33, "carol-token-" + "c" * 31)
 EXPIRED = "expires = 2026-01-01T00:00:00+01:00"
 TENANTS = tenants_toml({"alice": ALICE, "bob": BOB, "carol": CAROL}, carol=EXPIRED)
+
+
+def basic(user: str, password: str = "") -> str:
+    """What clients make of the user part of a URL."""
+    return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+
+
 BAD_HEADERS: dict[str, tuple[str, ...]] = {
     "none": (),
-    "wrong scheme": (f"Basic {ALICE}",),
+    "wrong scheme": (f"Digest {ALICE}",),
+    "Basic without a user": (basic(""),),
+    "Basic with another token": (basic("x" * 43),),
+    "Basic with a password": (basic("someone", ALICE),),
+    "Basic that is no base64": (f"Basic {ALICE}!",),
     "no scheme": (ALICE,),
     "empty": ("Bearer",),
     "wrong token": ("Bearer " + "x" * 43,),
@@ -278,7 +291,8 @@ def http_app() -> Any:
 async def test_every_http_route_but_probes_and_page_needs_a_token(guarded: LiveServer) -> None:
     routes = [(m, r.path) for r in http_app().routes for m in sorted(r.methods)]
     assert {("POST", "/v1/score"), ("GET", "/metrics"), ("GET", "/healthz")} <= set(routes)
-    assert {"/", "/docs", "/healthz", "/readyz"} == OPEN_PATHS
+    probes = {"/healthz", "/readyz", "/health", "/health/", "/ping"}
+    assert {"/", "/docs", *probes} == OPEN_PATHS
     assert {path for _, path in routes if is_open(path)} == {*OPEN_PATHS, "/page/{name}"}
     routes += [("GET", "/no/such/path"), ("GET", "/page")]
     async with httpx.AsyncClient(base_url=f"http://{guarded.http_address}") as client:
@@ -288,19 +302,32 @@ async def test_every_http_route_but_probes_and_page_needs_a_token(guarded: LiveS
                 reply = await client.request(method, path, headers=given, content=b"\xff")
                 refused = reply.status_code == 401
                 assert refused is not is_open(path), f"{method} {path}, {name}"
-                assert not refused or reply.headers["www-authenticate"] == "Bearer"
+                offered = "Bearer, Basic" if path in SHAPED_PATHS else "Bearer"
+                assert not refused or reply.headers["www-authenticate"].startswith(offered)
             good = {"authorization": f"Bearer {ALICE}"}
             reply = await client.request(method, path, headers=good, content=b"\xff")
             assert reply.status_code not in (401, 403), f"{method} {path}"
 
 
-def test_a_token_counts_over_http_for_its_tenant(guarded: LiveServer) -> None:
+@pytest.mark.parametrize("header", [f"bearer {BOB}", basic(BOB), None])
+def test_a_token_counts_over_http_for_its_tenant(guarded: LiveServer, header: str | None) -> None:
     before = scored(guarded, "bob")
-    url = f"http://{guarded.http_address}/v1/score"
+    # Without a header it is the user of the URL.
+    url = f"http://{'' if header else f'{BOB}:@'}{guarded.http_address}/v1/score"
     body = {"prompt_ids": [1, 2], "response_ids": [3, 4, 5], "k": 2}
-    headers = {"authorization": f"bearer {BOB}"}
+    headers = {"authorization": header} if header else {}
     assert httpx.post(url, json=body, headers=headers).status_code == 200
     assert scored(guarded, "bob") == before + 3
+
+
+def test_a_client_that_sends_no_token_is_told_how(guarded: LiveServer) -> None:
+    reply = httpx.get(f"http://{guarded.http_address}/v1/models")
+    assert reply.status_code == 401
+    assert reply.headers["www-authenticate"].startswith("Bearer, Basic realm=")
+    error = reply.json()["error"]
+    assert (error["type"], error["code"]) == ("AuthenticationError", 401)
+    assert "http://TOKEN:@HOST:PORT" in error["message"]
+    assert "authorization: Bearer TOKEN" in error["message"]
 
 
 async def test_tenants_reload_and_a_revoked_stream_ends(tmp_path: Path) -> None:

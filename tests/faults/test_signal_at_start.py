@@ -115,6 +115,27 @@ def test_a_signal_while_it_imports(
         assert server.output == f"teacher-server: signal {int(number)} before it served: ended\n"
 
 
+@pytest.mark.parametrize("module", ["argparse", "pydantic_settings"])
+def test_ctrl_c_while_another_command_imports_leaves_no_traceback(
+    module: str, stop_at: Callable[[str], Path]
+) -> None:
+    reached = stop_at(module)
+    command = [sys.executable, "-m", "teacher_server.cli", "show-config", "--engine", "fake"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            give_up = time.monotonic() + UNTIL_S
+            while not reached.exists():
+                assert process.poll() is None
+                assert time.monotonic() < give_up
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(UNTIL_S) == -signal.SIGINT
+            assert process.stdout is not None
+            assert process.stdout.read() == b""
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 def test_a_signal_while_the_checkpoint_is_read(
     loop: str, stop_at: Callable[[str], Path], tmp_path: Path

@@ -166,6 +166,7 @@ async def ways(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ways]:
         deps = HttpDeps(
             info=info,
             sessions=teacher.sessions,
+            texts=teacher.texts,
             ready=lambda: True,
             metrics=teacher.metrics,
             tokenizer=None,

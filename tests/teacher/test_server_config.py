@@ -6,6 +6,10 @@ Run: pytest tests/teacher/test_server_config.py
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,12 @@ from typing import Any
 import pytest
 
 from teacher_server.cli import main
+from teacher_server.flags import GROUPS, add_flags
 from teacher_server.process import loading
 from teacher_server.settings import (
     ENGINES,
     ConfigError,
     TeacherConfig,
-    add_flags,
     is_loopback,
     load_config,
     read_by,
@@ -256,6 +260,28 @@ def test_an_unknown_flag_names_the_nearest_and_never_itself(
 ) -> None:
     assert main(["serve", "--engine", "fake", *words]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_a_misspelt_variable_is_told_on_the_standard_error() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "teacher_server.cli", "show-config", "--engine", "fake"],
+        env=os.environ | {"TEACHER_MAX_CONTXT": "3"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert "TEACHER_MAX_CONTXT is no setting, did you mean 'max_context'?" in done.stderr
+
+
+def test_flags_are_in_groups_each_with_what_it_may_be() -> None:
+    parser = argparse.ArgumentParser(prog="serve", add_help=False)
+    add_flags(parser)
+    text = parser.format_help()
+    titles = re.findall(r"^(\S.*):$", text, re.MULTILINE)
+    assert titles == ["options", *GROUPS.values()]
+    assert set(GROUPS) <= set(TeacherConfig.model_fields)
+    assert "--engine vllm|hf|fake" in text
+    assert "--follow-temperature, --no-follow-temperature" in text
 
 
 @pytest.mark.parametrize("cores", ["", "0-3", "all", "1,", "-1", "0 1"])

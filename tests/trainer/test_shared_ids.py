@@ -293,6 +293,7 @@ async def test_another_tokenizer_is_refused_with_entries_counts_and_a_remedy() -
     with pytest.raises(FingerprintMismatchError) as caught:
         await compared(tokenizer_of(*more), tokenizer_of())
     said = str(caught.value)
+    assert "the student and the teacher fake-320 have different tokenizers" in said
     assert "of 281 ids 20 mean something else, more than 1%" in said
     assert "such as 261 ('<more 0>' / nothing), 262" in said
     assert "270 ('<more 9>' / nothing) and 10 more" in said

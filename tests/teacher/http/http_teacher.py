@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -16,9 +16,9 @@ from teacher_server.engine.fake_engine import FakeEngine
 from teacher_server.http import middleware
 from teacher_server.http.app import create_app
 from teacher_server.http.deps import HttpDeps
-from teacher_server.http.recordings import RunFolder
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.sessions import SessionTable
+from teacher_server.scoring.texts import Texts
 from teacher_wire.records import Scores, TeacherInfo
 
 SYMBOLS = "0123456789+*=; é"
@@ -84,23 +84,25 @@ class Teacher:
         has_tokenizer: bool = True,
         authenticate: TenantOf | None = None,
         max_body_bytes: int = middleware.MAX_BODY_BYTES,
-        runs: RunFolder | None = None,
-        sees_runs: Callable[[str], bool] = lambda _: True,
+        kept_bytes: int = 1 << 20,
+        **options: Any,
     ) -> None:
+        """`options`: further fields of HttpDeps."""
         self.engine = FakeEngine(vocab_size=V, max_k=V)
         self.metrics = Metrics()
         scheduler = Scheduler(self.engine, SchedulerLimits())
         self.sessions = TroubledSessions(scheduler, INFO, metrics=self.metrics)
+        self.texts = Texts(self.sessions, metrics=self.metrics, max_bytes=kept_bytes)
         self.is_ready = True
         deps = HttpDeps(
             info=INFO,
             sessions=self.sessions,
+            texts=self.texts,
             ready=lambda: self.is_ready,
             metrics=self.metrics,
             tokenizer=symbol_tokenizer() if has_tokenizer else None,
             authenticate=authenticate,
-            runs=runs,
-            sees_runs=sees_runs,
+            **options,
         )
         self.app = create_app(deps, max_body_bytes=max_body_bytes)
         transport = httpx.ASGITransport(app=self.app)

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from teacher_server.engine.fake_engine import full_logprobs, prefix_seeds
 from teacher_server.http import app, bodies
+from teacher_server.http.clients.paths import HEALTH_PATHS, SHAPED_PATHS
 from teacher_server.http.routes import v1
 from teacher_wire.errors import ERROR_CODES, NonFiniteError
 from tests.teacher.http.http_teacher import PROMPT, RESPONSE, Teacher, V, error_of, no_constants
@@ -101,6 +102,7 @@ REFUSED_SCORES = {
         f"token_ids[0] is {V}, must be in 0..{V - 1}",
     ),
     "fractional id": ({"prompt_ids": [1.5]}, "valid integer"),
+    "a number for a list": ({"excluded_ids": 5}, "should be a valid list"),
     "ragged candidates": ({"candidate_ids": [[1], [1, 2]]}, "one length"),
     "candidates for another length": ({"candidate_ids": [[1]]}, "one row a token"),
     "empty candidates": ({"candidate_ids": [[]] * 6}, "one length >= 1"),
@@ -255,6 +257,7 @@ def test_the_schema_says_where_a_token_is_needed(is_secured: bool) -> None:
     everywhere = {"/metrics", "/v1/info", "/v1/score", "/v1/analyze", "/v1/compare"}
     step = "/v1/runs/{run}/steps/{step}"
     everywhere |= {"/v1/runs", "/v1/runs/{run}", step, f"{step}/rollouts/{{index}}"}
+    everywhere |= SHAPED_PATHS - set(HEALTH_PATHS)
     assert secured == (everywhere if is_secured else set())
 
 

@@ -350,6 +350,7 @@ def test_missing_setting_is_named(smallest: Path) -> None:
         (["rollout.temperature=0"], r"rollout\.temperature: .*\(got 0\)"),
         (["rollout.temperature=Infinity"], r"rollout\.temperature: .*finite.*\(got inf\)"),
         (["optim.learning_rate=NaN"], r"optim\.learning_rate: .*\(got nan\)"),
+        (["optim.betas=3"], r"optim\.betas: Input should be a valid list"),
         (["optim.betas=[0.9,1.0]"], r"optim\.betas\.1: .*less than 1 \(got 1\.0\)"),
         (["teacher.endpoints=[]"], r"teacher\.endpoints: .*at least 1"),
         (

@@ -1,0 +1,1 @@
+"""Requests and answers of other trainers' clients, in their own forms; docs/clients.md."""
