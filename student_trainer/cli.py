@@ -354,7 +354,9 @@ def _teacher_accuracy(path: Path) -> float:
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["accuracy"])
     except OSError as error:
-        raise DatasetError(f"--teacher-eval {path}: {error.strerror}") from None
+        raise DatasetError(
+            f"--teacher-eval {path}: {error.strerror}; `student-trainer eval --json` writes it"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{path}: not the result of `eval --json`: {error!r}") from None
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -29,6 +30,8 @@ class RolloutPart:
     run: str
     about: str
     """Which they are."""
+    means: Sequence[tuple[str, str]]
+    """Of what is known of all of them."""
     charts: Sequence[Chart]
     measure: str
     """What `shares` are of."""
@@ -171,11 +174,35 @@ def _rollout_part(run: RunFigures, suffix: str) -> RolloutPart | None:
     return RolloutPart(
         run=run.name,
         about=f"{len(run.rollouts)} rollouts{of_steps}",
+        means=_means(run.rollouts),
         charts=[replace(c, name=f"{c.name}{suffix}") for c in rollout_charts(run.rollouts)],
         measure=measure,
         shares=shares,
         excerpts=excerpts(run.rollouts, run.pieces),
     )
+
+
+MEANS = (
+    ("overlap", "mean_overlap", ".3f"),
+    ("reverse KL", "mean_reverse_kl", ".3f"),
+    ("the teacher's log-prob", "mean_teacher_logprob", ".3f"),
+    ("tokens", "num_tokens", ".0f"),
+    ("bad events", "num_bad_events", ".1f"),
+    ("right answers", "correct", ".0%"),
+)
+
+
+def _means(rollouts: pa.Table) -> list[tuple[str, str]]:
+    """Over rollouts, of those that have it."""
+    found = []
+    for label, name, form in MEANS:
+        values = [value for value in rollouts.column(name).to_pylist() if value is not None]
+        if values:
+            found.append((label, f"{sum(values) / len(values):{form}}"))
+    if rollouts.column("num_bad_events").null_count < len(rollouts):
+        gone = len(rollouts) - rollouts.column("exhausted_at").null_count
+        found.append(("R reached 0 in", f"{gone} of {len(rollouts)}"))
+    return found
 
 
 def _span(steps: Sequence[int]) -> str:

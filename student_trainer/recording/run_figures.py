@@ -48,9 +48,9 @@ def run_figures(
     said = told(folder)
     if said.get("finished") is False:
         planned = said.get("steps_planned")
+        done = f"{written.steps_done}{f' of {planned}' if planned else ''}"
         notes.append(
-            f"{written.steps_done} steps{f' of {planned}' if planned else ''} are written: the run "
-            "goes on, or was ended before its last one."
+            f"{done} steps are written: the run goes on, or was ended before its last one."
         )
     return RunFigures(
         name=name or folder.resolve().name,

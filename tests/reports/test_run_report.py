@@ -144,6 +144,7 @@ def test_what_a_person_looks_for_is_there(page: str) -> None:
         *("Lengths and truncation points", "Where the time went", "Tokens spent and saved"),
         *("the teacher", "Weights", "Gradient norm", "How rollouts ended"),
         *("Reverse KL by position", "Best", "Worst", "7 rollouts of step 3"),
+        *("R reached 0 in", "0 of 7"),
     ):
         assert text in page, text
     assert "in part" not in page
@@ -290,5 +291,6 @@ def test_rollouts_without_the_student_s_view_have_a_page() -> None:
     assert "-log p_teacher" in html
     assert "how unlikely the teacher finds a token" in html
     assert "Reverse KL by position" not in html
+    assert "Warnings" not in html, "there were no steps to warn of"
     empty: pa.Table = table_of([])
     assert report([RunFigures(name="none", rollouts=empty)], "none").html()

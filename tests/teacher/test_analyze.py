@@ -5,6 +5,7 @@ Run: python -m pytest tests/teacher/test_analyze.py
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from rollout_records.errors import RecordingError
 from rollout_records.reading import origin, read_rollout, read_table
 from rollout_records.schema import Origin
 from rollout_records.writing import write_step
+from run_report.drawing import Chart
 from teacher_server import cli
 from teacher_server.analyze.rows import check_fits, given, read_rows
 from teacher_server.engine.hf_engine import HfEngine
@@ -164,6 +165,12 @@ def test_a_policy_that_is_none_is_named() -> None:
             drift_policy(settings)  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True)
+def _not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pictures look like is tests/reports' affair."""
+    monkeypatch.setattr(Chart, "svg", lambda chart: f"<svg>{chart.name}</svg>")
+
+
 @pytest.fixture(scope="module")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Worked solutions of the playground as text, with candidates; and one that has none."""
@@ -172,7 +179,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = []
     for line in (CHECKPOINTS / "heldout.jsonl").read_text().splitlines()[:3]:
         problem = json.loads(line)
-        response = problem["solution"]
+        response = problem["solution"][:60]
         num_tokens = len(tokenizer.encode(response, add_special_tokens=False))
         candidates = rng.integers(0, len(tokenizer), (num_tokens, 8))
         logprobs = np.log(rng.dirichlet(np.ones(9), num_tokens)[:, :8])
@@ -204,8 +211,6 @@ def test_a_file_is_scored_in_process_and_by_a_running_teacher_alike(
             asked += ["--tokenizer", str(TEACHER), "--out", str(there.with_suffix(".html"))]
             return await analyzed(cli.build_parser(with_settings=False).parse_args(asked))
 
-    import asyncio
-
     assert asyncio.run(by_a_server()) == 0
     ours, theirs = read_table([here]), read_table([there])
     assert ours.num_rows == 3
@@ -224,12 +229,6 @@ def test_a_file_is_scored_in_process_and_by_a_running_teacher_alike(
     assert told.drift_policy["stop_in_flight"] is False
 
     row = read_rollout([here], 0)
-    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
-    ids = torch.from_numpy(np.concatenate([row["prompt_ids"], row["response_ids"]])).long()
-    with torch.no_grad():
-        logits = model(ids[None]).logits[0, len(row["prompt_ids"]) - 1 : -1]
-    expected = (logits / 0.7).log_softmax(-1).gather(1, ids[len(row["prompt_ids"]) :, None])[:, 0]
-    np.testing.assert_allclose(row["teacher_logprobs"], expected, rtol=2e-3, atol=1e-3)
     # Candidates at random: hardly anything in common, and R is gone soon.
     assert row["mean_overlap"] < 0.5
     assert row["num_bad_events"] > 0

@@ -30,6 +30,7 @@ from tests.trainer.test_train import (
 )
 
 __all__ = ["client", "folder"]
+UNEVALUATED = ("data.heldout=null", "eval={}", "trackers.report_to=[]")
 OF_THIS_RUN = {"started_at", "generate_s", "score_wait_s"}
 
 
@@ -41,13 +42,13 @@ def test_a_run_that_died_has_recorded_what_one_that_did_not_has(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All rollouts of every step, and of a killed run's later steps none twice."""
-    all_of_them = "recording.rollouts_per_step=all"
+    asked = (*UNEVALUATED, "recording.rollouts_per_step=all")
     connect_to(InMemoryClient(), monkeypatch)
-    straight = configured(folder, f"run.out={folder}/straight", all_of_them)
+    straight = configured(folder, f"run.out={folder}/straight", *asked)
     run_through(straight)
-    # It dies in step 4, after step 3, and goes on after step 2 with another choice.
-    config = configured(folder, all_of_them)
-    connect_to(InMemoryClient(fail_at=2 + 2 * 6 + 2 + 6 + 2), monkeypatch)
+    # It dies in step 4, after step 3, and goes on after step 2.
+    config = configured(folder, *asked)
+    connect_to(InMemoryClient(fail_at=3 * 6 + 2), monkeypatch)
     with pytest.raises(EngineError):
         run_through(config)
     died = recorded(config.run.out)
@@ -87,7 +88,7 @@ def test_the_recorded_weights_are_those_of_the_loss(
     connect_to(StoppingClient(), monkeypatch)
     config = configured(
         folder,
-        *("run.steps=1", "optim.epochs=2", "optim.micro_batch_tokens=30", "eval.pass_k=0"),
+        *("run.steps=1", "optim.epochs=2", "optim.micro_batch_tokens=30", *UNEVALUATED),
         *("weights.prune.w_base=0.5", "drift.w_drop=0.25", 'special_tokens.tokens=["1"]'),
     )
     run_through(config)
@@ -128,7 +129,7 @@ def test_a_run_records_as_many_as_it_is_asked_for(
     for number, asked in enumerate((0, 2)):
         config = configured(
             folder,
-            *("run.steps=2", "eval.pass_k=0", f"run.out={folder}/{number}"),
+            *("run.steps=2", *UNEVALUATED, f"run.out={folder}/{number}"),
             *(f"recording.rollouts_per_step={asked}", "rollout.student_topk=0"),
             'drift={"metric":"teacher_top_p_accept","k":4}',
         )

@@ -19,7 +19,7 @@ HARMLESS = """
 checkpoint.best_metric checkpoint.every_minutes checkpoint.every_steps checkpoint.keep
 checkpoint.keep_best eval.every_steps eval.texts optim.max_sync_gap_nats optim.micro_batch_tokens
 recording.max_bytes recording.rollouts_per_step run.otlp_endpoint run.out run.steps run.texts
-sampler.cpu_cores sampler.enforce_eager
+sampler.cpu_cores sampler.enforce_eager sampler.gpus
 sampler.gpu_memory_utilization sampler.kv_cache_gib sampler.max_num_seqs sampler.stream_interval
 sampler.tensor_parallel_size sampler.weights_dir student.device student.gradient_checkpointing
 teacher.connect_timeout_s teacher.endpoints teacher.tls_ca teacher.tls_cert teacher.tls_key
