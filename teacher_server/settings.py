@@ -137,6 +137,8 @@ class TeacherConfig(BaseSettings):
     """PEM file of the CA whose certificates clients must show"""
     reflection: bool = True
     """serve gRPC reflection"""
+    runs: str = ""
+    """folder of runs whose recorded rollouts are shown over HTTP; empty: none"""
     max_sessions: Count = 4096
     """open sessions"""
     session_ttl_s: Patience = 600.0
@@ -165,8 +167,6 @@ class TeacherConfig(BaseSettings):
     """replies waiting on one stream, bytes"""
     drain_s: Seconds = 30.0
     """time for streams to end after SIGTERM, s"""
-    runs: str = ""
-    """folder of runs whose recorded rollouts are shown over HTTP; empty: none"""
     ready_file: str = ""
     """file to write addresses and process id to, as JSON, when ready"""
     log_level: Literal["debug", "info", "warning"] = "info"
