@@ -100,13 +100,18 @@ def _type(schema: Schema) -> str:
         "exclusiveMinimum": "above {}",
         "maximum": "to {}",
         "exclusiveMaximum": "below {}",
-        "minLength": "{} characters or more",
-        "maxLength": "{} characters at most",
+        "minLength": "characters: {} or more",
+        "maxLength": "characters: {} at most",
         "minItems": "{} or more",
         "maxItems": "{} at most",
     }
-    told = [text.format(schema[name]) for name, text in limits.items() if name in schema]
+    told = [text.format(_number(schema[name])) for name, text in limits.items() if name in schema]
     return kind + (f" ({', '.join(told)})" if told else "")
+
+
+def _number(value: float) -> str:
+    """FastAPI writes every limit as a float."""
+    return str(int(value)) if value == int(value) else str(value)
 
 
 def _table(rows: Any) -> str:

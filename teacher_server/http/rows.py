@@ -30,7 +30,7 @@ class ArrayEncoding(Enum):
 class Reply(BaseModel):
     """A part of an answer; nothing else is in it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class PackedArray(Reply):

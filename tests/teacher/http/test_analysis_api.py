@@ -501,3 +501,5 @@ async def test_the_documentation_needs_nothing_else_and_names_every_path(teacher
     for path in (await teacher.client.get("/openapi.json")).json()["paths"]:
         assert path in response.text
     assert "candidate_ids (optional)" in response.text
+    assert "(from 0, below 2147483648)" in response.text
+    assert "With verdict &quot;truncate&quot;: response tokens to keep." in response.text
