@@ -136,6 +136,8 @@ class TeacherConfig(BaseSettings):
     """PEM file of the CA whose certificates clients must show"""
     reflection: bool = True
     """serve gRPC reflection"""
+    runs: str = ""
+    """folder of runs whose recorded rollouts are shown over HTTP; empty: none"""
     served_model_name: str = ""
     """name by which other trainers' clients ask for the model; empty: as in model"""
     follow_temperature: bool = False
@@ -171,8 +173,6 @@ class TeacherConfig(BaseSettings):
     """replies waiting on one stream, bytes"""
     drain_s: Seconds = 30.0
     """time for streams to end after SIGTERM, s"""
-    runs: str = ""
-    """folder of runs whose recorded rollouts are shown over HTTP; empty: none"""
     ready_file: str = ""
     """file to write addresses and process id to, as JSON, when ready"""
     log_level: Literal["debug", "info", "warning"] = "info"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 INSTALL = "apt-get install -y --no-install-recommends chromium"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -38,6 +38,7 @@ def browser() -> Iterator[Browser]:
         if os.environ.get("PAGE_BROWSER") == "required":
             pytest.fail(message)
         pytest.skip(message)
+    expect.set_options(timeout=LIMIT_MS)
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"]
@@ -57,6 +58,7 @@ class Watch:
         self.may_be_refused = False
         self._host = host
         page.set_default_timeout(LIMIT_MS)
+        page.set_default_navigation_timeout(LIMIT_MS)
         page.on("console", lambda message: self._on_console(message.type, message.text))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("request", lambda request: self._on_request(request.url))

@@ -33,13 +33,21 @@ def slide(pane: Locator, name: str, *keys: str) -> None:
         slider.press(key)
 
 
-def counters(page: Page) -> dict[str, float]:
-    """The browser's own counts: nodes of the document, layouts, styles."""
-    session = page.context.new_cdp_session(page)
-    session.send("Performance.enable")
-    metrics = session.send("Performance.getMetrics")["metrics"]
-    session.detach()
-    return {metric["name"]: metric["value"] for metric in metrics}
+class Counters:
+    """The browser's own counts, from here on: layouts, styles."""
+
+    def __init__(self, page: Page) -> None:
+        self._session = page.context.new_cdp_session(page)
+        self._session.send("Performance.enable")
+        self._before = self._all()
+
+    def _all(self) -> dict[str, float]:
+        metrics = self._session.send("Performance.getMetrics")["metrics"]
+        return {metric["name"]: metric["value"] for metric in metrics}
+
+    def since(self, name: str) -> float:
+        """How many there were."""
+        return self._all()[name] - self._before[name]
 
 
 def pasted(page: Page, shown: Site, prompt: str, response: str, *, ids: bool = False) -> Locator:
