@@ -13,7 +13,7 @@ import pytest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounds:
-    """Counts, and the one set of arms, of one round."""
+    """Counts of one round."""
 
     server_kills: int
     connection_cuts: int
@@ -29,9 +29,6 @@ class Rounds:
     """Whether each case starts its own process of a second and more, or one case of each kind."""
     timed: bool
     """Whether times are judged too, which other work on the machine moves."""
-    verdict_repeats: int
-    verdict_arms: tuple[str, ...]
-    """Each starts an engine; two of these are vLLM's."""
 
     @property
     def timeout_s(self) -> float:
@@ -49,8 +46,6 @@ IN_TEST = Rounds(
     fuzz_cases=1_500,
     every_process=False,
     timed=False,
-    verdict_repeats=1,
-    verdict_arms=("driftline",),
 )
 LONG = Rounds(
     server_kills=500,
@@ -62,8 +57,6 @@ LONG = Rounds(
     fuzz_cases=100_000,
     every_process=True,
     timed=True,
-    verdict_repeats=2,
-    verdict_arms=("driftline", "transformers", "floor"),
 )
 
 

@@ -36,7 +36,7 @@ from benchmarks.processes import what_failed
 from benchmarks.progress import Progress
 from benchmarks.trainer_load import Append
 from tests.cores import own_core
-from tests.rounds import ROUNDS
+from tests.rounds import in_the_long_round
 from tests.waiting import LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,12 +282,13 @@ def test_what_failed_is_the_line_that_names_the_error(tmp_path: Path) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.e2e
+@in_the_long_round
 def test_verdict_runs_with_a_tiny_model(tmp_path: Path) -> None:
-    path = tmp_path / "verdict.json"
+    path, arms = tmp_path / "verdict.json", ["driftline", "transformers", "floor"]
     checkpoint("tiny")  # here, where transformers is imported, it takes no seconds
     command = [sys.executable, "-m", "benchmarks.verdict", "--quick", "--model", "tiny", "--eager"]
-    command += ["--dtype", "float32", "--arms", *ROUNDS.verdict_arms]
-    command += ["--repeats", str(ROUNDS.verdict_repeats)]
+    command += ["--dtype", "float32", "--arms", *arms]
+    command += ["--repeats", "2"]
     command += [
         "--cores",
         own_core(),
@@ -306,13 +307,11 @@ def test_verdict_runs_with_a_tiny_model(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(path.read_text())
-    assert list(content["arms"]) == list(ROUNDS.verdict_arms)
-    assert {len(arm["seconds"]) for arm in content["arms"].values()} == {ROUNDS.verdict_repeats}, (
-        content
-    )
+    assert list(content["arms"]) == arms
+    assert {len(arm["seconds"]) for arm in content["arms"].values()} == {2}, content
     ratios = content["ratios"]
     measured_arms = {"transformers_over_driftline": "transformers", "driftline_over_floor": "floor"}
     for name, other in measured_arms.items():
-        assert (ratios.get(name) is not None) == (other in ROUNDS.verdict_arms)
+        assert (ratios.get(name) is not None) == (other in arms)
     assert content["settings"]["piece"] == 64
     assert "driftline" in done.stdout
