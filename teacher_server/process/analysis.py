@@ -55,7 +55,9 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="with --model: auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="with --model: arithmetic (default auto)")
-    parser.add_argument("--max-context", type=int, default=8192, help="with --model: longest row")
+    parser.add_argument(
+        "--max-context", type=int, help="with --model: longest row (default 8192, or the model's)"
+    )
     parser.add_argument(
         "--skip-invalid",
         action="store_true",
@@ -316,13 +318,14 @@ def _teacher(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Teach
 
     if not arguments.model:
         return running(arguments.address, token_file=arguments.token_file, tls_ca=arguments.tls_ca)
+    given = {} if arguments.max_context is None else {"max_context": arguments.max_context}
     return loaded(
         TeacherConfig(
             engine="hf",
             model=arguments.model,
             device=arguments.device,
             dtype=arguments.dtype,
-            max_context=arguments.max_context,
             max_k=MAX_K,
+            **given,
         )
     )

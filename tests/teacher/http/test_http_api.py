@@ -102,7 +102,7 @@ REFUSED_SCORES = {
         f"token_ids[0] is {V}, must be in 0..{V - 1}",
     ),
     "fractional id": ({"prompt_ids": [1.5]}, "valid integer"),
-    "a number for a list": ({"excluded_ids": 5}, "should be a valid list"),
+    "a number for a list": ({"excluded_ids": 5}, "should be a valid array"),
     "ragged candidates": ({"candidate_ids": [[1], [1, 2]]}, "one length"),
     "candidates for another length": ({"candidate_ids": [[1]]}, "one row a token"),
     "empty candidates": ({"candidate_ids": [[]] * 6}, "one length >= 1"),
