@@ -15,16 +15,16 @@ import itertools
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teacher_server.access.tenants import OpenTenants, Tenants
-from teacher_server.engine.base import EngineRows, ScoreQuery
+from teacher_server.engine.base import ScoreQuery
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.eviction import fits_beyond, givers
 from teacher_server.scoring.judging import check_rows, joined, judged_rows, pieces
+from teacher_server.scoring.scorer import Scorer
 from teacher_server.scoring.session import Session
 from teacher_server.scoring.validation import (
     check_drift,
@@ -54,22 +54,6 @@ _EMPTY_IDS: NDArray[np.int32] = np.zeros(0, np.int32)
 _EVICTION_HINT_MS = 500
 _BACKGROUND_PIECE_TOKENS = 256
 """Of background work, so that others wait for no more than that."""
-
-
-class Scorer(Protocol):
-    """What a session table asks for rows; teacher_server.admission.scheduler.Scheduler."""
-
-    async def score(
-        self,
-        query: ScoreQuery,
-        *,
-        tenant: str,
-        deadline_s: float | None = None,
-        background: bool = False,
-        more_follows: bool = True,
-    ) -> tuple[EngineRows, Timing]: ...
-
-    def forget(self, session: str) -> None: ...
 
 
 class SessionTable:
