@@ -6,33 +6,17 @@ Knows no other session.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 
-from teacher_server.engine.base import EngineRows, ScoreQuery
+from teacher_server.engine.base import ScoreQuery
 from teacher_server.metrics.server import Metrics
 from teacher_server.scoring.judging import check_rows, judged_rows
+from teacher_server.scoring.scorer import Scorer
 from teacher_server.scoring.session import Session
 from teacher_server.scoring.validation import check_span, check_total_length
 from teacher_wire.errors import SessionOffsetError
 from teacher_wire.records import ScoreRows, Scores, TeacherInfo, Timing, TokenSpan
-
-
-class Scorer(Protocol):
-    """What a session table asks for rows; teacher_server.admission.scheduler.Scheduler."""
-
-    async def score(
-        self,
-        query: ScoreQuery,
-        *,
-        tenant: str,
-        deadline_s: float | None = None,
-        background: bool = False,
-        more_follows: bool = True,
-    ) -> tuple[EngineRows, Timing]: ...
-
-    def forget(self, session: str) -> None: ...
 
 
 class Appends:

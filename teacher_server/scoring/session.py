@@ -47,7 +47,7 @@ class Session:
 
     @property
     def standing(self) -> dict[str, bool]:
-        """Beside what others ask: arguments of teacher_server.scoring.sessions.Scorer.score."""
+        """Beside what others ask: arguments of teacher_server.scoring.scorer.Scorer.score."""
         return {"background": self.background, "more_follows": self.is_stream}
 
     @property

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from teacher_server.access.tenants import OpenTenants, Tenants
 from teacher_server.metrics.server import Metrics
-from teacher_server.scoring.appends import Appends, Scorer
+from teacher_server.scoring.appends import Appends
 from teacher_server.scoring.eviction import fits_beyond, givers
 from teacher_server.scoring.judging import joined, pieces
+from teacher_server.scoring.scorer import Scorer
 from teacher_server.scoring.session import Session, engine_name
 from teacher_server.scoring.validation import (
     check_drift,

@@ -121,7 +121,7 @@ async def test_one_loop_of_analysis_costs_a_trainer_no_more_than_its_share(sessi
         )
         while not done.is_set():
             await scheduler.score(salted, tenant=name, background=background)
-            if engine.tokens["trainer"] >= 8_000:
+            if engine.tokens["trainer"] >= 4_000:
                 done.set()
 
     trainers = [asyncio.create_task(ask("trainer", 64, False)) for _ in range(sessions)]

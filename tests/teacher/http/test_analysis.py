@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -115,6 +115,7 @@ VALUES = st.one_of(
 )
 
 
+@settings(max_examples=25)
 @given(
     shape=st.tuples(st.integers(1, 5000), st.integers(1, 9)),
     others=st.dictionaries(st.text(max_size=4), VALUES, max_size=4),
