@@ -13,8 +13,6 @@ try:
 except ModuleNotFoundError:
     sys.exit("teacher-server: the distribution driftline-client is missing; install it again")
 
-from teacher_server.process.analysis import add_parser as add_analyze
-from teacher_server.process.analysis import analyze
 from teacher_server.process.signals import interrupts_end_quietly, signals_end_at_once
 
 if TYPE_CHECKING:
@@ -40,6 +38,8 @@ def _run(words: Sequence[str]) -> int:
     if words[:1] == ["probe"]:
         return _probe(build_parser(with_settings=False).parse_args(words))
     if words[:1] == ["analyze"]:
+        from teacher_server.process.analysis import analyze
+
         return analyze(build_parser(with_settings=False).parse_args(words))
     from teacher_server.flags import refuse_unknown_flags
     from teacher_server.process.model_folder import check_model_folder
@@ -64,6 +64,8 @@ def _run(words: Sequence[str]) -> int:
 def build_parser(*, with_settings: bool = True) -> argparse.ArgumentParser:
     """All commands and flags."""
     import argparse
+
+    from teacher_server.process.analysis import add_parser as add_analyze
 
     parser = argparse.ArgumentParser(
         prog="teacher-server",

@@ -4,6 +4,8 @@ imports are made without looking for garbage."""
 from __future__ import annotations
 
 import gc
+import logging
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,9 +13,9 @@ import teacher_wire  # noqa: F401
 
 LONGEST_FIRST = (
     "e2e/test_demo.py",
-    "benchmarks/test_measuring.py",
+    "faults/test_several_processes.py",
+    "trainer/learner/test_sharding.py",
     "faults/test_kill_vllm.py",
-    "faults/test_kill_sampler.py",
     "faults/test_sampler_restart.py",
     "faults/test_kill_trainer.py",
     "faults/test_stop_trainer.py",
@@ -29,7 +31,6 @@ LONGEST_FIRST = (
     "faults/test_slow_readers.py",
     "faults/test_channel_options.py",
     "page/test_page.py",
-    "trainer/learner/test_data_parallel.py",
     "trainer/test_failures.py",
     "trainer/test_train.py",
     "trainer/test_stopping.py",
@@ -43,6 +44,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST_FIRST.index(path) if path in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=place)
+
+
+@pytest.fixture(autouse=True)
+def log_of_a_command_ends_with_its_test() -> Iterator[None]:
+    """A command that a test calls in this process writes its log to that test's standard error."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in list(root.handlers):
+        if type(handler) is logging.StreamHandler and handler not in before:
+            root.removeHandler(handler)
 
 
 gc.disable()

@@ -47,22 +47,31 @@ class Pace:
 
     def arrive(self, tenant: str, weight: float) -> None:
         """A foreground query is there."""
-        held = self._present.setdefault(tenant, _Present(0, weight))
-        held.queries += 1
-        held.weight = weight
+        held = self._present.get(tenant)
+        if held is None:
+            self._present[tenant] = _Present(1, weight)
+        else:
+            held.queries += 1
+            held.weight = weight
 
-    def leave(self, tenant: str, *, more_follows: bool = True) -> bool:
-        """A foreground query has ended, however; True when none is left."""
+    @property
+    def has_foreground(self) -> bool:
+        """Whether a foreground query is there."""
+        return bool(self._present)
+
+    def leave(self, tenant: str, *, more_follows: bool = True) -> None:
+        """A foreground query has ended, however."""
         held = self._present[tenant]
         held.queries -= 1
         if not held.queries:
             del self._present[tenant]
         if more_follows:
             self._silent_since = self._clock()
-        return not self._present
 
     def foreground(self, tokens: int, weight_of: Callable[[str], float]) -> None:
         """So many tokens of a foreground query go to the engine: debts are paid off."""
+        if not self._debts:
+            return
         total = sum(held.weight for held in self._present.values())
         for tenant in list(self._debts):
             left = self._debts[tenant] - tokens * self._share * weight_of(tenant) / total

@@ -141,11 +141,9 @@ class Scheduler:
         finally:
             self._tenant_limits.finish(booked, tokens, scored=entered is not None)
             if not background:
-                is_last = self._pace.leave(tenant, more_follows=more_follows)
-                if is_last and self._held:
-                    loop = asyncio.get_running_loop()
-                    loop.call_soon(self._let_go)
-                    loop.call_later(self._quiet_s + _TICK_S, self._let_go)
+                self._pace.leave(tenant, more_follows=more_follows)
+                if self._held:
+                    self._let_go_when_silent()
         left = self._clock()
         return rows, Timing(
             queue_us=int((entered - arrived) * 1e6),
@@ -180,6 +178,9 @@ class Scheduler:
     async def _enter(
         self, tokens: int, tenant: Tenant, deadline_s: float | None, background: bool
     ) -> None:
+        if not background and not self._waiting and self._fits(tokens):
+            self._grant(tokens, background)
+            return
         loop = asyncio.get_running_loop()
         waiter = _Waiter(tokens, tenant, background, loop.create_future())
         if background and (tenant.name in self._held or not self._pace.allows(tenant.name)):
@@ -189,7 +190,7 @@ class Scheduler:
             loop.call_later(self._quiet_s + _TICK_S, self._let_go)
         elif not self._waiting and self._fits(tokens):
             self._charge(waiter)
-            self._grant(waiter)
+            self._grant(tokens, background)
             return
         else:
             self._refuse_when_full(tokens, tenant.name)
@@ -211,6 +212,12 @@ class Scheduler:
         finally:
             if timer is not None:
                 timer.cancel()
+
+    def _let_go_when_silent(self) -> None:
+        if not self._pace.has_foreground:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._let_go)
+            loop.call_later(self._quiet_s + _TICK_S, self._let_go)
 
     def _held_tokens(self, tenant: str) -> int:
         return sum(waiter.tokens for waiter in self._held.get(tenant, ()))
@@ -277,13 +284,16 @@ class Scheduler:
         limit = self._limits.max_running_tokens
         return not self._granted or self._granted_tokens + tokens <= limit
 
-    def _grant(self, waiter: _Waiter) -> None:
+    def _grant(self, tokens: int, background: bool) -> None:
         self._granted += 1
-        self._granted_tokens += waiter.tokens
-        if not waiter.background:
-            self._pace.foreground(waiter.tokens, lambda name: self._tenants.get(name).weight)
+        self._granted_tokens += tokens
+        if not background:
+            self._pace.foreground(tokens, self._weight_of)
             if self._held:
                 asyncio.get_running_loop().call_soon(self._let_go)
+
+    def _weight_of(self, tenant: str) -> float:
+        return self._tenants.get(tenant).weight
 
     def _leave(self, tokens: int) -> None:
         self._granted -= 1
@@ -296,7 +306,7 @@ class Scheduler:
             self._waiting.pop()
             if not waiter.place.done():
                 waiter.place.set_result(None)
-                self._grant(waiter)
+                self._grant(waiter.tokens, waiter.background)
 
     def _learn_rate(self, seconds: float) -> None:
         if seconds > 0:

@@ -304,15 +304,12 @@ class SessionStream:
         span, parent = codec.decode_span(request.span), request.traceparent
         if parent:
             logs.trace_id.set(tracing.trace_id_of(parent))
-        deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
+        deadline_ms = request.deadline_ms
         async with self._replies.room_for(answer_bytes(span, options)):
-            waited_s = self._now() - arrived
+            left_s = deadline_ms / 1000 - (self._now() - arrived) if deadline_ms else None
             with tracing.append_span(parent, len(span)) as trace:
                 scores = await self._sessions.append(
-                    session_id,
-                    span,
-                    tenant=self._tenant,
-                    deadline_s=None if deadline_s is None else deadline_s - waited_s,
+                    session_id, span, tenant=self._tenant, deadline_s=left_s
                 )
                 trace.scored(scores.timing)
         for reply in codec.encode_scores(scores, options.logprob_dtype, session_id):

@@ -76,7 +76,11 @@ class Appends:
         left_s = None if give_up is None else give_up - self._clock()
         try:
             rows, timing = await self._scorer.score(
-                query, tenant=session.tenant, deadline_s=left_s, **session.standing
+                query,
+                tenant=session.tenant,
+                deadline_s=left_s,
+                background=session.background,
+                more_follows=session.is_stream,
             )
         except BaseException as error:
             session.tally.failed(error)

@@ -22,6 +22,9 @@ from teacher_wire.records import (
     concat_rows,
 )
 
+_CHECKED = tuple((column.name, column.width, column.is_float) for column in MODEL_COLUMNS)
+"""What check_rows asks of each column."""
+
 
 def check_rows(rows: EngineRows, query: ScoreQuery) -> None:
     """An engine's promise, checked: the shapes asked for, and no number that is not finite."""
@@ -33,18 +36,16 @@ def check_rows(rows: EngineRows, query: ScoreQuery) -> None:
         None if candidates is None else (n, candidates.shape[1]),
     )
     unasked = EXTRAS - query.extras
-    for column, array in zip(MODEL_COLUMNS.columns, MODEL_COLUMNS.arrays(rows), strict=True):
-        shape = None if column.name in unasked else shapes[column.width]
+    for (name, width, is_float), array in zip(_CHECKED, MODEL_COLUMNS.arrays(rows), strict=True):
+        shape = None if name in unasked else shapes[width]
         if array is None:
             if shape is not None:
-                raise EngineError(f"the engine's {column.name} is missing, must be {shape}")
+                raise EngineError(f"the engine's {name} is missing, must be {shape}")
         elif array.shape != shape:
-            raise EngineError(
-                f"the engine's {column.name} has shape {array.shape}, must be {shape}"
-            )
+            raise EngineError(f"the engine's {name} has shape {array.shape}, must be {shape}")
         # A sum of log-probs or entropies is finite if all of them are.
-        elif column.is_float and not math.isfinite(array.sum()):
-            raise NonFiniteError(f"the engine's {column.name} holds a NaN or an infinity")
+        elif is_float and not math.isfinite(array.sum()):
+            raise NonFiniteError(f"the engine's {name} holds a NaN or an infinity")
 
 
 def judged_rows(rows: ModelRows, span: TokenSpan, policy: DriftPolicy | None) -> ScoreRows:

@@ -45,14 +45,10 @@ class Session:
     """Appends waiting or running."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    @property
-    def standing(self) -> dict[str, bool]:
-        """Beside what others ask: arguments of teacher_server.scoring.scorer.Scorer.score."""
-        return {"background": self.background, "more_follows": self.is_stream}
+    engine_name: str = field(init=False)
 
-    @property
-    def engine_name(self) -> str:
-        return engine_name(self.tenant, self.session_id)
+    def __post_init__(self) -> None:
+        self.engine_name = engine_name(self.tenant, self.session_id)
 
     def take_in(
         self, span: TokenSpan, bad: NDArray[np.bool_] | None

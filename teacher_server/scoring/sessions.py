@@ -155,7 +155,7 @@ class SessionTable:
         SessionNotFoundError, SessionOffsetError, CapacityError, DeadlineError, EngineError or
         NonFiniteError.
         """
-        session = self._find(session_id, tenant)
+        session, key = self._find(session_id, tenant), (tenant, session_id)
         session.num_pending += 1
         give_up = None if deadline_s is None else self._clock() + deadline_s
         try:
@@ -163,9 +163,10 @@ class SessionTable:
                 scores = await self._appends.score(session, span, give_up)
         finally:
             session.num_pending -= 1
-            is_held = self._sessions.get((tenant, session_id)) is session
+            is_held = self._sessions.get(key) is session
             if is_held:
-                self._touch(session)
+                session.last_used = self._clock()
+                self._sessions.move_to_end(key)
         if not is_held:
             raise SessionNotFoundError(f"session {session_id!r} was closed or replaced meanwhile")
         return scores
@@ -290,12 +291,7 @@ class SessionTable:
         session = self._sessions.get((tenant, session_id))
         if session is None:
             raise SessionNotFoundError(f"no session {session_id!r}: it expired or was never opened")
-        self._touch(session)
         return session
-
-    def _touch(self, session: Session) -> None:
-        session.last_used = self._clock()
-        self._sessions.move_to_end((session.tenant, session.session_id))
 
     def _make_room_of(self, tenant: str) -> None:
         """A tenant at its own limit makes room with its own sessions."""

@@ -71,7 +71,8 @@ def test_without_foreground_work_nothing_is_owed_once_it_has_been_quiet_for_a_wh
     pace.arrive("trainer", 1.0)
     pace.background("reader", 1000)
     assert not pace.allows("reader")
-    assert pace.leave("trainer")
+    pace.leave("trainer")
+    assert not pace.has_foreground
     assert not pace.allows("reader")  # it may only be between two appends
     now[0] += 0.1
     assert pace.allows("reader")
