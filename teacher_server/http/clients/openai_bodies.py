@@ -11,7 +11,7 @@ from teacher_server.http.clients.asking import MAX_TEXTS
 from teacher_wire.records import MAX_TEMPERATURE
 
 Id = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-Ids = Annotated[list[Id], Field(min_length=1, max_length=2**20)]
+Ids = Annotated[list[Id], Field(min_length=1, max_length=2**20, fail_fast=True)]
 Text = Annotated[str, Field(strict=True, min_length=1, max_length=2**20)]
 Flag = Annotated[bool, Field(strict=True)]
 Temperature = Annotated[float, Field(strict=True, ge=0, le=MAX_TEMPERATURE, allow_inf_nan=False)]
@@ -20,7 +20,9 @@ Width = Annotated[int, Field(strict=True, ge=-1, lt=2**31)]
 """Of top log-probs; -1 is the whole vocabulary."""
 
 
-Several = Annotated[list[Text] | list[Ids], Field(min_length=1, max_length=MAX_TEXTS)]
+_MANY = Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)
+SeveralTexts = Annotated[list[Text], _MANY]
+SeveralIds = Annotated[list[Ids], _MANY]
 
 
 class Lenient(BaseModel):
@@ -33,7 +35,7 @@ class CompletionBody(Lenient):
     """One or several texts of which every token is scored; nothing is generated."""
 
     model: str | None = None
-    prompt: Text | Ids | Several
+    prompt: Text | Ids | SeveralTexts | SeveralIds
     max_tokens: NumTokens | None = None
     """0 or 1, and either generates nothing."""
     temperature: Temperature | None = None

@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from teacher_server.http.clients import asking
 from teacher_server.http.clients.openai_bodies import (
     Flag,
     Id,
     Ids,
     Lenient,
     NumTokens,
+    SeveralIds,
+    SeveralTexts,
     Temperature,
     Text,
 )
@@ -22,11 +23,9 @@ from teacher_wire.errors import InvalidRequestError
 
 Start = Annotated[int, Field(strict=True, ge=-1, lt=2**31)]
 TopNum = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-Choice = Annotated[list[Id], Field(max_length=2**20)]
-SeveralIds = Annotated[list[Ids], Field(min_length=1, max_length=asking.MAX_TEXTS)]
-SeveralTexts = Annotated[list[Text], Field(min_length=1, max_length=asking.MAX_TEXTS)]
+Choice = Annotated[list[Id], Field(max_length=2**20, fail_fast=True)]
 Name = Annotated[str, Field(strict=True, max_length=256)]
-PositionIds = Annotated[list[Choice], Field(max_length=2**20)]
+PositionIds = Annotated[list[Choice], Field(max_length=2**20, fail_fast=True)]
 
 
 class SglangSampling(Lenient):
@@ -120,10 +119,13 @@ def _lists(value: Any, n: int, depth: int, field: str) -> list[Any]:
 
 
 def _levels(value: Any) -> int:
-    """Of lists in one another."""
-    if not isinstance(value, list):
-        return 0
-    return 1 + max(map(_levels, value), default=0)
+    """Of lists in one another, by the first that is not empty: all are alike."""
+    levels = 0
+    while isinstance(value, list):
+        levels += 1
+        present = (inner for inner in value if inner is not None)
+        value = next((inner for inner in value if inner), next(present, None))
+    return levels
 
 
 Entry = tuple[float | None, int, str | None]

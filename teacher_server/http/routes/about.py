@@ -15,11 +15,12 @@ from teacher_server.http.clients.paths import HEALTH_PATHS
 from teacher_server.http.clients.token_strings import TokenStrings
 from teacher_server.http.clients.writing import json_reply
 from teacher_server.http.deps import HttpDeps
+from teacher_server.http.json_route import JsonRoute
 
 
 def routes(deps: HttpDeps) -> APIRouter:
     """/health, /ping, /version, /v1/models and /tokenize."""
-    router = APIRouter(responses=openai_bodies.FAILURES)
+    router = APIRouter(responses=openai_bodies.FAILURES, route_class=JsonRoute)
     token = deps.token_in_schema()
     strings = TokenStrings(deps.tokenizer)
     started = int(time.time())

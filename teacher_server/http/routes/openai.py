@@ -18,6 +18,7 @@ from teacher_server.http.clients.prompt_logprobs import openai_logprobs, prompt_
 from teacher_server.http.clients.token_strings import TokenStrings
 from teacher_server.http.clients.writing import dumps, json_stream, usage
 from teacher_server.http.deps import HttpDeps
+from teacher_server.http.json_route import JsonRoute
 from teacher_server.scoring.texts import TextScores
 from teacher_wire.errors import InvalidRequestError
 from teacher_wire.records import ScoreOptions
@@ -25,7 +26,7 @@ from teacher_wire.records import ScoreOptions
 
 def routes(deps: HttpDeps) -> APIRouter:
     """/v1/completions."""
-    router = APIRouter(responses=openai_bodies.FAILURES)
+    router = APIRouter(responses=openai_bodies.FAILURES, route_class=JsonRoute)
     strings = TokenStrings(deps.tokenizer)
 
     @router.post(

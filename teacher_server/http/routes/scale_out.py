@@ -15,6 +15,7 @@ from teacher_server.http.clients.prompt_logprobs import prompt_logprobs
 from teacher_server.http.clients.token_strings import TokenStrings
 from teacher_server.http.clients.writing import dumps, json_stream, usage
 from teacher_server.http.deps import HttpDeps
+from teacher_server.http.json_route import JsonRoute
 from teacher_server.scoring.texts import TextScores
 from teacher_wire.errors import InvalidRequestError
 from teacher_wire.records import ScoreOptions
@@ -22,7 +23,7 @@ from teacher_wire.records import ScoreOptions
 
 def routes(deps: HttpDeps) -> APIRouter:
     """/inference/v1/generate."""
-    router = APIRouter(responses=openai_bodies.FAILURES)
+    router = APIRouter(responses=openai_bodies.FAILURES, route_class=JsonRoute)
     strings = TokenStrings(deps.tokenizer)
 
     @router.post(

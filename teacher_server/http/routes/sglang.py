@@ -19,6 +19,7 @@ from teacher_server.http.clients.sglang_bodies import SglangBody, SglangReply, W
 from teacher_server.http.clients.token_strings import TokenStrings
 from teacher_server.http.clients.writing import dumps, json_stream
 from teacher_server.http.deps import HttpDeps
+from teacher_server.http.json_route import JsonRoute
 from teacher_server.scoring.texts import TextScores
 from teacher_server.scoring.validation import check_ids
 from teacher_wire.errors import InvalidRequestError
@@ -30,7 +31,7 @@ PIECE_TOKENS = 256
 
 def routes(deps: HttpDeps) -> APIRouter:
     """/generate, by POST and by PUT."""
-    router = APIRouter(responses=openai_bodies.FAILURES)
+    router = APIRouter(responses=openai_bodies.FAILURES, route_class=JsonRoute)
     strings = TokenStrings(deps.tokenizer)
 
     async def generate(body: SglangBody, request: Request) -> Response:
@@ -124,6 +125,10 @@ def _candidates(
 ) -> tuple[NDArray[np.int32] | None, NDArray[np.int64] | None]:
     """The named ids of each row, [num_rows, C], padded to one width, and how many each has."""
     if want.positions is not None:
+        if want.ids is not None:
+            raise InvalidRequestError(
+                "token_ids_logprob and token_ids_logprob_positions are both given: send one"
+            )
         return _by_position(want.positions, num_rows, deps)
     if want.ids is None:
         return None, None
@@ -157,11 +162,11 @@ def _by_position(
         )
     if not width:
         return None, widths
-    padded = np.zeros((num_rows, width), np.int32)
-    for row, ids in enumerate(positions[1:]):
+    padded = np.zeros((num_rows + 1, max(width, len(positions[0]))), np.int32)
+    for row, ids in enumerate(positions):
         padded[row, : len(ids)] = ids
     check_ids(padded, field, deps.info.vocab_size)
-    return padded, widths
+    return padded[1:, :width], widths
 
 
 def _reply(

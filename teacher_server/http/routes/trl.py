@@ -20,10 +20,12 @@ from teacher_server.http.clients.paths import TRL_PATH
 from teacher_server.http.clients.prompt_logprobs import ranks_in
 from teacher_server.http.clients.writing import json_reply
 from teacher_server.http.deps import HttpDeps
+from teacher_server.http.json_route import JsonRoute
 from teacher_wire.errors import InvalidRequestError
 from teacher_wire.records import ModelRows, ScoreOptions
 
-Texts = Annotated[list[list[Id]], Field(min_length=1, max_length=asking.MAX_TEXTS)]
+Text = Annotated[list[Id], Field(fail_fast=True)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=asking.MAX_TEXTS, fail_fast=True)]
 
 
 class SequenceLogprobsBody(Lenient):
@@ -55,7 +57,7 @@ class SequenceLogprobsReply(BaseModel):
 
 def routes(deps: HttpDeps) -> APIRouter:
     """/get_sequence_logprobs/; /health/ is among the others of its kind."""
-    router = APIRouter(responses=openai_bodies.FAILURES)
+    router = APIRouter(responses=openai_bodies.FAILURES, route_class=JsonRoute)
 
     @router.post(
         TRL_PATH, response_model=SequenceLogprobsReply, dependencies=deps.token_in_schema()

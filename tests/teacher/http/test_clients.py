@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from teacher_server.http.clients import asking
+from teacher_server.http.json_route import JsonRoute
 from teacher_wire.errors import CapacityError, EngineError
 from tests.teacher.http.client_requests import (
     miles_body,
@@ -373,6 +374,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         miles_body(IDS, 0, token_ids_logprob_positions=[[1]]),
         "has 1 lists, must have 9",
     ),
+    "an id of a position": (
+        "/generate",
+        miles_body(IDS, 0, token_ids_logprob_positions=[[], [V], *[[]] * 7]),
+        f"token_ids_logprob_positions[1, 0] is {V}",
+    ),
+    "both": (
+        "/generate",
+        miles_body(IDS, 0, token_ids_logprob=[1], token_ids_logprob_positions=[[]] * 9),
+        "are both given: send one",
+    ),
     "neither": ("/generate", {"return_logprob": True}, "exactly one of input_ids and text"),
     "lengths": (
         "/get_sequence_logprobs/",
@@ -387,6 +398,30 @@ async def test_what_is_not_served_is_refused_by_name(teacher: Teacher, case: str
     path, body, text = REFUSED[case]
     assert text in refusal(await teacher.post(path, body), 400)
     assert teacher.engine.num_queries == 0
+
+
+@pytest.mark.parametrize("prompt", [[], "", [[]], [""], [-1], None, {}, [[1], "a"]])
+async def test_a_prompt_that_is_none_is_told_without_the_inside_of_python(
+    teacher: Teacher, prompt: Any
+) -> None:
+    told = refusal(
+        await teacher.post("/v1/completions", trl_body(IDS, K) | {"prompt": prompt}), 400
+    )
+    assert "prompt" in told
+    assert "0x" not in told
+    assert "function" not in told
+
+
+def test_no_body_is_read_on_the_loop_that_carries_the_streams(teacher: Teacher) -> None:
+    routes = [route for route in teacher.app.routes if getattr(route, "body_field", None)]
+    assert len(routes) >= 9
+    assert [route.path for route in routes if not isinstance(route, JsonRoute)] == []
+
+
+async def test_a_body_without_a_content_type_is_told_which(teacher: Teacher) -> None:
+    for path in ("/v1/completions", "/inference/v1/generate", "/generate", "/tokenize"):
+        told = refusal(await teacher.client.post(path, content=b"{}"), 400)
+        assert told.startswith("the header content-type is missing, must be application/json")
 
 
 async def test_a_body_too_large_and_one_that_is_no_utf8_have_the_shape_too() -> None:
