@@ -123,8 +123,8 @@ def legend_above(axis: Axes, ncols: int) -> None:
 
 
 def plain(name: str) -> str:
-    """A name for matplotlib, drawn as it stands: `$` begins no mathematics, and a legend does not leave
-    out what begins with an underscore."""
+    """A name for matplotlib, drawn as it stands: `$` begins no mathematics, and a legend does not
+    leave out what begins with an underscore."""
     shown = name.replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 

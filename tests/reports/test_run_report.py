@@ -288,7 +288,7 @@ def test_positions_and_tokens_of_a_worked_example() -> None:
 def test_ends_that_others_name_are_drawn_as_not_said() -> None:
     rows = [made_row(i, finish=finish) for i, finish in enumerate(("eos", "eos", "stop"))]
     for part, labels in ((rows[:2], []), (rows, ["ended by the student", "not said"])):
-        axis = Figure().subplots()
+        axis: Any = Figure().subplots()
         rollout_charts(table_of(part))[-1].draw(axis)
         shown = axis.get_legend()
         assert [t.get_text() for t in shown.get_texts()] == labels if shown else not labels
