@@ -342,7 +342,11 @@ def _report_of_one(folder: Path, extra: dict[str, Any], console: Console) -> Non
     console.print(summary_table(summary))
     for line in warning_lines(summary):
         console.print(line, style="yellow", highlight=False, markup=False)
-    if drawn := pairs(folder, count=PAIRS_WRITTEN):
+    notes: list[str] = []
+    drawn = pairs(folder, count=PAIRS_WRITTEN, notes=notes)
+    for note in notes:
+        console.print(note, style="yellow", highlight=False, markup=False)
+    if drawn:
         console.print(text_table(drawn[:PAIRS_SHOWN]))
         console.print(f"{write_side_by_side(folder, drawn)}", highlight=False)
     console.print(f"{write_summary(folder, summary)}", highlight=False)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from run_report.drawing import MUTED, SERIES, Chart, legend
+from run_report.drawing import MUTED, SERIES, Chart, legend, plain
 from run_report.figures import RunFigures
 
 LOG_ABOVE = 30.0
@@ -166,7 +166,9 @@ def _line(
     steps, values = curve.series(run, figure)
     if not len(steps):
         return values
-    label = ", ".join([run.name] * named + [curve.figures[figure]] * bool(curve.figures[figure]))
+    label = ", ".join(
+        [plain(run.name)] * named + [curve.figures[figure]] * bool(curve.figures[figure])
+    )
     style: dict[str, Any] = {
         "color": SERIES[(number if named else dash) % len(SERIES)],
         "linestyle": ("-", "--")[dash % 2] if named else "-",
@@ -203,7 +205,7 @@ def weights_chart(runs: Runs) -> Chart | None:
             color = SERIES[number % len(SERIES)]
             steps, mean = run.series("weight_mean")
             (_, low), (_, high) = run.series("weight_min"), run.series("weight_max")
-            axis.plot(steps, mean, color=color, label=run.name)
+            axis.plot(steps, mean, color=color, label=plain(run.name))
             if len(low) == len(mean) == len(high):
                 axis.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
         _scaled(axis, np.zeros(0))

@@ -102,7 +102,7 @@ def overview(charts: Sequence[Chart], path: Path) -> Path:
         for chart, axis in zip(charts, axes, strict=False):
             chart.draw(axis)
             above = axis.get_legend() is not None and axis.get_legend().get_label() == ABOVE
-            axis.set_title(chart.title, pad=24 if above else None)
+            axis.set_title(plain(chart.title), pad=24 if above else None)
         for axis in axes[len(charts) :]:
             axis.remove()
         figure.savefig(path, dpi=OVERVIEW_DPI, facecolor="white")
@@ -120,6 +120,13 @@ def legend_above(axis: Axes, ncols: int) -> None:
     """For what fills its axes."""
     made = axis.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=ncols)
     made.set_label(ABOVE)
+
+
+def plain(name: str) -> str:
+    """A name for matplotlib, drawn as it stands: `$` begins no mathematics, and a legend does not
+    leave out what begins with an underscore."""
+    shown = name.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def say(axis: Axes, text: str) -> None:

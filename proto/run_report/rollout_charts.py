@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from run_report.drawing import SERIES, STOPPED, Chart, legend
 from run_report.figures import MIN_BAND_SHARE, TokenPieces
-from run_report.run_charts import FINISHES
+from run_report.run_charts import FINISHES, ended
 
 BANDS = 48
 """At most, of a position axis."""
@@ -94,7 +94,7 @@ def _profile_chart(name: str, title: str, unit: str, caption: str, profile: ByPo
 
 def _histogram(table: pa.Table) -> Chart:
     lengths = np.array(table.column("num_tokens").to_pylist(), np.float64)
-    finish = np.array(table.column("finish").to_pylist())
+    finish = np.array([ended(finish) for finish in table.column("finish").to_pylist()])
 
     def draw(axis: Axes) -> None:
         edges = np.histogram_bin_edges(lengths, bins=min(30, max(5, len(lengths) // 2)))

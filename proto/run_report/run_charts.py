@@ -11,10 +11,22 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from run_report.curves import CURVES, MARKED_BELOW, OF_SEVERAL, Runs, curve_chart, weights_chart
-from run_report.drawing import BAD, GOOD, MUTED, SERIES, STOPPED, Chart, legend, legend_above, say
+from run_report.drawing import (
+    BAD,
+    GOOD,
+    MUTED,
+    SERIES,
+    STOPPED,
+    Chart,
+    legend,
+    legend_above,
+    plain,
+    say,
+)
 from run_report.figures import Bands, RunFigures
 from run_report.savings import TRUNCATED, spent_by_step
 
+UNKNOWN = "unknown"
 PHASES = {
     "generate": ("generate", SERIES[0]),
     "teacher_wait": ("teacher wait", SERIES[4]),
@@ -26,10 +38,15 @@ FINISHES = {
     "length": ("by the budget", SERIES[0]),
     TRUNCATED: ("stopped in flight", STOPPED),
     "unscored": ("not scored", SERIES[5]),
-    "unknown": ("not said", MUTED),
+    UNKNOWN: ("not said", MUTED),
 }
 MAX_POINTS = 4000
 """Of a cloud; of more a part is drawn, by a fixed seed."""
+
+
+def ended(finish: str) -> str:
+    """One of FINISHES; what others call an end says nothing here."""
+    return finish if finish in FINISHES else UNKNOWN
 
 
 def run_charts(runs: Runs) -> list[Chart]:
@@ -140,12 +157,13 @@ def _cloud(run: RunFigures, axis: Axes) -> None:
 
 def _ends(run: RunFigures, axis: Axes) -> None:
     steps = sorted(run.profiles)
-    known = {f for p in run.profiles.values() for f in p.finish}
+    ends = [[ended(finish) for finish in run.profiles[step].finish] for step in steps]
+    known = {finish for of_step in ends for finish in of_step}
     shares = [
-        [run.profiles[step].finish.count(finish) / max(1, len(run.profiles[step].finish))
-         for step in steps]
-        for finish in FINISHES if finish in known
-    ]  # fmt: skip
+        [of_step.count(finish) / max(1, len(of_step)) for of_step in ends]
+        for finish in FINISHES
+        if finish in known
+    ]
     shown = [FINISHES[finish] for finish in FINISHES if finish in known]
     bottom = np.zeros(len(steps))
     for (label, color), share in zip(shown, shares, strict=True):
@@ -197,7 +215,7 @@ def _seconds_of_all(runs: Runs) -> Chart | None:
 
     def draw(axis: Axes) -> None:
         left = np.zeros(len(runs))
-        names = [run.name for run in runs]
+        names = [plain(run.name) for run in runs]
         for phase, (label, color) in PHASES.items():
             seconds = np.array([run.series(f"seconds_{phase}")[1].sum() for run in runs])
             axis.barh(names, seconds, left=left, color=color, label=label, alpha=0.85)

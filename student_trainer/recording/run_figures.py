@@ -45,13 +45,9 @@ def run_figures(
     profiles = _profiles(folder, notes)
     rollouts, pieces = _rollouts(folder / FOLDER, notes)
     settings = _settings(folder, notes)
-    said = told(folder)
+    said = told(folder, notes)
     if said.get("finished") is False:
-        planned = said.get("steps_planned")
-        done = f"{written.steps_done}{f' of {planned}' if planned else ''}"
-        notes.append(
-            f"{done} steps are written: the run goes on, or was ended before its last one."
-        )
+        notes.append(_unfinished(written.steps_done, said.get("steps_planned")))
     return RunFigures(
         name=name or folder.resolve().name,
         about=_about(folder, settings),
@@ -68,6 +64,20 @@ def run_figures(
         rollouts=rollouts,
         pieces=pieces,
         notes=notes,
+    )
+
+
+def _unfinished(done: int, planned: int | None) -> str:
+    if not planned:
+        return f"{done} steps are written: the run goes on, or was ended before its last one."
+    if done < planned:
+        return (
+            f"{done} of {planned} steps are written: the run goes on, or was ended before its last "
+            "one."
+        )
+    return (
+        f"All {planned} steps are written, but not that the run is finished: its last evaluation "
+        "or the trained student is not there yet, or it was ended before."
     )
 
 

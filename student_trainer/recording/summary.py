@@ -13,6 +13,7 @@ from typing import Any
 from student_trainer.diagnostics.alarms import Alarm
 from student_trainer.diagnostics.step_report import PHASES, StepReport
 from student_trainer.errors import DatasetError
+from student_trainer.process.writing import write_whole
 from student_trainer.recording.json_lines import METRICS_FILE, WrittenRun, read_run
 
 SUMMARY_FILE = "summary.json"
@@ -32,7 +33,7 @@ def write_progress(folder: Path, *, finished: bool, steps_planned: int) -> None:
 def write_summary(folder: Path, summary: dict[str, Any]) -> Path:
     """summary.json in the run's folder."""
     path = folder / SUMMARY_FILE
-    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(summary, indent=2) + "\n")
     return path
 
 
@@ -48,7 +49,7 @@ def summarize(
     written = read_run(folder, notes)
     if not written.steps:
         raise DatasetError(f"{folder / METRICS_FILE}: no step was finished")
-    said = told(folder)
+    said = told(folder, notes)
     return figures(written, said.get("finished"), said.get("steps_planned")) | (extra or {})
 
 
@@ -68,15 +69,19 @@ def figures(
     return summary
 
 
-def told(folder: Path) -> dict[str, Any]:
-    """What summary.json says; empty where there is none. Raises DatasetError."""
+def told(folder: Path, notes: list[str] | None = None) -> dict[str, Any]:
+    """What summary.json says; empty where there is none. Raises DatasetError for one that is not
+    JSON; with `notes` that is told of there."""
     path = folder / SUMMARY_FILE
     if not path.is_file():
         return {}
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DatasetError(f"{path}: not JSON: {error}") from None
+    except ValueError as error:
+        if notes is None:
+            raise DatasetError(f"{path}: not JSON: {error}") from None
+        notes.append(f"{SUMMARY_FILE} is not whole, and left out: {error}.")
+        return {}
     return said if isinstance(said, dict) else {}
 
 

@@ -62,14 +62,15 @@ class Pair:
     after: SampleText
 
 
-def pairs(folder: Path, *, count: int, seed: int = 0) -> list[Pair]:
+def pairs(folder: Path, *, count: int, seed: int = 0, notes: list[str] | None = None) -> list[Pair]:
     """So many pairs of the first and the last evaluation, drawn by the seed and not chosen; fewer
     where there are fewer, none before there are two evaluations.
 
-    Raises DatasetError for a broken line.
+    Raises DatasetError for a broken line; with `notes` a last one that is not whole is left out and
+    told of there.
     """
     path = folder / SAMPLES_FOLDER / EVALUATIONS_FILE
-    written = read_lines(path) if path.is_file() else []
+    written = read_lines(path, notes) if path.is_file() else []
     steps = sorted({line["step"] for line in written})
     if len(steps) < 2:
         return []

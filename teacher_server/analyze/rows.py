@@ -25,6 +25,8 @@ ALIASES = {"candidate_ids": "student_topk_ids", "candidate_logprobs": "student_t
 """What recorded rollouts call it."""
 MAX_SHOWN = 60
 MAX_ID = 2**31 - 1
+MAX_LOGPROB = 1e-3
+"""Above 0 by what rounding adds."""
 
 
 class Tokenizer(Protocol):
@@ -62,11 +64,13 @@ class Given:
     """Its text is not what its ids read as."""
 
 
-def read_rows(path: Path, notes: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """File and line (or row) of each, and its columns. A last line of JSON that is not whole is
-    left out, and told of in `notes`.
+def read_rows(
+    path: Path, notes: list[str]
+) -> Iterator[tuple[str, Mapping[str, Any] | RecordingError]]:
+    """File and line (or row) of each, and its columns, or what is wrong with a line that is no JSON
+    object. A last line of JSON that is not whole is left out, and told of in `notes`.
 
-    Raises RecordingError naming file and line.
+    Raises RecordingError naming a file that cannot be read.
     """
     if not path.is_file():
         raise RecordingError(f"{path}: no such file")
@@ -78,7 +82,9 @@ def read_rows(path: Path, notes: list[str]) -> Iterator[tuple[str, Mapping[str, 
         raise RecordingError(f"{path}: must end in {JSON_LINES} or {PARQUET}")
 
 
-def _of_json(path: Path, notes: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _of_json(
+    path: Path, notes: list[str]
+) -> Iterator[tuple[str, Mapping[str, Any] | RecordingError]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"
@@ -90,10 +96,12 @@ def _of_json(path: Path, notes: list[str]) -> Iterator[tuple[str, Mapping[str, A
                 if not line.endswith(b"\n"):
                     notes.append(f"{where}: the last line is not whole, and left out.")
                     return
-                raise RecordingError(f"{where}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise RecordingError(f"{where}: must be an object, is {_shown(row)}")
-            yield where, row
+                yield where, RecordingError(f"{where}: not JSON: {error}")
+                continue
+            if isinstance(row, dict):
+                yield where, row
+            else:
+                yield where, RecordingError(f"{where}: must be an object, is {_shown(row)}")
 
 
 def _of_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -166,6 +174,8 @@ def _side(
         raise RecordingError(f"{where}: needs `{name}` or `{name}_ids`, has {sorted(row)}")
     if text is not None and not isinstance(text, str):
         raise RecordingError(f"{where}: {name} must be text, is {_shown(text)}")
+    if text is not None:
+        _check_text(where, name, text)
     if ids is not None:
         found = _ids(f"{where}: {name}_ids", ids)
         if text is None:
@@ -179,6 +189,16 @@ def _side(
     assert isinstance(text, str)
     encoded = tokenizer.encode(text, add_special_tokens=False)
     return text, np.array(encoded, np.int32), tokenizer.decode(encoded) != text
+
+
+def _check_text(where: str, name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecordingError(
+            f"{where}: {name} holds half a character ({text[error.start]!a}, at {error.start}), "
+            "must be Unicode: was it cut?"
+        ) from None
 
 
 def _ids(where: str, value: Any) -> NDArray[np.int32]:
@@ -208,9 +228,23 @@ def _vector(
             f"{where}: {name} must be a list of {length} {what}, one a response token, is "
             f"{_shown(value)}"
         )
-    array = np.array(value, kind)
-    if kind is np.float32 and not np.isfinite(array).all():
-        raise RecordingError(f"{where}: {name} holds a value that is not finite: leave it out")
+    return _logprobs(where, name, value) if kind is np.float32 else np.array(value, kind)
+
+
+def _logprobs(where: str, name: str, value: Any) -> NDArray[np.float32]:
+    try:
+        with np.errstate(over="ignore"):
+            array = np.array(value).astype(np.float32)
+    except OverflowError:
+        array = np.full(1, np.inf, np.float32)
+    if not np.isfinite(array).all():
+        raise RecordingError(
+            f"{where}: {name} holds a value that is not finite in 32 bits: leave it out"
+        )
+    if (high := float(array.max())) > MAX_LOGPROB:
+        raise RecordingError(
+            f"{where}: {name} holds {high:g}, must be log-probs, at most 0: are they logits?"
+        )
     return array
 
 
@@ -235,9 +269,7 @@ def _matrix(
         )
     if kind is np.int32 and (array.min() < 0 or array.max() > MAX_ID):
         raise RecordingError(f"{where}: {shown} spans [{array.min()}, {array.max()}], are no ids")
-    if kind is np.float32 and not np.isfinite(array).all():
-        raise RecordingError(f"{where}: {shown} holds a value that is not finite: leave it out")
-    return array.astype(kind)
+    return _logprobs(where, shown, array) if kind is np.float32 else array.astype(kind)
 
 
 def _others(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,6 +288,9 @@ def _others(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
         found[name] = str(value) if str in types else value
     if "prompt_id" not in found and isinstance(row.get("id"), str | int):
         found["prompt_id"] = str(row["id"])
+    for name, value in found.items():
+        if isinstance(value, str):
+            _check_text(where, name, value)
     return found
 
 
@@ -293,4 +328,5 @@ def _size(array: NDArray[Any]) -> str:
 
 def _shown(value: object) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False)
+    text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"

@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
         "--temperature", type=float, help="default: that of recorded rollouts, or 1"
     )
     parser.add_argument(
-        "--policy", type=json.loads, metavar="JSON",
+        "--policy", type=_json, metavar="JSON",
         help=f"drift policy, null for none; default: that of recorded rollouts, or "
         f"{json.dumps(DEFAULT_POLICY)}",
     )  # fmt: skip
@@ -66,6 +66,15 @@ def add_parser(commands: Any) -> None:
     for name, text in (("token-file", "token"), ("tls-ca", "CA of the teacher's certificate")):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"with --address: {text}")
     parser.set_defaults(policy=DEFAULT_POLICY)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a JSON object or null, is {text!r}: {error}"
+        ) from None
 
 
 def analyze(arguments: argparse.Namespace) -> int:
@@ -164,9 +173,11 @@ def _given(arguments: argparse.Namespace, tokenizer: str | None, notes: list[str
     found, lossy, skipped = [], [], []
     loaded: Any = None
     for where, row in read_rows(arguments.file, notes):
-        if loaded is None and tokenizer is not None and _needs_tokenizer(row):
-            loaded = _tokenizer(tokenizer)
         try:
+            if isinstance(row, RecordingError):
+                raise row
+            if loaded is None and tokenizer is not None and _needs_tokenizer(row):
+                loaded = _tokenizer(tokenizer)
             made = given(where, row, loaded)
         except RecordingError as error:
             if not arguments.skip_invalid:
@@ -203,8 +214,11 @@ def _tokenizer(name: str) -> Any:
 def _asked(arguments: argparse.Namespace, recorded: Any) -> Asked:
     """Options and policy: as asked for, else as the rollouts were recorded. Raises
     InvalidRequestError."""
+    from teacher_wire.errors import InvalidRequestError
     from teacher_wire.records import ScoreOptions
 
+    if arguments.k < 1:
+        raise InvalidRequestError(f"--k is {arguments.k}, must be at least 1")
     settings = arguments.policy
     if settings is DEFAULT_POLICY and recorded.drift_policy is not None:
         settings = recorded.drift_policy
@@ -227,7 +241,7 @@ def drift_policy(settings: Mapping[str, Any]) -> DriftPolicy:
     if not isinstance(settings, Mapping):
         raise InvalidRequestError(f"--policy must be an object or null, is {settings!r}")
     name = settings.get("metric", "overlap_ratio")
-    if name not in METRICS:
+    if not isinstance(name, str) or name not in METRICS:
         raise InvalidRequestError(f"drift metric is {name!r}, must be one of {', '.join(METRICS)}")
     known = {field.name for field in fields(METRICS[name])}
     common = {"metric", "w_drop", "stop_in_flight"}
@@ -236,11 +250,13 @@ def drift_policy(settings: Mapping[str, Any]) -> DriftPolicy:
             f"drift {', '.join(unknown)}: not read by {name}, which reads "
             f"{', '.join(sorted(known | common))}"
         )
-    try:
-        metric = METRICS[name](**{n: value for n, value in settings.items() if n in known})
-        return DriftPolicy(metric=metric, w_drop=settings.get("w_drop", 0.01), stop_in_flight=False)
-    except TypeError as error:
-        raise InvalidRequestError(f"drift policy {dict(settings)}: {error}") from None
+    for setting, value in settings.items():
+        kind, what = (int, "a whole number") if setting == "k" else ((int, float), "a number")
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if setting in known | {"w_drop"} and not is_number:
+            raise InvalidRequestError(f"drift {setting} is {value!r}, must be {what}")
+    metric = METRICS[name](**{n: value for n, value in settings.items() if n in known})
+    return DriftPolicy(metric=metric, w_drop=settings.get("w_drop", 0.01), stop_in_flight=False)
 
 
 def _told(policy: DriftPolicy | None) -> dict[str, object] | None:

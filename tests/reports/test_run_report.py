@@ -22,7 +22,7 @@ from run_report.drawing import Chart
 from run_report.excerpts import MAX_TOKENS, excerpts
 from run_report.figures import Bands, Profile, RunFigures, Warned
 from run_report.page import report
-from run_report.rollout_charts import by_position, token_shares
+from run_report.rollout_charts import by_position, rollout_charts, token_shares
 from run_report.run_charts import run_charts
 from run_report.savings import seconds_saved, spent, spent_by_step, total
 from run_report.token_pieces import pieces
@@ -283,6 +283,28 @@ def test_positions_and_tokens_of_a_worked_example() -> None:
         (9, 1, 0.25, 1.0),
     ]
     assert by_position(table, "entropies") is None
+
+
+def test_ends_that_others_name_are_drawn_as_not_said() -> None:
+    rows = [made_row(i, finish=finish) for i, finish in enumerate(("eos", "eos", "stop"))]
+    for part, labels in ((rows[:2], []), (rows, ["ended by the student", "not said"])):
+        axis: Any = Figure().subplots()
+        rollout_charts(table_of(part))[-1].draw(axis)
+        shown = axis.get_legend()
+        assert [t.get_text() for t in shown.get_texts()] == labels if shown else not labels
+        assert sum(bar.get_height() for bar in axis.patches) == len(part)
+    axis = drawn(run_of(profiles={1: profile((9, 9, "eos"), (9, 9, "eos"))}), "ends")
+    assert [bar.get_height() for bar in axis.patches] == [1.0]
+
+
+def test_names_of_runs_are_drawn_as_they_stand() -> None:
+    made = report([run_of(r"x$\frac$"), run_of("_a")], "two")
+    for chart in made.charts:
+        if chart.name in ("loss", "weights", "seconds"):
+            svg = chart.svg()
+            assert r">x$\frac$<" in svg, chart.name
+            assert re.search(r">\s?_a<", svg), chart.name
+    assert {"loss", "weights", "seconds"} <= {chart.name for chart in made.charts}
 
 
 def test_rollouts_without_the_student_s_view_have_a_page() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,22 @@ def test_text_and_ids_become_the_same_row() -> None:
             IDS | {"candidate_ids": [[1]] * 3, "candidate_logprobs": [[float("nan")]] * 3},
             "candidate_logprobs holds a value that is not finite",
         ),
+        (
+            IDS | {"candidate_ids": [[1]] * 3, "candidate_logprobs": [[-1e300]] * 3},
+            "candidate_logprobs holds a value that is not finite in 32 bits",
+        ),
+        (
+            IDS | {"candidate_ids": [[1]] * 3, "candidate_logprobs": [[-1.0], [1e30], [-1.0]]},
+            r"candidate_logprobs holds 1e\+30, must be log-probs, at most 0",
+        ),
+        (
+            IDS | {"behavior_logprobs": [-1, -(10**400), -1]},
+            "behavior_logprobs holds a value that is not finite",
+        ),
+        (IDS | {"prompt": "a\ud800"}, r"prompt holds half a character \('\\ud800', at 1\)"),
+        (IDS | {"response": "\udc00"}, "response holds half a character"),
+        (IDS | {"id": "\udc00"}, "prompt_id holds half a character"),
+        (IDS | {"step": "\udc00"}, r'step must be int, is "\\udc00"'),
         (IDS | {"mask": [True, False]}, "mask must be a list of 3 true or false, one a response"),
         (IDS | {"mask": [1, 0, 1]}, "mask must be a list of 3 true or false"),
         (
@@ -134,8 +151,10 @@ def test_files_that_are_cut_or_none_are_named(tmp_path: Path) -> None:
         (b'{"a": "\xff"}\n', ":1: not JSON"),
     ):
         lines.write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(RecordingError, match=message):
-            list(read_rows(lines, notes))
+        (_, error), *others = read_rows(lines, notes)
+        assert isinstance(error, RecordingError)
+        assert re.search(message, str(error))
+        assert [row for _, row in others] == [{}] * (len(text.splitlines()) - 1)
     table = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"prompt_ids": [[1, 2]], "response_ids": [[3]]}), table)
     assert [row for _, row in read_rows(table, notes)] == [
@@ -158,7 +177,9 @@ def test_a_policy_that_is_none_is_named() -> None:
         ({"metric": "odd"}, "drift metric is 'odd', must be one of overlap_ratio"),
         ({"top_p": 0.9}, "drift top_p: not read by overlap_ratio, which reads k, metric"),
         ({"threshold": 7}, r"drift threshold is 7, must be in"),
-        ({"k": "many"}, "drift policy"),
+        ({"k": "many"}, "drift k is 'many', must be a whole number"),
+        ({"w_drop": "a"}, "drift w_drop is 'a', must be a number"),
+        ({"metric": ["a"]}, r"drift metric is \['a'\], must be one of overlap_ratio"),
         ([1], r"--policy must be an object or null, is \[1\]"),
     ):
         with pytest.raises(InvalidRequestError, match=message):
@@ -274,10 +295,16 @@ def test_what_cannot_be_analysed_is_one_line(
     said = capsys.readouterr().err
     assert said.startswith(f"teacher-server: {path}:3: prompt must be text, is 3")
     assert said.count("\n") == 1
+    assert cli.main([*command, "--policy", "{}", "--k", "0", "--skip-invalid"]) == 1
+    assert capsys.readouterr().err == "teacher-server: --k is 0, must be at least 1\n"
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--policy", "{"])
+    assert "--policy: must be a JSON object or null, is '{'" in capsys.readouterr().err
+    path.write_text(f"{path.read_text()}no JSON\n")
     assert cli.main([*command, "--skip-invalid"]) == 0
     said = capsys.readouterr()
     assert said.out.startswith("1 rollouts scored")
-    assert f"1 rows are left out; the first: {path}:3: prompt must be text" in said.err
+    assert f"2 rows are left out; the first: {path}:3: prompt must be text" in said.err
     assert (
         f"1 rows do not fit the teacher; the first: {path}:2: response_ids[0] is 99999" in said.err
     )

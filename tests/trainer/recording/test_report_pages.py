@@ -61,6 +61,24 @@ def test_a_run_that_was_cut_off_has_a_report_that_says_what_is_missing(
     assert run_figures(tmp_path).steps.keys() == {1, 2}
 
 
+def test_cut_texts_and_a_cut_summary_do_not_fail_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path)
+    write_progress(tmp_path, finished=False, steps_planned=2)
+    assert not list(tmp_path.glob("*.partial"))
+    texts = tmp_path / "samples" / "evaluations.jsonl"
+    texts.write_text(texts.read_text()[:-9])
+    assert cli.main(["report", str(tmp_path)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The last line of evaluations.jsonl is not whole, and left out." in said
+    assert "All 2 steps are written, but not that the run is finished" in said
+    summary = tmp_path / "summary.json"
+    summary.write_text(summary.read_text()[:-9])
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "summary.json is not whole, and left out" in capsys.readouterr().out
+
+
 def test_several_runs_have_one_page_and_names_that_tell_them_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
