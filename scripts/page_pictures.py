@@ -1,7 +1,7 @@
 """The pictures of docs/page.md: a running server's page in Chromium, light, dark, wide, narrow.
 
 Run: teacher-server serve --engine hf --model examples/playground/checkpoints/teacher --runs runs/
-     python -m scripts.page_pictures --url http://127.0.0.1:8080/ --run demo --steps 1 20 --index 0
+     python -m scripts.page_pictures --url http://127.0.0.1:8080/ --run demo --steps 1 16 --index 4
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import httpx
 
@@ -16,8 +16,8 @@ from teacher_client.access import TeacherAccess
 from teacher_client.frames import comparison_frame, frame_of, pandas
 from teacher_client.http_messages import JSON, answer_of, policy_to_json, to_json
 from teacher_client.retry import Patience, RetryLimits
-from teacher_client.rollout_items import KNOWN, Batches, item_of, rows_of
-from teacher_wire.errors import TeacherError, error_from_json
+from teacher_client.rollout_items import KNOWN, RESENDS, Batches, item_of, rows_of
+from teacher_wire.errors import InvalidRequestError, TeacherError, error_from_json
 from teacher_wire.records import DriftPolicy
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ class Questions:
         timeout_s: float = 600.0,
         limits: RetryLimits = LIMITS,
     ) -> None:
-        """As teacher_client.Teacher."""
+        """As teacher_client.Teacher. Raises InvalidRequestError for what is no address."""
         access = access or TeacherAccess()
         scheme = "http" if access.tls_ca is None else "https"
-        parts = urlsplit(address if "://" in address else f"{scheme}://{address}")
+        parts = _parts(address if "://" in address else f"{scheme}://{address}")
         given = token or unquote(parts.username or "")
         self._access = replace(access, token=given) if given else access
         host = parts.netloc.rpartition("@")[2]
@@ -124,8 +124,12 @@ class Questions:
         shared = {**common, "policy": policy_to_json(policy)}
         batches = Batches([item_of(row, shared) for row in rows], self._limits)
         while (body := batches.next()) is not None:
-            answer = yield from self._answer("/v1/analyze", body)
-            yield batches.take(answer)
+            try:
+                answer = yield from self._answer("/v1/analyze", body)
+            except InvalidRequestError as refused:
+                batches.refuse(refused)
+            else:
+                yield batches.take(answer)
             if batches.errors and on_error == "raise":
                 index, error = min(batches.errors.items())
                 error.add_note(f"of rollout {index}")
@@ -134,7 +138,7 @@ class Questions:
 
     def _answer(self, path: str, body: object = None) -> Asking[dict[str, Any]]:
         """The answer to one request, which is tried again where that can help."""
-        patience = Patience(self._limits)
+        patience = Patience(self._limits, resends=RESENDS)
         content = None if body is None else to_json(body)
         where = f"{self._url}{path}"
         while True:
@@ -148,3 +152,13 @@ class Questions:
             except TeacherError as error:
                 pause_s = patience.pause_s(error)
             yield pause_s
+
+
+def _parts(url: str) -> SplitResult:
+    """Of an address that httpx takes. Raises InvalidRequestError, without the token."""
+    try:
+        httpx.URL(url)
+        return urlsplit(url)
+    except (httpx.InvalidURL, ValueError) as error:
+        named = url.rpartition("@")[2]
+        raise InvalidRequestError(f"{named!r} is no address of a teacher: {error}") from None

@@ -26,7 +26,7 @@ class RetryLimits:
     capacity_wait_s: float = 300.0
     """Waiting for a full server, all hints together."""
     max_resends: int = 20
-    """Broken streams that one request may meet."""
+    """Broken streams that one request may meet; over HTTP, how often it is sent again."""
     max_reopens: int = 20
     """Lost sessions that one request may meet."""
     first_backoff_s: float = 0.05
@@ -36,8 +36,10 @@ class RetryLimits:
 class Patience:
     """Decides after each failure of one request whether to try again, and waits before it."""
 
-    def __init__(self, limits: RetryLimits) -> None:
+    def __init__(self, limits: RetryLimits, *, resends: str = "broken streams") -> None:
+        """`resends` is what max_resends counts, in words."""
         self._limits = limits
+        self._said = resends
         self._waited_s = 0.0
         self._resends = 0
         self._reopens = 0
@@ -60,7 +62,7 @@ class Patience:
             self._resends += 1
             if self._resends > self._limits.max_resends:
                 raise NotReadyError(
-                    f"given up after {self._limits.max_resends} broken streams: {error}"
+                    f"given up after {self._limits.max_resends} {self._said}: {error}"
                 ) from error
             return backoff_s(self._limits, self._resends - 1)
         if isinstance(error, SessionNotFoundError | SessionOffsetError):

@@ -25,6 +25,8 @@ SHARED = ("k", "temperature", "policy", "add_special_tokens", "chat_template_kwa
 KNOWN = {*PROMPT_FORMS, *RESPONSE_FORMS, *CANDIDATES, *SHARED}
 _CHARACTERS_A_TOKEN = 3
 """Of a text of unknown length in tokens."""
+RESENDS = "further attempts"
+"""What is counted of a request over HTTP, in words."""
 MAX_ITEMS, MAX_ENTRIES = 32, 250_000
 """Of one request."""
 
@@ -114,7 +116,8 @@ class Batches:
     def __init__(self, items: Iterable[Mapping[str, Any]], limits: RetryLimits) -> None:
         self._waiting = deque(enumerate(items))
         self._sent: list[tuple[int, Mapping[str, Any]]] = []
-        self._patience = Patience(limits)
+        self._alone = 0
+        self._patience = Patience(limits, resends=RESENDS)
         self.reports: dict[int, dict[str, Any]] = {}
         """By the number of the item."""
         self.errors: dict[int, TeacherError] = {}
@@ -123,12 +126,23 @@ class Batches:
     def next(self) -> dict[str, Any] | None:
         """The next request; None when all items are through."""
         self._sent, entries = [], 0
-        while self._waiting and len(self._sent) < MAX_ITEMS:
+        most = 1 if self._alone else MAX_ITEMS
+        self._alone = max(0, self._alone - 1)
+        while self._waiting and len(self._sent) < most:
             entries += num_entries(self._waiting[0][1])
             if self._sent and entries > MAX_ENTRIES:
                 break
             self._sent.append(self._waiting.popleft())
         return {"items": [item for _, item in self._sent]} if self._sent else None
+
+    def refuse(self, error: InvalidRequestError) -> None:
+        """Takes that the last request was refused whole: its items go again one by one, which tells
+        those that are wrong from the others; a single one will not be answered."""
+        if len(self._sent) == 1:
+            self.errors[self._sent[0][0]] = error
+            return
+        self._waiting.extendleft(reversed(self._sent))
+        self._alone = len(self._sent)
 
     def take(self, answer: Mapping[str, Any]) -> float:
         """Takes the answer to the last request in; returns the pause before the next one, s."""

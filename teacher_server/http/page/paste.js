@@ -5,6 +5,7 @@ import {el} from "./dom.js";
 import {fromAnalysis} from "./rollout.js";
 
 const USUAL_K = 16;
+const USUAL_TEMPERATURE = 1;
 
 export class PasteForm {
   /** `onAsk(words)` when the form is sent. */
@@ -21,7 +22,7 @@ export class PasteForm {
       kind("text", "text", true), kind("ids", "token ids", false));
     this.k = this.#field("k", {type: "number", min: 1, value: USUAL_K, step: 1, required: true});
     this.temperature = this.#field("temperature",
-      {type: "number", min: 0.001, max: 1000, value: 1, step: "any", required: true});
+      {type: "number", min: 0.001, max: 1000, value: USUAL_TEMPERATURE, step: "any", required: true});
     this.candidates = el("textarea", {id: this.id("candidates"), spellcheck: "false",
       placeholder: "[[12, 7, 9], [3, 5, 1]]"});
     this.go = el("button", {class: "go", text: "Analyse"});
@@ -57,13 +58,18 @@ export class PasteForm {
     return {
       prompt: this.text.prompt.value, response: this.text.response.value,
       ids: this.kinds.querySelector("[value=ids]").checked ? "1" : undefined,
+      temperature: Number(this.temperature.value), topk: Number(this.k.value),
     };
   }
 
-  fill({prompt, response, ids}) {
+  /** What a link says; where it says a text, all else of it is said too, or as usual. */
+  fill({prompt, response, ids, temperature, topk}) {
     if (prompt !== undefined) this.text.prompt.value = prompt;
     if (response !== undefined) this.text.response.value = response;
-    if (ids) this.kinds.querySelector("[value=ids]").checked = true;
+    if (prompt === undefined && response === undefined) return;
+    this.kinds.querySelector(ids ? "[value=ids]" : "[value=text]").checked = true;
+    this.temperature.value = temperature ?? USUAL_TEMPERATURE;
+    this.k.value = topk ?? USUAL_K;
   }
 
   /** The teacher's analysis. Raises Refused, and Error for what is no list of ids. */

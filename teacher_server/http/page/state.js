@@ -1,10 +1,13 @@
 // What the link says: one or two panes, each with what it shows and how. A link reopens the view.
 
-const NUMBERS = new Set(["step", "index", "t", "k", "threshold", "top_p", "w_drop"]);
+const NUMBERS = new Set([
+  "step", "index", "temperature", "topk", "t", "k", "threshold", "top_p", "w_drop",
+]);
 const NAMES = [
-  "run", "step", "index", "paste", "prompt", "response", "ids", "colour", "t",
+  "run", "step", "index", "paste", "prompt", "response", "ids", "temperature", "topk", "colour", "t",
   "metric", "k", "threshold", "top_p", "w_drop", "sort", "down",
 ];
+const PASTED = ["prompt", "response", "ids", "temperature", "topk"];
 const SIDES = ["a", "b"];
 export const MAX_PASTED = 6000; // characters of a pasted text that a link still carries
 
@@ -46,12 +49,11 @@ export function format(state) {
 /** What decides the data of a pane; the rest is how it is shown. */
 export const place = (pane) => JSON.stringify([
   pane.run ?? null, pane.step ?? null, pane.index ?? null,
-  pane.paste ? [pane.prompt ?? "", pane.response ?? "", pane.ids ?? ""] : null,
+  pane.paste ? PASTED.map((name) => pane[name] ?? "") : null,
 ]);
 
 /** The same place, shown in the usual way. */
 export function placeOnly(pane) {
-  const {run, step, index, paste, prompt, response, ids} = pane;
-  return Object.fromEntries(Object.entries({run, step, index, paste, prompt, response, ids})
-    .filter(([, value]) => value !== undefined));
+  return Object.fromEntries(["run", "step", "index", "paste", ...PASTED]
+    .map((name) => [name, pane[name]]).filter(([, value]) => value !== undefined));
 }
