@@ -104,8 +104,7 @@ EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[..., Any]] = {
 def _problem(detail: dict[str, Any]) -> str:
     """One validation problem: where, what, and the value when it is a short scalar."""
     where = ".".join(str(part) for part in detail["loc"])
-    message = str(detail["msg"]).replace("valid tuple", "valid list")  # JSON has no other
     value = detail.get("input")
     short = isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 32)
     got = f", got {value!r}" if short else ""
-    return f"{where}: {message}{got}"
+    return f"{where}: {detail['msg']}{got}"
