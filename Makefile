@@ -10,6 +10,8 @@ TORCH_INDEX ?=
 # uv, fetched where it is not on PATH, or `pip`.
 INSTALLER ?= auto
 SOAK_MINUTES ?= 20
+# Of the soak: fake or vllm.
+ENGINE ?= fake
 GPU_MINUTES ?= 9
 
 # A file stays in one process, so that its engines and servers start once; what takes longest begins first
@@ -53,8 +55,8 @@ fuzz: setup  ## 100,000 broken messages (FUZZ_CASES, FUZZ_SEED)
 	FAULT_ROUNDS=long $(BIN)/python -m pytest -q tests/faults/test_fuzz.py \
 	    tests/faults/test_fuzz_order.py
 
-soak: setup  ## mixed clients for SOAK_MINUTES, with a table in docs/soak.md
-	$(BIN)/python -m tests.faults.soak --minutes $(SOAK_MINUTES)
+soak: setup  ## mixed clients for SOAK_MINUTES on ENGINE (fake, vllm), with a table in docs/
+	$(BIN)/python -m tests.faults.soak --minutes $(SOAK_MINUTES) --engine $(ENGINE)
 
 lint: setup
 	$(BIN)/ruff check .

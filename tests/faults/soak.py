@@ -2,8 +2,9 @@
 
 Row 18 of the fault table.
 
-python -m tests.faults.soak --minutes 20     runs, and writes docs/soak.json and docs/soak.md
-python -m tests.faults.soak --report         writes docs/soak.md from docs/soak.json
+python -m tests.faults.soak --minutes 20                    writes docs/soak.json and docs/soak.md
+python -m tests.faults.soak --minutes 120 --engine vllm     docs/soak-vllm.json and its table
+python -m tests.faults.soak --report                        writes the table from the JSON
 
 Clients are in order, alone or in batches, leave without closing, are killed, come too late or do
 not read. Afterwards many cancel in the middle of an append, apart from the others: what grpc.aio
@@ -27,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ import grpc
 import numpy as np
 
 from teacher_wire.pb import teacher_pb2 as pb
-from tests.faults.live_server import LiveServer, live_server
+from tests.faults.engine_processes import descendants
+from tests.faults.live_server import CLI, LiveServer, live_server
 from tests.faults.scrape import Scrape
 from tests.faults.streams import (
     answered,
@@ -42,20 +45,55 @@ from tests.faults.streams import (
     batch_of,
     hello,
     open_message,
-    span_at,
+    span_of,
     stub_at,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-JSON_PATH, TABLE_PATH = ROOT / "docs" / "soak.json", ROOT / "docs" / "soak.md"
 SETTINGS = (
-    *("--fake-latency-s", "0.002", "--max-running", "8", "--session-ttl-s", "5"),
+    *("--max-running", "8", "--session-ttl-s", "5"),
     *("--slow-client-s", "2", "--max-sessions", "256"),
 )
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What is soaked, and what its clients may send."""
+
+    program: tuple[str, ...]
+    arguments: tuple[str, ...]
+    json_path: Path
+    name: str
+    what: str
+    vocabulary: int
+    max_offset: int
+    """Of a session, in tokens."""
+
+
+TEACHERS = {
+    "fake": Teacher(
+        CLI,
+        ("--fake-latency-s", "0.002"),
+        ROOT / "docs/soak.json",
+        "fake",
+        "the fake engine",
+        512,
+        1600,
+    ),
+    "vllm": Teacher(
+        ("teacher_server.cli", "serve"),
+        ("--config", "configs/teacher-demo.toml"),
+        ROOT / "docs/soak-vllm.json",
+        "vllm",
+        "the playground's teacher on the vLLM engine",
+        64,
+        256,
+    ),
+}
 SAMPLE_S, SETTLE_S = 5.0, 7.0
 """Between samples; and until sessions whose clients are gone have ended."""
 WARM_UP_SHARE, MIN_WARM_UP_S = 0.3, 60.0
-MAX_SLOPE_MB_H, MAX_FD_GROWTH = 1.0, 3
+MAX_SLOPE_MB_H, MAX_ENGINE_SLOPE_MB_H, MAX_FD_GROWTH = 1.0, 4.0, 3
 CANCELLED, CANCELLED_FIRST = 6000, 1000
 """Clients that cancel, and those of them that are not measured."""
 MAX_POINTS = 600
@@ -63,99 +101,120 @@ MAX_POINTS = 600
 EXPECTED_CODES = {"OK", "CANCELLED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
 EXPECTED_ERRORS = {"DeadlineError", "SlowConsumerError"}
 
-Scenario = Callable[[str, random.Random], Awaitable[None]]
+
+@dataclass(frozen=True)
+class Visit:
+    """One client's stay: where it goes, and what it draws its tokens from."""
+
+    address: str
+    teacher: Teacher
+    rng: random.Random
+    done: Counter[str]
+
+    def append(self, name: str, offset: int, num_tokens: int, **fields: int) -> pb.SessionRequest:
+        """Tokens that no other session has, so that the engine has work."""
+        seed = self.rng.randrange(1 << 30)
+        span = span_of(seed, offset, num_tokens, self.teacher.vocabulary)
+        return append_message(name, span, **fields)
+
+    async def opened(self, stub: Any, credit_bytes: int = 0) -> tuple[Any, str]:
+        call, name = stub.Session(), f"{self.rng.getrandbits(64):x}"
+        await call.write(hello(f"soak-{self.rng.randrange(3)}", credit_bytes))
+        await call.write(open_message(name))
+        assert (await call.read()).HasField("welcome")
+        assert (await call.read()).HasField("opened")
+        return call, name
+
+    async def score(self, call: Any, name: str, offset: int) -> None:
+        """Sixteen tokens; the answer has a row for each of them."""
+        await call.write(self.append(name, offset, 16))
+        self.counted(await call.read(), 16)
+
+    def counted(self, reply: Any, num_rows: int) -> None:
+        assert reply.HasField("scores"), reply
+        assert reply.scores.rows.count == num_rows, reply
+        self.done["rows"] += num_rows
 
 
-async def _opened(stub: Any, rng: random.Random, credit_bytes: int = 0) -> tuple[Any, str]:
-    call, name = stub.Session(), f"{rng.getrandbits(64):x}"
-    await call.write(hello(f"soak-{rng.randrange(3)}", credit_bytes))
-    await call.write(open_message(name))
-    assert (await call.read()).HasField("welcome")
-    assert (await call.read()).HasField("opened")
-    return call, name
+Scenario = Callable[[Visit], Awaitable[None]]
 
 
-async def _append(call: Any, name: str, offset: int) -> None:
-    await call.write(append_message(name, span_at(offset, 16)))
-    reply = await call.read()
-    assert reply.HasField("scores"), reply
-
-
-async def in_order(address: str, rng: random.Random) -> None:
-    async with stub_at(address) as stub:
-        call, name = await _opened(stub, rng)
-        for index in range(rng.randint(1, 8)):
-            await _append(call, name, 16 * index)
+async def in_order(visit: Visit) -> None:
+    async with stub_at(visit.address) as stub:
+        call, name = await visit.opened(stub)
+        for index in range(visit.rng.randint(1, 8)):
+            await visit.score(call, name, 16 * index)
         await call.write(pb.SessionRequest(close=pb.Close(session_id=name)))
         assert (await call.read()).HasField("closed")
         await call.done_writing()
         assert await call.read() is grpc.aio.EOF
 
 
-async def in_batches(address: str, rng: random.Random) -> None:
+async def in_batches(visit: Visit) -> None:
     """Three sessions side by side, whose messages travel together both ways, as a trainer's do."""
-    async with stub_at(address) as stub:
+    async with stub_at(visit.address) as stub:
         call = stub.Session()
-        await call.write(hello(f"soak-{rng.randrange(3)}", accepts_batches=True))
+        await call.write(hello(f"soak-{visit.rng.randrange(3)}", accepts_batches=True))
         assert (await call.read()).welcome.accepts_batches
-        names = [f"{rng.getrandbits(64):x}" for _ in range(3)]
+        names = [f"{visit.rng.getrandbits(64):x}" for _ in range(3)]
         rounds = [
             [open_message(name) for name in names],
             *(
-                [append_message(name, span_at(16 * index, 16)) for name in names]
-                for index in range(rng.randint(1, 8))
+                [visit.append(name, 16 * index, 16) for name in names]
+                for index in range(visit.rng.randint(1, 8))
             ),
             [pb.SessionRequest(close=pb.Close(session_id=name)) for name in names],
         ]
         for messages in rounds:
             await call.write(pb.SessionRequest(batch=batch_of(messages)))
             await answered(call.read, len(messages))
+        visit.done["rows"] += 16 * len(names) * (len(rounds) - 2)
         await call.done_writing()
         assert await call.read() is grpc.aio.EOF
 
 
-async def no_close(address: str, rng: random.Random) -> None:
+async def no_close(visit: Visit) -> None:
     """The connection goes away under an open session."""
-    async with stub_at(address) as stub:
-        call, name = await _opened(stub, rng)
-        await _append(call, name, 0)
+    async with stub_at(visit.address) as stub:
+        call, name = await visit.opened(stub)
+        await visit.score(call, name, 0)
 
 
-async def cancelled(address: str, rng: random.Random) -> None:
-    async with stub_at(address) as stub:
-        call, name = await _opened(stub, rng)
-        await call.write(append_message(name, span_at(0, 64)))
-        await asyncio.sleep(rng.random() * 0.01)
+async def cancelled(visit: Visit) -> None:
+    async with stub_at(visit.address) as stub:
+        call, name = await visit.opened(stub)
+        await call.write(visit.append(name, 0, 64))
+        await asyncio.sleep(visit.rng.random() * 0.01)
         call.cancel()
 
 
-async def too_late(address: str, rng: random.Random) -> None:
-    async with stub_at(address) as stub:
-        call, name = await _opened(stub, rng)
+async def too_late(visit: Visit) -> None:
+    async with stub_at(visit.address) as stub:
+        call, name = await visit.opened(stub)
         for _ in range(4):
-            await call.write(append_message(name, span_at(0, 4), deadline_ms=1))
+            await call.write(visit.append(name, 0, 4, deadline_ms=1))
         for _ in range(4):
             assert (await call.read()).WhichOneof("message") in ("scores", "error")
         await call.done_writing()
         await call.read()
 
 
-async def does_not_read(address: str, rng: random.Random) -> None:
+async def does_not_read(visit: Visit) -> None:
     """Grants no credit after the first reply, and is cut."""
-    async with stub_at(address) as stub:
-        call, name = await _opened(stub, rng, credit_bytes=1)
-        await _append(call, name, 0)
-        await call.write(append_message(name, span_at(16, 16)))
+    async with stub_at(visit.address) as stub:
+        call, name = await visit.opened(stub, credit_bytes=1)
+        await visit.score(call, name, 0)
+        await call.write(visit.append(name, 16, 16))
         with suppress(grpc.aio.AioRpcError):
             await call.read()
 
 
-async def killed(address: str, rng: random.Random) -> None:
+async def killed(visit: Visit) -> None:
     """A process of its own, ended by SIGKILL in the middle of its work."""
-    command = [sys.executable, "-m", "tests.faults.soak", "--client", address]
-    child = subprocess.Popen(command, cwd=ROOT)
+    command = [sys.executable, "-m", "tests.faults.soak", "--client", visit.address]
+    child = subprocess.Popen([*command, "--engine", visit.teacher.name], cwd=ROOT)
     try:
-        await asyncio.sleep(2 + 2 * rng.random())
+        await asyncio.sleep(2 + 2 * visit.rng.random())
     finally:
         child.kill()
         await asyncio.to_thread(child.wait)
@@ -170,25 +229,34 @@ SCENARIOS: dict[Scenario, float] = {
 }
 
 
-async def client(address: str) -> None:
+async def client(visit: Visit) -> None:
     """Works until it is killed."""
-    async with stub_at(address) as stub:
-        call, name = await _opened(stub, random.Random())
+    async with stub_at(visit.address) as stub:
+        call, name = await visit.opened(stub)
         for index in itertools.count():
-            await _append(call, name, 16 * (index % 100))
+            await visit.score(call, name, 16 * index % visit.teacher.max_offset)
 
 
 def sample(server: LiveServer, started: float) -> dict[str, float]:
-    """Memory in MB, file descriptors and sessions of the server just now."""
+    """Memory in MB, file descriptors and sessions of the server just now, and of its engine."""
+    engine = descendants(server.process.pid)
     return {
         "s": round(time.monotonic() - started, 1),
         "rss_mb": round(server.rss_bytes() / 2**20, 3),
-        "fds": server.num_fds(),
+        "engine_rss_mb": round(sum(map(rss_bytes_of, engine)) / 2**20, 3),
+        "fds": server.num_fds() + sum(len(list((one / "fd").iterdir())) for one in engine),
         "sessions": Scrape(server).value("teacher_sessions", state="open"),
     }
 
 
-async def soak(server: LiveServer, minutes: float, done: Counter[str]) -> list[dict[str, float]]:
+def rss_bytes_of(process: Path) -> int:
+    """Of its /proc folder."""
+    return int((process / "status").read_text().split("VmRSS:")[1].split()[0]) << 10
+
+
+async def soak(
+    server: LiveServer, teacher: Teacher, minutes: float, done: Counter[str]
+) -> list[dict[str, float]]:
     """Runs all scenarios until the time is up or SIGINT; returns the samples."""
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -199,7 +267,7 @@ async def soak(server: LiveServer, minutes: float, done: Counter[str]) -> list[d
         rng = random.Random(seed)
         while not over.is_set():
             scenario = rng.choices(list(choices), list(choices.values()))[0]
-            await scenario(server.address, rng)
+            await scenario(Visit(server.address, teacher, rng, done))
             done[scenario.__name__] += 1
 
     workers = [asyncio.create_task(work(seed, SCENARIOS)) for seed in range(4)]
@@ -216,14 +284,16 @@ async def soak(server: LiveServer, minutes: float, done: Counter[str]) -> list[d
     return samples
 
 
-async def bytes_a_cancelled_client(server: LiveServer, done: Counter[str]) -> float:
+async def bytes_a_cancelled_client(
+    server: LiveServer, teacher: Teacher, done: Counter[str]
+) -> float:
     """Growth of the server's memory, by the clients that cancel in the middle of an append. Some
     of it is grpc.aio's, which nothing here can free, so this has no bound."""
 
     async def work(seed: int, number: int) -> None:
         rng = random.Random(seed)
         for _ in range(number):
-            await cancelled(server.address, rng)
+            await cancelled(Visit(server.address, teacher, rng, done))
             done[cancelled.__name__] += 1
 
     rss = []
@@ -278,6 +348,8 @@ def judged(record: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
             "",
             True,
         ),
+        *engine_memory(samples),
+        ("rows asked for and answered", f"{record['clients'].get('rows', 0)}", "", True),
         (
             "file descriptors, growth of the median",
             f"{growth:.0f}",
@@ -296,14 +368,38 @@ def judged(record: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
     ]
 
 
+def engine_memory(samples: list[dict[str, float]]) -> list[tuple[str, str, str, bool]]:
+    """Rows of an engine that has processes of its own."""
+    if not samples[-1].get("engine_rss_mb"):
+        return []
+    slope = slope_per_hour(samples, "engine_rss_mb")
+    first, last = (samples[at]["engine_rss_mb"] for at in (0, -1))
+    bound = MAX_ENGINE_SLOPE_MB_H
+    return [
+        (
+            "memory of the engine's processes, MB an hour",
+            f"{slope:.2f}",
+            f"< {bound}",
+            slope < bound,
+        ),
+        (
+            "memory of the engine's processes, MB, first and last",
+            f"{first:.1f}, {last:.1f}",
+            "",
+            True,
+        ),
+    ]
+
+
 def table(record: dict[str, Any]) -> str:
     """docs/soak.md"""
     minutes = record["samples"][-1]["s"] / 60
     lines = [
         "# Soak",
         "",
-        f"{minutes:.1f} minutes of mixed clients against a teacher process with the fake engine, "
-        f"on {record['cores']} cores; made by `make soak`.",
+        f"{minutes:.1f} minutes of mixed clients against a teacher process with "
+        f"{TEACHERS[record['engine']].what}, on {record['cores']} cores; made by "
+        f"`make soak ENGINE={record['engine']}`.",
         "",
         "| | measured | bound | |",
         "|---|---|---|---|",
@@ -311,24 +407,31 @@ def table(record: dict[str, Any]) -> str:
     for what, measured, bound, is_kept in judged(record):
         judgement = ("kept" if is_kept else "BROKEN") if bound else ""
         lines.append(f"| {what} | {measured} | {bound} | {judgement} |")
-    clients = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in record["clients"].items())
+    clients = ", ".join(
+        f"{n} {name.replace('_', ' ')}" for name, n in record["clients"].items() if name != "rows"
+    )
     ends = ", ".join(f"{int(n)} {name}" for name, n in record["codes"].items())
     lines += ["", f"Clients: {clients}.", "", f"Calls by status: {ends}.", ""]
     return "\n".join(lines)
 
 
-def run(minutes: float) -> dict[str, Any]:
+def run(teacher: Teacher, minutes: float) -> dict[str, Any]:
     """The whole soak; takes the time of a session's life longer than told."""
     done: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder, live_server(Path(folder), *SETTINGS) as server:
-        samples = asyncio.run(soak(server, minutes, done))
-        left_behind = asyncio.run(bytes_a_cancelled_client(server, done))
+    arguments = (*teacher.arguments, *SETTINGS)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        live_server(Path(folder), *arguments, program=teacher.program) as server,
+    ):
+        samples = asyncio.run(soak(server, teacher, minutes, done))
+        left_behind = asyncio.run(bytes_a_cancelled_client(server, teacher, done))
         give_up = time.monotonic() + 20
         while (left := sample(server, 0)["sessions"]) and time.monotonic() < give_up:
             time.sleep(0.5)
         scrape = Scrape(server)
         server.send_signal(signal.SIGTERM)
         return {
+            "engine": teacher.name,
             "cores": len(os.sched_getaffinity(0)),
             "clients": dict(done),
             "codes": dict(scrape.by("grpc_server_handled_total", "grpc_code")),
@@ -344,17 +447,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--out", type=Path, default=JSON_PATH, help="JSON, beside the table")
+    parser.add_argument("--engine", choices=TEACHERS, default="fake")
+    parser.add_argument("--out", type=Path, help="JSON, beside the table")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    teacher = TEACHERS[arguments.engine]
     if arguments.client:
-        asyncio.run(client(arguments.client))
+        asyncio.run(client(Visit(arguments.client, teacher, random.Random(), Counter())))
+    out = arguments.out or teacher.json_path
     if not arguments.report:
-        record = run(arguments.minutes)
-        arguments.out.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    record = json.loads(arguments.out.read_text(encoding="utf-8"))
+        record = run(teacher, arguments.minutes)
+        out.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    record = json.loads(out.read_text(encoding="utf-8"))
     text = table(record)
-    arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
     return 0 if all(kept for *_, kept in judged(record)) else 1
 

@@ -31,11 +31,18 @@ SERVICE = "opd.teacher.v1.TeacherService"
 
 def span_at(offset: int, num_tokens: int, *, k: int = 16) -> TokenSpan:
     """Tokens and candidates that are a function of their place."""
-    rng = np.random.default_rng(offset)
+    return span_of(offset, offset, num_tokens, 512, k=k)
+
+
+def span_of(seed: int, offset: int, num_tokens: int, vocabulary: int, *, k: int = 16) -> TokenSpan:
+    """Tokens and candidates that are a function of the seed."""
+    rng = np.random.default_rng(seed)
+    token_ids = rng.integers(0, vocabulary, num_tokens, dtype=np.int32)
+    order = np.argsort(rng.random((num_tokens, vocabulary)), axis=1)
     return TokenSpan(
         offset=offset,
-        token_ids=rng.integers(0, 512, num_tokens, dtype=np.int32),
-        candidate_ids=np.argsort(rng.random((num_tokens, 512)), axis=1)[:, :k].astype(np.int32),
+        token_ids=token_ids,
+        candidate_ids=order[:, :k].astype(np.int32),
         event_mask=None,
     )
 

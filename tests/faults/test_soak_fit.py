@@ -20,7 +20,13 @@ def record(rss_mb_of: Any, **changes: Any) -> dict[str, Any]:
         {"s": s, "rss_mb": rss_mb_of(s) + rng.normal(0, 0.2), "fds": 20.0, "sessions": 3.0}
         for s in np.arange(0, 1200, 5.0)
     ]
-    fields = {"cores": 2, "clients": {"in_order": 5}, "codes": {"OK": 5}, "errors": {}}
+    fields = {
+        "engine": "fake",
+        "cores": 2,
+        "clients": {"in_order": 5},
+        "codes": {"OK": 5},
+        "errors": {},
+    }
     fields |= {"bytes_a_cancelled_client": 150.0}
     return {**fields, "sessions_left": 0, "exit_code": 0, "samples": samples, **changes}
 
@@ -65,3 +71,10 @@ def test_descriptors_that_grow_are_seen() -> None:
     for sample in one["samples"]:
         sample["fds"] += sample["s"] / 100
     assert broken(one) == ["file descriptors, growth of the median"]
+
+
+def test_an_engine_that_grows_in_its_own_processes_is_seen() -> None:
+    one = record(lambda s: 90.0, engine="vllm")
+    for sample in one["samples"]:
+        sample["engine_rss_mb"] = 2000.0 + sample["s"] / 100
+    assert broken(one) == ["memory of the engine's processes, MB an hour"]
