@@ -50,10 +50,7 @@ from tests.faults.streams import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = (
-    *("--max-running", "8", "--session-ttl-s", "5"),
-    *("--slow-client-s", "2", "--max-sessions", "256"),
-)
+SETTINGS = ("--max-running", "8", "--max-sessions", "256")
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,19 @@ class Teacher:
     vocabulary: int
     max_offset: int
     """Of a session, in tokens."""
+    session_ttl_s: float
+    slow_client_s: float
+    """Long enough for a client on a machine that does other work too."""
+    pause_s: float
+    """Of a client between two visits."""
+
+    def settings(self) -> tuple[str, ...]:
+        return (
+            *self.arguments,
+            *SETTINGS,
+            *("--session-ttl-s", f"{self.session_ttl_s:g}"),
+            *("--slow-client-s", f"{self.slow_client_s:g}"),
+        )
 
 
 TEACHERS = {
@@ -77,8 +87,11 @@ TEACHERS = {
         ROOT / "docs/soak.json",
         "fake",
         "the fake engine",
-        512,
-        1600,
+        vocabulary=512,
+        max_offset=1600,
+        session_ttl_s=5.0,
+        slow_client_s=2.0,
+        pause_s=0.0,
     ),
     "vllm": Teacher(
         ("teacher_server.cli", "serve"),
@@ -86,12 +99,15 @@ TEACHERS = {
         ROOT / "docs/soak-vllm.json",
         "vllm",
         "the playground's teacher on the vLLM engine",
-        64,
-        256,
+        vocabulary=64,
+        max_offset=256,
+        session_ttl_s=60.0,
+        slow_client_s=30.0,
+        pause_s=0.2,
     ),
 }
-SAMPLE_S, SETTLE_S = 5.0, 7.0
-"""Between samples; and until sessions whose clients are gone have ended."""
+SAMPLE_S, SETTLE_S = 5.0, 2.0
+"""Between samples; and until sessions whose clients are gone have ended, beyond their time."""
 WARM_UP_SHARE, MIN_WARM_UP_S = 0.3, 60.0
 MAX_SLOPE_MB_H, MAX_ENGINE_SLOPE_MB_H, MAX_FD_GROWTH = 1.0, 4.0, 3
 CANCELLED, CANCELLED_FIRST = 6000, 1000
@@ -269,6 +285,7 @@ async def soak(
             scenario = rng.choices(list(choices), list(choices.values()))[0]
             await scenario(Visit(server.address, teacher, rng, done))
             done[scenario.__name__] += 1
+            await asyncio.sleep(teacher.pause_s)
 
     workers = [asyncio.create_task(work(seed, SCENARIOS)) for seed in range(4)]
     workers.append(asyncio.create_task(work(99, {killed: 1.0})))
@@ -299,7 +316,7 @@ async def bytes_a_cancelled_client(
     rss = []
     for number in (CANCELLED_FIRST, CANCELLED - CANCELLED_FIRST):
         await asyncio.gather(*(work(seed, number // 4) for seed in range(4)))
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(teacher.session_ttl_s + SETTLE_S)
         rss.append(server.rss_bytes())
     return (rss[1] - rss[0]) / (CANCELLED - CANCELLED_FIRST)
 
@@ -422,14 +439,13 @@ def table(record: dict[str, Any]) -> str:
 def run(teacher: Teacher, minutes: float) -> dict[str, Any]:
     """The whole soak; takes the time of a session's life longer than told."""
     done: Counter[str] = Counter()
-    arguments = (*teacher.arguments, *SETTINGS)
     with (
         tempfile.TemporaryDirectory() as folder,
-        live_server(Path(folder), *arguments, program=teacher.program) as server,
+        live_server(Path(folder), *teacher.settings(), program=teacher.program) as server,
     ):
         samples = asyncio.run(soak(server, teacher, minutes, done))
         left_behind = asyncio.run(bytes_a_cancelled_client(server, teacher, done))
-        give_up = time.monotonic() + 20
+        give_up = time.monotonic() + teacher.session_ttl_s + 15
         while (left := sample(server, 0)["sessions"]) and time.monotonic() < give_up:
             time.sleep(0.5)
         scrape = Scrape(server)
