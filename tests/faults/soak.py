@@ -50,7 +50,7 @@ from tests.faults.streams import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = ("--max-running", "8", "--max-sessions", "256")
+SETTINGS = ("--max-running", "8")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Teacher:
 TEACHERS = {
     "fake": Teacher(
         CLI,
-        ("--fake-latency-s", "0.002"),
+        ("--fake-latency-s", "0.002", "--max-sessions", "256"),
         ROOT / "docs/soak.json",
         "fake",
         "the fake engine",
@@ -95,13 +95,13 @@ TEACHERS = {
     ),
     "vllm": Teacher(
         ("teacher_server.cli", "serve"),
-        ("--config", "configs/teacher-demo.toml"),
+        ("--config", "configs/teacher-demo.toml", "--max-sessions", "8192"),
         ROOT / "docs/soak-vllm.json",
         "vllm",
         "the playground's teacher on the vLLM engine",
         vocabulary=64,
         max_offset=256,
-        session_ttl_s=60.0,
+        session_ttl_s=30.0,
         slow_client_s=30.0,
         pause_s=0.2,
     ),
