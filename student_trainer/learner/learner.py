@@ -48,6 +48,7 @@ from student_trainer.losses.objective import (
     step_scale,
     sum_over_processes,
 )
+from student_trainer.losses.supports import MatchingSupport
 from student_trainer.losses.weight_choice import PositionWeight
 from student_trainer.process.stopping import StopRequest
 from student_trainer.records import AS_LEARNT, Rollout, WeightFormat
@@ -78,6 +79,7 @@ class Learner:
         excluded_ids: IdRanges = (),
         copied_to: torch.dtype = torch.float32,
         adapter: Adapter | None = None,
+        mass_outside: MatchingSupport | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         """`dtype`: of the arithmetic; the weights that are learnt are float32 whatever it is.
@@ -85,7 +87,8 @@ class Learner:
         `stop_ids` end the student's responses, besides what its generation config says.
         `excluded_ids` take no part in its distributions, and learn nothing as what is said; they
         may be set until the first step. `copied_to`: of the sampler's copy of the weights.
-        `adapter`: what is learnt of a model that has one, all else being frozen. `say`: to a
+        `adapter`: what is learnt of a model that has one, all else being frozen. `mass_outside`:
+        the support for which the divergence asks the mass outside. `say`: to a
         person, where less fits into memory than `micro_batch_tokens`."""
         self._model = model
         self._tokenizer = tokenizer
@@ -103,6 +106,7 @@ class Learner:
         self.excluded_ids = excluded_ids
         self._copied_to = copied_to
         self._adapter = adapter
+        self._mass_outside = mass_outside
         self._device = next(model.parameters()).device
         self._micro_batches = MicroBatches(
             micro_batch_tokens, self._device, say, alone=not is_spread(model)
@@ -232,6 +236,7 @@ class Learner:
                 dtype=self._dtype,
                 excluded_ids=self.excluded_ids,
                 only_counted=True,
+                mass_outside=self._mass_outside,
             )
             inputs = batch.loss_inputs(gathered)
             sums = objective(

@@ -39,6 +39,12 @@ class Needs:
     """The behavior policy's log-probs at ids that only the teacher named."""
     behavior_logprobs: bool = False
     """Behavior log-probs of the sampled token that may be compared with the student's."""
+    mass_outside: MatchingSupport | None = None
+    """The support for which the log of the student's mass outside is computed."""
+
+
+def _outside_topk(tail: bool) -> MatchingSupport | None:
+    return "teacher_topk" if tail else None
 
 
 class LossSection(Section):
@@ -93,9 +99,11 @@ class LocalSupportMatchingSettings(LossSection):
 
     @property
     def needs(self) -> Needs:
+        mass_outside = self.support if self.tail else None
         if self.support == "student_topk_and_sampled":
-            return Needs(student_topk=True)
-        return Needs(teacher_k=2 if self.support == "teacher_topk" and not self.tail else 1)
+            return Needs(student_topk=True, mass_outside=mass_outside)
+        teacher_k = 2 if self.support == "teacher_topk" and not self.tail else 1
+        return Needs(teacher_k=teacher_k, mass_outside=mass_outside)
 
 
 class TruncatedReverseKLSettings(LossSection):
@@ -105,6 +113,10 @@ class TruncatedReverseKLSettings(LossSection):
     tail: bool
     """Everything outside the support as one more class."""
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(teacher_k=1, mass_outside=_outside_topk(self.tail))
+
 
 class ForwardKLSettings(LossSection):
     """KL from the teacher over its top-k (GKD)."""
@@ -113,6 +125,10 @@ class ForwardKLSettings(LossSection):
     tail: bool = True
     """Everything outside the support as one more class; without, the teacher is renormalised."""
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(teacher_k=1, mass_outside=_outside_topk(self.tail))
+
 
 class GeneralizedJSDSettings(LossSection):
     """GKD's divergence between student and teacher through their mixture."""
@@ -120,6 +136,10 @@ class GeneralizedJSDSettings(LossSection):
     kind: Literal["generalized_jsd"] = "generalized_jsd"
     beta: float = Field(0.5, gt=0, lt=1)
     """The teacher's share of the mixture: small is near forward, large near reverse KL."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(teacher_k=1, mass_outside="teacher_topk")
 
 
 class EntropyAwareKLSettings(LossSection):
@@ -133,7 +153,11 @@ class EntropyAwareKLSettings(LossSection):
 
     @property
     def needs(self) -> Needs:
-        return Needs(teacher_k=1 if self.tail else 2, teacher_columns=("entropies",))
+        return Needs(
+            teacher_k=1 if self.tail else 2,
+            teacher_columns=("entropies",),
+            mass_outside=_outside_topk(self.tail),
+        )
 
 
 class StudentTopKReverseKLSettings(LossSection):

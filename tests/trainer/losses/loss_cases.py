@@ -81,6 +81,10 @@ class Case:
             **{"mask_BT": torch.ones_like(self.sampled_BT, dtype=torch.bool)} | changes,
         )
 
+    def inputs_for(self, divergence: Any) -> LossInputs:
+        """With the mass outside the support that a divergence names."""
+        return self.inputs(mass_outside=divergence.needs.mass_outside)
+
 
 def case(
     seed: int,

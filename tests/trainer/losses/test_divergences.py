@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from student_trainer.learner.head import Head
+from student_trainer.learner.head_logprobs import head_logprobs
 from student_trainer.losses.divergences import (
     entropy_aware_kl,
     forward_kl,
@@ -249,3 +251,31 @@ def test_a_mask_that_is_not_a_mask_is_refused() -> None:
     for mask in (torch.ones(1, 1, 2), torch.ones(1, 1, 1, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"included_BTN must be bool of shape \(1, 1, 2\)"):
             local_support_matching(support(-1.0, -2.0), support(-1.0, -2.0), included_BTN=mask)
+
+
+@pytest.mark.parametrize("confidence", [2.0, 20.0, 22.0, 24.0, 40.0, 100.0])
+def test_a_student_that_is_sure_is_still_pushed_towards_what_is_outside(confidence: float) -> None:
+    """1,000 tokens, K 4, .2 of the teacher's mass outside: p - q, whatever the student is sure of.
+
+    Seen with 1 less the mass of the support: .7109 and -.2153 at 20, .5000 and 0 at 22.
+    """
+    logits_RV = torch.zeros(1, 1000)
+    logits_RV[0, :4] = torch.tensor([confidence, 1.0, 1.0, 1.0])
+    logits_RV.requires_grad_()
+    ids_RK = torch.arange(4).expand(1, 4).contiguous()
+    logprobs_RK, _, outside_R = head_logprobs(
+        Head(weight_VD=torch.eye(1000).requires_grad_()),
+        logits_RV,
+        ids_RK,
+        support_RN=torch.ones(1, 4, dtype=torch.bool),
+    )
+    teacher_BTK = torch.tensor([[[0.3, 0.2, 0.2, 0.1]]]).log()
+    loss_BT = forward_kl(
+        logprobs_RK.unsqueeze(0), teacher_BTK, student_log_outside_BT=outside_R.unsqueeze(0)
+    )
+    loss_BT.sum().backward()
+    assert logits_RV.grad is not None
+    p_V = logits_RV.detach().double().softmax(-1)[0]
+    q_outside = 0.2 * p_V[4:] / p_V[4:].sum()
+    exact_V = p_V - torch.cat([torch.tensor([0.3, 0.2, 0.2, 0.1]).double(), q_outside])
+    assert torch.allclose(logits_RV.grad[0].double(), exact_V, rtol=1e-4, atol=1e-9)
