@@ -90,8 +90,9 @@ class Batch:
         belongs_N = torch.tensor(belongs, device=self.mask_BT.device)
         return belongs_N.expand(*self.mask_BT.shape, -1)
 
-    def loss_inputs(self, gathered: Gathered) -> LossInputs:
-        """What the losses see: this batch and the student's present view of it.
+    def loss_inputs(self, gathered: Gathered, progress: float = 0.0) -> LossInputs:
+        """What the losses see: this batch and the student's present view of it, after the share
+        `progress` of the run.
 
         Raises NonFiniteLossError when the student gives a token no finite log-prob.
         """
@@ -131,6 +132,7 @@ class Batch:
             student_entropies_BT=gathered.entropy_BT,
             student_log_outside_BT=gathered.log_outside_BT,
             response_ids_BT=self.response_ids_BT,
+            progress=progress,
         )
 
 

@@ -65,7 +65,7 @@ def _log_ratio(student_BTN: Tensor, teacher_BTN: Tensor, included_BTN: Tensor | 
     return log_ratio_BTN.masked_fill(~included_BTN, 0.0)
 
 
-def _check_pair(
+def check_pair(
     student_logprobs_BTN: Tensor, teacher_logprobs_BTN: Tensor, included_BTN: Tensor | None = None
 ) -> None:
     check_log_probs(
@@ -103,7 +103,7 @@ def local_support_matching(
     Raises:
         ValueError: shapes differ, the teacher carries gradient, N is 0, half precision.
     """
-    _check_pair(student_logprobs_BTN, teacher_logprobs_BTN, included_BTN)
+    check_pair(student_logprobs_BTN, teacher_logprobs_BTN, included_BTN)
     student_BTN = masked_log_softmax(student_logprobs_BTN, included_BTN)
     teacher_BTN = masked_log_softmax(teacher_logprobs_BTN, included_BTN)
     log_ratio_BTN = _log_ratio(student_BTN, teacher_BTN, included_BTN)
@@ -112,11 +112,12 @@ def local_support_matching(
     return (student_BTN.exp() * log_ratio_BTN).sum(dim=-1)
 
 
-def _mass_outside(inputs: LossInputs, tail: bool) -> Tensor | None:
+def mass_outside(inputs: LossInputs, tail: bool) -> Tensor | None:
+    """The log of the student's, for a loss with a tail. Raises ValueError where it is not there."""
     return need(inputs.student_log_outside_BT, "student_log_outside_BT") if tail else None
 
 
-def _at_teacher_topk(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+def at_teacher_topk(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """Log-probs of student and teacher at the teacher's K ids, [B, T, K] each."""
     top = teacher_topk(inputs)
     return top.student_logprobs_BTN, top.teacher_logprobs_BTN
@@ -180,7 +181,7 @@ def truncated_reverse_kl(
 
     Args and errors as in `local_support_matching`; `student_log_outside_BT` as in `with_tail`.
     """
-    _check_pair(student_logprobs_BTN, teacher_logprobs_BTN, included_BTN)
+    check_pair(student_logprobs_BTN, teacher_logprobs_BTN, included_BTN)
     student, teacher = student_logprobs_BTN, teacher_logprobs_BTN
     if tail:
         student, teacher = with_tail(student, teacher, included_BTN, student_log_outside_BT)
@@ -201,7 +202,7 @@ class LocalSupportMatching(constants.LocalSupportMatchingSettings):
                 *pair,
                 tail=True,
                 included_BTN=included_BTN,
-                student_log_outside_BT=_mass_outside(inputs, self.tail),
+                student_log_outside_BT=mass_outside(inputs, self.tail),
             )
             return torch.where(inputs.mask_BT, loss_BT, 0.0)
         return local_support_matching(
@@ -214,9 +215,9 @@ class TruncatedReverseKL(constants.TruncatedReverseKLSettings):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         loss_BT = truncated_reverse_kl(
-            *_at_teacher_topk(inputs),
+            *at_teacher_topk(inputs),
             tail=self.tail,
-            student_log_outside_BT=_mass_outside(inputs, self.tail),
+            student_log_outside_BT=mass_outside(inputs, self.tail),
         )
         return torch.where(inputs.mask_BT, loss_BT, 0.0)
 
@@ -247,7 +248,7 @@ def forward_kl(
     Args and errors as in `local_support_matching`, except that logits do not serve;
     `student_log_outside_BT` as in `with_tail`.
     """
-    _check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
+    check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
     if tail:
         student, teacher = with_tail(
             student_logprobs_BTK,
@@ -264,9 +265,9 @@ class ForwardKL(constants.ForwardKLSettings):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         loss_BT = forward_kl(
-            *_at_teacher_topk(inputs),
+            *at_teacher_topk(inputs),
             tail=self.tail,
-            student_log_outside_BT=_mass_outside(inputs, self.tail),
+            student_log_outside_BT=mass_outside(inputs, self.tail),
         )
         # Renormalised, a teacher of zeros is uniform and a student of zeros is not.
         return torch.where(inputs.mask_BT, loss_BT, 0.0)
@@ -295,7 +296,7 @@ def generalized_jsd(
 
     Args and errors as in `forward_kl`.
     """
-    _check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
+    check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
     student, teacher = with_tail(
         student_logprobs_BTK, teacher_logprobs_BTK, student_log_outside_BT=student_log_outside_BT
     )
@@ -310,61 +311,11 @@ class GeneralizedJSD(constants.GeneralizedJSDSettings):
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         loss_BT = generalized_jsd(
-            *_at_teacher_topk(inputs),
+            *at_teacher_topk(inputs),
             beta=self.beta,
-            student_log_outside_BT=_mass_outside(inputs, True),
+            student_log_outside_BT=mass_outside(inputs, True),
         )
         return torch.where(inputs.mask_BT, loss_BT, 0.0)
 
 
-def entropy_aware_kl(
-    student_logprobs_BTK: Tensor,
-    teacher_logprobs_BTK: Tensor,
-    teacher_entropies_BT: Tensor,
-    *,
-    entropy_threshold: float,
-    tail: bool,
-) -> Tensor:
-    """Reverse KL at every position, plus the forward KL where the teacher is unsure; >= 0.
-
-    KL(student || teacher) + 1[H(teacher) >= entropy_threshold] KL(teacher || student), H in nats of
-    the teacher's full distribution. tail=False: the reverse KL is `local_support_matching`, E_{v ~
-    student | S}[log p_student(v | S) - log p_teacher(v | S)], and the forward KL that of the
-    teacher renormalised on S against the student over V, `forward_kl(tail=False)`. tail=True: both
-    over K + 1 classes. Both equal the exact sum at K = V.
-
-    Source: arXiv 2603.07079 (entropy-aware OPD). The published threshold is not known to us; 0.8
-    nats, the default of the setting, is that of a third party's reimplementation.
-
-    Args and errors as in `forward_kl`; teacher_entropies_BT carries no gradient.
-    """
-    _check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
-    check_log_probs(2, student={}, fixed={"teacher_entropies_BT": teacher_entropies_BT})
-    if teacher_entropies_BT.shape != student_logprobs_BTK.shape[:2]:
-        raise ValueError(
-            f"teacher_entropies_BT has shape {tuple(teacher_entropies_BT.shape)}, "
-            f"student_logprobs_BTK has shape {tuple(student_logprobs_BTK.shape)}"
-        )
-    if tail:
-        reverse_BT = truncated_reverse_kl(student_logprobs_BTK, teacher_logprobs_BTK, tail=True)
-    else:
-        reverse_BT = local_support_matching(student_logprobs_BTK, teacher_logprobs_BTK)
-    forward_BT = forward_kl(student_logprobs_BTK, teacher_logprobs_BTK, tail=tail)
-    unsure_BT = teacher_entropies_BT >= entropy_threshold
-    return reverse_BT + forward_BT.masked_fill(~unsure_BT, 0.0)
-
-
-class EntropyAwareKL(constants.EntropyAwareKLSettings):
-    """`entropy_aware_kl` over the teacher's top-K."""
-
-    def __call__(self, inputs: LossInputs) -> Tensor:
-        loss_BT = entropy_aware_kl(
-            *_at_teacher_topk(inputs),
-            need(inputs.teacher_entropies_BT, "teacher_entropies_BT"),
-            entropy_threshold=self.entropy_threshold,
-            tail=self.tail,
-        )
-        return torch.where(inputs.mask_BT, loss_BT, 0.0)
-
-
-KINDS = (LocalSupportMatching, TruncatedReverseKL, ForwardKL, GeneralizedJSD, EntropyAwareKL)
+KINDS = (LocalSupportMatching, TruncatedReverseKL, ForwardKL, GeneralizedJSD)

@@ -82,6 +82,8 @@ class LossInputs:
     there is no token outside."""
     response_ids_BT: Tensor | None = None
     """int64, the sampled tokens; 0 where masked, which may be a real id: look at mask_BT."""
+    progress: float = 0.0
+    """Share of the run's steps that are done, in [0, 1]: 0 in the first, 1 in the last."""
 
     @property
     def student_logprobs_BT(self) -> Tensor:
@@ -152,7 +154,7 @@ class LossInputs:
                     f.name: self._masked(getattr(value, f.name)) for f in fields(value)
                 }
                 value = replace(value, **changed)
-            else:
+            elif field.name != "progress":
                 value = self._masked(value)
             object.__setattr__(self, field.name, value)
 

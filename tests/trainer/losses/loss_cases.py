@@ -10,12 +10,12 @@ from torch import Tensor
 
 from student_trainer.losses import LossInputs
 from student_trainer.losses.divergences import (
-    EntropyAwareKL,
     ForwardKL,
     GeneralizedJSD,
     LocalSupportMatching,
     TruncatedReverseKL,
 )
+from student_trainer.losses.entropy_aware import EntropyAwareKL
 from student_trainer.losses.gates import span_gates
 from student_trainer.losses.laws import inputs_of
 from student_trainer.losses.objective import Divergence
@@ -41,6 +41,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "jsd_skewed": GeneralizedJSD(beta=0.1),
     "entropy_aware": EntropyAwareKL(),
     "entropy_aware_tail": EntropyAwareKL(tail=True),
+    "entropy_aware_sampled": EntropyAwareKL(reverse="sampled"),
     "only_stu": StudentTopKReverseKL(),
     "only_stu_teacher_p": StudentTopKReverseKL(weight_mode="teacher_p"),
     "only_stu_uniform": StudentTopKReverseKL(weight_mode="uniform"),
@@ -50,11 +51,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "union_uniform": StudentTopKReverseKL(support="union", weight_mode="uniform"),
     "symmetric_difference": StudentTopKReverseKL(support="symmetric_difference"),
 }
-POLICY_GRADIENTS = {
-    name
-    for name, divergence in DIVERGENCES.items()
-    if isinstance(divergence, SampledReverseKL | StudentTopKReverseKL)
-}
+POLICY_GRADIENTS = {name for name, divergence in DIVERGENCES.items() if divergence.has_a_ratio}
 """Their value is a surrogate: only the gradient means anything."""
 
 

@@ -8,14 +8,20 @@ import torch
 from student_trainer.learner.head import Head
 from student_trainer.learner.head_logprobs import head_logprobs
 from student_trainer.losses.divergences import (
-    entropy_aware_kl,
+    GeneralizedJSD,
     forward_kl,
     generalized_jsd,
     local_support_matching,
     reverse_kl_monitor,
     truncated_reverse_kl,
 )
-from student_trainer.losses.policy_gradients import sampled_reverse_kl, support_reverse_kl
+from student_trainer.losses.entropy_aware import EntropyAwareKL, entropy_aware_kl
+from student_trainer.losses.policy_gradients import (
+    SampledReverseKL,
+    sampled_reverse_kl,
+    support_reverse_kl,
+)
+from tests.trainer.losses.loss_cases import case
 
 torch.set_num_threads(1)
 
@@ -279,3 +285,30 @@ def test_a_student_that_is_sure_is_still_pushed_towards_what_is_outside(confiden
     q_outside = 0.2 * p_V[4:] / p_V[4:].sum()
     exact_V = p_V - torch.cat([torch.tensor([0.3, 0.2, 0.2, 0.1]).double(), q_outside])
     assert torch.allclose(logits_RV.grad[0].double(), exact_V, rtol=1e-4, atol=1e-9)
+
+
+def test_the_released_entropy_aware_objective() -> None:
+    """Clipped sampled-token reverse KL on every token, and coefficient times the forward KL of the
+    teacher renormalised on its list, where its entropy reaches the threshold."""
+    made = case(3)
+    loss = EntropyAwareKL(reverse="sampled", coefficient=0.7, entropy_threshold=1.5)
+    inputs = made.inputs()
+    assert inputs.teacher_topk is not None
+    assert inputs.teacher_entropies_BT is not None
+    unsure_BT = inputs.teacher_entropies_BT >= 1.5
+    assert unsure_BT.any()
+    assert not unsure_BT.all()
+    forward_BT = forward_kl(
+        inputs.teacher_topk.student_logprobs_BTN,
+        inputs.teacher_topk.teacher_logprobs_BTN,
+        tail=False,
+    )
+    expected = SampledReverseKL()(inputs) + 0.7 * torch.where(unsure_BT, forward_BT, 0.0)
+    assert torch.allclose(loss(inputs), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("beta", [1e-12, 1e-6, 9e-4, 1 - 1e-6])
+def test_a_mixture_that_would_learn_nothing_is_refused(beta: float) -> None:
+    remedy = "forward_kl" if beta < 0.5 else "truncated_reverse_kl"
+    with pytest.raises(ValueError, match=rf"beta is .*from 0.001 to 0.999.*{remedy}"):
+        GeneralizedJSD(beta=beta)

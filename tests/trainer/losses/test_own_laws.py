@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses import LossInputs, Needs, loss
-from student_trainer.losses.divergences import EntropyAwareKL
+from student_trainer.losses.entropy_aware import EntropyAwareKL
 from student_trainer.losses.laws import LawBrokenError, check_laws
 from tests.trainer.losses.loss_cases import DIVERGENCES, POLICY_GRADIENTS
 
