@@ -89,12 +89,18 @@ def entropy_top_weights(entropies_BT: Tensor, mask_BT: Tensor, *, ratio: float) 
         ratio: in (0, 1]; 1 keeps every token.
     """
     check_mask(mask_BT, entropies_BT=entropies_BT)
-    ranked_BT = torch.where(mask_BT, entropies_BT.detach().double(), -torch.inf)
+    return highest_share(entropies_BT.detach(), mask_BT, ratio=ratio).float()
+
+
+def highest_share(values_BT: Tensor, mask_BT: Tensor, *, ratio: float) -> Tensor:
+    """bool [B, T]: the max(1, floor(ratio * n)) highest of each response's n valid values, and all
+    that are as high as the last of them."""
     if not mask_BT.shape[1]:
-        return torch.zeros_like(mask_BT, dtype=torch.float32)
-    num_kept_B1 = (mask_BT.sum(dim=-1, keepdim=True) * ratio).long().clamp(min=1)
+        return torch.zeros_like(mask_BT)
+    ranked_BT = torch.where(mask_BT, values_BT.double(), -torch.inf)
+    num_kept_B1 = (mask_BT.sum(dim=-1, keepdim=True).double() * ratio).long().clamp(min=1)
     lowest_B1 = ranked_BT.sort(dim=-1, descending=True).values.gather(-1, num_kept_B1 - 1)
-    return ((ranked_BT >= lowest_B1) & mask_BT).float()
+    return (ranked_BT >= lowest_B1) & mask_BT
 
 
 def sample_mean_normalize(weight_BT: Tensor, mask_BT: Tensor) -> Tensor:

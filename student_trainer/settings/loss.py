@@ -79,6 +79,9 @@ class SampledReverseKLSettings(LossSection):
     """PPO clip of the ratio; none leaves it alone."""
     dual_clip: DualClip | None = 3.0
     """Bound of the ratio where the advantage is negative."""
+    baseline: Literal["none", "student_topk"] = "none"
+    """What is taken off the advantage: nothing, or its expectation over the student's top-k
+    (vOPD), which leaves the expected gradient as it is and lowers its variance."""
 
     @property
     def has_a_ratio(self) -> bool:
@@ -86,7 +89,7 @@ class SampledReverseKLSettings(LossSection):
 
     @property
     def needs(self) -> Needs:
-        return Needs(behavior_logprobs=True)
+        return Needs(behavior_logprobs=True, student_topk=self.baseline == "student_topk")
 
 
 class LocalSupportMatchingSettings(LossSection):
@@ -226,6 +229,48 @@ class StudentTopKReverseKLSettings(LossSection):
         )
 
 
+class ResidualReverseKLSettings(LossSection):
+    """Policy gradient over the student's top-k, and of the sampled token where it is outside: the
+    whole reverse KL in expectation (ResOPD)."""
+
+    kind: Literal["residual_reverse_kl"] = "residual_reverse_kl"
+    clip_epsilon: ClipEpsilon | None = 0.2
+    """PPO clip of each candidate's ratio; none leaves it alone."""
+    dual_clip: DualClip | None = 3.0
+    """Bound of a ratio where the reward is negative."""
+
+    @property
+    def has_a_ratio(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(behavior_logprobs=True, student_topk=True)
+
+
+class SuppressUnlikelySettings(LossSection):
+    """A control without a teacher: the tokens that the student itself found least likely become
+    less likely (OPSA)."""
+
+    kind: Literal["suppress_unlikely"] = "suppress_unlikely"
+    share: float = Field(0.2, gt=0, le=1)
+    """Of each response's tokens, rounded down, at least one: the least likely."""
+    advantage: float = Field(-1.0, lt=0)
+    """Of each of them, in place of a teacher's."""
+    clip_epsilon: ClipEpsilon | None = 0.2
+    """PPO clip of the ratio; none leaves it alone."""
+    dual_clip: DualClip | None = 3.0
+    """Bound of the ratio."""
+
+    @property
+    def has_a_ratio(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(behavior_logprobs=True)
+
+
 class ImportedLossSettings(LossSection):
     """A loss of your own (docs/own-loss.md). What it needs it declares itself: known once imported,
     which is before anything starts."""
@@ -260,6 +305,8 @@ LossSettings = Annotated[
     | GeneralizedJSDSettings
     | EntropyAwareKLSettings
     | StudentTopKReverseKLSettings
+    | ResidualReverseKLSettings
+    | SuppressUnlikelySettings
     | ImportedLossSettings,
     Field(discriminator="kind"),
 ]

@@ -19,7 +19,11 @@ from student_trainer.losses.entropy_aware import EntropyAwareKL
 from student_trainer.losses.gates import span_gates
 from student_trainer.losses.laws import inputs_of
 from student_trainer.losses.objective import Divergence
-from student_trainer.losses.policy_gradients import SampledReverseKL, StudentTopKReverseKL
+from student_trainer.losses.policy_gradients import (
+    ResidualReverseKL,
+    SampledReverseKL,
+    StudentTopKReverseKL,
+)
 from student_trainer.losses.spans import block_spans
 
 SHAPE, VOCABULARY, K, J = (2, 4), 9, 3, 4
@@ -50,6 +54,8 @@ DIVERGENCES: dict[str, Divergence] = {
     "union": StudentTopKReverseKL(support="union"),
     "union_uniform": StudentTopKReverseKL(support="union", weight_mode="uniform"),
     "symmetric_difference": StudentTopKReverseKL(support="symmetric_difference"),
+    "sampled_baseline": SampledReverseKL(baseline="student_topk"),
+    "residual": ResidualReverseKL(),
 }
 POLICY_GRADIENTS = {name for name, divergence in DIVERGENCES.items() if divergence.has_a_ratio}
 """Their value is a surrogate: only the gradient means anything."""

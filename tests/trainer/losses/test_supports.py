@@ -28,7 +28,11 @@ from student_trainer.losses.divergences import (
 )
 from student_trainer.losses.entropy_aware import EntropyAwareKL
 from student_trainer.losses.objective import Divergence, objective
-from student_trainer.losses.policy_gradients import StudentTopKReverseKL
+from student_trainer.losses.policy_gradients import (
+    ResidualReverseKL,
+    SampledReverseKL,
+    StudentTopKReverseKL,
+)
 from tests.trainer.losses.loss_cases import (
     DIVERGENCES,
     POLICY_GRADIENTS,
@@ -144,7 +148,15 @@ def defined(
         if -(q.exp() * q).sum() >= loss.entropy_threshold:
             total = total + defined(ForwardKL(tail=loss.tail), p, b, q, sampled, top, own)
         return total
-    return clipped(p[sampled], b[sampled], q[sampled] - b[sampled], loss)
+    advantage = q[sampled] - b[sampled]
+    if isinstance(loss, ResidualReverseKL):
+        total = torch.stack(
+            [clipped(p[v], b[v], b[v].exp() * (q[v] - b[v]), loss) for v in sorted(own)]
+        ).sum()
+        return total if sampled in own else total + clipped(p[sampled], b[sampled], advantage, loss)
+    if isinstance(loss, SampledReverseKL) and loss.baseline == "student_topk":
+        advantage = advantage - sum(b[v].exp() * (q[v] - b[v]) for v in sorted(own))
+    return clipped(p[sampled], b[sampled], advantage, loss)
 
 
 def by_definition(loss: Divergence, made: Case) -> Tensor:

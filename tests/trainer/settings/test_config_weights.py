@@ -22,13 +22,21 @@ from student_trainer.settings.config import TrainerConfig, load_config
 from student_trainer.settings.loss import (
     EntropyAwareKLSettings,
     LossSettings,
+    ResidualReverseKLSettings,
     SampledReverseKLSettings,
     StudentTopKReverseKLSettings,
+    SuppressUnlikelySettings,
 )
 from student_trainer.settings.warnings import warnings
 from tests.trainer.learner.tiny_student import character_tokenizer
 from tests.trainer.settings.smallest_config import SMALLEST
 
+RATIO_LOSSES = (
+    SampledReverseKLSettings,
+    StudentTopKReverseKLSettings,
+    ResidualReverseKLSettings,
+    SuppressUnlikelySettings,
+)
 CONFIGS = Path(__file__).parents[3] / "configs"
 GATE = "weights.block_gate.tau=1"
 RATIO = "weights.importance_ratio.mode=mask"
@@ -114,9 +122,8 @@ def test_losses_that_clip_a_policy_ratio_are_those_that_hold_one() -> None:
         for section in alternatives
         if "dual_clip" in section.model_fields
     }
-    assert clipping == {"sampled_reverse_kl", "student_topk_reverse_kl", "entropy_aware_kl"}
-    assert SampledReverseKLSettings().has_a_ratio
-    assert StudentTopKReverseKLSettings().has_a_ratio
+    assert clipping == {section().kind for section in RATIO_LOSSES} | {"entropy_aware_kl"}
+    assert all(section().has_a_ratio for section in RATIO_LOSSES)
     assert EntropyAwareKLSettings(reverse="sampled").has_a_ratio
     assert not EntropyAwareKLSettings().has_a_ratio
 
