@@ -63,7 +63,8 @@ def two_pass(weight_VD: Tensor, hidden_RD: Tensor, ids_RN: Tensor, grad_RN: Tens
 
 def driftline(weight_VD: Tensor, hidden_RD: Tensor, ids_RN: Tensor, grad_RN: Tensor) -> None:
     """The learner's."""
-    from student_trainer.learner.head import Head, head_logprobs
+    from student_trainer.learner.head import Head
+    from student_trainer.learner.head_logprobs import head_logprobs
 
     logprobs_RN, _ = head_logprobs(
         Head(weight_VD=weight_VD), hidden_RD, ids_RN, dtype=hidden_RD.dtype

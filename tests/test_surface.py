@@ -32,8 +32,8 @@ TRAINER_SETTINGS = {
         "temperature texts unicode_normalize"
     ),
     "loss": (
-        "beta clip_epsilon clip_log_ratio dual_clip entropy_threshold kind options path support "
-        "tail weight_mode"
+        "advantage baseline beta clip_epsilon clip_log_ratio coefficient dual_clip "
+        "entropy_threshold kind options path reverse share support tail weight_mode"
     ),
     "optim": (
         "betas epochs final_learning_rate kind learning_rate max_grad_norm max_sync_gap_nats "

@@ -23,7 +23,8 @@ from benchmarks.gpu.sizes import Sizes
 from benchmarks.learner_child import IDS
 from benchmarks.models import SHAPES, qwen3_config
 from student_trainer.learner.families import attention_for, plain_logits
-from student_trainer.learner.head import Head, head_logprobs, reference_logprobs
+from student_trainer.learner.head import Head
+from student_trainer.learner.head_logprobs import head_logprobs, reference_logprobs
 from student_trainer.learner.student import student_forward
 from teacher_server.engine.base import EXTRAS, ScoreQuery
 from teacher_server.engine.float32_head import Float32Head

@@ -139,7 +139,7 @@ def scoring(config: TrainerConfig, specials: SpecialTokens, asked: Teachers) -> 
         rules=teachers.rules(config, specials, asked),
         temperature=config.rollout.temperature,
         num_topk=num_topk,
-        overlap_k=config.drift.k if num_topk else None,
+        overlap_k=config.overlap_k if num_topk else None,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from student_trainer.assembly.own_loss import imported_loss
-from student_trainer.losses import divergences, policy_gradients
+from student_trainer.losses import divergences, entropy_aware, policy_gradients
 from student_trainer.losses.objective import Divergence
 from student_trainer.losses.weight_choice import WEIGHTS, PositionWeight
 from student_trainer.rollouts.budget import (
@@ -28,7 +28,7 @@ BUDGETS: dict[str, Callable[[Any], LengthBudget]] = {
 """By kind of [budget]; each is made from its settings."""
 LOSSES = {
     kind.model_fields["kind"].default: kind
-    for kind in (*divergences.KINDS, *policy_gradients.KINDS)
+    for kind in (*divergences.KINDS, *entropy_aware.KINDS, *policy_gradients.KINDS)
 }
 """By kind of [loss]; each is made from its constants."""
 

@@ -105,6 +105,8 @@ def learner(
         stop=start.stop,
         copied_to=getattr(torch, from_settings.sampler_dtype(config)),
         adapter=adapter,
+        mass_outside=config.loss.needs.mass_outside,
+        num_steps=config.run.steps,
         say=say,
     )
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from student_trainer.assembly.parts import Start
 from student_trainer.assembly.teachers import Teachers
+from student_trainer.diagnostics.alarms import Method
 from student_trainer.recording.recorder import Recorder
 from student_trainer.recording.run_folder import RunRecord
 from student_trainer.recording.summary import write_progress
@@ -39,7 +40,15 @@ def recorded(
     folder = config.run.out
     teacher = next(iter(asked.clients.values())).info
     recorder = Recorder(
-        folder, bars, resume_from=from_step, overwrite=start.replaces, decode=decode
+        folder,
+        bars,
+        resume_from=from_step,
+        overwrite=start.replaces,
+        decode=decode,
+        method=Method(
+            loss_has_tail=config.loss.needs.mass_outside is not None,
+            weights=tuple(name for name, weight in config.weights if weight is not None),
+        ),
     )
     about = {
         "from_step": from_step or 0,

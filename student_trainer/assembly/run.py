@@ -82,7 +82,7 @@ class Run:
     @property
     def overlap_k(self) -> int | None:
         """Entries compared by the overlap; None when no candidates are sent."""
-        return self.config.drift.k if self.config.collected_topk > 0 else None
+        return self.config.overlap_k
 
     def learn(self, rollouts: Sequence[Rollout], step: int) -> LearnReport:
         """All updates of one step, and its rollouts on their way to the disk; an update that is

@@ -39,6 +39,32 @@ MIN_MASS_LOSS = 0.03
 in nine steps of a loss that spreads it out."""
 
 
+_REMEDIES_FOR_MASS = {
+    False: "local support matching cannot bring it back. Raise teacher.k, lower rollout.top_p, or "
+    "use a loss with a tail",
+    True: "the loss with its tail brings it back slowly, or not at all where the learning rate or "
+    "the weights are too small. Raise teacher.k, lower rollout.top_p, or raise "
+    "optim.learning_rate",
+}
+"""By whether the loss has a tail."""
+_WHERE_ALL_IS_NOUGHT = {
+    "prune": "raise weights.prune.w_base",
+    "position_window": "widen weights.position_window",
+    "entropy_top": "raise weights.entropy_top.ratio",
+    "importance_ratio": 'weights.importance_ratio.mode "truncate", or a wider range',
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What of a run's settings decides which remedy there is."""
+
+    loss_has_tail: bool = False
+    """The mass outside the teacher's top-k has a class, and with it a gradient."""
+    weights: tuple[str, ...] = ()
+    """Tables of [weights] that are on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm:
     """One warning."""
@@ -49,16 +75,21 @@ class Alarm:
 
 
 def warnings_of(
-    report: StepReport, *, first: StepReport | None, decode: Callable[[int], str] = str
+    report: StepReport,
+    *,
+    first: StepReport | None,
+    decode: Callable[[int], str] = str,
+    method: Method | None = None,
 ) -> list[Alarm]:
     """What is wrong with a step, given the run's first step; None where it is not known.
 
     What the report does not say gives no warning. `decode` gives the text of a token id.
     """
     found: list[Alarm] = []
+    method = method or Method()
     if (learning := report.learning) is not None:
         before = None if first is None else first.learning
-        found += [*_support(learning, before), *_learning(learning)]
+        found += [*_support(learning, before, method), *_learning(learning, method)]
     if report.generation is not None:
         found += _drift(report.generation)
     if first is not None:
@@ -69,7 +100,7 @@ def warnings_of(
     return found
 
 
-def _support(learning: LearnReport, first: LearnReport | None) -> Iterator[Alarm]:
+def _support(learning: LearnReport, first: LearnReport | None, method: Method) -> Iterator[Alarm]:
     if (mass := learning.student_mass_at_teacher_topk) is None:
         return
     before = None if first is None else first.student_mass_at_teacher_topk
@@ -79,8 +110,7 @@ def _support(learning: LearnReport, first: LearnReport | None) -> Iterator[Alarm
         yield Alarm(
             kind="support_mass",
             message=f"the student's mass on the teacher's top-k is {mass:.2f} ({before:.2f} in the "
-            "first step): local support matching cannot bring it back. Raise "
-            "teacher.k, lower rollout.top_p, or use a loss with a tail",
+            f"first step): {_REMEDIES_FOR_MASS[method.loss_has_tail]}",
         )
 
 
@@ -154,7 +184,7 @@ def _breadth(report: StepReport) -> _Breadth | None:
     return _Breadth(entropy, student - teacher, overlap)
 
 
-def _learning(learning: LearnReport) -> Iterator[Alarm]:
+def _learning(learning: LearnReport, method: Method) -> Iterator[Alarm]:
     if learning.loss_tokens == 0.0:
         yield Alarm(
             kind="no_tokens",
@@ -164,7 +194,7 @@ def _learning(learning: LearnReport) -> Iterator[Alarm]:
     if low is None or mean is None or high is None:
         return
     if high <= 0.0:
-        message = "every weight is 0, nothing was learnt: raise weights.prune.w_base"
+        message = f"every weight is 0, nothing was learnt: {_remedy_for_nothing(method)}"
     elif high > MAX_WEIGHT_OVER_MEAN * mean or 0.0 < low * MAX_WEIGHT_RATIO < high:
         message = (
             f"weights go from {low:.2g} to {high:.2g}, mean {mean:.2g}: a few tokens decide the "
@@ -173,6 +203,14 @@ def _learning(learning: LearnReport) -> Iterator[Alarm]:
     else:
         return
     yield Alarm(kind="weights", message=message)
+
+
+def _remedy_for_nothing(method: Method) -> str:
+    """By the weights that can be 0."""
+    advice = [_WHERE_ALL_IS_NOUGHT[name] for name in method.weights if name in _WHERE_ALL_IS_NOUGHT]
+    if len(advice) > 1:
+        return f"together they leave no token; {', or '.join(advice)}"
+    return advice[0] if advice else "look at the settings under [weights]"
 
 
 def _teacher(report: StepReport) -> Iterator[Alarm]:

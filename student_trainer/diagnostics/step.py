@@ -103,10 +103,12 @@ def effective_lengths(rollouts: Sequence[Rollout]) -> list[int]:
 
 
 def lengths_in_budget(rollouts: Sequence[Rollout]) -> list[int]:
-    """E, and what others said before R reached 0: the budget holds both."""
+    """E, and what others said before R reached 0: the budget holds both. Of the rollouts whose
+    length the student and its teacher have settled: not of those that the teacher left."""
     return [
         length if r.sampled is None else length + int((~r.sampled[: _reliable_tokens(r)]).sum())
         for r, length in zip(rollouts, effective_lengths(rollouts), strict=True)
+        if r.finish is not Finish.UNSCORED
     ]
 
 

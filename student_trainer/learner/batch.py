@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from student_trainer.errors import NonFiniteLossError
 from student_trainer.learner.student import Gathered, student_forward
 from student_trainer.losses.inputs import Candidates, LossInputs
+from student_trainer.losses.supports import MatchingSupport
 from student_trainer.records import Rollout
 from teacher_wire.id_ranges import IdRanges
 
@@ -58,11 +59,12 @@ class Batch:
         dtype: torch.dtype = torch.float32,
         excluded_ids: IdRanges = (),
         only_counted: bool = False,
+        mass_outside: MatchingSupport | None = None,
     ) -> Gathered:
         """The student at the response tokens, at the teacher's top-k and at its own top-k.
 
         `only_counted` leaves 0.0 at tokens that do not count: no loss sees them, and the head is
-        spared their rows.
+        spared their rows. `mass_outside` asks for the log of the mass outside a support too.
         """
         return student_forward(
             model,
@@ -74,10 +76,23 @@ class Batch:
             temperature=temperature,
             dtype=dtype,
             excluded_ids=excluded_ids,
+            support_BTN=None if mass_outside is None else self._support(mass_outside),
         )
 
-    def loss_inputs(self, gathered: Gathered) -> LossInputs:
-        """What the losses see: this batch and the student's present view of it.
+    def _support(self, support: MatchingSupport) -> Tensor:
+        """bool [B, T, 1 + K + J]: which of the sampled token and the two top-k belong to it."""
+        lists = (
+            (1, support != "teacher_topk"),
+            (self.teacher_topk_ids_BTK.shape[-1], support != "student_topk_and_sampled"),
+            (self.student_topk_ids_BTJ.shape[-1], support == "student_topk_and_sampled"),
+        )
+        belongs = [belongs for length, belongs in lists for _ in range(length)]
+        belongs_N = torch.tensor(belongs, device=self.mask_BT.device)
+        return belongs_N.expand(*self.mask_BT.shape, -1)
+
+    def loss_inputs(self, gathered: Gathered, progress: float = 0.0) -> LossInputs:
+        """What the losses see: this batch and the student's present view of it, after the share
+        `progress` of the run.
 
         Raises NonFiniteLossError when the student gives a token no finite log-prob.
         """
@@ -115,7 +130,9 @@ class Batch:
             bad_events_BT=self.bad_events_BT,
             teacher_entropies_BT=self.teacher_entropies_BT,
             student_entropies_BT=gathered.entropy_BT,
+            student_log_outside_BT=gathered.log_outside_BT,
             response_ids_BT=self.response_ids_BT,
+            progress=progress,
         )
 
 

@@ -24,7 +24,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from student_trainer.errors import CheckpointError, ConfigError
-from student_trainer.learner.head import Head, LogitTransform, reference_logprobs
+from student_trainer.learner.head import Head, LogitTransform
+from student_trainer.learner.head_logprobs import reference_logprobs
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 RANDOM = re.compile(r"drop|jitter_noise")

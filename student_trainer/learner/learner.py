@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_trainer.diagnostics.step_report import LearnReport
+from student_trainer.learner import continuations
 from student_trainer.learner.adapter import Adapter
 from student_trainer.learner.batch import (
     collate,
@@ -25,13 +26,12 @@ from student_trainer.learner.batch import (
     split_updates,
 )
 from student_trainer.learner.export import export_bytes, export_weights, exported, tied_names
-from student_trainer.learner.families import family_of, head_of, plain_logits
+from student_trainer.learner.families import family_of, head_of
 from student_trainer.learner.flipped import flipped
 from student_trainer.learner.micro_batches import MicroBatches
 from student_trainer.learner.optim import Optimizer
 from student_trainer.learner.precision import lost_in_rounding, sample_of
 from student_trainer.learner.sharding import (
-    give_back_the_ends,
     is_spread,
     most,
     own_share,
@@ -48,11 +48,12 @@ from student_trainer.losses.objective import (
     step_scale,
     sum_over_processes,
 )
+from student_trainer.losses.supports import MatchingSupport
 from student_trainer.losses.weight_choice import PositionWeight
 from student_trainer.process.stopping import StopRequest
 from student_trainer.records import AS_LEARNT, Rollout, WeightFormat
 from student_trainer.saved_student import save_around, save_student
-from teacher_wire.id_ranges import IdRanges, fill
+from teacher_wire.id_ranges import IdRanges
 
 
 class Learner:
@@ -78,6 +79,8 @@ class Learner:
         excluded_ids: IdRanges = (),
         copied_to: torch.dtype = torch.float32,
         adapter: Adapter | None = None,
+        mass_outside: MatchingSupport | None = None,
+        num_steps: int = 1,
         say: Callable[[str], None] = print,
     ) -> None:
         """`dtype`: of the arithmetic; the weights that are learnt are float32 whatever it is.
@@ -85,7 +88,9 @@ class Learner:
         `stop_ids` end the student's responses, besides what its generation config says.
         `excluded_ids` take no part in its distributions, and learn nothing as what is said; they
         may be set until the first step. `copied_to`: of the sampler's copy of the weights.
-        `adapter`: what is learnt of a model that has one, all else being frozen. `say`: to a
+        `adapter`: what is learnt of a model that has one, all else being frozen. `mass_outside`:
+        the support for which the divergence asks the mass outside. `num_steps`: of the run, for
+        weights that change along it. `say`: to a
         person, where less fits into memory than `micro_batch_tokens`."""
         self._model = model
         self._tokenizer = tokenizer
@@ -103,6 +108,8 @@ class Learner:
         self.excluded_ids = excluded_ids
         self._copied_to = copied_to
         self._adapter = adapter
+        self._mass_outside = mass_outside
+        self._num_steps = num_steps
         self._device = next(model.parameters()).device
         self._micro_batches = MicroBatches(
             micro_batch_tokens, self._device, say, alone=not is_spread(model)
@@ -157,7 +164,13 @@ class Learner:
             notes = noted if epoch == 0 else None
             with self._may_give_up() if is_first else nullcontext():
                 totals = self._micro_batches.fitted(
-                    partial(self._accumulate, own_share(update), gives_up=is_first, noted=notes),
+                    partial(
+                        self._accumulate,
+                        own_share(update),
+                        progress=step / max(1, self._num_steps - 1),
+                        gives_up=is_first,
+                        noted=notes,
+                    ),
                     self._model.zero_grad,
                 )
             learning_rate = self._optimizer.learning_rate
@@ -214,7 +227,12 @@ class Learner:
                 yield epoch, update
 
     def _accumulate(
-        self, rollouts: Sequence[Rollout], *, gives_up: bool, noted: TokenWeights | None
+        self,
+        rollouts: Sequence[Rollout],
+        *,
+        progress: float,
+        gives_up: bool,
+        noted: TokenWeights | None,
     ) -> StepSums:
         """The gradient of one update, added up over micro-batches, and its sums; `gives_up` where
         one of several processes is asked to stop meanwhile."""
@@ -232,8 +250,9 @@ class Learner:
                 dtype=self._dtype,
                 excluded_ids=self.excluded_ids,
                 only_counted=True,
+                mass_outside=self._mass_outside,
             )
-            inputs = batch.loss_inputs(gathered)
+            inputs = batch.loss_inputs(gathered, progress)
             sums = objective(
                 inputs,
                 divergence=self._divergence,
@@ -272,42 +291,20 @@ class Learner:
         return logprobs
 
     def logprobs_of(
-        self, prompts: Sequence[NDArray[np.int32]], continuations: Sequence[NDArray[np.int32]]
+        self, prompts: Sequence[NDArray[np.int32]], token_ids: Sequence[NDArray[np.int32]]
     ) -> list[NDArray[np.float32]]:
         """The same of several prompts in one pass, each [T] of its own continuation."""
-        pairs = zip(prompts, continuations, strict=True)
-        responses_BT = _padded(continuations)
-        lengths_B = torch.tensor([len(ids) for ids in continuations])
-        with torch.no_grad():
-            gathered = student_forward(
-                self._model,
-                _padded([np.concatenate(pair) for pair in pairs]).to(self._device),
-                torch.tensor([len(ids) for ids in prompts], device=self._device),
-                responses_BT.to(self._device),
-                (torch.arange(responses_BT.shape[1]) < lengths_B[:, None]).to(self._device),
-                (),
-                temperature=1.0,
-                dtype=self._dtype,
-                excluded_ids=self.excluded_ids,
-            )
-        rows = zip(gathered.logprobs_BT.cpu().numpy(), lengths_B.tolist(), strict=True)
-        return [row[:length] for row, length in rows]
+        return continuations.logprobs(
+            self._model, prompts, token_ids, dtype=self._dtype, excluded_ids=self.excluded_ids
+        )
 
     def plain_logprobs(
         self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32]
     ) -> NDArray[np.float32]:
         """The same of plain `model(ids).logits`: eager attention, evaluation mode, float32."""
-        ids_S = torch.from_numpy(np.concatenate([prompt_ids, token_ids])).long().to(self._device)
-        rows = len(token_ids) + 1
-        with torch.no_grad():
-            logits_SV = plain_logits(self._model, ids_S.unsqueeze(0), num_last=rows)[0]
-        give_back_the_ends(self._model)
-        logits_TV = logits_SV[-rows:-1].float()
-        fill(logits_TV, self.excluded_ids, -torch.inf)
-        logprobs: NDArray[np.float32] = (
-            logits_TV.log_softmax(-1).gather(1, ids_S[len(prompt_ids) :, None])[:, 0].cpu().numpy()
+        return continuations.plain_logprobs(
+            self._model, prompt_ids, token_ids, excluded_ids=self.excluded_ids
         )
-        return logprobs
 
     def about(self) -> str:
         """Family, arithmetic, and what its config says of logits and attention; for a person."""
@@ -374,9 +371,3 @@ class Learner:
 
 def _go_on() -> None:
     """Whatever was asked."""
-
-
-def _padded(arrays: Sequence[NDArray[np.int32]]) -> torch.Tensor:
-    """[B, T] ids, with zeros behind those of a shorter one."""
-    ids = [torch.from_numpy(array).long() for array in arrays]
-    return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from student_trainer.errors import ConfigError
 from student_trainer.learner.adapter import LoraShape, num_adapted
 from student_trainer.learner.families import attention_for
-from student_trainer.learner.head import BLOCK
+from student_trainer.learner.logit_blocks import BLOCK
 from student_trainer.learner.optim import STATE_BYTES, OptimizerKind
 
 GB = 1e9

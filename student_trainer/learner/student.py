@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from student_trainer.learner.families import decoder_of, head_of
-from student_trainer.learner.head import head_logprobs
+from student_trainer.learner.head_logprobs import head_logprobs
 from student_trainer.learner.sharding import through_hooks
 from teacher_wire.id_ranges import IdRanges
 
@@ -34,6 +34,9 @@ class Gathered:
     """One [B, T, N] for each array of ids asked for."""
     entropy_BT: Tensor
     """[B, T] nats, no gradient."""
+    log_outside_BT: Tensor | None = None
+    """[B, T] log of the mass outside the support that was asked for, with gradient; -inf where the
+    support is the whole vocabulary."""
 
 
 def student_forward(
@@ -47,6 +50,7 @@ def student_forward(
     temperature: float,
     dtype: torch.dtype = torch.float32,
     excluded_ids: IdRanges = (),
+    support_BTN: Tensor | None = None,
 ) -> Gathered:
     """Log-probs of the response tokens and of further ids at every response position.
 
@@ -54,7 +58,8 @@ def student_forward(
     mask would only rule out the fused attention. Normalised at `temperature` over the vocabulary
     less `excluded_ids`, in float32 whatever `dtype` the model computes in; its weights stay as they
     are.
-    `response_mask_BT` is True for real response tokens.
+    `response_mask_BT` is True for real response tokens. `support_BTN` is True for those ids, the
+    response token first, whose complement's mass is asked for.
     """
     ids_RN = torch.cat(
         [
@@ -63,7 +68,7 @@ def student_forward(
         ],
         dim=-1,
     )
-    logprobs_RN, entropy_R = through_hooks(model, response_logprobs)(
+    logprobs_RN, entropy_R, *log_outside_R = through_hooks(model, response_logprobs)(
         input_ids_BS,
         prompt_lengths_B,
         response_mask_BT,
@@ -71,6 +76,7 @@ def student_forward(
         temperature=temperature,
         dtype=dtype,
         excluded_ids=excluded_ids,
+        support_RN=None if support_BTN is None else support_BTN[response_mask_BT],
     )
 
     def unpack(rows: Tensor) -> Tensor:
@@ -87,6 +93,7 @@ def student_forward(
         logprobs_BT=unpack(own.squeeze(-1)),
         logprobs_at_BTN=tuple(unpack(rows) for rows in others),
         entropy_BT=unpack(entropy_R),
+        log_outside_BT=unpack(log_outside_R[0]) if log_outside_R else None,
     )
 
 
@@ -100,8 +107,10 @@ def response_logprobs(
     temperature: float,
     dtype: torch.dtype,
     excluded_ids: IdRanges,
-) -> tuple[Tensor, Tensor]:
-    """Log-probs [R, N] at ids of the response positions that the mask keeps, and entropies [R].
+    support_RN: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Log-probs [R, N] at ids of the response positions that the mask keeps, entropies [R], and,
+    given a support, the log [R] of the mass outside it.
 
     All that the learner asks of the model's weights.
     """
@@ -117,6 +126,7 @@ def response_logprobs(
         ids_RN,
         temperature=temperature,
         dtype=dtype,
+        support_RN=support_RN,
     )
 
 

@@ -65,7 +65,7 @@ def _log_ratio(student_BTN: Tensor, teacher_BTN: Tensor, included_BTN: Tensor | 
     return log_ratio_BTN.masked_fill(~included_BTN, 0.0)
 
 
-def _check_pair(
+def check_pair(
     student_logprobs_BTN: Tensor, teacher_logprobs_BTN: Tensor, included_BTN: Tensor | None = None
 ) -> None:
     check_log_probs(
@@ -103,7 +103,7 @@ def local_support_matching(
     Raises:
         ValueError: shapes differ, the teacher carries gradient, N is 0, half precision.
     """
-    _check_pair(student_logprobs_BTN, teacher_logprobs_BTN, included_BTN)
+    check_pair(student_logprobs_BTN, teacher_logprobs_BTN, included_BTN)
     student_BTN = masked_log_softmax(student_logprobs_BTN, included_BTN)
     teacher_BTN = masked_log_softmax(teacher_logprobs_BTN, included_BTN)
     log_ratio_BTN = _log_ratio(student_BTN, teacher_BTN, included_BTN)
@@ -112,18 +112,50 @@ def local_support_matching(
     return (student_BTN.exp() * log_ratio_BTN).sum(dim=-1)
 
 
-def _at_teacher_topk(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+def mass_outside(inputs: LossInputs, tail: bool) -> Tensor | None:
+    """The log of the student's, for a loss with a tail. Raises ValueError where it is not there."""
+    return need(inputs.student_log_outside_BT, "student_log_outside_BT") if tail else None
+
+
+def at_teacher_topk(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """Log-probs of student and teacher at the teacher's K ids, [B, T, K] each."""
     top = teacher_topk(inputs)
     return top.student_logprobs_BTN, top.teacher_logprobs_BTN
 
 
-def _with_tail(logprobs_BTN: Tensor, included_BTN: Tensor | None = None) -> Tensor:
-    """[B, T, N + 1]: the log of the mass outside the support appended, of at least 1e-7."""
+def _log_outside(logprobs_BTN: Tensor, included_BTN: Tensor | None = None) -> Tensor:
+    """[B, T]: the log of 1 less the mass of the support, at least 1e-7: all that its log-probs
+    say, and what there is of the teacher's."""
     if included_BTN is not None:
         logprobs_BTN = logprobs_BTN.masked_fill(~included_BTN, -math.inf)
-    log_mass_BT1 = logprobs_BTN.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7)
-    return torch.cat([logprobs_BTN, torch.log(-torch.expm1(log_mass_BT1))], dim=-1)
+    log_mass_BT = logprobs_BTN.logsumexp(dim=-1).clamp(max=-1e-7)
+    return torch.log(-torch.expm1(log_mass_BT))
+
+
+def with_tail(
+    student_BTN: Tensor,
+    teacher_BTN: Tensor,
+    included_BTN: Tensor | None = None,
+    student_log_outside_BT: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of both, [B, T, N + 1] each, everything outside the support as one more class.
+
+    The teacher's mass outside is 1 less that of its list, at least 1e-7: what travels of it. The
+    student's is the head's own sum over the rest (`learner.head`), right to 1e-5 of itself however
+    small; without it, 1 less its list, which in float32 is wrong below 1e-5 and has no gradient
+    below 1e-7: where the student is sure, and possibly of the wrong token. Where there is nothing
+    outside the support, the class has no part in any divergence.
+    """
+    teacher_BT = _log_outside(teacher_BTN, included_BTN)
+    if student_log_outside_BT is None:
+        student_BT = _log_outside(student_BTN, included_BTN)
+    else:
+        is_there_BT = ~student_log_outside_BT.isneginf()
+        student_BT = torch.where(is_there_BT, student_log_outside_BT, teacher_BT)
+    return (
+        torch.cat([student_BTN, student_BT.unsqueeze(-1)], dim=-1),
+        torch.cat([teacher_BTN, teacher_BT.unsqueeze(-1)], dim=-1),
+    )
 
 
 def truncated_reverse_kl(
@@ -132,6 +164,7 @@ def truncated_reverse_kl(
     *,
     tail: bool,
     included_BTN: Tensor | None = None,
+    student_log_outside_BT: Tensor | None = None,
 ) -> Tensor:
     """The terms of KL(student || teacher) on a support S, not renormalised; with a tail, a KL.
 
@@ -142,12 +175,16 @@ def truncated_reverse_kl(
     between 0 and the exact KL, and it does move mass into S (TRL's `loss_add_tail`). Both equal the
     exact KL at S = V. Unlike in `local_support_matching`, logits do not serve here.
 
-    Args and errors as in `local_support_matching`.
+    On the tail class the reverse KL divides by the teacher's mass outside its list. Of a teacher
+    that is sure, and whose log-probs travel in 16 bits, that is right to 2e-4 of all mass only: a
+    token on which it keeps less than that outside may cost up to log(2.6) nats too much or little.
+
+    Args and errors as in `local_support_matching`; `student_log_outside_BT` as in `with_tail`.
     """
-    _check_pair(student_logprobs_BTN, teacher_logprobs_BTN, included_BTN)
+    check_pair(student_logprobs_BTN, teacher_logprobs_BTN, included_BTN)
     student, teacher = student_logprobs_BTN, teacher_logprobs_BTN
     if tail:
-        student, teacher = _with_tail(student, included_BTN), _with_tail(teacher, included_BTN)
+        student, teacher = with_tail(student, teacher, included_BTN, student_log_outside_BT)
         if included_BTN is not None:
             included_BTN = torch.nn.functional.pad(included_BTN, (0, 1), value=True)
     return (student.exp() * _log_ratio(student, teacher, included_BTN)).sum(dim=-1)
@@ -161,7 +198,13 @@ class LocalSupportMatching(constants.LocalSupportMatchingSettings):
         pair = support.student_logprobs_BTN, support.teacher_logprobs_BTN
         included_BTN = support.included_BTN
         if self.tail:
-            return truncated_reverse_kl(*pair, tail=True, included_BTN=included_BTN)
+            loss_BT = truncated_reverse_kl(
+                *pair,
+                tail=True,
+                included_BTN=included_BTN,
+                student_log_outside_BT=mass_outside(inputs, self.tail),
+            )
+            return torch.where(inputs.mask_BT, loss_BT, 0.0)
         return local_support_matching(
             *pair, included_BTN=included_BTN, clip_log_ratio=self.clip_log_ratio
         )
@@ -171,11 +214,20 @@ class TruncatedReverseKL(constants.TruncatedReverseKLSettings):
     """`truncated_reverse_kl` on the teacher's top-K."""
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        return truncated_reverse_kl(*_at_teacher_topk(inputs), tail=self.tail)
+        loss_BT = truncated_reverse_kl(
+            *at_teacher_topk(inputs),
+            tail=self.tail,
+            student_log_outside_BT=mass_outside(inputs, self.tail),
+        )
+        return torch.where(inputs.mask_BT, loss_BT, 0.0)
 
 
 def forward_kl(
-    student_logprobs_BTK: Tensor, teacher_logprobs_BTK: Tensor, *, tail: bool = True
+    student_logprobs_BTK: Tensor,
+    teacher_logprobs_BTK: Tensor,
+    *,
+    tail: bool = True,
+    student_log_outside_BT: Tensor | None = None,
 ) -> Tensor:
     """KL(teacher || student) over the teacher's top-K support S; >= 0.
 
@@ -193,11 +245,16 @@ def forward_kl(
     student's own prefixes, with the tail bucket of TRL's `loss_add_tail`; without the tail, the
     forward term of arXiv 2603.07079.
 
-    Args and errors as in `local_support_matching`, except that logits do not serve.
+    Args and errors as in `local_support_matching`, except that logits do not serve;
+    `student_log_outside_BT` as in `with_tail`.
     """
-    _check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
+    check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
     if tail:
-        student, teacher = _with_tail(student_logprobs_BTK), _with_tail(teacher_logprobs_BTK)
+        student, teacher = with_tail(
+            student_logprobs_BTK,
+            teacher_logprobs_BTK,
+            student_log_outside_BT=student_log_outside_BT,
+        )
     else:
         student, teacher = student_logprobs_BTK, teacher_logprobs_BTK.log_softmax(dim=-1)
     return (teacher.exp() * (teacher - student)).sum(dim=-1)
@@ -207,13 +264,21 @@ class ForwardKL(constants.ForwardKLSettings):
     """`forward_kl` over the teacher's top-K."""
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        loss_BT = forward_kl(*_at_teacher_topk(inputs), tail=self.tail)
+        loss_BT = forward_kl(
+            *at_teacher_topk(inputs),
+            tail=self.tail,
+            student_log_outside_BT=mass_outside(inputs, self.tail),
+        )
         # Renormalised, a teacher of zeros is uniform and a student of zeros is not.
         return torch.where(inputs.mask_BT, loss_BT, 0.0)
 
 
 def generalized_jsd(
-    student_logprobs_BTK: Tensor, teacher_logprobs_BTK: Tensor, *, beta: float
+    student_logprobs_BTK: Tensor,
+    teacher_logprobs_BTK: Tensor,
+    *,
+    beta: float,
+    student_log_outside_BT: Tensor | None = None,
 ) -> Tensor:
     """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
 
@@ -231,8 +296,10 @@ def generalized_jsd(
 
     Args and errors as in `forward_kl`.
     """
-    _check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
-    student, teacher = _with_tail(student_logprobs_BTK), _with_tail(teacher_logprobs_BTK)
+    check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
+    student, teacher = with_tail(
+        student_logprobs_BTK, teacher_logprobs_BTK, student_log_outside_BT=student_log_outside_BT
+    )
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     from_teacher_BT = (teacher.exp() * (teacher - mixture)).sum(dim=-1)
     from_student_BT = (student.exp() * (student - mixture)).sum(dim=-1)
@@ -243,57 +310,12 @@ class GeneralizedJSD(constants.GeneralizedJSDSettings):
     """`generalized_jsd` over the teacher's top-K and a tail."""
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        return generalized_jsd(*_at_teacher_topk(inputs), beta=self.beta)
-
-
-def entropy_aware_kl(
-    student_logprobs_BTK: Tensor,
-    teacher_logprobs_BTK: Tensor,
-    teacher_entropies_BT: Tensor,
-    *,
-    entropy_threshold: float,
-    tail: bool,
-) -> Tensor:
-    """Reverse KL at every position, plus the forward KL where the teacher is unsure; >= 0.
-
-    KL(student || teacher) + 1[H(teacher) >= entropy_threshold] KL(teacher || student), H in nats of
-    the teacher's full distribution. tail=False: the reverse KL is `local_support_matching`, E_{v ~
-    student | S}[log p_student(v | S) - log p_teacher(v | S)], and the forward KL that of the
-    teacher renormalised on S against the student over V, `forward_kl(tail=False)`. tail=True: both
-    over K + 1 classes. Both equal the exact sum at K = V.
-
-    Source: arXiv 2603.07079 (entropy-aware OPD). The published threshold is not known to us; 0.8
-    nats, the default of the setting, is that of a third party's reimplementation.
-
-    Args and errors as in `forward_kl`; teacher_entropies_BT carries no gradient.
-    """
-    _check_pair(student_logprobs_BTK, teacher_logprobs_BTK)
-    check_log_probs(2, student={}, fixed={"teacher_entropies_BT": teacher_entropies_BT})
-    if teacher_entropies_BT.shape != student_logprobs_BTK.shape[:2]:
-        raise ValueError(
-            f"teacher_entropies_BT has shape {tuple(teacher_entropies_BT.shape)}, "
-            f"student_logprobs_BTK has shape {tuple(student_logprobs_BTK.shape)}"
-        )
-    if tail:
-        reverse_BT = truncated_reverse_kl(student_logprobs_BTK, teacher_logprobs_BTK, tail=True)
-    else:
-        reverse_BT = local_support_matching(student_logprobs_BTK, teacher_logprobs_BTK)
-    forward_BT = forward_kl(student_logprobs_BTK, teacher_logprobs_BTK, tail=tail)
-    unsure_BT = teacher_entropies_BT >= entropy_threshold
-    return reverse_BT + forward_BT.masked_fill(~unsure_BT, 0.0)
-
-
-class EntropyAwareKL(constants.EntropyAwareKLSettings):
-    """`entropy_aware_kl` over the teacher's top-K."""
-
-    def __call__(self, inputs: LossInputs) -> Tensor:
-        loss_BT = entropy_aware_kl(
-            *_at_teacher_topk(inputs),
-            need(inputs.teacher_entropies_BT, "teacher_entropies_BT"),
-            entropy_threshold=self.entropy_threshold,
-            tail=self.tail,
+        loss_BT = generalized_jsd(
+            *at_teacher_topk(inputs),
+            beta=self.beta,
+            student_log_outside_BT=mass_outside(inputs, True),
         )
         return torch.where(inputs.mask_BT, loss_BT, 0.0)
 
 
-KINDS = (LocalSupportMatching, TruncatedReverseKL, ForwardKL, GeneralizedJSD, EntropyAwareKL)
+KINDS = (LocalSupportMatching, TruncatedReverseKL, ForwardKL, GeneralizedJSD)

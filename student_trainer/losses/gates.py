@@ -80,18 +80,20 @@ def importance_ratios(
 
     "truncate": min(ratio, max_ratio), the token-level rollout correction of verl (threshold 5 in
     arXiv 2606.22600, Table 6); min_ratio is not read. "mask": the ratio inside [min_ratio,
-    max_ratio], 0 outside. Granularity "sequence" gives every valid token of a response the
-    geometric mean of their ratios. Not for a divergence whose surrogate already has the ratio.
+    max_ratio], 0 outside. Granularity "sequence" gives every valid token of a response the product
+    of their ratios, "geometric" their geometric mean, as verl's levels of these names. Not for a
+    divergence whose surrogate already has the ratio.
 
     Departure: verl compares the trainer's and the sampler's log-probs of one policy; here the
     student that is being updated stands in the numerator, so that staleness and the mismatch of the
     engines are corrected together. Log-ratios are clamped to +-20 nats.
     """
     log_ratio_BT = _drift(student_logprobs_BT, behavior_logprobs_BT, mask_BT)
-    if granularity == "sequence":
-        num_valid_B1 = mask_BT.sum(dim=-1, keepdim=True).clamp(min=1)
-        mean_B1 = log_ratio_BT.double().sum(dim=-1, keepdim=True) / num_valid_B1
-        log_ratio_BT = mean_B1.to(log_ratio_BT.dtype).expand_as(log_ratio_BT)
+    if granularity != "token":
+        log_B1 = log_ratio_BT.double().sum(dim=-1, keepdim=True)
+        if granularity == "geometric":
+            log_B1 = log_B1 / mask_BT.sum(dim=-1, keepdim=True).clamp(min=1)
+        log_ratio_BT = log_B1.to(log_ratio_BT.dtype).expand_as(log_ratio_BT)
     ratio_BT = log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     if mode == "truncate":
         ratio_BT = ratio_BT.clamp(max=max_ratio)

@@ -28,6 +28,7 @@ _PROVIDED_BY = {
     "bad_events_BT": "score the rollouts under a drift policy (overlap metric and threshold)",
     "teacher_entropies_BT": "score the rollouts with ScoreOptions.want_entropy",
     "student_entropies_BT": "gather the student's entropies with its log-probs",
+    "student_log_outside_BT": "name the support: Needs(mass_outside=...)",
     "response_ids_BT": "hand over the ids of the sampled tokens",
 }
 _FLAGS = ("in_teacher_topk_BTN", "in_student_topk_BTN", "included_BTN")
@@ -76,8 +77,13 @@ class LossInputs:
     """nats, of the teacher's full distribution."""
     student_entropies_BT: Tensor | None = None
     """nats, of the full distribution of the student being trained; no gradient."""
+    student_log_outside_BT: Tensor | None = None
+    """log of the student's mass outside the support that the loss named, with gradient; -inf where
+    there is no token outside."""
     response_ids_BT: Tensor | None = None
     """int64, the sampled tokens; 0 where masked, which may be a real id: look at mask_BT."""
+    progress: float = 0.0
+    """Share of the run's steps that are done, in [0, 1]: 0 in the first, 1 in the last."""
 
     @property
     def student_logprobs_BT(self) -> Tensor:
@@ -109,6 +115,10 @@ class LossInputs:
             if (entropies_BT := getattr(self, name)) is not None:
                 check_log_probs(2, student={}, fixed={name: entropies_BT})
                 numbers[name] = entropies_BT
+        if (outside_BT := self.student_log_outside_BT) is not None:
+            check_log_probs(2, student={"student_log_outside_BT": outside_BT}, fixed={})
+            is_none_BT = outside_BT.isneginf()
+            numbers["student_log_outside_BT"] = outside_BT.masked_fill(is_none_BT, 0.0)
         for name, kind, dtype in (
             ("bad_events_BT", "bool", torch.bool),
             ("response_ids_BT", "int64", torch.long),
@@ -144,7 +154,7 @@ class LossInputs:
                     f.name: self._masked(getattr(value, f.name)) for f in fields(value)
                 }
                 value = replace(value, **changed)
-            else:
+            elif field.name != "progress":
                 value = self._masked(value)
             object.__setattr__(self, field.name, value)
 

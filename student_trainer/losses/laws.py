@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from student_trainer.settings.loss import Needs
+from student_trainer.settings.loss import MatchingSupport, Needs
 
 from .declared import LossKind
 from .inputs import Candidates, LossInputs
@@ -86,8 +86,10 @@ def inputs_of(
     mask_BT: Tensor,
     bad_events_BT: Tensor | None = None,
     needs: Needs | None = None,
+    mass_outside: MatchingSupport | None = "teacher_topk",
 ) -> LossInputs:
-    """Loss inputs from the log-probs of three policies over all of V; without `needs`, all."""
+    """Loss inputs from the log-probs of three policies over all of V; without `needs`, all, and the
+    student's mass outside of one support."""
     sampled_BT1 = sampled_BT.unsqueeze(-1)
     has_teacher = needs is None or needs.teacher_k > 0
     has_student = needs is None or needs.student_topk
@@ -122,9 +124,36 @@ def inputs_of(
             else None
         ),
         student_entropies_BT=_entropies(student_BTV),
+        student_log_outside_BT=log_outside(
+            student_BTV,
+            sampled_BT1,
+            teacher_ids_BTK,
+            student_ids_BTJ,
+            support=mass_outside if needs is None else needs.mass_outside,
+        ),
         response_ids_BT=sampled_BT,
         bad_events_BT=bad_events_BT,
     )
+
+
+def log_outside(
+    student_BTV: Tensor,
+    sampled_BT1: Tensor,
+    teacher_ids_BTK: Tensor,
+    student_ids_BTJ: Tensor,
+    *,
+    support: MatchingSupport | None,
+) -> Tensor | None:
+    """[B, T]: the log of the student's mass outside a support, -inf where nothing is there."""
+    if support is None:
+        return None
+    listed = student_ids_BTJ if support == "student_topk_and_sampled" else teacher_ids_BTK
+    ids = listed if support == "teacher_topk" else torch.cat([listed, sampled_BT1], dim=-1)
+    inside_BTV = torch.zeros_like(student_BTV, dtype=torch.bool).scatter(-1, ids, True)
+    all_BT = inside_BTV.all(dim=-1)
+    # A row of -inf would have a gradient of NaN.
+    outside_BTV = student_BTV.masked_fill(inside_BTV & ~all_BT.unsqueeze(-1), -torch.inf)
+    return outside_BTV.logsumexp(dim=-1).masked_fill(all_BT, -torch.inf)
 
 
 def _found(ids_BTN: Tensor, others_BTM: Tensor) -> Tensor:

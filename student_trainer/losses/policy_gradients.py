@@ -14,8 +14,9 @@ from student_trainer.settings import loss as constants
 
 from .checks import check_included, check_log_probs
 from .divergences import masked_log_softmax
-from .inputs import LossInputs
+from .inputs import LossInputs, need
 from .supports import reward_support
+from .weights import highest_share
 
 MAX_LOG_RATIO = 20.0
 """Policy ratios are taken of log-ratios clamped to +-20 nats, so that exp cannot overflow."""
@@ -52,6 +53,7 @@ def sampled_reverse_kl(
     *,
     clip_epsilon: float | None,
     dual_clip: float | None,
+    baseline_BT: Tensor | None = None,
 ) -> Tensor:
     """Surrogate whose gradient is, on policy and in expectation, that of KL(student || teacher).
 
@@ -70,6 +72,8 @@ def sampled_reverse_kl(
         teacher_logprobs_BT: no gradient.
         clip_epsilon: PPO clip of the ratio, in (0, 1); None leaves the ratio alone.
         dual_clip: bound of the ratio where A < 0, above 1; None leaves it unbounded.
+        baseline_BT: taken off A; the same whatever token was sampled, or the estimate is biased
+            (`expected_advantages`). No gradient.
 
     Raises:
         ValueError: shapes differ, a fixed input carries gradient, or half precision.
@@ -83,21 +87,44 @@ def sampled_reverse_kl(
         },
     )
     advantage_BT = teacher_logprobs_BT - behavior_logprobs_BT
+    if baseline_BT is not None:
+        advantage_BT = advantage_BT - baseline_BT
     return _clipped_surrogate(
         student_logprobs_BT, behavior_logprobs_BT, advantage_BT, clip_epsilon, dual_clip
     )
 
 
+def expected_advantages(behavior_logprobs_BTN: Tensor, teacher_logprobs_BTN: Tensor) -> Tensor:
+    """sum over a list of p_behavior (log p_teacher - log p_behavior), [B, T], constant.
+
+    Over all of V this is E_{y ~ behavior}[A] = -KL(behavior || teacher), the value of a position.
+    As a baseline it takes that much variance away; over the top-k of the policy that sampled, which
+    stands before the token is drawn, it is an approximation that biases nothing.
+
+    Source: arXiv 2605.07865 (vOPD), whose student and behavior policy are one.
+    """
+    gap_BTN = teacher_logprobs_BTN - behavior_logprobs_BTN
+    return (behavior_logprobs_BTN.exp() * gap_BTN).sum(dim=-1)
+
+
 class SampledReverseKL(constants.SampledReverseKLSettings):
-    """`sampled_reverse_kl` of the sampled token."""
+    """`sampled_reverse_kl` of the sampled token, with the baseline of `expected_advantages` or
+    none."""
 
     def __call__(self, inputs: LossInputs) -> Tensor:
+        baseline_BT = None
+        if self.baseline == "student_topk":
+            listed = reward_support(inputs, "only_stu")
+            assert listed.behavior_logprobs_BTN is not None  # reward_support asked for it
+            pair = listed.behavior_logprobs_BTN, listed.teacher_logprobs_BTN
+            baseline_BT = torch.where(inputs.mask_BT, expected_advantages(*pair), 0.0)
         return sampled_reverse_kl(
             inputs.student_logprobs_BT,
             inputs.behavior_logprobs_BT,
             inputs.teacher_logprobs_BT,
             clip_epsilon=self.clip_epsilon,
             dual_clip=self.dual_clip,
+            baseline_BT=baseline_BT,
         )
 
 
@@ -195,4 +222,59 @@ class StudentTopKReverseKL(constants.StudentTopKReverseKLSettings):
         )
 
 
-KINDS = (SampledReverseKL, StudentTopKReverseKL)
+class ResidualReverseKL(constants.ResidualReverseKLSettings):
+    """Every token of the student's top-k with its probability, and the sampled one where it is
+    another: on policy and in expectation the gradient of the whole KL(student || teacher).
+
+    sum over S of p_behavior(v) times the surrogate of v, plus 1[y not in S] times that of y. A
+    token outside S is drawn with its own probability, so that those terms add up to the rest of the
+    sum over V, of which local support matching and `support_reverse_kl` see nothing. Lower
+    variance than the sampled token alone: most of the mass is summed, not drawn.
+
+    Source: arXiv 2610.04882 (ResOPD) by its description: unbiased for the full reverse KL from the
+    top-k, the sampled token and the event that it is outside. Clips are as in `sampled_reverse_kl`
+    and ours there.
+    """
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        listed = reward_support(inputs, "only_stu")
+        assert listed.behavior_logprobs_BTN is not None  # reward_support asked for it
+        summed_BT = support_reverse_kl(
+            listed.student_logprobs_BTN,
+            listed.behavior_logprobs_BTN,
+            listed.teacher_logprobs_BTN,
+            normalize_weights=False,
+            clip_epsilon=self.clip_epsilon,
+            dual_clip=self.dual_clip,
+        )
+        drawn_BT = sampled_reverse_kl(
+            inputs.student_logprobs_BT,
+            inputs.behavior_logprobs_BT,
+            inputs.teacher_logprobs_BT,
+            clip_epsilon=self.clip_epsilon,
+            dual_clip=self.dual_clip,
+        )
+        name = "sampled.in_student_topk_BTN"
+        inside_BT = need(inputs.sampled.in_student_topk_BTN, name).squeeze(-1)
+        return torch.where(inputs.mask_BT, summed_BT + drawn_BT.masked_fill(inside_BT, 0.0), 0.0)
+
+
+class SuppressUnlikely(constants.SuppressUnlikelySettings):
+    """A constant negative advantage on the max(1, floor(share n)) of a response's n tokens that the
+    behavior policy found least likely, and on those as unlikely as the last of them.
+
+    Nothing of the teacher's enters: a control, by which what a teacher adds can be told from what
+    comes of suppressing unlikely tokens. Source: arXiv 2608.31046 (OPSA), where it matches
+    distillation; its adaptation to the entropy is not here.
+    """
+
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        behavior_BT, mask_BT = inputs.behavior_logprobs_BT, inputs.mask_BT
+        lowest_BT = highest_share(-behavior_BT, mask_BT, ratio=self.share)
+        advantage_BT = torch.where(lowest_BT, self.advantage, 0.0).to(behavior_BT.dtype)
+        return _clipped_surrogate(
+            inputs.student_logprobs_BT, behavior_BT, advantage_BT, self.clip_epsilon, self.dual_clip
+        )
+
+
+KINDS = (SampledReverseKL, StudentTopKReverseKL, ResidualReverseKL, SuppressUnlikely)

@@ -9,6 +9,8 @@ tokens only. `prefix_importance_weights` is the method (eq. 17), everything else
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -105,6 +107,13 @@ def fixed_prefix_weights(mask_BT: Tensor, *, gamma: float, prefix_share: float) 
     """1 + gamma on the first `prefix_share` of the valid tokens, 1 on the others."""
     inside_BT = position_window(mask_BT, start_share=0.0, end_share=prefix_share)
     return torch.where(mask_BT, 1.0 + gamma * inside_BT.double(), 0.0)
+
+
+def annealed_share(prefix_share: float, progress: float) -> float:
+    """Share of a response that is amplified after the share `progress` of all steps: from
+    prefix_share to 1 along half a cosine, as the released code of IW-OPD has it (0.3 there, with a
+    gamma of 0.5)."""
+    return prefix_share + (1.0 - prefix_share) * 0.5 * (1.0 - math.cos(math.pi * progress))
 
 
 def ideal_ratio_weights(advantage_BT: Tensor, mask_BT: Tensor, *, alpha: float) -> Tensor:

@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from student_trainer.settings.loss import MatchingSupport, RewardSupport
+from student_trainer.settings.loss import MatchingSupport as MatchingSupport
+from student_trainer.settings.loss import RewardSupport
 
 from .inputs import Candidates, LossInputs, need
 

@@ -17,6 +17,7 @@ from student_trainer.settings import weights as constants
 from .gates import importance_ratios, span_gates
 from .inputs import LossInputs, need
 from .prefix_weights import (
+    annealed_share,
     causal_weights,
     fixed_prefix_weights,
     ideal_blend_weights,
@@ -81,6 +82,9 @@ class PrefixImportanceWeight(constants.PrefixImportanceSettings):
             return linear_weights(mask_BT, gamma=gamma)
         if self.kind == "fixed_prefix":
             return fixed_prefix_weights(mask_BT, gamma=gamma, prefix_share=self.prefix_share)
+        if self.kind == "annealed_prefix":
+            share = annealed_share(self.prefix_share, inputs.progress)
+            return fixed_prefix_weights(mask_BT, gamma=gamma, prefix_share=share)
         advantage_BT = sampled_advantages(
             inputs.teacher_logprobs_BT,
             inputs.behavior_logprobs_BT,

@@ -74,13 +74,14 @@ def position_window(mask_BT: Tensor, *, start_share: float, end_share: float) ->
 
 
 def entropy_top_weights(entropies_BT: Tensor, mask_BT: Tensor, *, ratio: float) -> Tensor:
-    """1.0 on the ceil(ratio * n) valid tokens of highest entropy of each response, else 0.0.
+    """1.0 on the max(1, floor(ratio * n)) valid tokens of highest entropy of each response and on
+    those as high as the last of them, else 0.0.
 
-    n is the response's number of valid tokens; of equal entropies the earlier position wins.
-    float32.
+    n is the response's number of valid tokens. float32.
 
     Source: `entropy_top_ratio` of the released code of arXiv 2603.25562, whose README has 0.2 and
-    whose paper does not mention it.
+    whose paper does not mention it. Departure: there the entropies are from before the first update
+    of a batch, here of the student as it is, which is the same with one update a batch.
 
     Args:
         entropies_BT: of the student's distributions, nats, no gradient; finite where valid.
@@ -88,13 +89,18 @@ def entropy_top_weights(entropies_BT: Tensor, mask_BT: Tensor, *, ratio: float) 
         ratio: in (0, 1]; 1 keeps every token.
     """
     check_mask(mask_BT, entropies_BT=entropies_BT)
-    ranked_BT = torch.where(mask_BT, entropies_BT.detach().double(), -torch.inf)
-    order_BT = ranked_BT.sort(dim=-1, descending=True, stable=True).indices
-    ranks_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device).expand_as(order_BT)
-    rank_BT = torch.empty_like(order_BT).scatter_(-1, order_BT, ranks_BT)
-    num_valid_B1 = mask_BT.sum(dim=-1, keepdim=True).clamp(min=1)
-    # rank / n < ratio holds for ceil(ratio * n) ranks, without the rounding of that product.
-    return ((rank_BT.double() / num_valid_B1 < ratio) & mask_BT).float()
+    return highest_share(entropies_BT.detach(), mask_BT, ratio=ratio).float()
+
+
+def highest_share(values_BT: Tensor, mask_BT: Tensor, *, ratio: float) -> Tensor:
+    """bool [B, T]: the max(1, floor(ratio * n)) highest of each response's n valid values, and all
+    that are as high as the last of them."""
+    if not mask_BT.shape[1]:
+        return torch.zeros_like(mask_BT)
+    ranked_BT = torch.where(mask_BT, values_BT.double(), -torch.inf)
+    num_kept_B1 = (mask_BT.sum(dim=-1, keepdim=True).double() * ratio).long().clamp(min=1)
+    lowest_B1 = ranked_BT.sort(dim=-1, descending=True).values.gather(-1, num_kept_B1 - 1)
+    return (ranked_BT >= lowest_B1) & mask_BT
 
 
 def sample_mean_normalize(weight_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Protocol, TextIO
 
 from rollout_records.schema import FOLDER
 from rollout_records.writing import drop_later as drop_later_rollouts
-from student_trainer.diagnostics.alarms import Alarm, warnings_of
+from student_trainer.diagnostics.alarms import Alarm, Method, warnings_of
 from student_trainer.diagnostics.step_report import EvalReport, StepReport
 from student_trainer.errors import ConfigError
 from student_trainer.recording.json_lines import JsonLines, drop_later, read_run
@@ -56,13 +56,14 @@ class Recorder:
         resume_from: int | None = None,
         overwrite: bool = False,
         decode: Callable[[int], str] = str,
+        method: Method | None = None,
     ) -> None:
         """Raises ConfigError when another run writes to the folder, or one that begins would
         `overwrite` an earlier one; DatasetError when what a resumed run wrote cannot be read.
-        `decode` gives the text of a token id."""
+        `decode` gives the text of a token id, `method` what the alarms advise by."""
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(folder)
-        self._decode = decode
+        self._decode, self._method = decode, method
         self.progress = bars.update
         self.first_step: StepReport | None = None
         """The first step that learnt; None before it."""
@@ -101,7 +102,10 @@ class Recorder:
             sink.step(report)
         if self.first_step is None and report.learning is not None:
             self.first_step = report
-        for alarm in warnings_of(report, first=self.first_step, decode=self._decode):
+        alarms = warnings_of(
+            report, first=self.first_step, decode=self._decode, method=self._method
+        )
+        for alarm in alarms:
             for sink in self._sinks:
                 sink.alarm(report.step, alarm)
 

@@ -26,7 +26,8 @@ class LengthBudget(Protocol):
 
     def update(self, effective_lengths: Sequence[int]) -> float | None:
         """Account for a finished step, given E of every rollout in it, with the turns before its
-        last reliable token, which the budget holds too.
+        last reliable token, which the budget holds too. Of a step that says nothing of lengths
+        none are given.
 
         Returns the share of rollouts whose E reached the boundary; None without a boundary."""
 
@@ -35,11 +36,6 @@ class LengthBudget(Protocol):
 
     def load(self, state: Mapping[str, int]) -> None:
         """Raises ValueError on keys or values that this budget could not have written."""
-
-
-def _check_rollouts(effective_lengths: Sequence[int]) -> None:
-    if len(effective_lengths) == 0:
-        raise ValueError("a step without rollouts says nothing about the budget")
 
 
 def _read_state(state: Mapping[str, int], ranges: Mapping[str, tuple[int, int]]) -> list[int]:
@@ -93,7 +89,8 @@ class PruneBudget:
         return max(floor, self.max_tokens - self._constants.margin)
 
     def update(self, effective_lengths: Sequence[int]) -> float | None:
-        _check_rollouts(effective_lengths)
+        if not effective_lengths:
+            return None
         constants = self._constants
         num_hits = sum(length >= self.boundary for length in effective_lengths)
         hit_share = num_hits / len(effective_lengths)
@@ -155,7 +152,8 @@ class QuantileBudget:
         self.max_tokens = constants.initial
 
     def update(self, effective_lengths: Sequence[int]) -> float | None:
-        _check_rollouts(effective_lengths)
+        if not effective_lengths:
+            return None
         constants = self._constants
         target = float(np.quantile(effective_lengths, constants.quantile)) + constants.margin
         moved = math.ceil(self.max_tokens + constants.rate * (target - self.max_tokens))

@@ -52,8 +52,6 @@ from teacher_wire.drift_metrics import METRICS
 Beta = Annotated[float, Field(ge=0, lt=1)]
 BAD_BUDGETS = 3
 """Of the default `drift.w_drop`: bad events at a third of the first budget use R up."""
-LOSSES_WITH_A_RATIO = ("sampled_reverse_kl", "student_topk_reverse_kl")
-"""Their surrogate holds p_student / p_behavior."""
 
 
 class StudentSettings(Section):
@@ -241,7 +239,7 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _loss_fits(self) -> Self:
-        if self.weights.importance_ratio is not None and self.loss.kind in LOSSES_WITH_A_RATIO:
+        if self.weights.importance_ratio is not None and self.loss.has_a_ratio:
             raise ValueError(
                 f"weights.importance_ratio with loss {self.loss.kind}: its surrogate already holds "
                 "the policy ratio, which would count twice"
@@ -301,6 +299,13 @@ class TrainerConfig(Section):
         """How many of the student's candidates travel with every token: none under top-p, where
         those outside the nucleus are arbitrary, and whatever compares candidates is refused."""
         return self.rollout.student_topk if self.rollout.top_p == 1.0 else 0
+
+    @property
+    def overlap_k(self) -> int | None:
+        """Entries that the overlap compares: as far as both lists go; None without candidates."""
+        if self.collected_topk == 0:
+            return None
+        return min(self.drift.k, self.collected_topk, self.teacher.k)
 
     @property
     def teachers_by_tag(self) -> dict[str | None, TeacherSettings]:

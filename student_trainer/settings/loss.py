@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, PrivateAttr, model_validator
+from pydantic import Field, JsonValue, PrivateAttr, field_validator, model_validator
 
-from student_trainer.settings.section import Section
+from student_trainer.settings.section import ReadBy, Section
+
+MIN_SHARE = 0.001
+"""Of a mixture: at 1e-6 float32 is wrong by 6 %, at 1e-12 nothing is learnt."""
 
 ClipEpsilon = Annotated[float, Field(gt=0, lt=1)]
 DualClip = Annotated[float, Field(gt=1)]
@@ -39,12 +42,23 @@ class Needs:
     """The behavior policy's log-probs at ids that only the teacher named."""
     behavior_logprobs: bool = False
     """Behavior log-probs of the sampled token that may be compared with the student's."""
+    mass_outside: MatchingSupport | None = None
+    """The support for which the log of the student's mass outside is computed."""
+
+
+def _outside_topk(tail: bool) -> MatchingSupport | None:
+    return "teacher_topk" if tail else None
 
 
 class LossSection(Section):
     """A loss: its constants, with their ranges, are the fields; the formula is in losses/."""
 
     kind: str
+
+    @property
+    def has_a_ratio(self) -> bool:
+        """Whether the policy ratio is a part of it."""
+        return False
 
     @property
     def needs(self) -> Needs:
@@ -65,10 +79,17 @@ class SampledReverseKLSettings(LossSection):
     """PPO clip of the ratio; none leaves it alone."""
     dual_clip: DualClip | None = 3.0
     """Bound of the ratio where the advantage is negative."""
+    baseline: Literal["none", "student_topk"] = "none"
+    """What is taken off the advantage: nothing, or its expectation over the student's top-k
+    (vOPD), which leaves the expected gradient as it is and lowers its variance."""
+
+    @property
+    def has_a_ratio(self) -> bool:
+        return True
 
     @property
     def needs(self) -> Needs:
-        return Needs(behavior_logprobs=True)
+        return Needs(behavior_logprobs=True, student_topk=self.baseline == "student_topk")
 
 
 class LocalSupportMatchingSettings(LossSection):
@@ -93,9 +114,11 @@ class LocalSupportMatchingSettings(LossSection):
 
     @property
     def needs(self) -> Needs:
+        mass_outside = self.support if self.tail else None
         if self.support == "student_topk_and_sampled":
-            return Needs(student_topk=True)
-        return Needs(teacher_k=2 if self.support == "teacher_topk" and not self.tail else 1)
+            return Needs(student_topk=True, mass_outside=mass_outside)
+        teacher_k = 2 if self.support == "teacher_topk" and not self.tail else 1
+        return Needs(teacher_k=teacher_k, mass_outside=mass_outside)
 
 
 class TruncatedReverseKLSettings(LossSection):
@@ -105,6 +128,10 @@ class TruncatedReverseKLSettings(LossSection):
     tail: bool
     """Everything outside the support as one more class."""
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(teacher_k=1, mass_outside=_outside_topk(self.tail))
+
 
 class ForwardKLSettings(LossSection):
     """KL from the teacher over its top-k (GKD)."""
@@ -113,27 +140,66 @@ class ForwardKLSettings(LossSection):
     tail: bool = True
     """Everything outside the support as one more class; without, the teacher is renormalised."""
 
+    @property
+    def needs(self) -> Needs:
+        return Needs(teacher_k=1, mass_outside=_outside_topk(self.tail))
+
 
 class GeneralizedJSDSettings(LossSection):
     """GKD's divergence between student and teacher through their mixture."""
 
     kind: Literal["generalized_jsd"] = "generalized_jsd"
     beta: float = Field(0.5, gt=0, lt=1)
-    """The teacher's share of the mixture: small is near forward, large near reverse KL."""
+    """The teacher's share of the mixture, at least 0.001 from both ends: small is near forward,
+    large near reverse KL."""
+
+    @field_validator("beta")
+    @classmethod
+    def _beta_learns(cls, beta: float) -> float:
+        """The divergence is of the order of its smaller share, and so is what is learnt."""
+        if not MIN_SHARE <= beta <= 1.0 - MIN_SHARE:
+            end = "forward_kl" if beta < 0.5 else "truncated_reverse_kl with loss.tail"
+            raise ValueError(
+                f"beta is {beta:g}, and must be from {MIN_SHARE:g} to {1.0 - MIN_SHARE:g}: beyond, "
+                f"divergence and gradient are next to nothing; loss {end} is that end, undivided"
+            )
+        return beta
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(teacher_k=1, mass_outside="teacher_topk")
 
 
 class EntropyAwareKLSettings(LossSection):
     """Reverse KL everywhere and forward KL where the teacher is unsure (2603.07079)."""
 
     kind: Literal["entropy_aware_kl"] = "entropy_aware_kl"
+    reverse: Literal["support", "sampled"] = "support"
+    """The reverse KL: over the teacher's top-k, or the clipped policy gradient of the sampled
+    token, as in the released code."""
+    coefficient: float = Field(1.0, gt=0)
+    """Of the forward KL."""
     entropy_threshold: float = Field(0.8, ge=0)
-    """Nats of teacher entropy from which the forward KL counts; a third party's value."""
+    """Nats of teacher entropy from which the forward KL counts; that of the released code."""
     tail: bool = False
-    """Both over one more class for everything outside the teacher's top-k."""
+    """Divergences over one more class for everything outside the teacher's top-k."""
+    clip_epsilon: Annotated[ClipEpsilon | None, ReadBy("reverse", "sampled")] = 0.2
+    """PPO clip of the sampled token's ratio; none leaves it alone."""
+    dual_clip: Annotated[DualClip | None, ReadBy("reverse", "sampled")] = 3.0
+    """Bound of the ratio where the advantage is negative."""
 
     @property
     def needs(self) -> Needs:
-        return Needs(teacher_k=1 if self.tail else 2, teacher_columns=("entropies",))
+        return Needs(
+            teacher_k=1 if self.tail or self.reverse == "sampled" else 2,
+            teacher_columns=("entropies",),
+            behavior_logprobs=self.reverse == "sampled",
+            mass_outside=_outside_topk(self.tail),
+        )
+
+    @property
+    def has_a_ratio(self) -> bool:
+        return self.reverse == "sampled"
 
 
 class StudentTopKReverseKLSettings(LossSection):
@@ -150,6 +216,10 @@ class StudentTopKReverseKLSettings(LossSection):
     """Bound of a ratio where the reward is negative."""
 
     @property
+    def has_a_ratio(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> Needs:
         return Needs(
             teacher_k=0 if self.support == "only_stu" else 1,
@@ -157,6 +227,48 @@ class StudentTopKReverseKLSettings(LossSection):
             # Every candidate of an intersection is one of the student's own.
             behavior_at_teacher_topk=self.support not in ("only_stu", "intersection"),
         )
+
+
+class ResidualReverseKLSettings(LossSection):
+    """Policy gradient over the student's top-k, and of the sampled token where it is outside: the
+    whole reverse KL in expectation (ResOPD)."""
+
+    kind: Literal["residual_reverse_kl"] = "residual_reverse_kl"
+    clip_epsilon: ClipEpsilon | None = 0.2
+    """PPO clip of each candidate's ratio; none leaves it alone."""
+    dual_clip: DualClip | None = 3.0
+    """Bound of a ratio where the reward is negative."""
+
+    @property
+    def has_a_ratio(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(behavior_logprobs=True, student_topk=True)
+
+
+class SuppressUnlikelySettings(LossSection):
+    """A control without a teacher: the tokens that the student itself found least likely become
+    less likely (OPSA)."""
+
+    kind: Literal["suppress_unlikely"] = "suppress_unlikely"
+    share: float = Field(0.2, gt=0, le=1)
+    """Of each response's tokens, rounded down, at least one: the least likely."""
+    advantage: float = Field(-1.0, lt=0)
+    """Of each of them, in place of a teacher's."""
+    clip_epsilon: ClipEpsilon | None = 0.2
+    """PPO clip of the ratio; none leaves it alone."""
+    dual_clip: DualClip | None = 3.0
+    """Bound of the ratio."""
+
+    @property
+    def has_a_ratio(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(behavior_logprobs=True)
 
 
 class ImportedLossSettings(LossSection):
@@ -193,6 +305,8 @@ LossSettings = Annotated[
     | GeneralizedJSDSettings
     | EntropyAwareKLSettings
     | StudentTopKReverseKLSettings
+    | ResidualReverseKLSettings
+    | SuppressUnlikelySettings
     | ImportedLossSettings,
     Field(discriminator="kind"),
 ]

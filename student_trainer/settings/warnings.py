@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from student_trainer.settings.best_metric import is_of_samples
-from student_trainer.settings.config import TrainerConfig
+from student_trainer.settings.config import TrainerConfig, table_of
 
 MIN_K_OF_RANK_NOISE = 8
 """With so many entries the last ranks change places with the arithmetic alone."""
@@ -17,6 +17,7 @@ def warnings(config: TrainerConfig) -> list[str]:
         *_about_drift(config),
         *_about_reuse(config),
         *_about_weights(config),
+        *_about_rounded_tails(config),
         *_about_nothing_to_do(config),
         *_about_best(config),
     ]
@@ -36,6 +37,23 @@ def _about_drift(config: TrainerConfig) -> Iterator[str]:
             "at 16, and at a threshold of 0.99 24 % bad events: at most "
             f"{1 - 1 / drift.k:.3g} says something about the student"
         )
+
+
+def _about_rounded_tails(config: TrainerConfig) -> Iterator[str]:
+    """A reverse KL divides by the teacher's mass outside its list: what 16 bits leave of it."""
+    loss = config.loss
+    reverse = ("truncated_reverse_kl", "local_support_matching", "entropy_aware_kl")
+    if loss.needs.mass_outside is None or loss.kind not in reverse:
+        return
+    if loss.kind == "entropy_aware_kl" and loss.has_a_ratio:
+        return
+    for tag, teacher in config.teachers_by_tag.items():
+        if teacher.logprob_dtype == "f16":
+            yield (
+                f"{table_of(tag)}.logprob_dtype is f16 and loss {loss.kind} has a tail: the "
+                "teacher's mass outside its top-k is right to 2e-4 only, and a token on which it "
+                'keeps less may cost up to 1 nat too much or too little; "f32" has no such error'
+            )
 
 
 def _about_nothing_to_do(config: TrainerConfig) -> Iterator[str]:

@@ -29,6 +29,7 @@ class PrefixImportanceSettings(Section):
         "signed",
         "linear",
         "fixed_prefix",
+        "annealed_prefix",
         "surrogate_only",
         "ideal_ratio",
         "ideal_blend",
@@ -37,11 +38,23 @@ class PrefixImportanceSettings(Section):
     """The weight's form: docs/methods.md."""
     gamma: Annotated[
         float,
-        ReadBy("kind", "cumulative", "signed", "linear", "fixed_prefix", "ideal_blend", "causal"),
+        ReadBy(
+            "kind",
+            "cumulative",
+            "signed",
+            "linear",
+            "fixed_prefix",
+            "annealed_prefix",
+            "ideal_blend",
+            "causal",
+        ),
     ] = Field(0.5, ge=0)
     """How much more than 1 the first token counts."""
-    prefix_share: Annotated[float, ReadBy("kind", "fixed_prefix")] = Field(0.3, gt=0, le=1)
-    """Share of the response, from its start, that is amplified."""
+    prefix_share: Annotated[float, ReadBy("kind", "fixed_prefix", "annealed_prefix")] = Field(
+        0.3, gt=0, le=1
+    )
+    """Share of the response, from its start, that is amplified; annealed: in the first step, from
+    which it grows to all of it in the last, along half a cosine."""
     alpha: Annotated[float, ReadBy("kind", "ideal_ratio", "ideal_blend")] = Field(0.01, gt=0, le=1)
     """Exponent of the prefix ratio."""
     tau_nats: Annotated[float | None, ReadBy("kind", "causal")] = Field(None, gt=0)
@@ -96,7 +109,8 @@ class EntropyTopSettings(Section):
     """Only each response's tokens of highest student entropy (recipe of the LSM code)."""
 
     ratio: float = Field(0.2, gt=0, le=1)
-    """Share of a response's tokens that count, rounded up."""
+    """Share of a response's tokens that count, rounded down, at least one; of equal entropies
+    all."""
 
 
 class BlockGateSettings(Section):
@@ -134,8 +148,9 @@ class ImportanceRatioSettings(Section):
 
     mode: Literal["truncate", "mask"] = "truncate"
     """Above max_ratio: count max_ratio; or, as below min_ratio, not at all."""
-    granularity: Literal["token", "sequence"] = "token"
-    """Whose ratio: the token's, or the geometric mean over the response."""
+    granularity: Literal["token", "sequence", "geometric"] = "token"
+    """Whose ratio: the token's, the response's (the product of its tokens'), or their geometric
+    mean."""
     min_ratio: Annotated[float, ReadBy("mode", "mask")] = Field(0.2, ge=0, le=1)
     """Ratio below which a token does not count."""
     max_ratio: float = Field(5.0, ge=1)

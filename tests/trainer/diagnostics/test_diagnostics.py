@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_trainer.diagnostics.alarms import warnings_of
+from student_trainer.diagnostics.alarms import Method, warnings_of
 from student_trainer.diagnostics.mismatch import mismatched_tokens
 from student_trainer.diagnostics.repetition import (
     MAX_PERIOD,
@@ -524,3 +524,17 @@ def test_entropy_of_a_step_is_that_of_the_tokens_that_count() -> None:
     assert rollout_report([made], overlap_k=4).behavior_entropy == 2.0
     masked = responded([5], behavior=[-1.0], mask=[0])
     assert rollout_report([masked], overlap_k=4).behavior_entropy is None
+
+
+def test_an_alarm_does_not_advise_what_is_there_already() -> None:
+    with_tail = Method(loss_has_tail=True, weights=("position_window", "entropy_top"))
+    low = step_report(student_mass_at_teacher_topk=0.4)
+    (alarm,) = warnings_of(low, first=step_report(), method=with_tail)
+    assert "use a loss with a tail" not in alarm.message
+    assert "raise optim.learning_rate" in alarm.message
+    nothing = step_report(weight_min=0.0, weight_max=0.0, weight_mean=0.0)
+    (alarm,) = warnings_of(nothing, first=step_report(), method=with_tail)
+    assert "w_base" not in alarm.message
+    assert "widen weights.position_window, or raise weights.entropy_top.ratio" in alarm.message
+    (alarm,) = warnings_of(nothing, first=step_report(), method=Method(weights=("prune",)))
+    assert "raise weights.prune.w_base" in alarm.message

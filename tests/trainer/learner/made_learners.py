@@ -39,6 +39,6 @@ def learner_of(
         "temperature": 1.0,
         "seed": 0,
     }
-    return Learner(
-        model, character_tokenizer(), optimizer or optimizer_of(model), **(settings | changes)
-    )
+    settings |= changes
+    settings["mass_outside"] = settings["divergence"].needs.mass_outside
+    return Learner(model, character_tokenizer(), optimizer or optimizer_of(model), **settings)

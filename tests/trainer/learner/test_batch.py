@@ -295,7 +295,9 @@ def step_gradient(
     model.zero_grad()
     sums = []
     for batch in parts:
-        inputs = batch.loss_inputs(batch.forward(model, temperature=0.8))
+        outside = divergence.needs.mass_outside  # type: ignore[attr-defined]
+        gathered = batch.forward(model, temperature=0.8, mass_outside=outside)
+        inputs = batch.loss_inputs(gathered)
         part = objective(inputs, divergence=divergence, weights=weights)
         part.loss_sum.backward()
         sums.append(part.detached())

@@ -15,13 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_trainer.learner import head as head_module
-from student_trainer.learner.head import (
-    Head,
-    LogitTransform,
-    head_logprobs,
-    reference_logprobs,
-)
+from student_trainer.learner import logit_blocks
+from student_trainer.learner.head import Head, LogitTransform
+from student_trainer.learner.head_logprobs import head_logprobs, reference_logprobs
 from teacher_wire.id_ranges import IdRanges, inside
 
 LIMIT = 1e-5
@@ -38,7 +34,7 @@ Way = Callable[..., tuple[Tensor, Tensor]]
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that rows and vocabulary are several blocks, the last of each narrower."""
     torch.set_num_threads(1)
-    monkeypatch.setitem(head_module.BLOCK, "cpu", (16, 32))
+    monkeypatch.setitem(logit_blocks.BLOCK, "cpu", (16, 32))
 
 
 def made(num_rows: int = 50, vocab_size: int = 77, num_ids: int = 9) -> dict[str, Tensor]:
@@ -272,13 +268,13 @@ def test_only_rows_with_a_gradient_of_every_logit_are_made_again(
     balanced: bool, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    plain = head_module._Blocks.second_pass
+    plain = logit_blocks.LogitBlocks.second_pass
 
     def counted(self: Any, grad_RN: Tensor, *rest: Any) -> None:
         rows.append(len(grad_RN))
         plain(self, grad_RN, *rest)
 
-    monkeypatch.setattr(head_module._Blocks, "second_pass", counted)
+    monkeypatch.setattr(logit_blocks.LogitBlocks, "second_pass", counted)
     tensors = made()
     weight, hidden = (tensors[name].requires_grad_() for name in ("weight", "hidden"))
     logprobs, _ = head_logprobs(Head(weight_VD=weight), hidden, tensors["ids"])
@@ -298,3 +294,76 @@ def test_a_gradient_that_is_no_number_is_passed_on() -> None:
     assert hidden.grad is not None
     assert hidden.grad[3].isnan().all()
     assert hidden.grad[4].isfinite().all()
+
+
+def made_support(tensors: dict[str, Tensor], share: float = 0.6) -> Tensor:
+    draw = torch.Generator().manual_seed(7)
+    return torch.rand(tensors["ids"].shape, generator=draw) < share
+
+
+def found_outside(
+    way: Way, tensors: dict[str, Tensor], head: dict[str, Any], **options: Any
+) -> Any:
+    """Log-probs, the log of the mass outside, and three gradients of both."""
+    weight, bias, hidden = (
+        tensors[name].clone().requires_grad_() for name in ("weight", "bias", "hidden")
+    )
+    logprobs, _, outside = way(
+        Head(weight_VD=weight, bias_V=bias, **head), hidden, tensors["ids"], **options
+    )
+    outside_factor = tensors["factor"][:, 0] * outside.isfinite()
+    loss = (logprobs * tensors["factor"]).sum() + (
+        torch.where(outside.isfinite(), outside, 0.0) * outside_factor
+    ).sum()
+    loss.backward()
+    return [logprobs.detach(), outside.detach(), hidden.grad, weight.grad, bias.grad]
+
+
+@pytest.mark.parametrize("excluded", [(), ((0, 33), (70, 77))], ids=["all", "some left out"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_the_mass_outside_a_support_equals_all_logits_at_once(
+    transform: LogitTransform, excluded: IdRanges
+) -> None:
+    tensors = made()
+    for start, end in excluded:
+        tensors["ids"] = tensors["ids"].where(
+            (tensors["ids"] < start) | (tensors["ids"] >= end), torch.tensor(40)
+        )
+    head = {"transform": transform, "excluded_ids": excluded}
+    options: dict[str, Any] = {"support_RN": made_support(tensors), "temperature": 0.7}
+    ours = found_outside(head_logprobs, tensors, head, **options)
+    assert_close(ours, found_outside(reference_logprobs, tensors, head, **options))
+
+
+def test_outside_of_all_ids_there_is_nothing_and_no_gradient() -> None:
+    tensors = made(vocab_size=8, num_ids=8)
+    tensors["ids"] = torch.arange(8).expand(50, 8).contiguous()
+    support = torch.ones(50, 8, dtype=torch.bool)
+    support[25:, 3] = False
+    ours = found_outside(head_logprobs, tensors, {}, support_RN=support)
+    assert ours[1][:25].isneginf().all()
+    assert_close([ours[1][25:]], [ours[0][25:, 3]])
+    assert all(gradient.isfinite().all() for gradient in ours[2:])
+
+
+@pytest.mark.parametrize("log10_mass", [-1, -4, -7, -9, -12, -30])
+def test_the_mass_outside_is_right_where_it_is_next_to_nothing(log10_mass: int) -> None:
+    """Against float64, down to masses that 1 less a sum in float32 knows nothing of."""
+    draw = torch.Generator().manual_seed(3)
+    logits = torch.randn(40, 100, generator=draw, dtype=torch.float64)
+    ids = logits.topk(4).indices
+    inside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, True)
+    shift = -log10_mass * np.log(10.0)
+    logits = torch.where(inside, logits + shift, logits).requires_grad_()
+    exact = logits.masked_fill(inside, -torch.inf).logsumexp(1) - logits.logsumexp(1)
+    exact.sum().backward()
+
+    hidden = logits.detach().float().requires_grad_()
+    weight = torch.eye(100).requires_grad_()
+    support = torch.ones_like(ids, dtype=torch.bool)
+    _, _, ours = head_logprobs(Head(weight_VD=weight), hidden, ids, support_RN=support)
+    ours.sum().backward()
+    assert (ours.double() - exact).abs().max() < 1e-5  # of the mass, its log's absolute error
+    assert logits.grad is not None
+    assert hidden.grad is not None
+    assert ((hidden.grad.double() - logits.grad).abs() / logits.grad.abs()).max() < 1e-4

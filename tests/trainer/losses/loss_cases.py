@@ -10,16 +10,20 @@ from torch import Tensor
 
 from student_trainer.losses import LossInputs
 from student_trainer.losses.divergences import (
-    EntropyAwareKL,
     ForwardKL,
     GeneralizedJSD,
     LocalSupportMatching,
     TruncatedReverseKL,
 )
+from student_trainer.losses.entropy_aware import EntropyAwareKL
 from student_trainer.losses.gates import span_gates
 from student_trainer.losses.laws import inputs_of
 from student_trainer.losses.objective import Divergence
-from student_trainer.losses.policy_gradients import SampledReverseKL, StudentTopKReverseKL
+from student_trainer.losses.policy_gradients import (
+    ResidualReverseKL,
+    SampledReverseKL,
+    StudentTopKReverseKL,
+)
 from student_trainer.losses.spans import block_spans
 
 SHAPE, VOCABULARY, K, J = (2, 4), 9, 3, 4
@@ -41,6 +45,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "jsd_skewed": GeneralizedJSD(beta=0.1),
     "entropy_aware": EntropyAwareKL(),
     "entropy_aware_tail": EntropyAwareKL(tail=True),
+    "entropy_aware_sampled": EntropyAwareKL(reverse="sampled"),
     "only_stu": StudentTopKReverseKL(),
     "only_stu_teacher_p": StudentTopKReverseKL(weight_mode="teacher_p"),
     "only_stu_uniform": StudentTopKReverseKL(weight_mode="uniform"),
@@ -49,12 +54,10 @@ DIVERGENCES: dict[str, Divergence] = {
     "union": StudentTopKReverseKL(support="union"),
     "union_uniform": StudentTopKReverseKL(support="union", weight_mode="uniform"),
     "symmetric_difference": StudentTopKReverseKL(support="symmetric_difference"),
+    "sampled_baseline": SampledReverseKL(baseline="student_topk"),
+    "residual": ResidualReverseKL(),
 }
-POLICY_GRADIENTS = {
-    name
-    for name, divergence in DIVERGENCES.items()
-    if isinstance(divergence, SampledReverseKL | StudentTopKReverseKL)
-}
+POLICY_GRADIENTS = {name for name, divergence in DIVERGENCES.items() if divergence.has_a_ratio}
 """Their value is a surrogate: only the gradient means anything."""
 
 
@@ -80,6 +83,10 @@ class Case:
             student_ids_BTJ=self.student_ids_BTJ,
             **{"mask_BT": torch.ones_like(self.sampled_BT, dtype=torch.bool)} | changes,
         )
+
+    def inputs_for(self, divergence: Any) -> LossInputs:
+        """With the mass outside the support that a divergence names."""
+        return self.inputs(mass_outside=divergence.needs.mass_outside)
 
 
 def case(

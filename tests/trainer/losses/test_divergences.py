@@ -5,15 +5,23 @@ import math
 import pytest
 import torch
 
+from student_trainer.learner.head import Head
+from student_trainer.learner.head_logprobs import head_logprobs
 from student_trainer.losses.divergences import (
-    entropy_aware_kl,
+    GeneralizedJSD,
     forward_kl,
     generalized_jsd,
     local_support_matching,
     reverse_kl_monitor,
     truncated_reverse_kl,
 )
-from student_trainer.losses.policy_gradients import sampled_reverse_kl, support_reverse_kl
+from student_trainer.losses.entropy_aware import EntropyAwareKL, entropy_aware_kl
+from student_trainer.losses.policy_gradients import (
+    SampledReverseKL,
+    sampled_reverse_kl,
+    support_reverse_kl,
+)
+from tests.trainer.losses.loss_cases import case
 
 torch.set_num_threads(1)
 
@@ -249,3 +257,58 @@ def test_a_mask_that_is_not_a_mask_is_refused() -> None:
     for mask in (torch.ones(1, 1, 2), torch.ones(1, 1, 1, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"included_BTN must be bool of shape \(1, 1, 2\)"):
             local_support_matching(support(-1.0, -2.0), support(-1.0, -2.0), included_BTN=mask)
+
+
+@pytest.mark.parametrize("confidence", [2.0, 20.0, 22.0, 24.0, 40.0, 100.0])
+def test_a_student_that_is_sure_is_still_pushed_towards_what_is_outside(confidence: float) -> None:
+    """1,000 tokens, K 4, .2 of the teacher's mass outside: p - q, whatever the student is sure of.
+
+    Seen with 1 less the mass of the support: .7109 and -.2153 at 20, .5000 and 0 at 22.
+    """
+    logits_RV = torch.zeros(1, 1000)
+    logits_RV[0, :4] = torch.tensor([confidence, 1.0, 1.0, 1.0])
+    logits_RV.requires_grad_()
+    ids_RK = torch.arange(4).expand(1, 4).contiguous()
+    logprobs_RK, _, outside_R = head_logprobs(
+        Head(weight_VD=torch.eye(1000).requires_grad_()),
+        logits_RV,
+        ids_RK,
+        support_RN=torch.ones(1, 4, dtype=torch.bool),
+    )
+    teacher_BTK = torch.tensor([[[0.3, 0.2, 0.2, 0.1]]]).log()
+    loss_BT = forward_kl(
+        logprobs_RK.unsqueeze(0), teacher_BTK, student_log_outside_BT=outside_R.unsqueeze(0)
+    )
+    loss_BT.sum().backward()
+    assert logits_RV.grad is not None
+    p_V = logits_RV.detach().double().softmax(-1)[0]
+    q_outside = 0.2 * p_V[4:] / p_V[4:].sum()
+    exact_V = p_V - torch.cat([torch.tensor([0.3, 0.2, 0.2, 0.1]).double(), q_outside])
+    assert torch.allclose(logits_RV.grad[0].double(), exact_V, rtol=1e-4, atol=1e-9)
+
+
+def test_the_released_entropy_aware_objective() -> None:
+    """Clipped sampled-token reverse KL on every token, and coefficient times the forward KL of the
+    teacher renormalised on its list, where its entropy reaches the threshold."""
+    made = case(3)
+    loss = EntropyAwareKL(reverse="sampled", coefficient=0.7, entropy_threshold=1.5)
+    inputs = made.inputs()
+    assert inputs.teacher_topk is not None
+    assert inputs.teacher_entropies_BT is not None
+    unsure_BT = inputs.teacher_entropies_BT >= 1.5
+    assert unsure_BT.any()
+    assert not unsure_BT.all()
+    forward_BT = forward_kl(
+        inputs.teacher_topk.student_logprobs_BTN,
+        inputs.teacher_topk.teacher_logprobs_BTN,
+        tail=False,
+    )
+    expected = SampledReverseKL()(inputs) + 0.7 * torch.where(unsure_BT, forward_BT, 0.0)
+    assert torch.allclose(loss(inputs), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("beta", [1e-12, 1e-6, 9e-4, 1 - 1e-6])
+def test_a_mixture_that_would_learn_nothing_is_refused(beta: float) -> None:
+    remedy = "forward_kl" if beta < 0.5 else "truncated_reverse_kl"
+    with pytest.raises(ValueError, match=rf"beta is .*from 0.001 to 0.999.*{remedy}"):
+        GeneralizedJSD(beta=beta)

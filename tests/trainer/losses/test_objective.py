@@ -10,7 +10,11 @@ import torch
 from pydantic import ValidationError
 
 from student_trainer.losses import Candidates, LossInputs
-from student_trainer.losses.divergences import EntropyAwareKL, GeneralizedJSD, LocalSupportMatching
+from student_trainer.losses.divergences import (
+    GeneralizedJSD,
+    LocalSupportMatching,
+)
+from student_trainer.losses.entropy_aware import EntropyAwareKL
 from student_trainer.losses.laws import inputs_of
 from student_trainer.losses.objective import (
     Divergence,

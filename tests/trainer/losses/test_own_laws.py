@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from student_trainer.losses import LossInputs, Needs, loss
-from student_trainer.losses.divergences import EntropyAwareKL
+from student_trainer.losses.entropy_aware import EntropyAwareKL
 from student_trainer.losses.laws import LawBrokenError, check_laws
+from student_trainer.losses.policy_gradients import SuppressUnlikely
 from tests.trainer.losses.loss_cases import DIVERGENCES, POLICY_GRADIENTS
 
 torch.set_num_threads(1)
@@ -23,6 +24,13 @@ def test_every_loss_obeys_the_laws_with_no_more_than_it_says_it_needs(name: str)
     tried = DIVERGENCES[name]
     kind = "surrogate" if name in SURROGATES else "divergence"
     check_laws(tried, kind=kind, needs=tried.needs)
+
+
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_the_control_without_a_teacher_obeys_the_laws(share: float) -> None:
+    tried = SuppressUnlikely(share=share)
+    assert tried.needs.teacher_k == 0
+    check_laws(tried, kind="surrogate", needs=tried.needs)
 
 
 def test_forward_terms_are_nil_outside_the_mask_from_any_threshold_on() -> None:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from student_trainer.losses.prefix_weights import annealed_share
 from student_trainer.losses.spans import newline_spans
 from student_trainer.losses.weight_choice import (
     BlockGate,
@@ -18,6 +20,7 @@ from student_trainer.losses.weight_choice import (
     PrefixImportanceWeight,
     PruneWeight,
 )
+from student_trainer.losses.weights import entropy_top_weights
 from tests.trainer.made_responses import (
     NEWLINE_ID,
     Response,
@@ -109,9 +112,10 @@ def slow_window(response: Response) -> list[float]:
 
 def slow_entropy_top(response: Response) -> list[float]:
     entropies = numbers(response, "entropies_T")
-    order = sorted(range(len(entropies)), key=lambda t: (-entropies[t], t))
-    kept = order[: -(-len(entropies) // 5)]
-    return [1.0 if t in kept else 0.0 for t in range(len(entropies))]
+    if not entropies:
+        return []
+    lowest = sorted(entropies, reverse=True)[max(1, len(entropies) // 5) - 1]
+    return [1.0 if entropy >= lowest else 0.0 for entropy in entropies]
 
 
 def slow_spans(ids: list[int], min_span: int, max_span: int, block_size: int) -> list[list[int]]:
@@ -174,11 +178,12 @@ def lines(response: Response) -> list[list[int]]:
     return slow_spans(response.ids_T[response.mask_T].tolist(), 2, 5, 3)
 
 
-def slow_importance(response: Response, *, mask: bool, sequence: bool) -> list[float]:
+def slow_importance(response: Response, *, mask: bool, granularity: str) -> list[float]:
     drift = drifts(response)
     ratios = [math.exp(d) for d in drift]
-    if sequence and ratios:
-        ratios = [math.prod(ratios) ** (1 / len(ratios))] * len(ratios)
+    if granularity != "token" and ratios:
+        root = 1 / len(ratios) if granularity == "geometric" else 1
+        ratios = [math.prod(ratios) ** root] * len(ratios)
     if mask:
         return [ratio if 0.5 <= ratio <= 2.0 else 0.0 for ratio in ratios]
     return [min(ratio, 2.0) for ratio in ratios]
@@ -220,12 +225,10 @@ CASES: list[tuple[PositionWeight, Slow]] = [
                 max_ratio=2.0,
                 **({"min_ratio": 0.5} if mode == "mask" else {}),
             ),
-            lambda r, m=mode == "mask", s=granularity == "sequence": slow_importance(
-                r, mask=m, sequence=s
-            ),
+            lambda r, m=mode == "mask", g=granularity: slow_importance(r, mask=m, granularity=g),
         )
         for mode in ("truncate", "mask")
-        for granularity in ("token", "sequence")
+        for granularity in ("token", "sequence", "geometric")
     ),
 ]
 
@@ -322,11 +325,11 @@ def test_ideal_ratio_of_a_worked_example_is_bounded() -> None:
     assert found[0].tolist() == pytest.approx(expected)
 
 
-def test_equal_entropies_go_to_the_earlier_position() -> None:
+def test_equal_entropies_are_all_kept() -> None:
     response = random_response(torch.Generator().manual_seed(0), 5, holes=False)
     response.entropies_T[:] = torch.tensor([1.0, 2.0, 2.0, 0.0, 2.0])
     found = EntropyTop(ratio=0.4)(collate([response], spare=0))
-    assert found.tolist() == [[0.0, 1.0, 1.0, 0.0, 0.0]]
+    assert found.tolist() == [[0.0, 1.0, 1.0, 0.0, 1.0]]
 
 
 @pytest.mark.parametrize(
@@ -355,7 +358,7 @@ def test_equal_entropies_go_to_the_earlier_position() -> None:
         ),
         (lambda: BlockGate(block_size=0), "\nblock_size\n.*greater than 0 .*0"),
         (lambda: ImportanceRatio(mode="clip"), "\nmode\n.*'truncate' or 'mask'"),  # type: ignore[arg-type]
-        (lambda: ImportanceRatio(granularity="block"), "\ngranularity\n.*'token' or"),  # type: ignore[arg-type]
+        (lambda: ImportanceRatio(granularity="block"), "\ngranularity\n.*'token', 'sequence' or"),  # type: ignore[arg-type]
         (lambda: ImportanceRatio(mode="mask", min_ratio=2.0), "\nmin_ratio\n.*to 1 .*2.0"),
         (lambda: ImportanceRatio(max_ratio=0.5), "\nmax_ratio\n.*to 1 .*0.5"),
     ],
@@ -363,3 +366,25 @@ def test_equal_entropies_go_to_the_earlier_position() -> None:
 def test_impossible_constants_are_refused(make: Callable[[], object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         make()
+
+
+def test_entropy_top_rounds_down_and_keeps_ties() -> None:
+    """17 tokens at .5 are 8, as in the released code; 9 was seen here."""
+    entropies_BT = torch.arange(17.0).unsqueeze(0)
+    mask_BT = torch.ones(1, 17, dtype=torch.bool)
+    assert entropy_top_weights(entropies_BT, mask_BT, ratio=0.5).sum() == 8
+    assert entropy_top_weights(entropies_BT[:, :3], mask_BT[:, :3], ratio=0.2).sum() == 1
+    tied_BT = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0]])
+    assert entropy_top_weights(tied_BT, mask_BT[:, :5], ratio=0.4).tolist() == [[1, 1, 1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("progress", "share"),
+    [(0.0, 0.3), (0.25, 0.3 + 0.35 * (1 - math.sqrt(0.5))), (0.5, 0.65), (1.0, 1.0)],
+)
+def test_an_annealed_prefix_grows_along_half_a_cosine(progress: float, share: float) -> None:
+    assert annealed_share(0.3, progress) == pytest.approx(share, abs=1e-12)
+    inputs = replace(collate([random_responses(1)[0]]), progress=progress)
+    found = PrefixImportanceWeight(kind="annealed_prefix")(inputs)
+    fixed = PrefixImportanceWeight(kind="fixed_prefix", prefix_share=share)(inputs)
+    assert torch.equal(found, fixed)

@@ -1,12 +1,16 @@
 """Budgets against their published arithmetic: pytest tests/trainer/rollouts/test_budget.py"""
 
 import json
+from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from student_trainer.diagnostics.step import lengths_in_budget
+from student_trainer.records import Finish
 from student_trainer.rollouts.budget import (
     FixedBudget,
     LengthBudget,
@@ -20,6 +24,7 @@ from student_trainer.settings.budget import (
     PruneBudgetSettings,
     QuantileBudgetSettings,
 )
+from tests.trainer.made_rollouts import random_rollout
 
 
 def test_one_hit_in_ten_grows_the_budget_at_once() -> None:
@@ -165,11 +170,32 @@ def test_a_foreign_state_is_refused(state: dict[str, int]) -> None:
         PruneBudget(PruneBudgetSettings(initial=2048)).load(state)
 
 
-def test_a_step_without_rollouts_is_refused() -> None:
-    with pytest.raises(ValueError, match="without rollouts"):
-        PruneBudget(PruneBudgetSettings(initial=2048)).update([])
-    with pytest.raises(ValueError, match="without rollouts"):
-        QuantileBudget(QuantileBudgetSettings(initial=10, minimum=1, maximum=20)).update([])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        PruneBudget(PruneBudgetSettings(initial=2048)),
+        QuantileBudget(QuantileBudgetSettings(initial=10, minimum=1, maximum=20)),
+    ],
+)
+def test_a_step_that_says_nothing_of_lengths_changes_nothing(budget: LengthBudget) -> None:
+    before = budget.state()
+    assert budget.update([]) is None
+    assert budget.state() == before
+
+
+def test_rollouts_that_the_teacher_left_do_not_shorten_the_budget() -> None:
+    """Ten of 2,048 cut at 300 by an outage: 1,224 after one step, were they counted."""
+    rng = np.random.default_rng(0)
+    cut = [
+        replace(random_rollout(rng, num_response=30), finish=Finish.UNSCORED, drift=None)
+        for _ in range(10)
+    ]
+    whole = replace(random_rollout(rng, num_response=80), finish=Finish.STOP, drift=None)
+    constants = QuantileBudgetSettings(initial=80, minimum=1, maximum=80, margin=0)
+    for rollouts in (cut, [*cut, whole]):
+        budget = QuantileBudget(constants)
+        budget.update(lengths_in_budget(rollouts))
+        assert budget.max_tokens == 80
 
 
 def test_impossible_settings_are_refused() -> None:

@@ -18,12 +18,25 @@ from student_trainer.losses.weight_choice import (
     PrefixImportanceWeight,
     PruneWeight,
 )
-from student_trainer.settings.config import LOSSES_WITH_A_RATIO, TrainerConfig, load_config
-from student_trainer.settings.loss import LossSettings
+from student_trainer.settings.config import TrainerConfig, load_config
+from student_trainer.settings.loss import (
+    EntropyAwareKLSettings,
+    LossSettings,
+    ResidualReverseKLSettings,
+    SampledReverseKLSettings,
+    StudentTopKReverseKLSettings,
+    SuppressUnlikelySettings,
+)
 from student_trainer.settings.warnings import warnings
 from tests.trainer.learner.tiny_student import character_tokenizer
 from tests.trainer.settings.smallest_config import SMALLEST
 
+RATIO_LOSSES = (
+    SampledReverseKLSettings,
+    StudentTopKReverseKLSettings,
+    ResidualReverseKLSettings,
+    SuppressUnlikelySettings,
+)
 CONFIGS = Path(__file__).parents[3] / "configs"
 GATE = "weights.block_gate.tau=1"
 RATIO = "weights.importance_ratio.mode=mask"
@@ -109,7 +122,10 @@ def test_losses_that_clip_a_policy_ratio_are_those_that_hold_one() -> None:
         for section in alternatives
         if "dual_clip" in section.model_fields
     }
-    assert clipping == set(LOSSES_WITH_A_RATIO)
+    assert clipping == {section().kind for section in RATIO_LOSSES} | {"entropy_aware_kl"}
+    assert all(section().has_a_ratio for section in RATIO_LOSSES)
+    assert EntropyAwareKLSettings(reverse="sampled").has_a_ratio
+    assert not EntropyAwareKLSettings().has_a_ratio
 
 
 def test_newlines_are_the_tokens_whose_text_holds_one(path: Path) -> None:
@@ -155,6 +171,10 @@ def test_newlines_are_the_tokens_whose_text_holds_one(path: Path) -> None:
             ["eval.pass_k=2", "eval.max_tokens=9", "data.answer_field=x"],
             ["eval.max_tokens, eval.pass_k, data.answer_field: without data.heldout nothing"],
         ),
+        (["teacher.logprob_dtype=f16"], []),
+        (["teacher.logprob_dtype=f16", "loss.tail=true"], ["outside its top-k is right to 2e-4"]),
+        (["teacher.logprob_dtype=f16", "loss.kind=forward_kl"], []),
+        (["loss.tail=true"], []),
         (["data.heldout=h", "eval.max_tokens=9", "eval.temperature=2"], []),
         (
             ["data.heldout=h", "eval.max_tokens=9", "eval.pass_k=0", "eval.temperature=2"],

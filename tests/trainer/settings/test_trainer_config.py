@@ -12,12 +12,12 @@ from student_trainer.assembly.methods import budget, divergence
 from student_trainer.assembly.teachers import drift_policy, score_options
 from student_trainer.errors import ConfigError
 from student_trainer.losses.divergences import (
-    EntropyAwareKL,
     ForwardKL,
     GeneralizedJSD,
     LocalSupportMatching,
     TruncatedReverseKL,
 )
+from student_trainer.losses.entropy_aware import EntropyAwareKL
 from student_trainer.losses.objective import Divergence
 from student_trainer.losses.policy_gradients import SampledReverseKL, StudentTopKReverseKL
 from student_trainer.settings.config import TrainerConfig, load_config
@@ -500,3 +500,20 @@ def test_auto_compares_mathematics_in_boxes(
     smallest: Path, overrides: list[str], mathematics: bool
 ) -> None:
     assert load_config(smallest, overrides).eval.compares_mathematics is mathematics
+
+
+@pytest.mark.parametrize(
+    ("k", "student_topk", "teacher_k", "compared"), [(6, 4, 8, 4), (6, 8, 6, 6), (3, 4, 5, 3)]
+)
+def test_the_overlap_is_logged_over_what_was_compared(
+    smallest: Path, k: int, student_topk: int, teacher_k: int, compared: int
+) -> None:
+    """k 6 and a list of 4: identical lists gave 0.667."""
+    changes = [
+        "drift.metric=teacher_top_p_accept",
+        f"drift.k={k}",
+        f"rollout.student_topk={student_topk}",
+        f"teacher.k={teacher_k}",
+    ]
+    assert load_config(smallest, changes).overlap_k == compared
+    assert load_config(smallest, [*changes, "rollout.top_p=0.9"]).overlap_k is None
