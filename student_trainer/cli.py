@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
-    import teacher_wire  # noqa: F401
+    import teacher_wire
 except ModuleNotFoundError:
     sys.exit("student-trainer: the distribution driftline-client is missing; install it again")
 
@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = teacher_wire.version_line(parser.prog)
+    parser.add_argument("--version", action="version", version=version)
     parser.set_defaults(out=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -1,4 +1,4 @@
-"""`teacher-server serve | analyze | probe | token | show-config`. Imports only what the command
+"""`teacher-server serve | doctor | analyze | probe | token | show-config`. Imports only what the command
 needs, and nothing before `serve` can be ended by a signal."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 try:
-    import teacher_wire  # noqa: F401
+    import teacher_wire
 except ModuleNotFoundError:
     sys.exit("teacher-server: the distribution driftline-client is missing; install it again")
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     # A probe asks for health every few seconds: it does without the settings, and their imports.
-    if words[:1] == ["probe"]:
+    if words[:1] in (["probe"], ["--version"]):
         return _probe(build_parser(with_settings=False).parse_args(words))
     if words[:1] == ["analyze"]:
         from teacher_server.process.analysis import analyze
@@ -71,6 +71,8 @@ def build_parser(*, with_settings: bool = True) -> argparse.ArgumentParser:
         prog="teacher-server",
         description="Scores a student's tokens while they are being generated.",
     )
+    version = teacher_wire.version_line(parser.prog)
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="load the teacher and serve it")
     shown = commands.add_parser("show-config", help="print the resolved settings as TOML")
