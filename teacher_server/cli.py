@@ -1,11 +1,11 @@
-"""`teacher-server serve | doctor | analyze | probe | token | show-config`. Imports only what the command
-needs, and nothing before `serve` can be ended by a signal."""
+"""`teacher-server serve | doctor | analyze | probe | token | show-config`. Imports only what the
+command needs, and nothing before `serve` can be ended by a signal."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 try:
@@ -41,6 +41,8 @@ def _run(words: Sequence[str]) -> int:
         from teacher_server.process.analysis import analyze
 
         return analyze(build_parser(with_settings=False).parse_args(words))
+    if words[:1] == ["doctor"]:
+        return _doctor(words)
     from teacher_server.flags import refuse_unknown_flags
     from teacher_server.process.model_folder import check_model_folder
     from teacher_server.settings import ConfigError, load_config, to_toml
@@ -75,12 +77,18 @@ def build_parser(*, with_settings: bool = True) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="load the teacher and serve it")
+    doctor = commands.add_parser(
+        "doctor",
+        help="look for what would keep `serve` from starting: exit 0, or 2 where something would",
+    )
+    doctor.add_argument("--json", action="store_true", help="findings as JSON")
     shown = commands.add_parser("show-config", help="print the resolved settings as TOML")
     if with_settings:
         from teacher_server.flags import add_flags
 
         add_flags(serve)
         add_flags(shown)
+        add_flags(doctor)
     probe = commands.add_parser(
         "probe", help="ask for health: exit 0 serving, 1 not serving, 2 unreachable"
     )
@@ -94,6 +102,28 @@ def build_parser(*, with_settings: bool = True) -> argparse.ArgumentParser:
     token = commands.add_parser("token", help="make a bearer token; it is printed this once")
     token.add_argument("name", help="name of the tenant")
     return parser
+
+
+def _doctor(words: Sequence[str]) -> int:
+    from preflight.findings import Finding, problem
+    from preflight.showing import told
+    from teacher_server.flags import refuse_unknown_flags
+    from teacher_server.settings import ConfigError, load_config
+
+    arguments, rest = build_parser().parse_known_args(words)
+    found: Iterable[Finding]
+    try:
+        refuse_unknown_flags(rest)
+        config, _ = load_config(vars(arguments), os.environ)
+    except ConfigError as error:
+        found = [problem("settings", str(error))]
+    else:
+        from teacher_server.process.doctor import findings
+
+        found = findings(config)
+    version = teacher_wire.__version__
+    bad = told(found, in_json=arguments.json, program="teacher-server", version=version)
+    return EXIT_CONFIG if bad else 0
 
 
 def _refused(error: Exception) -> int:
