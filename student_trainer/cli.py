@@ -113,11 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor", help="what would keep a run from starting", description=DOCTOR
     )
-    _config_arguments(doctor)
-    doctor.add_argument("--json", action="store_true", help="findings as JSON")
-    doctor.add_argument(
-        "--teacher-http", default="", metavar="URL", help="HTTP side of a teacher: its clock"
-    )
+    _doctor_arguments(doctor)
     doctor.set_defaults(run=_doctor)
 
     evaluate = commands.add_parser(
@@ -156,6 +152,14 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("section", nargs="?", default="", help="such as budget or rollout.top_p")
     settings.set_defaults(run=_settings)
     return parser
+
+
+def _doctor_arguments(doctor: argparse.ArgumentParser) -> None:
+    _config_arguments(doctor)
+    doctor.add_argument("--json", action="store_true", help="findings as JSON")
+    doctor.add_argument(
+        "--teacher-http", default="", metavar="URL", help="HTTP side of a teacher: its clock"
+    )
 
 
 def _eval_arguments(evaluate: argparse.ArgumentParser) -> None:

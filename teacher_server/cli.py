@@ -135,7 +135,7 @@ def _serve(config: TeacherConfig) -> int:
     import asyncio
 
     from teacher_server import logs
-    from teacher_server.process.app import StartError, serve
+    from teacher_server.process.app import HubAwayError, StartError, serve
     from teacher_server.process.lifecycle import EXIT_BROKEN, leave
     from teacher_server.settings import ConfigError
 
@@ -159,6 +159,9 @@ def _serve(config: TeacherConfig) -> int:
             _send_traces(config.otlp_endpoint)
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             return runner.run(until_it_ends())
+    except HubAwayError as error:
+        _refused(error)
+        return EXIT_BROKEN
     except (StartError, ConfigError) as error:
         return _refused(error)
 

@@ -150,8 +150,8 @@ def _untrusted(
     if error.verify_code in (_EXPIRED, _NOT_YET):
         return (
             f"the certificate of {endpoint}: {error.verify_message} (now is "
-            f"{datetime.fromtimestamp(time.time(), UTC):%Y-%m-%d %H:%M} UTC): issue it anew, or set "
-            "the clock"
+            f"{datetime.fromtimestamp(time.time(), UTC):%Y-%m-%d %H:%M} UTC): issue it anew, or "
+            "set the clock"
         )
     return (
         f"the certificate of {endpoint} is not of the CA in teacher.tls_ca {access.tls_ca}: "

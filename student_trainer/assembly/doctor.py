@@ -198,7 +198,7 @@ class _Doctor:
                 yield from certificates.lasting(
                     "teacher",
                     certificates.Certificate.of(told),
-                    f"{where} answers with a certificate that",
+                    f"{where} answers; its certificate",
                     "issue a new one for the teacher",
                 )
 
@@ -226,26 +226,22 @@ class _Doctor:
         yield from self._checkpoints()
 
     def _checkpoints(self) -> Iterator[Finding]:
-        from transformers import AutoConfig
-
         from student_trainer.assembly import adapting
-        from student_trainer.learner.memory import parameter_counts
-        from student_trainer.learner.optim import STATE_BYTES
+        from student_trainer.learner.memory import checkpoint_bytes
 
         config = self._config
-        about = AutoConfig.from_pretrained(config.student.model)
-        trained = parameter_counts(about, adapting.shape_of(config)).trained
-        one = trained * (4 + STATE_BYTES[config.optim.kind])
+        lora = adapting.shape_of(config)
+        one, student = checkpoint_bytes(config.student.model, config.optim.kind, lora)
         kept = config.checkpoint.keep + config.checkpoint.keep_best + 1
         free = disk.free_bytes(config.run.out)
         seen = f"{config.run.out} has {disk.gb(free)} free"
         limit = (
             f"{kept} checkpoints of {disk.gb(one)}, with one that is being written, and the "
-            f"student: {disk.gb(one * kept + 4 * trained)}"
+            f"student: {disk.gb(one * kept + student)}"
         )
         if free < one * 2:
             yield problem("disk", seen, limit, "make room, or choose another run.out")
-        elif free < one * kept + 4 * trained:
+        elif free < one * kept + student:
             yield warning("disk", seen, limit, "make room, or lower checkpoint.keep")
         else:
             yield ok("disk", seen, limit)

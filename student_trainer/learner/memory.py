@@ -117,6 +117,16 @@ def parameter_counts(config: PretrainedConfig, lora: LoraShape | None = None) ->
     return ParameterCounts(trained=adapted, frozen=everything, in_layers=in_layers)
 
 
+def checkpoint_bytes(
+    path: str, optimizer: OptimizerKind, lora: LoraShape | None = None
+) -> tuple[float, float]:
+    """Of a checkpoint of a run, and of the student that it saves in the end: weights that are
+    learnt in float32, and the optimizer's state. Raises what transformers raises for a checkpoint
+    whose configuration cannot be read."""
+    trained = parameter_counts(AutoConfig.from_pretrained(path), lora).trained
+    return trained * (4 + STATE_BYTES[optimizer]), 4.0 * trained
+
+
 def _layer_bytes_per_token(
     config: PretrainedConfig, dtype: torch.dtype, longest: int, device: torch.device
 ) -> float:

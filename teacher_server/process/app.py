@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preflight.network import is_network
 from preflight.ports import listener, shown
 from teacher_server.access.auth import Access
 from teacher_server.admission.scheduler import SchedulerLimits
@@ -51,6 +52,10 @@ _TEND_INTERVAL_S = 1.0
 
 class StartError(Exception):
     """The server cannot start as configured."""
+
+
+class HubAwayError(StartError):
+    """The checkpoint is on a hub that does not answer: starting it again may help."""
 
 
 class TeacherApp:
@@ -285,5 +290,8 @@ async def serve(config: TeacherConfig) -> int:
         told = " ".join(str(error).split())
         if isinstance(error, PermissionError):
             told += "; let the user that serves read it (chmod a+r)"
-        raise StartError(f"cannot read the checkpoint {config.model!r}: {told}") from error
+        text = f"cannot read the checkpoint {config.model!r}: {told}"
+        if is_network(error):
+            raise HubAwayError(text) from error
+        raise StartError(text) from error
     return await TeacherApp(config, engine, info, tokenizer, access, runs).run()

@@ -113,13 +113,13 @@ def check_memory(config: TeacherConfig, found: Driver) -> None:
 
 
 def check_kv_cache(config: TeacherConfig, least_gib: float, *, on_gpu: bool) -> None:
-    """That vLLM's cache has room for one session of max_context, without which it does not start."""
+    """That vLLM's cache has room for one session of max_context: it does not start without."""
     given = config.kv_cache_gib or (0.0 if on_gpu else CPU_KV_CACHE_GIB)
     if config.engine == "vllm" and given and given < least_gib:
         said = "" if config.kv_cache_gib else ", as it is where nothing is said on a CPU"
         raise ConfigError(
             f"kv_cache_gib is {given:g}{said}, and one session of max_context "
-            f"{config.max_context:,} takes {least_gib:.2f} GiB: raise kv_cache_gib to that, or "
+            f"{config.max_context:,} takes {least_gib:.3g} GiB: raise kv_cache_gib to that, or "
             "lower max_context"
         )
 

@@ -28,6 +28,7 @@ PACKED = {
         "teacher_server",
         "rollout_records",
         "run_report",
+        "preflight",
         "vllm_process",
     ),
     "driftline-client": ("teacher_client", "teacher_wire"),
