@@ -13,6 +13,7 @@ SOAK_MINUTES ?= 20
 # Of the soak: fake or vllm.
 ENGINE ?= fake
 GPU_MINUTES ?= 9
+SBOM_PYTHON ?= $(BIN)/python
 
 # A file stays in one process, so that its engines and servers start once; what takes longest begins first
 # (tests/conftest.py). Three: two cores are busy while a test of the third waits for what must come.
@@ -21,7 +22,7 @@ TEST_PROCESSES ?= $(if $(filter cuda,$(ACCELERATOR)),1,3)
 # A hundred processes start in there: each would compile what it imports where this is set.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: families demo demo-language test test-clients test-language check faults gpu-check try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
+.PHONY: families demo demo-language test test-clients test-language check faults gpu-check try fuzz soak lint format proto docs breaking released playground dist test-dist sbom setup clean
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
@@ -62,7 +63,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf format -d --exit-code \
-	    && ../$(BIN)/buf breaking --against published.binpb
+	    && ../$(BIN)/buf breaking --against released.binpb
 	$(BIN)/mypy
 
 format: setup
@@ -74,11 +75,11 @@ proto: setup  ## regenerate the code of the contract
 	$(BIN)/python -m grpc_tools.protoc -I teacher_wire/pb=proto/opd/teacher/v1 \
 	    --python_out=proto --pyi_out=proto --grpc_python_out=proto teacher_wire/pb/teacher.proto
 
-breaking: setup  ## the contract keeps what clients of the published one rely on
-	cd proto && ../$(BIN)/buf breaking --against published.binpb
+breaking: setup  ## the contract keeps what clients of the last release rely on
+	cd proto && ../$(BIN)/buf breaking --against released.binpb
 
-published: setup  ## the contract as it is becomes the one to keep; with a release, or a reason
-	cd proto && ../$(BIN)/buf build --exclude-source-info -o published.binpb
+released: setup  ## the contract as it is becomes the one to keep; when a release has been made
+	cd proto && ../$(BIN)/buf build --exclude-source-info -o released.binpb
 
 docs: setup  ## docs/settings.md from the docstrings of the settings, the columns in docs/run-folder.md
 	$(BIN)/python -m scripts.settings_document
@@ -95,8 +96,13 @@ dist: setup  ## driftline and driftline-client, each as source and wheel, in dis
 	$(BIN)/python -m build --outdir dist proto
 	$(BIN)/python -m build --outdir dist .
 
-test-dist: dist  ## each wheel in an environment of its own, both in one, and one after the other is gone
+test-dist: dist  ## outside the checkout: each wheel in an environment of its own, both in one, wheels from the sources
 	$(BIN)/python -m tests.distributions.environments dist
+
+sbom: setup  ## what is installed beside SBOM_PYTHON, this environment's or another's, as CycloneDX JSON in dist/
+	mkdir -p dist
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --spec-version 1.6 \
+	    --output-format JSON --output-file dist/driftline.cdx.json $(SBOM_PYTHON)
 
 setup: $(VENV)/.ready
 

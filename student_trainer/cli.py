@@ -1,4 +1,4 @@
-"""`student-trainer train | eval | report | push | show-config | settings | check-loss`."""
+"""`student-trainer train | doctor | eval | report | push | show-config | settings | check-loss`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 try:
-    import teacher_wire  # noqa: F401
+    import teacher_wire
 except ModuleNotFoundError:
     sys.exit("student-trainer: the distribution driftline-client is missing; install it again")
 
-from student_trainer.errors import ConfigError, DatasetError, TrainerError
-from student_trainer.process.failures import failure_line, keep_traceback, needs_traceback
+from student_trainer.errors import ConfigError
+from student_trainer.process.failures import (
+    EXIT_FAILED,
+    EXIT_LASTING,
+    exit_code,
+    failure_line,
+    keep_traceback,
+    needs_traceback,
+)
 from student_trainer.process.ranks import Ranks, joined
 from student_trainer.process.stopping import EXIT_TERMINATED, Stopped, StopRequest
 from student_trainer.settings.config import TrainerConfig, load_config
@@ -28,13 +35,6 @@ from vllm_process.children import kill_engines
 from vllm_process.cores import wait_briefly
 from vllm_process.imports import uncollected
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-EXIT_FAILED = 1
-PAIRS_WRITTEN = 10
-PAIRS_SHOWN = 3
-"""Of responses before and after, in a report."""
 EXIT_INTERRUPTED = 130
 TRAIN = (
     "Distil a student. SIGTERM gives up the step under way, writes a checkpoint of the last "
@@ -49,18 +49,23 @@ EVAL = (
     "Greedy accuracy, avg@k and pass@k by the answers of the held-out problems; held-out "
     "divergences by the teacher. The result is JSON."
 )
+DOCTOR = (
+    "Looks at machine, files, certificates and teachers as `train` will, and loads no model: what "
+    "is seen, what it may be, how to mend it. Exit 0, or 2 where a run would not start."
+)
 EXIT_CODES = f"""\
 exit codes:
   0    done
   {EXIT_FAILED}    failed: one line on stderr says why, and which file has the traceback
-  2    the command line is not understood
+  {EXIT_LASTING}    starting it again will not help: the command line, a setting, a file, data, or a
+       teacher that does not fit; one line on stderr says which
   {EXIT_INTERRUPTED}  interrupted (Ctrl-C)
   {EXIT_TERMINATED}  train: ended by SIGTERM, can be resumed
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; whatever fails is one line on stderr and exit code 1."""
+    """Runs one command; what fails is one line on stderr and an exit code of EXIT_CODES."""
     arguments = _parser().parse_args(argv)
     arguments.command = sys.orig_argv if argv is None else ["student-trainer", *argv]
     try:
@@ -85,7 +90,7 @@ def _failed(error: Exception, folder: Path | None) -> int:
         kept = keep_traceback(error, folder)
         line += f" (traceback: {kept or 'nowhere to write it to'})"
     print(line, file=sys.stderr)
-    return EXIT_FAILED
+    return exit_code(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = teacher_wire.version_line(parser.prog)
+    parser.add_argument("--version", action="version", version=version)
     parser.set_defaults(out=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -102,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(train)
     _start_arguments(train)
     train.set_defaults(run=_train)
+
+    doctor = commands.add_parser(
+        "doctor", help="what would keep a run from starting", description=DOCTOR
+    )
+    _doctor_arguments(doctor)
+    doctor.set_defaults(run=_doctor)
 
     evaluate = commands.add_parser(
         "eval", help="what any checkpoint makes of the held-out problems", description=EVAL
@@ -139,6 +152,14 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("section", nargs="?", default="", help="such as budget or rollout.top_p")
     settings.set_defaults(run=_settings)
     return parser
+
+
+def _doctor_arguments(doctor: argparse.ArgumentParser) -> None:
+    _config_arguments(doctor)
+    doctor.add_argument("--json", action="store_true", help="findings as JSON")
+    doctor.add_argument(
+        "--teacher-http", default="", metavar="URL", help="HTTP side of a teacher: its clock"
+    )
 
 
 def _eval_arguments(evaluate: argparse.ArgumentParser) -> None:
@@ -215,7 +236,7 @@ def _train(arguments: argparse.Namespace) -> int:
         try:
             tracing.export_to(config.run.otlp_endpoint, "student-trainer")
         except ImportError as error:
-            raise TrainerError(f"run.otlp_endpoint needs the extra `otel`: {error}") from error
+            raise ConfigError(f"run.otlp_endpoint needs the extra `otel`: {error}") from error
     stop = StopRequest()
     with stop.on_sigterm(lambda: _last_words(config, arguments)):
         try:
@@ -227,6 +248,25 @@ def _train(arguments: argparse.Namespace) -> int:
         finally:
             kill_engines()
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from preflight.findings import Finding, problem
+    from preflight.showing import told
+
+    found: Iterable[Finding]
+    try:
+        config = load_config(arguments.config, arguments.set)
+    except ConfigError as error:
+        found = [problem("settings", line) for line in str(error).splitlines() if line.strip()]
+    else:
+        wait_briefly()
+        from student_trainer.assembly.doctor import findings
+
+        found = findings(config, arguments.teacher_http, before_loading=_quiet_libraries)
+    version = teacher_wire.__version__
+    bad = told(found, in_json=arguments.json, program="student-trainer", version=version)
+    return EXIT_LASTING if bad else 0
 
 
 def _train_until_stopped(
@@ -301,68 +341,9 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
+    from student_trainer.report_command import report
 
-    from run_report.page import report
-    from student_trainer.recording.report import COMPARED_PAGE, REPORT_PAGE, references
-    from student_trainer.recording.run_figures import names_of, run_figures
-
-    extra: dict[str, Any] = {}
-    if arguments.teacher_eval:
-        extra["teacher_accuracy"] = _teacher_accuracy(arguments.teacher_eval)
-    console, folders = Console(), arguments.folders
-    named = zip(folders, names_of(folders), strict=True)
-    runs = [run_figures(f, name=name, references=references(extra)) for f, name in named]
-    if len(runs) == 1:
-        _report_of_one(folders[0], extra, console)
-    for run in runs:
-        for note in run.notes:
-            console.print(f"{run.name}: {note}", style="yellow", highlight=False, markup=False)
-    made = report(runs, " and ".join(run.name for run in runs))
-    page = arguments.page or folders[0] / (REPORT_PAGE if len(runs) == 1 else COMPARED_PAGE)
-    console.print(f"{made.write(page)}", highlight=False, soft_wrap=True)
-    if arguments.pngs:
-        made.save_charts(arguments.pngs)
-        console.print(f"{arguments.pngs}", highlight=False, soft_wrap=True)
-    return 0
-
-
-def _report_of_one(folder: Path, extra: dict[str, Any], console: Console) -> None:
-    """Table, warnings, some responses, and the files beside the page."""
-    from student_trainer.recording.report import (
-        draw,
-        summary_table,
-        text_table,
-        warning_lines,
-    )
-    from student_trainer.recording.summary import summarize, write_summary
-    from student_trainer.recording.texts import pairs, write_side_by_side
-
-    summary = summarize(folder, extra, [])
-    console.print(summary_table(summary))
-    for line in warning_lines(summary):
-        console.print(line, style="yellow", highlight=False, markup=False)
-    notes: list[str] = []
-    drawn = pairs(folder, count=PAIRS_WRITTEN, notes=notes)
-    for note in notes:
-        console.print(note, style="yellow", highlight=False, markup=False)
-    if drawn:
-        console.print(text_table(drawn[:PAIRS_SHOWN]))
-        console.print(f"{write_side_by_side(folder, drawn)}", highlight=False)
-    console.print(f"{write_summary(folder, summary)}", highlight=False)
-    console.print(f"{draw(folder, summary)}", highlight=False)
-
-
-def _teacher_accuracy(path: Path) -> float:
-    """What `eval --json` wrote. Raises DatasetError."""
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["accuracy"])
-    except OSError as error:
-        raise DatasetError(
-            f"--teacher-eval {path}: {error.strerror}; `student-trainer eval --json` writes it"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path}: not the result of `eval --json`: {error!r}") from None
+    return report(arguments.folders, arguments.teacher_eval, arguments.page, arguments.pngs)
 
 
 def _push(arguments: argparse.Namespace) -> int:

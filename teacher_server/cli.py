@@ -1,15 +1,15 @@
-"""`teacher-server serve | analyze | probe | token | show-config`. Imports only what the command
-needs, and nothing before `serve` can be ended by a signal."""
+"""`teacher-server serve | doctor | analyze | probe | token | show-config`. Imports only what the
+command needs, and nothing before `serve` can be ended by a signal."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 try:
-    import teacher_wire  # noqa: F401
+    import teacher_wire
 except ModuleNotFoundError:
     sys.exit("teacher-server: the distribution driftline-client is missing; install it again")
 
@@ -35,12 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     # A probe asks for health every few seconds: it does without the settings, and their imports.
-    if words[:1] == ["probe"]:
+    if words[:1] in (["probe"], ["--version"]):
         return _probe(build_parser(with_settings=False).parse_args(words))
     if words[:1] == ["analyze"]:
         from teacher_server.process.analysis import analyze
 
         return analyze(build_parser(with_settings=False).parse_args(words))
+    if words[:1] == ["doctor"]:
+        return _doctor(words)
     from teacher_server.flags import refuse_unknown_flags
     from teacher_server.process.model_folder import check_model_folder
     from teacher_server.settings import ConfigError, load_config, to_toml
@@ -71,14 +73,22 @@ def build_parser(*, with_settings: bool = True) -> argparse.ArgumentParser:
         prog="teacher-server",
         description="Scores a student's tokens while they are being generated.",
     )
+    version = teacher_wire.version_line(parser.prog)
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="load the teacher and serve it")
+    doctor = commands.add_parser(
+        "doctor",
+        help="look for what would keep `serve` from starting: exit 0, or 2 where something would",
+    )
+    doctor.add_argument("--json", action="store_true", help="findings as JSON")
     shown = commands.add_parser("show-config", help="print the resolved settings as TOML")
     if with_settings:
         from teacher_server.flags import add_flags
 
         add_flags(serve)
         add_flags(shown)
+        add_flags(doctor)
     probe = commands.add_parser(
         "probe", help="ask for health: exit 0 serving, 1 not serving, 2 unreachable"
     )
@@ -94,6 +104,28 @@ def build_parser(*, with_settings: bool = True) -> argparse.ArgumentParser:
     return parser
 
 
+def _doctor(words: Sequence[str]) -> int:
+    from preflight.findings import Finding, problem
+    from preflight.showing import told
+    from teacher_server.flags import refuse_unknown_flags
+    from teacher_server.settings import ConfigError, load_config
+
+    arguments, rest = build_parser().parse_known_args(words)
+    found: Iterable[Finding]
+    try:
+        refuse_unknown_flags(rest)
+        config, _ = load_config(vars(arguments), os.environ)
+    except ConfigError as error:
+        found = [problem("settings", str(error))]
+    else:
+        from teacher_server.process.doctor import findings
+
+        found = findings(config)
+    version = teacher_wire.__version__
+    bad = told(found, in_json=arguments.json, program="teacher-server", version=version)
+    return EXIT_CONFIG if bad else 0
+
+
 def _refused(error: Exception) -> int:
     print(f"teacher-server: {error}", file=sys.stderr)
     return EXIT_CONFIG
@@ -103,7 +135,7 @@ def _serve(config: TeacherConfig) -> int:
     import asyncio
 
     from teacher_server import logs
-    from teacher_server.process.app import StartError, serve
+    from teacher_server.process.app import HubAwayError, StartError, serve
     from teacher_server.process.lifecycle import EXIT_BROKEN, leave
     from teacher_server.settings import ConfigError
 
@@ -127,6 +159,9 @@ def _serve(config: TeacherConfig) -> int:
             _send_traces(config.otlp_endpoint)
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             return runner.run(until_it_ends())
+    except HubAwayError as error:
+        _refused(error)
+        return EXIT_BROKEN
     except (StartError, ConfigError) as error:
         return _refused(error)
 

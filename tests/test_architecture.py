@@ -25,6 +25,7 @@ PACKAGES = {
     "teacher_client": ROOT / "proto" / "teacher_client",
     "rollout_records": ROOT / "proto" / "rollout_records",
     "run_report": ROOT / "proto" / "run_report",
+    "preflight": ROOT / "proto" / "preflight",
     "vllm_process": ROOT / "proto" / "vllm_process",
     "teacher_server": ROOT / "teacher_server",
     "student_trainer": ROOT / "student_trainer",
@@ -106,6 +107,16 @@ RULES = [
         modules="run_report.*",
         only="numpy pyarrow matplotlib jinja2 markupsafe tokenizers rollout_records run_report",
         why="pages from figures, whoever has them",
+    ),
+    Rule(
+        modules="preflight.*",
+        only="packaging rich preflight",
+        why="machines and files, before anything is loaded",
+    ),
+    Rule(
+        modules="teacher_client.reaching",
+        never="grpc numpy teacher_wire teacher_client.stream",
+        why="a connection by hand: what gRPC does not tell",
     ),
     Rule(
         modules="vllm_process.*",
@@ -457,6 +468,9 @@ def test_a_wrong_import_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("teacher_server.rpc.service", "torch vllm transformers fastapi"),
         ("teacher_server.http.app", "torch vllm transformers"),
         ("teacher_server.cli", "torch vllm transformers fastapi"),
+        ("teacher_server.process.doctor", "torch vllm transformers fastapi"),
+        ("student_trainer.assembly.doctor", "torch vllm transformers"),
+        ("preflight.software", "torch vllm transformers grpc"),
         ("teacher_server.process.app", "torch vllm transformers"),
     ],
 )

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import grpc
 
+from teacher_wire.secret_files import why_refused
+
 log = logging.getLogger(__name__)
 TOKEN_VARIABLE = "DRIFTLINE_TEACHER_TOKEN"
 """Holds the token when no file does."""
@@ -53,6 +55,20 @@ class TeacherAccess:
                 f"{source} holds {len(token)} characters, must be one token without white space"
             )
         return (("authorization", f"Bearer {token}"),)
+
+    def why_exposed(self) -> str | None:
+        """Why a file of ours is everybody's, with the remedy; None where none is. It is asked once,
+        before a run begins. Raises AccessError."""
+        for name, path, what in (
+            ("token_file", self.token_file, "the token"),
+            ("tls_key", self.tls_key, "the private key"),
+        ):
+            try:
+                if path is not None and (why := why_refused(path, what)):
+                    return f"teacher.{name}: {why}"
+            except OSError as error:
+                raise AccessError(f"teacher.{name} is {str(path)!r}: {error.strerror}") from error
+        return None
 
     def channel(self, endpoint: str, options: Sequence[tuple[str, int]]) -> grpc.aio.Channel:
         """A channel to a teacher, not connected yet. Raises AccessError."""

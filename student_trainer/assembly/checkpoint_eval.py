@@ -58,7 +58,7 @@ def evaluate_checkpoint(
         asked, absent = Teachers(excluded_before=excluded_before), "not asked for"
         if teacher != "none" and config.eval.teacher_samples:
             needed = teacher == "required" or problems[0].answer is None
-            patient = config if needed else _in_short(config)
+            patient = config if needed else in_short(config)
             width = load_vocab_size(base)
             connected = teachers.connected(
                 patient, loop, problems, width, tokenizer, excluded_before
@@ -128,7 +128,7 @@ def _of_its_run(config: TrainerConfig, model: str) -> tuple[Path | None, IdRange
     return run, excluded_ids_of(run, step=step)
 
 
-def _in_short(config: TrainerConfig) -> TrainerConfig:
+def in_short(config: TrainerConfig) -> TrainerConfig:
     """The same, without patience for its teachers."""
 
     def hurried(settings: Teacher) -> Teacher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +44,7 @@ from vllm_process.devices import DevicesError, check_tensor_parallel, gpus_of
 
 EXACT_GAP_NATS, ROUNDED_GAP_NATS = 1e-3, 0.5
 """What learner and sampler may be apart: both in float32 (below 1e-4 for small models of every
-family), or one of them not (SmolLM2-135M in bfloat16: 0.03 in the mean, 0.31 at most of 256
-sampled tokens)."""
+family), or not (SmolLM2-135M in bfloat16: 0.03 in the mean, 0.31 at most of 256 tokens)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +170,10 @@ def device(config: TrainerConfig) -> torch.device:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"student.device is {name!r}: {reason}") from None
+        raise ConfigError(
+            f"student.device is {name!r}: {reason}; take 'cpu' or 'auto', or give the process a "
+            "GPU: `student-trainer doctor` tells what is seen"
+        ) from None
     found = torch.device(name)
     if found.type == "cuda" and found.index is None:
         # By its number: other threads begin with the first one, whatever this process was given.
@@ -184,9 +187,11 @@ def dtype(config: TrainerConfig) -> torch.dtype:
     return found
 
 
-def check_student(config: TrainerConfig, model: str) -> list[str]:
+def check_student(
+    config: TrainerConfig, model: str, tell: Callable[[str], None] = lambda terms: None
+) -> list[str]:
     """Raises ConfigError for a student that cannot fit where the learner runs, CheckpointError for
-    one that is quantised, before it is loaded.
+    one that is quantised, before it is loaded. `tell` is given the arithmetic.
 
     Returns a warning for one that fits only with gradient checkpointing and is trained without.
     """
@@ -208,6 +213,7 @@ def check_student(config: TrainerConfig, model: str) -> list[str]:
         gradient_checkpointing=config.student.gradient_checkpointing,
         device=where,
         lora=adapting.shape_of(config),
+        tell=tell,
     )
     return [tight] if tight else []
 
@@ -321,7 +327,7 @@ def _engine(
         )
     if isinstance(settings, HfSamplerSettings):
         return HfSampler(model=model, dtype=settings.dtype, device=device(config), stop_ids=stop)
-    gpus = _gpus(config, settings, model)
+    gpus_of_engine = gpus(config, settings, model)
     return VllmSampler(
         model=model,
         dtype=sampler_dtype(config),
@@ -334,7 +340,7 @@ def _engine(
         enforce_eager=settings.enforce_eager,
         cpu_cores=settings.cpu_cores,
         tensor_parallel_size=settings.tensor_parallel_size,
-        gpus=gpus,
+        gpus=gpus_of_engine,
         seed=config.run.seed,
         stop_ids=stop,
         passage=passage(config, settings.weights_dir),
@@ -342,7 +348,7 @@ def _engine(
     )
 
 
-def _gpus(config: TrainerConfig, settings: VllmSamplerSettings, model: str) -> tuple[int, ...]:
+def gpus(config: TrainerConfig, settings: VllmSamplerSettings, model: str) -> tuple[int, ...]:
     """Those of vLLM's engine, none on a CPU. Raises ConfigError for GPUs or cores that it cannot
     have, and for a student that cannot be cut for them, CheckpointError."""
     name, size = "sampler.tensor_parallel_size", settings.tensor_parallel_size
@@ -356,6 +362,11 @@ def _gpus(config: TrainerConfig, settings: VllmSamplerSettings, model: str) -> t
                 own=device(config).index or 0,
                 place=place_on_host(),
                 num_gpus=num_gpus,
+            )
+        if settings.gpus != "auto":
+            raise ConfigError(
+                f"sampler.gpus is {settings.gpus!r}, and this process sees no GPU: leave it out to "
+                "generate on the CPU, or give the process its GPUs (--gpus, CUDA_VISIBLE_DEVICES)"
             )
         check_cores(settings.cpu_cores, size)
     except DevicesError as error:

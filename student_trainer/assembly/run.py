@@ -16,6 +16,7 @@ from rich.console import Console
 
 from student_trainer.assembly import (
     checkpoints,
+    early,
     evaluating,
     from_settings,
     parts,
@@ -36,7 +37,7 @@ from student_trainer.errors import SamplerDiedError
 from student_trainer.evaluation.evaluate import rollout_text
 from student_trainer.learner.learner import Learner
 from student_trainer.learner.token_weights import TokenWeights
-from student_trainer.pretrained import load_tokenizer
+from student_trainer.pretrained import load_tokenizer, load_vocab_size
 from student_trainer.process.ranks import ALONE, Ranks
 from student_trainer.process.stopping import Stopped, StopRequest
 from student_trainer.recording.failed_update import kept_if_not_finite
@@ -54,6 +55,7 @@ from student_trainer.saved_student import save_or_rescue
 from student_trainer.settings.changes import written
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.train_state import TrainState, complete_checkpoints, step_of
+from teacher_wire.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +223,8 @@ def assembled(
     weights and left running. Of several processes (`ranks`) each calls this, with the same.
     """
     config = with_declared_needs(config)
+    early.check_folder(config)
+    early.check_sampler(config)
     refuse_spread(config, ranks)
     ranks.check_same(written(config))
     stop = stop or StopRequest()
@@ -250,11 +254,14 @@ def _assemble(begins: Start, stack: ExitStack) -> Run:
     say = partial(warn, bars.console)
     problems = from_settings.problems(config, load_tokenizer(config.student.model))
     tokenizer = problems.tokenizer
+    answers = early.refuse_early(config, {prompt.teacher for prompt in problems.all})
     specials = from_settings.special_tokens(config, tokenizer)
     grader = evaluating.checked_grader(config, problems.heldout, stack)
     _say_all(say, from_settings.check_student(config, begins.model))
     made = begins.running.loop if begins.running else None
     loop = made or stack.enter_context(closing(loop_on(from_settings.device(config))))
+    own, width = Vocabulary.of(tokenizer), load_vocab_size(begins.model)
+    early.refuse_strangers(config, loop, answers, own, width)
     begin = partial(parts.sampler, begins, tokenizer, loop, bars, stack)
     shares = begins.shares_weights
     at_once = None if shares else begin(None)

@@ -7,6 +7,7 @@ fifth, and to be read: what does not fit is refused with its terms.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+import preflight.memory
 from student_trainer.errors import ConfigError
 from student_trainer.learner.adapter import LoraShape, num_adapted
 from student_trainer.learner.families import attention_for
@@ -115,6 +117,16 @@ def parameter_counts(config: PretrainedConfig, lora: LoraShape | None = None) ->
     return ParameterCounts(trained=adapted, frozen=everything, in_layers=in_layers)
 
 
+def checkpoint_bytes(
+    path: str, optimizer: OptimizerKind, lora: LoraShape | None = None
+) -> tuple[float, float]:
+    """Of a checkpoint of a run, and of the student that it saves in the end: weights that are
+    learnt in float32, and the optimizer's state. Raises what transformers raises for a checkpoint
+    whose configuration cannot be read."""
+    trained = parameter_counts(AutoConfig.from_pretrained(path), lora).trained
+    return trained * (4 + STATE_BYTES[optimizer]), 4.0 * trained
+
+
 def _layer_bytes_per_token(
     config: PretrainedConfig, dtype: torch.dtype, longest: int, device: torch.device
 ) -> float:
@@ -148,8 +160,10 @@ def refuse_too_large(
     gradient_checkpointing: bool,
     device: torch.device,
     lora: LoraShape | None = None,
+    tell: Callable[[str], None] = lambda terms: None,
 ) -> str | None:
-    """Raises ConfigError for a student that cannot fit even with checkpointing.
+    """Raises ConfigError for a student that cannot fit even with checkpointing. `tell` is given the
+    terms of what it takes, and what there is.
 
     Returns a sentence for one that fits only with it and is trained without, else None. A folder
     whose configuration cannot be read is left to whoever loads it.
@@ -173,6 +187,7 @@ def refuse_too_large(
     name = Path(path).name
     about = f"the student {name} takes about"
     has = f"{where} has {free_bytes / GB:.1f} GB free for it"
+    tell(f"{about} {as_set} at its longest micro-batch, and {has}")
     if with_it.total > free_bytes:
         raise ConfigError(
             f"{about} {with_it} with gradient checkpointing and micro-batches of {tokens:,} "
@@ -194,24 +209,4 @@ def free_memory(device: torch.device) -> float | None:
         return float(free)
     if device.type != "cpu":
         return None
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    return min(float(found["MemAvailable"]), _left_in_control_group())
-
-
-def _left_in_control_group(folder: Path = Path("/sys/fs/cgroup")) -> float:
-    """What a container may still take; infinite without a limit."""
-    try:
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = int((folder / "memory.current").read_text(encoding="ascii"))
-        reclaimable = sum(
-            int(line.split()[1])
-            for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-            if line.split()[0] in ("inactive_file", "active_file")
-        )
-    except (OSError, ValueError):
-        return float("inf")
-    return float("inf") if limit == "max" else float(limit) - used + reclaimable
+    return preflight.memory.free_memory()

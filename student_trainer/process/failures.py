@@ -12,9 +12,22 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from student_trainer.errors import ConfigError, TrainerError, one_line
+from student_trainer.errors import (
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    LossError,
+    TrainerError,
+    one_line,
+)
 from teacher_client.access import AccessError
-from teacher_wire.errors import TeacherError
+from teacher_wire.errors import (
+    FingerprintMismatchError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    TeacherError,
+    UnauthenticatedError,
+)
 
 ERROR_LOG = "error.log"
 _DISK = {
@@ -30,6 +43,42 @@ _DISK = {
     errno.ENOENT: "check the path",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
+
+
+EXIT_FAILED, EXIT_LASTING = 1, 2
+LASTING = (
+    ConfigError,
+    LossError,
+    DatasetError,
+    AccessError,
+    InvalidRequestError,
+    FingerprintMismatchError,
+    UnauthenticatedError,
+    PermissionDeniedError,
+)
+"""Starting the same again ends the same: settings, data, tokens, certificates, another teacher."""
+_LASTING_ON_DISK = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOENT,
+}
+
+
+def exit_code(error: Exception) -> int:
+    """2 where starting it again will not help, else 1: a teacher that is away, a full disk, memory
+    that others have, an engine that died, and what nobody foresaw."""
+    if isinstance(error, CheckpointError):
+        # With a cause it is the disk's or the network's word, as when one cannot be written.
+        return EXIT_FAILED if error.__cause__ is not None else EXIT_LASTING
+    if isinstance(error, LASTING):
+        return EXIT_LASTING
+    if isinstance(error, OSError) and error.errno in _LASTING_ON_DISK:
+        return EXIT_LASTING
+    return EXIT_FAILED
 
 
 def failure_line(error: Exception) -> str:

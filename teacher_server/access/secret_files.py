@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import stat
 from collections.abc import Iterable
 from pathlib import Path
+
+from teacher_wire.secret_files import is_exposed
 
 log = logging.getLogger(__name__)
 Stamp = tuple[tuple[int, int, int] | None, ...]
@@ -26,5 +27,5 @@ def stamp_of(paths: Iterable[Path]) -> Stamp:
 
 def warn_if_readable_by_others(path: Path) -> None:
     """Warns when every user of the machine may read the file."""
-    if path.stat().st_mode & stat.S_IROTH:
+    if is_exposed(path):
         log.warning("%s can be read by every user of this machine: chmod o-r", path)

@@ -14,8 +14,9 @@ from typing import Any
 
 import grpc
 
-from teacher_server.access.secret_files import stamp_of, warn_if_readable_by_others
+from teacher_server.access.secret_files import stamp_of
 from teacher_server.settings import ConfigError
+from teacher_wire.secret_files import why_refused
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ def _load(files: TlsFiles) -> tuple[grpc.ServerCertificateConfiguration, ssl.SSL
     cert, key = _read("tls_cert", files.cert), _read("tls_key", files.key)
     ca = None if files.client_ca is None else _read("tls_client_ca", files.client_ca)
     context = _server_context(files)
-    warn_if_readable_by_others(files.key)
+    if why := why_refused(files.key, "the server's private key"):
+        raise ConfigError(f"tls_key: {why}")
     return grpc.ssl_server_certificate_configuration([(key, cert)], ca), context
 
 

@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preflight.network import is_network
+from preflight.ports import listener, shown
 from teacher_server.access.auth import Access
 from teacher_server.admission.scheduler import SchedulerLimits
 from teacher_server.engine.base import ScoringEngine
@@ -26,6 +28,7 @@ from teacher_server.process import signals
 from teacher_server.process.lifecycle import Phase, leave
 from teacher_server.process.loading import build_engine, describe, load_tokenizer
 from teacher_server.process.parts import Limits, TeacherParts
+from teacher_server.process.start_checks import cannot_listen, refuse_early
 from teacher_server.process.watchdog import Watchdog, sample_loop_lag
 from teacher_server.rpc.stream import StreamLimits
 from teacher_server.settings import ConfigError, TeacherConfig
@@ -49,6 +52,10 @@ _TEND_INTERVAL_S = 1.0
 
 class StartError(Exception):
     """The server cannot start as configured."""
+
+
+class HubAwayError(StartError):
+    """The checkpoint is on a hub that does not answer: starting it again may help."""
 
 
 class TeacherApp:
@@ -95,7 +102,7 @@ class TeacherApp:
         """
         grpc_address = self._bind_grpc()
         http_socket = self._bind_http()
-        http_address = _address(self._config.host, http_socket.getsockname()[1])
+        http_address = shown(self._config.host, http_socket.getsockname()[1])
         self._life.watch_signals()
         if self._access.has_files:
             hang_up = signal.SIGHUP
@@ -122,7 +129,7 @@ class TeacherApp:
         return self._life.exit_code
 
     def _bind_grpc(self) -> str:
-        address = _address(self._config.host, self._config.grpc_port)
+        address = shown(self._config.host, self._config.grpc_port)
         tls, port = self._access.tls, 0
         with suppress(RuntimeError):  # it says no more than that it failed to bind
             if tls is None:
@@ -133,22 +140,14 @@ class TeacherApp:
             raise StartError(
                 f"gRPC cannot listen on {address}: is the port in use? Choose another grpc_port"
             )
-        return _address(self._config.host, port)
+        return shown(self._config.host, port)
 
     def _bind_http(self) -> socket.socket:
         host, port = self._config.host, self._config.http_port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((host, port))
-            # Two sockets may be bound to one port until one of them listens.
-            listener.listen()
+            return listener(host, port)
         except OSError as error:
-            listener.close()
-            text = f"HTTP cannot listen on {_address(host, port)}: {error.strerror}"
-            raise StartError(f"{text}. Choose another http_port") from error
-        return listener
+            raise StartError(cannot_listen("HTTP", "http_port", host, port, error)) from error
 
     def _refresh_access(self, force: bool = False) -> None:
         """Reads changed files of tenants and TLS; ends streams that are not allowed any more."""
@@ -266,26 +265,6 @@ def _limits(config: TeacherConfig) -> Limits:
     )
 
 
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _check_ready_file(name: str) -> None:
-    """Before the model is loaded for nothing. Raises StartError."""
-    path = Path(name)
-    if not name:
-        return
-    if not path.parent.is_dir():
-        why = f"there is no folder {str(path.parent)!r}: make it first"
-    elif path.is_dir():
-        why = "that is a folder: name a file in it"
-    elif not os.access(path.parent, os.W_OK):
-        why = f"the folder {str(path.parent)!r} cannot be written to: choose another"
-    else:
-        return
-    raise StartError(f"ready_file is {name!r}, but {why}")
-
-
 def _runs(config: TeacherConfig) -> RunFolder | None:
     """Raises ConfigError."""
     if not config.runs:
@@ -297,8 +276,8 @@ def _runs(config: TeacherConfig) -> RunFolder | None:
 
 async def serve(config: TeacherConfig) -> int:
     """Builds and runs a server; returns its exit code. Raises StartError and ConfigError."""
-    _check_ready_file(config.ready_file)
     access = Access.from_config(config)
+    refuse_early(config)
     runs = _runs(config)
     try:
         with uncollected():
@@ -311,5 +290,8 @@ async def serve(config: TeacherConfig) -> int:
         told = " ".join(str(error).split())
         if isinstance(error, PermissionError):
             told += "; let the user that serves read it (chmod a+r)"
-        raise StartError(f"cannot read the checkpoint {config.model!r}: {told}") from error
+        text = f"cannot read the checkpoint {config.model!r}: {told}"
+        if is_network(error):
+            raise HubAwayError(text) from error
+        raise StartError(text) from error
     return await TeacherApp(config, engine, info, tokenizer, access, runs).run()

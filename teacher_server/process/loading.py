@@ -47,7 +47,7 @@ def build_engine(config: TeacherConfig) -> ScoringEngine:
 
         _check_torch_device(config.device)
         return HfEngine(**_of_models(config), device=config.device, max_sessions=config.hf_sessions)
-    _check_devices(config)
+    check_devices(config)
     from teacher_server.engine.vllm_engine import VllmEngine
 
     return VllmEngine(
@@ -72,12 +72,12 @@ def _of_models(config: TeacherConfig) -> dict[str, Any]:
         "model": config.model,
         "revision": config.revision or None,
         "dtype": config.dtype,
-        "max_context": _max_context(config),
+        "max_context": max_context(config),
         "max_k": config.max_k,
     }
 
 
-def _max_context(config: TeacherConfig) -> int:
+def max_context(config: TeacherConfig) -> int:
     """That of the settings; where nobody has set it, no more than the model has positions. Raises
     ConfigError where somebody has, and EngineError for a checkpoint that cannot be read."""
     from teacher_server.engine.checkpoint import num_positions, read_config
@@ -105,7 +105,7 @@ def _check_torch_device(device: str) -> None:
         )
 
 
-def _check_devices(config: TeacherConfig) -> None:
+def check_devices(config: TeacherConfig) -> None:
     """That vLLM's engine can have the cores or GPUs that it is to have, and the model be cut for
     them. Raises ConfigError, and EngineError for a model whose configuration cannot be read."""
     sizes = {

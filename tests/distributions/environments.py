@@ -9,6 +9,7 @@ takes seconds; those of the client are installed from the package index, and not
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ import tempfile
 import venv
 from pathlib import Path
 
+from teacher_wire import __version__
 from tests.distributions.test_readme_of_the_client import examples
 from tests.faults.live_server import LiveServer
 
@@ -81,6 +83,12 @@ absent = [m for m in ("torch", "vllm", "teacher_server", "vllm_process") if not 
 print(teacher_client.TeacherClient.__name__, "and no", *absent)
 """
 ALONE = "TeacherClient and no torch vllm teacher_server vllm_process"
+CONTRACT = """
+import importlib.resources as r, teacher_wire
+path = teacher_wire.CONTRACT.replace(".", "/") + "/teacher.proto"
+text = r.files("teacher_wire").joinpath(path).read_text()
+print(f"package {teacher_wire.CONTRACT};" in text)
+"""
 
 
 def prove(driftline: Path, client_wheel: Path, folder: Path) -> None:
@@ -89,6 +97,8 @@ def prove(driftline: Path, client_wheel: Path, folder: Path) -> None:
     client.pip("install", str(client_wheel))
     claim("driftline-client alone: nothing else", *equal(client.python(IMPORT_CLIENT), ALONE))
     claim("... and pip agrees", *equal(client.pip("check"), "No broken requirements found."))
+
+    claim("... the contract is in it", *equal(client.python(CONTRACT), "True"))
 
     both.link_third_parties()
     alone = both.pip("install", "--no-deps", str(driftline))
@@ -99,6 +109,10 @@ def prove(driftline: Path, client_wheel: Path, folder: Path) -> None:
     claim("both: pip finds nothing missing", not both.complaints(), "\n".join(both.complaints()))
     imports = "import student_trainer.cli, teacher_server.cli, vllm_process.cores, teacher_client"
     claim("both: every package imports", *equal(both.python(imports), ""))
+    for name in ("teacher-server", "student-trainer"):
+        told = both.script(name, "--version")
+        claim(f"{name} says which it is", told.startswith(f"{name} {__version__} "), told)
+    claim_doctors_answer(both, folder)
 
     program = (str(both.bin / "teacher-server"), "serve", "--engine", "fake")
     teacher = LiveServer(folder, "--fake-vocab-size", "512", "--no-self-test", program=program)
@@ -116,6 +130,21 @@ def prove(driftline: Path, client_wheel: Path, folder: Path) -> None:
     both.pip("install", "--no-deps", str(driftline))
     both.pip("uninstall", "-y", "driftline-client")
     claim_half_is_named(both)
+
+
+def claim_doctors_answer(environment: Environment, folder: Path) -> None:
+    """They look at this machine as an installed program does."""
+    wanted = {"check", "level", "seen", "limit", "remedy"}
+    config = folder / "trainer.toml"
+    config.write_text("[run]\n")
+    for name, arguments in {
+        "teacher-server": ["--engine", "fake", "--grpc-port", "0", "--http-port", "0"],
+        "student-trainer": ["--config", str(config)],
+    }.items():
+        told = environment.script(name, "doctor", "--json", *arguments)
+        found = json.loads(told)["findings"]
+        lines = "\n".join(f"{one['level']} {one['check']}: {one['seen']}" for one in found)
+        claim(f"{name} doctor", all(wanted == {*one} for one in found) and bool(found), lines)
 
 
 def claim_half_is_named(environment: Environment) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ PACKED = {
         "teacher_server",
         "rollout_records",
         "run_report",
+        "preflight",
         "vllm_process",
     ),
     "driftline-client": ("teacher_client", "teacher_wire"),
@@ -74,8 +76,9 @@ def tracked() -> list[str]:
 
 def in_tree(package: str) -> set[str]:
     """A package's files of the kinds that are packed, as they are named in a wheel."""
-    kinds = {*MODULES, ".css", ".html", ".jinja", ".js", ".typed"}
+    kinds = {*MODULES, ".css", ".html", ".jinja", ".js", ".typed", ".proto"}
     names = {name.removeprefix("proto/") for name in tracked() if Path(name).suffix in kinds}
+    names = {f"teacher_wire/{name}" if name.startswith("opd/") else name for name in names}
     return {name for name in names if name.startswith(f"{package}/")}
 
 
@@ -86,6 +89,31 @@ def test_a_wheel_holds_all_of_its_packages_and_nothing_else(
     packed = {file for file in wheels[name].files if ".dist-info/" not in file}
     assert packed == set().union(*(in_tree(package) for package in PACKED[name]))
     assert {f"{package}/py.typed" for package in PACKED[name]} <= packed
+
+
+def test_the_contract_is_beside_the_code_that_was_made_from_it(wheels: dict[str, Wheel]) -> None:
+    """Below the package, where protoc -I finds it by the path that its name asks for."""
+    contract = f"teacher_wire/{teacher_wire.CONTRACT.replace('.', '/')}/teacher.proto"
+    assert contract in wheels["driftline-client"].files
+
+
+@pytest.mark.parametrize("folder", FOLDERS.values(), ids=FOLDERS)
+def test_the_sources_that_are_handed_out_hold_the_contract(folder: Path, tmp_path: Path) -> None:
+    """As setuptools makes them: what is built from them is built by `make dist`."""
+    tree = tmp_path / "tree"
+    for name in tracked():
+        if Path(name).parts[0] in ("proto", "teacher_server", "student_trainer") or "/" not in name:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name, follow_symlinks=False)
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=tree / folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    below = "" if folder.parts else "proto/"
+    assert f"{below}opd/teacher/v1/teacher.proto" in names
+    assert {"LICENSE", "pyproject.toml"} <= {*names}
 
 
 def test_no_module_is_in_both(wheels: dict[str, Wheel]) -> None:

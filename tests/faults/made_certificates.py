@@ -41,11 +41,16 @@ class Authority:
         self.ca.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
     def issue(
-        self, common_name: str, *, hosts: tuple[str, ...] = (), passphrase: bytes = b""
+        self,
+        common_name: str,
+        *,
+        hosts: tuple[str, ...] = (),
+        passphrase: bytes = b"",
+        lasts: timedelta = timedelta(hours=1),
     ) -> Pair:
         """A certificate for a server at these hosts or addresses, or for a client without any."""
         key = ec.generate_private_key(ec.SECP256R1())
-        builder = _builder(_name(common_name), self._subject, key, is_ca=False)
+        builder = _builder(_name(common_name), self._subject, key, is_ca=False, lasts=lasts)
         if hosts:
             names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
             builder = builder.add_extension(names, critical=False)
@@ -66,7 +71,12 @@ class Authority:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, *, is_ca: bool
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    *,
+    is_ca: bool,
+    lasts: timedelta = timedelta(hours=1),
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
@@ -76,7 +86,7 @@ def _builder(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(minutes=5))
-        .not_valid_after(now + timedelta(hours=1))
+        .not_valid_after(now + lasts)
         .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
     )
 

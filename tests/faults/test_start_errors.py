@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,26 @@ def test_a_weight_file_that_the_user_may_not_read_is_named_in_one_line(tmp_path:
         f"teacher-server: cannot read the checkpoint '{model}': [Errno 13] Permission denied: "
         f"'{weights}'; let the user that serves read it (chmod a+r)"
     )
+
+
+def test_a_hub_that_does_not_answer_may_be_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers makes of it is an OSError with the connection's beneath: exit 1, not 2."""
+    from preflight.network import is_network
+    from teacher_server import cli
+    from teacher_server.process import app
+
+    def unreachable(config: object) -> None:
+        try:
+            urllib.request.urlopen("http://127.0.0.1:1/")
+        except OSError as error:
+            raise OSError("We couldn't connect to load the files") from error
+
+    free = ["--grpc-port", "0", "--http-port", "0"]
+    monkeypatch.setattr(app, "build_engine", unreachable)
+    assert cli.main(["serve", "--engine", "fake", *free]) == 1
+    monkeypatch.setattr(app, "build_engine", lambda config: Path("/no/such").read_text())
+    assert cli.main(["serve", "--engine", "fake", *free]) == 2
+    assert not is_network(OSError("no such model"))
 
 
 @in_the_long_round

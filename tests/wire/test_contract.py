@@ -30,7 +30,7 @@ needs_protoc = pytest.mark.skipif(
     [
         ["lint"],
         ["format", "--diff", "--exit-code"],
-        ["breaking", "--against", "published.binpb"],
+        ["breaking", "--against", "released.binpb"],
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -61,7 +61,7 @@ def test_a_change_that_breaks_clients_is_noticed(
     (tmp_path / contract).parent.mkdir(parents=True)
     (tmp_path / contract).write_text(text.replace(was, becomes), encoding="utf-8")
     shutil.copy(ROOT / "proto/buf.yaml", tmp_path)
-    command = [BUF, "breaking", "--against", str(ROOT / "proto/published.binpb")]
+    command = [BUF, "breaking", "--against", str(ROOT / "proto/released.binpb")]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode != 0
     assert complaint in result.stdout

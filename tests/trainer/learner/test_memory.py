@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from benchmarks.models import SHAPES, qwen3_config
+from preflight.memory import left_in_control_group
 from student_trainer.assembly import from_settings
 from student_trainer.errors import ConfigError
-from student_trainer.learner import memory
 from student_trainer.learner.families import decoder_of, without_randomness
 from student_trainer.learner.memory import (
     learner_memory,
@@ -180,13 +180,13 @@ def test_a_run_is_refused_before_its_student_is_loaded(
 
 
 def test_memory_of_a_container_is_its_limit(tmp_path: Path) -> None:
-    assert memory._left_in_control_group(tmp_path) == float("inf")
+    assert left_in_control_group(tmp_path) == float("inf")
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("600000\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000\nactive_file 50000\n")
-    assert memory._left_in_control_group(tmp_path) == 550_000
+    assert left_in_control_group(tmp_path) == 550_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory._left_in_control_group(tmp_path) == float("inf")
+    assert left_in_control_group(tmp_path) == float("inf")
 
 
 @pytest.mark.parametrize(
