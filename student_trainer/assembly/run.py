@@ -24,6 +24,7 @@ from student_trainer.assembly import (
 )
 from student_trainer.assembly.evaluating import Evaluator
 from student_trainer.assembly.from_settings import Problems
+from student_trainer.assembly.metering import trainer_metrics
 from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.parts import Start
 from student_trainer.assembly.recording import recorded, warn
@@ -231,6 +232,7 @@ def assembled(
         None if checkpoint is None else checkpoints.goes_on(config, checkpoint, accept_changes)
     )
     with ExitStack() as stack:
+        metrics = stack.enter_context(trainer_metrics(config, ranks))
         with stop.may_give_up():
             begins = Start(
                 config=config,
@@ -239,6 +241,7 @@ def assembled(
                 running=running,
                 stop=stop,
                 ranks=ranks,
+                metrics=metrics,
             )
             run = _assemble(begins, stack)
         yield run
@@ -264,6 +267,8 @@ def _assemble(begins: Start, stack: ExitStack) -> Run:
         teachers.connected(config, loop, problems.all, learner.vocab_size, tokenizer)
     )
     learner.excluded_ids = asked.excluded_ids
+    if begins.metrics is not None:
+        begins.metrics.watch(asked.replicas, asked.failovers)
     sync = syncing.sync(config, learner, sampler, problems, say, shares_weights=shares)
     running = RunningSampler(loop, sampler)
     stream = parts.stream(begins, problems.train, specials, running, asked, bars)

@@ -93,6 +93,9 @@ class WatchedEngine:
     def kv_used_ratio(self) -> float | None:
         return self._engine.kv_used_ratio()
 
+    def kv_capacity_tokens(self) -> int | None:
+        return self._engine.kv_capacity_tokens()
+
     async def close(self) -> None:
         await self._engine.close()
 
