@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 from student_trainer.process.ranks import Ranks
@@ -47,7 +48,9 @@ def metered(open_session: OpenSession, metrics: TrainerMetrics | None) -> OpenSe
     if metrics is None:
         return open_session
 
+    tell = cache(metrics.round_trips)
+
     def opened(prompt: Prompt) -> TeacherSession:
-        return MeteredSession(open_session(prompt), metrics.round_trips(table_of(prompt.teacher)))
+        return MeteredSession(open_session(prompt), tell(table_of(prompt.teacher)))
 
     return opened

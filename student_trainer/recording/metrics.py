@@ -19,12 +19,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from student_trainer.diagnostics.alarms import Alarm
+from student_trainer.diagnostics.alarms import KINDS, Alarm
 from student_trainer.diagnostics.replicas import ReplicaReading
 from student_trainer.diagnostics.step_report import PHASES, EvalReport, StepReport
 from student_trainer.errors import ConfigError
 from student_trainer.records import Finish
 from teacher_wire import __version__
+from teacher_wire.errors import ERRORS_BY_NAME
 from teacher_wire.records import Timing
 
 ROUND_TRIP_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120)
@@ -52,7 +53,7 @@ class TrainerMetrics(Collector):
         self._tokens: Counter[str] = Counter({"generated": 0, "kept": 0, "overshoot": 0})
         self._ends: Counter[str] = Counter({**{end.value: 0 for end in Finish}, LOST: 0})
         self._phases = dict.fromkeys(PHASES, 0.0)
-        self._warnings: Counter[str] = Counter()
+        self._warnings: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
         self._read: Callable[[], Sequence[ReplicaReading]] = tuple
         self._failovers: Callable[[], Mapping[str, int]] = dict
         self._round_trips = Histogram(
@@ -90,10 +91,12 @@ class TrainerMetrics(Collector):
         """What is told of each: seconds, the teacher's own account, or the class of its error."""
         seconds = self._round_trips.labels(teacher)
         parts = {part: self._parts.labels(teacher, part) for part in PARTS}
+        errors = {name: self._errors.labels(teacher, name) for name in ERRORS_BY_NAME}
+        other = self._errors.labels(teacher, "other")
 
         def tell(took_s: float, timing: Timing | None, error: str) -> None:
             if timing is None:
-                self._errors.labels(teacher, error).inc()
+                errors.get(error, other).inc()
                 return
             seconds.observe(took_s)
             queue_s, engine_s = timing.queue_us / 1e6, timing.engine_us / 1e6

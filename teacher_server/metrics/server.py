@@ -99,6 +99,8 @@ class Metrics:
         self._errors = counter("teacher_errors", "Errors sent to clients.", ("type",))
         self._evictions = counter("teacher_evictions", "Sessions ended unasked.", ("reason",))
         self._resumes = counter("teacher_resumes", "Sessions opened to go on.", ("result",))
+        for name in ERRORS_BY_NAME:
+            self._errors.labels(name)
         for reason in ("idle", "lost", "room"):
             self._evictions.labels(reason)
         for result in ("held", "rebuilt", "refused"):
