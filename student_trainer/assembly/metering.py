@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
+from student_trainer.assembly.teachers import Teachers
 from student_trainer.process.ranks import Ranks
 from student_trainer.records import Prompt
 from student_trainer.rollouts.metered import MeteredSession
@@ -43,11 +44,15 @@ def trainer_metrics(config: TrainerConfig, ranks: Ranks) -> Iterator[TrainerMetr
         yield made[0] if made else None
 
 
-def metered(open_session: OpenSession, metrics: TrainerMetrics | None) -> OpenSession:
-    """Sessions whose round trips are told to the metrics; the same as before without."""
+def metered(
+    open_session: OpenSession, metrics: TrainerMetrics | None, asked: Teachers
+) -> OpenSession:
+    """Sessions at these teachers whose round trips are told to the metrics, which look at the
+    replicas too; the same as before without."""
     if metrics is None:
         return open_session
 
+    metrics.watch(asked.replicas, asked.failovers)
     tell = cache(metrics.round_trips)
 
     def opened(prompt: Prompt) -> TeacherSession:

@@ -144,7 +144,7 @@ def stream(
     return RolloutStream(
         loop=running.loop,
         sampler=running.sampler,
-        open_session=metered(teachers.sessions(config, asked), start.metrics),
+        open_session=metered(teachers.sessions(config, asked), start.metrics, asked),
         prompts=PromptOrder(
             prompts, prompts_per_step=config.rollout.prompts_per_step, seed=config.run.seed
         ),

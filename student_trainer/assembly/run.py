@@ -251,6 +251,7 @@ def _assemble(begins: Start, stack: ExitStack) -> Run:
     config, ranks = begins.config, begins.ranks
     bars = stack.enter_context(Bars(None if ranks.is_first else Console(quiet=True)))
     say = partial(warn, bars.console)
+    bars.note(f"reading the data, then loading {begins.model}")
     problems = from_settings.problems(config, load_tokenizer(config.student.model))
     tokenizer = problems.tokenizer
     specials = from_settings.special_tokens(config, tokenizer)
@@ -263,12 +264,11 @@ def _assemble(begins: Start, stack: ExitStack) -> Run:
     at_once = None if shares else begin(None)
     learner = parts.learner(begins, tokenizer, say)
     sampler, start = at_once or begin(learner.lent_model)
+    bars.note(f"connecting to {', '.join(config.teacher.endpoints)}")
     asked = stack.enter_context(
         teachers.connected(config, loop, problems.all, learner.vocab_size, tokenizer)
     )
     learner.excluded_ids = asked.excluded_ids
-    if begins.metrics is not None:
-        begins.metrics.watch(asked.replicas, asked.failovers)
     sync = syncing.sync(config, learner, sampler, problems, say, shares_weights=shares)
     running = RunningSampler(loop, sampler)
     stream = parts.stream(begins, problems.train, specials, running, asked, bars)

@@ -47,7 +47,12 @@ log = logging.getLogger(__name__)
 
 PLUGIN = "driftline_token_scorer"
 """Entry point of token_scorer.register, by which vLLM's own processes find it."""
-QUIET_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+QUIET_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Of what it removes in place of an engine that was killed: below our own last words.
+    "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
+}
 """Set before vLLM is imported, unless the operator has set them."""
 _RANK: ContextVar[int | None] = ContextVar("driftline_data_parallel_rank", default=None)
 """The copy of the model that the requests of a query go to; None is vLLM's own choice."""
@@ -140,7 +145,12 @@ class VllmEngine:
             warn_if_emulated(self._info.dtype)
         cores = children_on(self.cpu_cores if on_cpu else AUTO, self._num_devices)
         # Not returned: the thread's future would keep it alive until exit, where it fails noisily.
-        with cores, children_end_with_us(), output.of_children():
+        with (
+            cores,
+            children_end_with_us(),
+            output.of_children(),
+            output.of_logger("vllm"),
+        ):
             self._llm = _llm_of_ranks().from_engine_args(
                 self._engine_args(), stat_loggers=[_kv_use_logger()]
             )
@@ -282,7 +292,7 @@ class VllmEngine:
 
     async def healthy(self) -> bool:
         if self._llm is not None and self._llm.errored and self._output is not None:
-            log.error("vLLM has died: %s", self._output.cause(self._llm.dead_error))
+            raise EngineError(f"vLLM has died: {self._output.cause(self._llm.dead_error)}")
         return self._llm is not None and not self._llm.errored
 
     def kv_used_ratio(self) -> float | None:

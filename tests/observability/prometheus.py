@@ -49,7 +49,8 @@ class Prometheus:
 
     def is_ready(self) -> bool:
         try:
-            return bool(self._ask("query", query="vector(1)")["result"])
+            with urllib.request.urlopen(f"http://{self.address}/-/ready", timeout=LIMIT_S):
+                return True
         except OSError:
             return False
 
