@@ -56,7 +56,6 @@ def _variable(board: Board) -> dict[str, Any]:
         "type": "query",
         "datasource": SOURCE,
         "query": {"query": query, "refId": "variable"},
-        "definition": query,
         "refresh": 2,
         "multi": True,
         "includeAll": True,

@@ -213,7 +213,7 @@ MEMORY = Row(
             "Resident memory",
             "bytes",
             "Of the service's process, without the engine's own.",
-            (Query(teacher("process_resident_memory_bytes"), "{{instance}}"),),
+            (Query(teacher("process_resident_memory_bytes", job="teacher"), "{{instance}}"),),
         ),
         Panel(
             "Replies and kept rows",
@@ -228,7 +228,7 @@ MEMORY = Row(
             "Open files",
             "short",
             "Flat; one that rises is a leak.",
-            (Query(teacher("process_open_fds"), "{{instance}}"),),
+            (Query(teacher("process_open_fds", job="teacher"), "{{instance}}"),),
         ),
     ),
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from PIL import Image
 
 from tests.observability.prometheus import Series
 from tests.observability.promql import panels
@@ -32,7 +33,7 @@ def draw(
     drawn = panels(dashboard)
     num_rows = -(-len(drawn) // COLUMNS)
     figure, axes = plt.subplots(
-        num_rows, COLUMNS, figsize=(5 * COLUMNS, 2.3 * num_rows), squeeze=False, dpi=60
+        num_rows, COLUMNS, figsize=(5 * COLUMNS, 2.3 * num_rows), squeeze=False, dpi=72
     )
     for index, axis in enumerate(axes.flat):
         if index < len(drawn):
@@ -42,6 +43,8 @@ def draw(
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+    with Image.open(path) as full:
+        full.convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(path, optimize=True)
 
 
 def _draw_panel(
@@ -64,7 +67,7 @@ def _draw_panel(
     axis.tick_params(labelsize=7)
     if panel["fieldConfig"]["defaults"].get("min") == 0:
         axis.set_ylim(bottom=0)
-    axis.legend(fontsize=5, loc="upper left", ncols=2, framealpha=0.6)
+    axis.legend(fontsize=6, loc="upper left", ncols=2, framealpha=0.6)
 
 
 def _draw_stack(axis: Any, curves: list[tuple[str, Series]], factor: float, start_s: float) -> None:

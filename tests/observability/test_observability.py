@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry
@@ -113,6 +117,32 @@ def test_a_dashboard_has_what_grafana_needs(path: Any) -> None:
     assert (source["uid"], source["type"]) == (SOURCE["uid"], SOURCE["type"])
 
 
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_grafanas_own_types_know_every_field_of_a_dashboard(path: Any) -> None:
+    """Read by them and written again nothing is lost; their own defaults come on top."""
+    models = pytest.importorskip("grafana_foundation_sdk.models.dashboard")
+    encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder")
+    dashboard = json.loads(path.read_text(encoding="utf-8"))
+    read = models.Dashboard.from_json(dashboard)
+    assert list(lost(dashboard, json.loads(encoder.JSONEncoder().encode(read)))) == []
+    dashboard["panels"][1]["fieldConfg"] = {}
+    again = json.loads(encoder.JSONEncoder().encode(models.Dashboard.from_json(dashboard)))
+    assert list(lost(dashboard, again)) == ["/panels[1]/fieldConfg"]
+
+
+def lost(given: Any, kept: Any, path: str = "") -> Iterator[str]:
+    """What of one tree is not in another, or is another value there."""
+    if isinstance(given, dict):
+        for key, value in given.items():
+            below = f"{path}/{key}"
+            yield from lost(value, kept[key], below) if key in kept else [below]
+    elif isinstance(given, list):
+        for index, pair in enumerate(zip(given, kept, strict=True)):
+            yield from lost(*pair, f"{path}[{index}]")
+    elif given != kept:
+        yield path
+
+
 @pytest.mark.parametrize("board", [TEACHER, TRAINER], ids=lambda board: board.name)
 def test_a_dashboard_is_what_its_tables_say(board: Any) -> None:
     path = FOLDER_OF_DASHBOARDS / f"{board.name}.json"
@@ -191,6 +221,14 @@ def test_every_metric_of_a_trainer_is_explained_and_no_other() -> None:
         if not family.name.startswith(("process_", "trainer_step_", "trainer_eval_"))
     }
     assert explained == exported
+
+
+def test_the_fragment_fits_the_compose_specification() -> None:
+    carrier = metadata.distribution("check-jsonschema")
+    path = carrier.locate_file("check_jsonschema/builtin_schemas/vendor/compose-spec.json")
+    schema = json.loads(Path(str(path)).read_text("utf-8"))
+    validator = jsonschema.validators.validator_for(schema)
+    assert [error.message for error in validator(schema).iter_errors(COMPOSE)] == []
 
 
 @pytest.mark.parametrize("name", COMPOSE["services"])
