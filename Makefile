@@ -22,7 +22,7 @@ TEST_PROCESSES ?= $(if $(filter cuda,$(ACCELERATOR)),1,3)
 # A hundred processes start in there: each would compile what it imports where this is set.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: families demo demo-language test test-clients test-language check faults gpu-check try fuzz soak lint format proto docs breaking released playground dist test-dist sbom setup clean
+.PHONY: families demo demo-language test test-clients test-language check faults gpu-check try fuzz soak lint format proto docs breaking released playground dist test-dist sbom setup clean test-observability
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
@@ -38,6 +38,9 @@ test: setup  ## the whole test suite, in three processes
 
 test-clients: setup  ## TRL's own client from its wheel, in an environment of its own, against a teacher
 	$(BIN)/python -m pytest -q tests/clients/try_trl.py
+
+test-observability: setup  ## a real Prometheus (Debian's package) on teachers and trainers under load, every query of every panel; ten minutes
+	OBSERVABILITY_PICTURES=docs $(BIN)/python -m pytest -q tests/observability/try_observability.py
 
 check: lint  ## lint, types and the tests that need no engine, in about a minute
 	$(PYTEST) -m "not vllm and not e2e"
@@ -81,9 +84,10 @@ breaking: setup  ## the contract keeps what clients of the last release rely on
 released: setup  ## the contract as it is becomes the one to keep; when a release has been made
 	cd proto && ../$(BIN)/buf build --exclude-source-info -o released.binpb
 
-docs: setup  ## docs/settings.md from the docstrings of the settings, the columns in docs/run-folder.md
+docs: setup  ## docs/settings.md from the docstrings of the settings, the columns in docs/run-folder.md, Grafana's dashboards
 	$(BIN)/python -m scripts.settings_document
 	$(BIN)/python -m scripts.columns_document
+	$(BIN)/python -m scripts.dashboards
 
 families: setup  ## the table of families in docs/training.md, a quarter of an hour; goes on where it was cut off
 	$(BIN)/python -m benchmarks.families

@@ -113,5 +113,8 @@ class StoredEngine:
     def kv_used_ratio(self) -> float | None:
         return None
 
+    def kv_capacity_tokens(self) -> int | None:
+        return None
+
     async def close(self) -> None:
         """Nothing is held."""

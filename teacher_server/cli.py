@@ -133,8 +133,14 @@ def _refused(error: Exception) -> int:
 
 def _serve(config: TeacherConfig) -> int:
     import asyncio
+    import logging
 
     from teacher_server import logs
+    from teacher_wire import __version__
+
+    logs.configure(config.log_level, config.log_format)
+    what = (__version__, config.model or "no model", config.engine)
+    logging.getLogger(__name__).info("teacher-server %s begins: %s, engine %s", *what)
     from teacher_server.process.app import HubAwayError, StartError, serve
     from teacher_server.process.lifecycle import EXIT_BROKEN, leave
     from teacher_server.settings import ConfigError
@@ -148,7 +154,6 @@ def _serve(config: TeacherConfig) -> int:
             _tell_unforeseen(error)
             leave(EXIT_BROKEN)
 
-    logs.configure(config.log_level, config.log_format)
     loop_factory = None
     if config.event_loop == "uvloop":
         import uvloop

@@ -35,6 +35,7 @@ TRAINER_SETTINGS = {
         "advantage baseline beta clip_epsilon clip_log_ratio coefficient dual_clip "
         "entropy_threshold kind options path reverse share support tail weight_mode"
     ),
+    "metrics": "host port",
     "optim": (
         "betas epochs final_learning_rate kind learning_rate max_grad_norm max_sync_gap_nats "
         "micro_batch_tokens updates_per_epoch warmup_steps weight_decay"

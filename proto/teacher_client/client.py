@@ -226,7 +226,7 @@ class TeacherSession:
         while True:
             stream = await self._stream()
             in_step = self._in_step and self._opened_on is stream
-            requests = [raw] if in_step else [self._open_request(), raw]
+            requests = [raw] if in_step else [self._open_request(stream), raw]
             self._opened_on, self._in_step = stream, False
             try:
                 chunks = await stream.exchange(self.session_id, requests)
@@ -243,7 +243,9 @@ class TeacherSession:
             return self._opened_on
         return await self._client.endpoints.stream_for(self.session_id)
 
-    def _open_request(self) -> bytes:
+    def _open_request(self, stream: TeacherStream) -> bytes:
+        if self._opened_on is not None and self._opened_on.endpoint != stream.endpoint:
+            self._client.endpoints.num_failovers += 1
         request = pb.SessionRequest(
             open=pb.Open(
                 session_id=self.session_id,

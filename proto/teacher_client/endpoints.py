@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from teacher_client.rendezvous import ranked
 from teacher_client.retry import RetryLimits, backoff_s
@@ -40,6 +40,16 @@ _SETTLE_S = 1.0
 """How long the first replica waits for the others, so that the first sessions spread over all."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """One endpoint at one moment."""
+
+    address: str
+    up: bool
+    losses: int
+    """Streams to it that broke, or that it said goodbye to."""
+
+
 class _Endpoint:
     """One replica as it is now."""
 
@@ -48,6 +58,9 @@ class _Endpoint:
         self.stream: TeacherStream | None = None
         """None while it is not up."""
         self.tried = False
+        self.losses = 0
+        self.missed = False
+        """A person was told that it is not up."""
         self.trouble: TeacherError = NotReadyError(f"{address} has not answered yet")
         """Why it is not up."""
 
@@ -92,6 +105,8 @@ class TeacherEndpoints:
         self._keepers: list[asyncio.Task[None]] = []
         self._failure: BaseException | None = None
         self._absence_told = False
+        self.num_failovers = 0
+        """Sessions that went on at another endpoint than the one they were on."""
         self._retiring: dict[asyncio.Task[None], TeacherStream] = {}
         self._closed = False
 
@@ -113,6 +128,14 @@ class TeacherEndpoints:
         if self._info is None:
             raise NotReadyError("the client is not connected")
         return self._info
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """Every endpoint as it is now; may be asked from any thread."""
+        return [
+            Replica(address=each.address, up=each.up, losses=each.losses)
+            for each in self._endpoints.values()
+        ]
 
     async def stream_for(self, key: str) -> TeacherStream:
         """The stream to the endpoint that is up and ranked highest for this key.
@@ -169,6 +192,8 @@ class TeacherEndpoints:
             pass
         self._refuse_strangers()
         self._settled = True
+        for endpoint in endpoints:
+            self._miss(endpoint)
 
     def _refuse_strangers(self) -> None:
         for endpoint in self._endpoints.values():
@@ -195,12 +220,13 @@ class TeacherEndpoints:
             self._note(endpoint, error)
             return False
         endpoint.stream, endpoint.tried = stream, True
-        if self._absence_told:
-            self._absence_told = False
+        if self._absence_told or endpoint.missed:
+            self._absence_told = endpoint.missed = False
             log.warning("%s is up", endpoint.address)
         self._tell()
         await stream.until_unusable()
         endpoint.stream = None
+        endpoint.losses += 1
         task = asyncio.create_task(_retire(stream))
         self._retiring[task] = stream
         task.add_done_callback(self._retiring.pop)
@@ -240,10 +266,25 @@ class TeacherEndpoints:
         if new:
             level = logging.ERROR if endpoint.refused else logging.INFO
             log.log(level, "%s is not used: %s", endpoint.address, trouble.message)
+        if self._settled:
+            self._miss(endpoint)
         if not self._absence_told and not any(other.up for other in self._endpoints.values()):
             self._absence_told = True
             log.warning("no teacher is up: %s", self._troubles())
         self._tell()
+
+    def _miss(self, endpoint: _Endpoint) -> None:
+        """Says once that a replica is away while others are up: nothing else would show it."""
+        num_up = sum(other.up for other in self._endpoints.values())
+        if num_up and not endpoint.missed and not endpoint.up and not endpoint.refused:
+            endpoint.missed = True
+            log.warning(
+                "%s is not up, its sessions go on at the %d of %d that are: %s",
+                endpoint.address,
+                num_up,
+                len(self._endpoints),
+                endpoint.trouble.message,
+            )
 
     def _absent(self, waited_s: float | None) -> NotReadyError:
         names = ", ".join(self._endpoints)

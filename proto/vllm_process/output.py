@@ -6,6 +6,7 @@ plugin runs in every process of vLLM, so it turns the output of a child that was
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -47,6 +48,15 @@ class EngineOutput:
         finally:
             del os.environ[_VARIABLE]
 
+    @contextmanager
+    def of_logger(self, name: str) -> Iterator[None]:
+        """What a logger of this process has made by the end of the block for itself to write to is
+        the file from then on: vLLM's front end repeats at length what its processes said."""
+        yield
+        logger = logging.getLogger(name)
+        if logger.handlers:
+            logger.handlers[:] = [logging.FileHandler(self.path, encoding="utf-8")]
+
     def cause(self, error: BaseException) -> str:
         """One line: what the engine's processes said last of an error, else the error that vLLM
         raised here."""
@@ -55,7 +65,11 @@ class EngineOutput:
             return f"{said}; its output is in {self.path}"
         if isinstance(error, ValidationError):
             return "; ".join(problem["msg"] for problem in error.errors())
-        return " ".join(str(error).split())
+        told = " ".join(str(error).split())
+        if told.startswith(_WRAPPERS):
+            self._told = True
+            return f"a process of it ended without a word; its output is in {self.path}"
+        return told
 
     def close(self) -> None:
         """Removes the file, unless somebody was pointed to it."""

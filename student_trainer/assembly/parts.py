@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from student_trainer.assembly import (
     syncing,
     teachers,
 )
+from student_trainer.assembly.metering import metered
 from student_trainer.assembly.restarting import replaceable
 from student_trainer.assembly.sampling import RunningSampler, SamplerStart, begun
 from student_trainer.data import PromptOrder
@@ -35,6 +37,9 @@ from student_trainer.saved_student import check_saveable
 from student_trainer.settings.config import TrainerConfig
 from student_trainer.special_tokens import SpecialTokens
 
+if TYPE_CHECKING:
+    from student_trainer.recording.metrics import TrainerMetrics
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
@@ -49,6 +54,8 @@ class Start:
     """A sampler that is there already."""
     stop: StopRequest
     ranks: Ranks
+    metrics: TrainerMetrics | None = None
+    """Those that Prometheus asks for, where it may."""
 
     @property
     def checkpoint(self) -> Path | None:
@@ -139,7 +146,7 @@ def stream(
     return RolloutStream(
         loop=running.loop,
         sampler=running.sampler,
-        open_session=teachers.sessions(config, asked),
+        open_session=metered(teachers.sessions(config, asked), start.metrics, asked),
         prompts=PromptOrder(
             prompts, prompts_per_step=config.rollout.prompts_per_step, seed=config.run.seed
         ),

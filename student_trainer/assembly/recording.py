@@ -72,6 +72,8 @@ def recorded(
         for name in config.trackers.report_to:
             begin = _tracker(name, config, record, from_step)
             recorder.add(TrackerSink(name, begin, lambda text: warn(bars.console, text)))
+        if start.metrics is not None:
+            recorder.add(start.metrics)
         write_progress(folder, finished=False, steps_planned=config.run.steps)
         yield recorder, record
 

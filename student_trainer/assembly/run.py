@@ -25,6 +25,7 @@ from student_trainer.assembly import (
 )
 from student_trainer.assembly.evaluating import Evaluator
 from student_trainer.assembly.from_settings import Problems
+from student_trainer.assembly.metering import trainer_metrics
 from student_trainer.assembly.own_loss import with_declared_needs
 from student_trainer.assembly.parts import Start
 from student_trainer.assembly.recording import recorded, warn
@@ -235,6 +236,7 @@ def assembled(
         None if checkpoint is None else checkpoints.goes_on(config, checkpoint, accept_changes)
     )
     with ExitStack() as stack:
+        metrics = stack.enter_context(trainer_metrics(config, ranks))
         with stop.may_give_up():
             begins = Start(
                 config=config,
@@ -243,6 +245,7 @@ def assembled(
                 running=running,
                 stop=stop,
                 ranks=ranks,
+                metrics=metrics,
             )
             run = _assemble(begins, stack)
         yield run
@@ -252,6 +255,7 @@ def _assemble(begins: Start, stack: ExitStack) -> Run:
     config, ranks = begins.config, begins.ranks
     bars = stack.enter_context(Bars(None if ranks.is_first else Console(quiet=True)))
     say = partial(warn, bars.console)
+    bars.note(f"reading the data, then loading {begins.model}")
     problems = from_settings.problems(config, load_tokenizer(config.student.model))
     tokenizer = problems.tokenizer
     answers = early.refuse_early(config, {prompt.teacher for prompt in problems.all})
@@ -267,6 +271,7 @@ def _assemble(begins: Start, stack: ExitStack) -> Run:
     at_once = None if shares else begin(None)
     learner = parts.learner(begins, tokenizer, say)
     sampler, start = at_once or begin(learner.lent_model)
+    bars.note(f"connecting to {', '.join(config.teacher.endpoints)}")
     asked = stack.enter_context(
         teachers.connected(config, loop, problems.all, learner.vocab_size, tokenizer)
     )

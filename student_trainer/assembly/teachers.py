@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from student_trainer.diagnostics.replicas import ReplicaReading
 from student_trainer.errors import ConfigError, DatasetError
 from student_trainer.pretrained import load_generation_config
 from student_trainer.records import Prompt
@@ -47,6 +48,22 @@ class Teachers:
     """What the student's tokens have in common with those of each."""
     excluded_before: IdRanges = ()
     """Ids that take no part whatever these teachers share."""
+
+    def replicas(self) -> list[ReplicaReading]:
+        """Every endpoint of every teacher as it is now."""
+        return [
+            ReplicaReading(
+                teacher=table_of(tag), endpoint=each.address, up=each.up, losses=each.losses
+            )
+            for tag, client in self.clients.items()
+            for each in client.endpoints.replicas
+        ]
+
+    def failovers(self) -> dict[str, int]:
+        """Sessions of each teacher that went on at another endpoint than the one they were on."""
+        return {
+            table_of(tag): client.endpoints.num_failovers for tag, client in self.clients.items()
+        }
 
     @property
     def excluded_ids(self) -> IdRanges:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from student_trainer.diagnostics.step_report import (
     LearnReport,
@@ -63,13 +64,26 @@ class Method:
     """The mass outside the teacher's top-k has a class, and with it a gradient."""
     weights: tuple[str, ...] = ()
     """Tables of [weights] that are on."""
+Kind = Literal[
+    "support_mass",
+    "bad_events",
+    "effective_length",
+    "unreliable",
+    "repetition",
+    "spreading",
+    "no_tokens",
+    "weights",
+    "unscored",
+    "mismatched_tokens",
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm:
     """One warning."""
 
-    kind: str
+    kind: Kind
     """The same at every step at which it holds."""
     message: str
 

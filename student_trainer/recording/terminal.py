@@ -40,6 +40,7 @@ class Bars:
         )
         self._tasks: dict[str, TaskID] = {}
         self._said_at = time.monotonic()
+        self._noted = ""
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -47,6 +48,11 @@ class Bars:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """What begins now and may last, where there is no terminal to see it on."""
+        if self._progress.disable:
+            self.console.print(text, highlight=False, markup=False)
 
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
         """Sets a bar; one that was full starts again at nought."""
@@ -61,9 +67,11 @@ class Bars:
         self._progress.update(task, completed=done, total=total, note=note)
 
     def _say(self, name: str, done: int, total: int, note: str) -> None:
+        """Now and then; at once where the note is another one."""
         now = time.monotonic()
-        if done < total and now - self._said_at >= LINE_EVERY_S:
-            self._said_at = now
+        begins = bool(note) and note != self._noted
+        if begins or (done < total and now - self._said_at >= LINE_EVERY_S):
+            self._said_at, self._noted = now, note
             self.console.print(f"{name} {done}/{total} {note}".rstrip(), highlight=False)
 
 

@@ -35,6 +35,7 @@ from student_trainer.settings.loss import ImportedLossSettings, LossSettings, Ne
 from student_trainer.settings.problems import explain
 from student_trainer.settings.run import (
     CheckpointSettings,
+    MetricsSettings,
     RecordingSettings,
     RunSettings,
     TrackerSettings,
@@ -172,6 +173,7 @@ class TrainerConfig(Section):
     checkpoint: Annotated[CheckpointSettings, MayChange()] = CheckpointSettings()
     recording: Annotated[RecordingSettings, MayChange()] = RecordingSettings()
     trackers: Annotated[TrackerSettings, MayChange()] = TrackerSettings()
+    metrics: Annotated[MetricsSettings, MayChange()] = MetricsSettings()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -67,6 +67,16 @@ class RecordingSettings(Section):
         return None if self.rollouts_per_step == "all" else self.rollouts_per_step
 
 
+class MetricsSettings(Section):
+    """Where Prometheus asks how the run is. Of several processes the first one answers."""
+
+    port: int = Field(0, ge=0, le=65535)
+    """Port on which `/metrics` is served; 0 for none."""
+    host: str = Field("127.0.0.1", min_length=1)
+    """Address to listen on. Whoever reaches it may read: another one than loopback is for a network
+    of one's own."""
+
+
 class TrackerSettings(Section):
     """Who is told a run's figures besides its folder. One that fails ends no run."""
 

@@ -128,10 +128,13 @@ class ScoringEngine(Protocol):
         """Drops what is held for a session; a later query of it is still answered, only slower."""
 
     async def healthy(self) -> bool:
-        """False once the engine cannot score any more."""
+        """False once the engine cannot score any more, or EngineError that says why."""
 
     def kv_used_ratio(self) -> float | None:
         """Share of the room for KV that is taken, 0 to 1; None when the engine does not tell."""
+
+    def kv_capacity_tokens(self) -> int | None:
+        """Tokens whose keys and values fit into the cache; None when the engine does not tell."""
 
     async def close(self) -> None:
         """Frees the model and ends the engine's processes."""

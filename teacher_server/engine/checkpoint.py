@@ -25,6 +25,13 @@ def read_config(model: str, revision: str | None) -> PretrainedConfig:
     return config
 
 
+def commit_of(model: str, revision: str | None) -> str | None:
+    """The commit of a hub's checkpoint that a revision stands for now, or that the cache has; None
+    for what is in no repository. Raises EngineError as `read_config`."""
+    commit = getattr(read_config(model, revision), "_commit_hash", None)
+    return None if commit is None else str(commit)
+
+
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
     """ "auto" is the dtype the checkpoint was saved in, float32 when it does not say."""
     if dtype != "auto":

@@ -170,6 +170,10 @@ class FakeEngine:
         """It keeps nothing."""
         return None
 
+    def kv_capacity_tokens(self) -> int | None:
+        """It has no cache."""
+        return None
+
     async def close(self) -> None:
         self.alive = False
         if self._stepper is not None:

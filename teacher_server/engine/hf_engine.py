@@ -191,6 +191,10 @@ class HfEngine:
         """In sessions, each with a cache as long as its text."""
         return len(self._sessions) / self._max_sessions
 
+    def kv_capacity_tokens(self) -> int | None:
+        """Sessions are what is limited, however long they are."""
+        return None
+
     async def close(self) -> None:
         self._model = None
         await asyncio.to_thread(self._worker.shutdown)

@@ -47,7 +47,12 @@ log = logging.getLogger(__name__)
 
 PLUGIN = "driftline_token_scorer"
 """Entry point of token_scorer.register, by which vLLM's own processes find it."""
-QUIET_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+QUIET_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Of what it removes in place of an engine that was killed: below our own last words.
+    "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
+}
 """Set before vLLM is imported, unless the operator has set them."""
 _RANK: ContextVar[int | None] = ContextVar("driftline_data_parallel_rank", default=None)
 """The copy of the model that the requests of a query go to; None is vLLM's own choice."""
@@ -106,6 +111,8 @@ class VllmEngine:
         self._output: EngineOutput | None = None
         self._request_ids = itertools.count()
         self._ranks = DataRanks(self.data_parallel_size)
+        self._needed_tokens = 0
+        """Of the KV cache, by queries under way."""
 
     @property
     def info(self) -> EngineInfo:
@@ -138,7 +145,12 @@ class VllmEngine:
             warn_if_emulated(self._info.dtype)
         cores = children_on(self.cpu_cores if on_cpu else AUTO, self._num_devices)
         # Not returned: the thread's future would keep it alive until exit, where it fails noisily.
-        with cores, children_end_with_us(), output.of_children():
+        with (
+            cores,
+            children_end_with_us(),
+            output.of_children(),
+            output.of_logger("vllm"),
+        ):
             self._llm = _llm_of_ranks().from_engine_args(
                 self._engine_args(), stat_loggers=[_kv_use_logger()]
             )
@@ -196,6 +208,14 @@ class VllmEngine:
 
     async def score(self, query: ScoreQuery) -> EngineRows:
         check_query(query, self._info)
+        needed = -(-len(query.token_ids) // self.block_size) * self.block_size
+        self._needed_tokens += needed
+        try:
+            return await self._scored(query)
+        finally:
+            self._needed_tokens -= needed
+
+    async def _scored(self, query: ScoreQuery) -> EngineRows:
         request = RowRequest.of_query(query, self.block_size)
         token_ids = query.token_ids.tolist()
         collector = RowCollector(request)
@@ -272,17 +292,24 @@ class VllmEngine:
 
     async def healthy(self) -> bool:
         if self._llm is not None and self._llm.errored and self._output is not None:
-            log.error("vLLM has died: %s", self._output.cause(self._llm.dead_error))
+            raise EngineError(f"vLLM has died: {self._output.cause(self._llm.dead_error)}")
         return self._llm is not None and not self._llm.errored
 
     def kv_used_ratio(self) -> float | None:
-        """Of queries under way; a block that is only cached counts as free."""
+        """What queries under way need, at most 1; a block that is only cached counts as free.
+
+        Not what vLLM tells after a step: by then it has freed those that ended in it, so a query
+        that takes one step would never be seen.
+        """
+        capacity = self.kv_capacity_tokens()
+        return None if not capacity else min(1.0, self._needed_tokens / capacity)
+
+    def kv_capacity_tokens(self) -> int | None:
+        """Of all copies of the model."""
         if self._llm is None:
             return None
-        # Told after each step, and none follows when the last query is given up.
-        idle = not self._llm.output_processor.has_unfinished_requests()
-        loggers: Any = self._llm.logger_manager
-        return 0.0 if idle else float(loggers.stat_loggers[0].used_ratio)
+        of_one = self._llm.vllm_config.cache_config.kv_cache_size_tokens
+        return None if of_one is None else of_one * self.data_parallel_size
 
     async def close(self) -> None:
         llm, self._llm = self._llm, None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -15,6 +16,9 @@ from teacher_server.metrics.tallies import MessageTally, TenantTally, TimeTally
 _OUTCOMES = ("admitted", "refused", "expired", "cancelled")
 _DROPS = {"deadline": "expired", "cancelled": "cancelled"}
 MethodLabels = tuple[str, str, str]
+
+OTHER = "other"
+"""Label value of everything past a bound."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +34,11 @@ class Readings:
     send_queue_bytes: int = 0
     engine_silent_seconds: float = 0.0
     kv_used_ratio: float | None = None
+    kv_capacity_tokens: float | None = None
+    session_tokens: int = 0
+    """Prompts and scored tokens of the open sessions."""
+    tenant_sessions: Mapping[str, int] = field(default_factory=dict)
+    """Open sessions by tenant."""
     phase: str = ""
     phases: tuple[str, ...] = ()
 
@@ -41,6 +50,8 @@ _GAUGES = {
     "batch_tokens": "New tokens in the engine.",
     "send_queue_bytes": "Replies that clients have not accepted yet, bytes.",
     "engine_silent_seconds": "Time that the engine has owed answers and given none.",
+    "session_tokens": "Tokens of the open sessions, prompts included.",
+    "kv_capacity_tokens": "Tokens that the KV cache holds; absent where the engine does not tell.",
     "kv_used_ratio": "Share of the room for KV that is taken; absent where the engine does not "
     "tell.",
 }
@@ -51,6 +62,7 @@ _TIMES = {
     "teacher_engine_step_seconds": "Time an append spent in the engine.",
 }
 SHORT_TIMES_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_SHORT_TIMES_US = tuple(round(seconds * 1e6) for seconds in SHORT_TIMES_S)
 
 
 class LiveMetrics(Collector):
@@ -61,9 +73,13 @@ class LiveMetrics(Collector):
     ) -> None:
         self._tenants = tenants
         self._messages = messages
-        self._times = {name: TimeTally(SHORT_TIMES_S) for name in _TIMES}
+        self._times = {name: TimeTally(_SHORT_TIMES_US) for name in _TIMES}
         self.queue_wait, self.engine_step = self._times.values()
         self.read: Callable[[], Readings] = Readings
+        self.limits: Mapping[str, float] = {}
+        """What the server may hold, by setting."""
+        self.limits_of: Callable[[str], Mapping[str, float]] = lambda tenant: {}
+        """What a tenant may have, by setting; no entry for what is not limited."""
         self.open_sessions = 0
         self.slow_streams = 0
         self.computed_tokens = 0
@@ -71,6 +87,7 @@ class LiveMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         now = self.read()
         yield from self._tenant_families()
+        yield from self._limit_families(now)
         yield from self._message_families()
         yield from self._time_families()
         text = "Tokens the model was run on, for the rows that were made."
@@ -94,22 +111,51 @@ class LiveMetrics(Collector):
         dropped = CounterMetricFamily(
             "teacher_dropped", "Queries and streams dropped.", labels=["reason"]
         )
+        verdicts = CounterMetricFamily(
+            "teacher_verdicts",
+            "Appends judged by a drift policy, by verdict.",
+            labels=["verdict", "tenant"],
+        )
         for tenant, tally in self._tenants.items():
             tokens.add_metric([tenant], tally.tokens_scored)
+            verdicts.add_metric(["continue", tenant], tally.continued)
+            verdicts.add_metric(["truncate", tenant], tally.truncated)
             for outcome in _OUTCOMES:
                 admission.add_metric([outcome, tenant], getattr(tally, outcome))
         for reason, outcome in _DROPS.items():
             count = sum(getattr(tally, outcome) for tally in self._tenants.values())
             dropped.add_metric([reason], count)
         dropped.add_metric(["slow"], self.slow_streams)
-        yield from (tokens, admission, dropped)
+        yield from (tokens, admission, dropped, verdicts)
+
+    def _limit_families(self, now: Readings) -> Iterator[Metric]:
+        limits = GaugeMetricFamily(
+            "teacher_limit", "What the server may hold, by setting.", labels=["setting"]
+        )
+        yield _labelled(limits, self.limits)
+        of_tenants = GaugeMetricFamily(
+            "teacher_tenant_limit",
+            "What a tenant may have, by setting; absent for what is not limited.",
+            labels=["setting", "tenant"],
+        )
+        sessions = GaugeMetricFamily(
+            "teacher_tenant_sessions", "Sessions held, by tenant.", labels=["tenant"]
+        )
+        counts = Counter(dict.fromkeys(self._tenants, 0))
+        for tenant, count in now.tenant_sessions.items():
+            counts[tenant if tenant in self._tenants else OTHER] += count
+        for tenant in self._tenants:
+            sessions.add_metric([tenant], counts[tenant])
+            for setting, limit in self.limits_of(tenant).items():
+                of_tenants.add_metric([setting, tenant], limit)
+        yield from (of_tenants, sessions)
 
     def _time_families(self) -> Iterator[Metric]:
         for name, tally in self._times.items():
-            ends = [*(str(float(bound)) for bound in tally.bounds_s), "+Inf"]
+            ends = [*(str(bound / 1e6) for bound in tally.bounds_us), "+Inf"]
             buckets = list(zip(ends, accumulate(tally.counts), strict=True))
             family = HistogramMetricFamily(name, _TIMES[name])
-            family.add_metric([], buckets, tally.total_s)
+            family.add_metric([], buckets, tally.total_us / 1e6)
             yield family
 
     def _message_families(self) -> Iterator[Metric]:

@@ -10,7 +10,7 @@ What happens on every append is a plain count (tallies.py) or is read when Prome
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from grpc import StatusCode
@@ -25,16 +25,19 @@ from prometheus_client import (
     generate_latest,
 )
 
-from teacher_server.metrics.live import SHORT_TIMES_S, LiveMetrics, MethodLabels, Readings
+from teacher_server.metrics.live import (
+    OTHER,
+    SHORT_TIMES_S,
+    LiveMetrics,
+    MethodLabels,
+    Readings,
+)
 from teacher_server.metrics.tallies import MessageTally, TenantTally
 from teacher_wire import __version__
 from teacher_wire.errors import ERRORS_BY_NAME
 from teacher_wire.records import TeacherInfo, Timing
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-OTHER = "other"
-"""Label value of everything past a bound."""
 
 _SERVICE = "opd.teacher.v1.TeacherService"
 _GRPC_TYPES = {"GetInfo": "unary", "Score": "server_stream", "Session": "bidi_stream"}
@@ -96,6 +99,8 @@ class Metrics:
         self._errors = counter("teacher_errors", "Errors sent to clients.", ("type",))
         self._evictions = counter("teacher_evictions", "Sessions ended unasked.", ("reason",))
         self._resumes = counter("teacher_resumes", "Sessions opened to go on.", ("result",))
+        for name in ERRORS_BY_NAME:
+            self._errors.labels(name)
         for reason in ("idle", "lost", "room"):
             self._evictions.labels(reason)
         for result in ("held", "rebuilt", "refused"):
@@ -121,12 +126,18 @@ class Metrics:
         """What the server holds just now is read by `read`, at every scrape."""
         self._live.read = read
 
+    def limited(
+        self, limits: Mapping[str, float], limits_of: Callable[[str], Mapping[str, float]]
+    ) -> None:
+        """What the server may hold, and each tenant, by setting."""
+        self._live.limits, self._live.limits_of = limits, limits_of
+
     def serving(self, info: TeacherInfo) -> None:
         """Publishes what is served as the labels of teacher_build_info."""
         self._build.labels(
             info.server_version or __version__,
             info.model_id,
-            info.weights_digest,
+            info.weights_digest or info.revision,
             info.tokenizer_fingerprint,
             info.engine,
             info.dtype,
@@ -147,8 +158,8 @@ class Metrics:
     def append_done(self, timing: Timing) -> None:
         """Records where the time of one append went."""
         live = self._live
-        live.queue_wait.add(timing.queue_us / 1e6)
-        live.engine_step.add(timing.engine_us / 1e6)
+        live.queue_wait.add(timing.queue_us)
+        live.engine_step.add(timing.engine_us)
         live.computed_tokens += timing.computed_tokens or 0
 
     def text_rows(self, kept: int, made: int, kept_bytes: int) -> None:

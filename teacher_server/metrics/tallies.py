@@ -27,6 +27,17 @@ class TenantTally:
     """Dropped because their deadline passed before the engine was free."""
     cancelled: int = 0
     """Dropped because the client left or the stream broke."""
+    unanswered: int = 0
+    """Of the admitted, those that the engine failed."""
+    unjudged: int = 0
+    """Of the answered, those without a drift policy."""
+    truncated: int = 0
+    """Of the answered, those whose verdict was TRUNCATE; it is repeated on every later append."""
+
+    @property
+    def continued(self) -> int:
+        """Those whose verdict was CONTINUE: all others, so that the usual case counts nothing."""
+        return self.admitted - self.unanswered - self.unjudged - self.truncated
 
     def failed(self, error: BaseException) -> None:
         """Counts a query that got no rows."""
@@ -38,6 +49,7 @@ class TenantTally:
             self.expired += 1
         else:
             self.admitted += 1
+            self.unanswered += 1
 
 
 @dataclass(slots=True, eq=False)
@@ -50,16 +62,16 @@ class MessageTally:
 
 @dataclass(slots=True, eq=False)
 class TimeTally:
-    """How long something took, by bucket."""
+    """How long something took, by bucket, in the microseconds that a Timing has."""
 
-    bounds_s: tuple[float, ...]
+    bounds_us: tuple[int, ...]
     """Upper ends of the buckets, the ends included; one bucket more has none."""
     counts: list[int] = field(init=False)
-    total_s: float = 0.0
+    total_us: int = 0
 
     def __post_init__(self) -> None:
-        self.counts = [0] * (len(self.bounds_s) + 1)
+        self.counts = [0] * (len(self.bounds_us) + 1)
 
-    def add(self, seconds: float) -> None:
-        self.counts[bisect_left(self.bounds_s, seconds)] += 1
-        self.total_s += seconds
+    def add(self, us: int) -> None:
+        self.counts[bisect_left(self.bounds_us, us)] += 1
+        self.total_us += us

@@ -26,9 +26,15 @@ from teacher_server.engine.self_test import self_test
 from teacher_server.http.server import http_server
 from teacher_server.process import signals
 from teacher_server.process.lifecycle import Phase, leave
-from teacher_server.process.loading import build_engine, describe, load_tokenizer
+from teacher_server.process.loading import (
+    build_engine,
+    describe,
+    load_tokenizer,
+    pinned_to_commit,
+)
 from teacher_server.process.parts import Limits, TeacherParts
 from teacher_server.process.start_checks import cannot_listen, refuse_early
+from teacher_server.process.waiting import saying
 from teacher_server.process.watchdog import Watchdog, sample_loop_lag
 from teacher_server.rpc.stream import StreamLimits
 from teacher_server.settings import ConfigError, TeacherConfig
@@ -123,7 +129,11 @@ class TeacherApp:
         await self._grpc.stop(_STOP_GRACE_S)
         self._http.should_exit = True
         await asyncio.gather(http_task, return_exceptions=True)
-        if not (loaded and await self._close_engine()):
+        closed = loaded and await self._close_engine()
+        if self._life.why_lost:
+            # Said again: what the engine took along has been told since, and the cause comes last.
+            log.error("ends with exit code %d: %s", self._life.exit_code, self._life.why_lost)
+        if not closed or self._life.why_lost:
             leave(self._life.exit_code)
         signals.ignore()
         return self._life.exit_code
@@ -172,15 +182,15 @@ class TeacherApp:
         return True
 
     async def _start_engine(self) -> None:
-        log.info("loading the engine")
-        await self._parts.engine.start()
+        with saying("loading the engine"):
+            await self._parts.engine.start()
         if not self._config.self_test:
             return
         limit_s = self._config.engine_lost_s
-        log.info("testing the engine")
         try:
-            async with asyncio.timeout(limit_s):
-                await self_test(self._parts.engine)
+            with saying("testing the engine"):
+                async with asyncio.timeout(limit_s):
+                    await self_test(self._parts.engine)
         except TimeoutError as error:
             if isinstance(error, TeacherError):
                 raise
@@ -280,10 +290,12 @@ async def serve(config: TeacherConfig) -> int:
     refuse_early(config)
     runs = _runs(config)
     try:
-        with uncollected():
-            engine = await asyncio.to_thread(build_engine, config)
-            tokenizer = await asyncio.to_thread(load_tokenizer, config)
-        info = await asyncio.to_thread(describe, config, engine, tokenizer)
+        with uncollected(), saying("reading the checkpoint's configuration and tokenizer"):
+            pinned = await asyncio.to_thread(pinned_to_commit, config)
+            engine = await asyncio.to_thread(build_engine, pinned)
+            tokenizer = await asyncio.to_thread(load_tokenizer, pinned)
+        with saying("taking the digest of the weights"):
+            info = await asyncio.to_thread(describe, pinned, engine, tokenizer)
     except ConfigError:
         raise
     except (TeacherError, OSError, ValueError) as error:

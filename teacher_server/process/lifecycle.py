@@ -50,6 +50,8 @@ class Lifecycle:
         self._tell = tell
         self._phase = Phase.STARTING
         self._signalled_at = 0.0
+        self.why_lost = ""
+        """One line; empty unless it is beyond repair."""
         self.ending = asyncio.Event()
         """Set once the phase is final."""
 
@@ -85,7 +87,8 @@ class Lifecycle:
         """Ends the server as broken."""
         if self._phase not in _FINAL:
             self.enter(Phase.LOST)
-            log.error("beyond repair: %s", " ".join(reason.split()))
+            self.why_lost = " ".join(reason.split())
+            log.error("beyond repair: %s", self.why_lost)
 
     def watch_signals(self) -> None:
         """Takes SIGTERM and SIGINT over, for as long as the loop runs."""

@@ -66,6 +66,23 @@ def build_engine(config: TeacherConfig) -> ScoringEngine:
     )
 
 
+def pinned_to_commit(config: TeacherConfig) -> TeacherConfig:
+    """The same with the commit of a hub's checkpoint for its revision: all that is read of it is of
+    one commit, and clients tell replicas at different ones apart. A folder has a digest.
+
+    Raises EngineError for a checkpoint that cannot be read.
+    """
+    if config.engine == "fake" or not config.model or Path(config.model).is_dir():
+        return config
+    from teacher_server.engine.checkpoint import commit_of
+
+    commit = commit_of(config.model, config.revision or None)
+    if commit is None:
+        return config
+    log.info("%s is at commit %s", config.model, commit)
+    return config.model_copy(update={"revision": commit})
+
+
 def _of_models(config: TeacherConfig) -> dict[str, Any]:
     """What every engine with a model is made of."""
     return {
@@ -156,7 +173,8 @@ def load_tokenizer(config: TeacherConfig) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils.hub import cached_file
 
-    revision = config.revision or "main"
+    # A commit of the checkpoint is none of another's.
+    revision = "main" if config.tokenizer else config.revision or "main"
     file = cached_file(
         name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False
     )

@@ -50,6 +50,20 @@ class Limits:
     kept_rows_bytes: int = 256 << 20
 
 
+def _limits_shown(info: TeacherInfo, limits: Limits) -> dict[str, float]:
+    """Those that a gauge can be compared with, by setting."""
+    return {
+        "max_sessions": info.max_sessions,
+        "max_append_tokens": info.max_append_tokens,
+        "max_context": info.max_context,
+        "max_running": limits.scheduler.max_running,
+        "max_running_tokens": limits.scheduler.max_running_tokens,
+        "max_queued_tokens": limits.scheduler.max_queued_tokens,
+        "max_reply_bytes": limits.stream.max_reply_bytes,
+        "kept_rows_bytes": limits.kept_rows_bytes,
+    }
+
+
 class TeacherParts:
     """One teacher around an engine that is not started."""
 
@@ -92,6 +106,7 @@ class TeacherParts:
             vocabulary=vocabulary or Vocabulary(),
         )
         self.metrics.watch(self._read)
+        self.metrics.limited(_limits_shown(info, limits), self._limits_of)
 
     def grpc_server(
         self, *, options: Sequence[tuple[str, int]] = SERVER_OPTIONS, reflects: bool = True
@@ -143,6 +158,18 @@ class TeacherParts:
             send_queue_bytes=self.service.send_queue_bytes,
             engine_silent_seconds=self.engine.silent_s(),
             kv_used_ratio=self.engine.kv_used_ratio(),
+            kv_capacity_tokens=self.engine.kv_capacity_tokens(),
+            session_tokens=self.sessions.num_tokens(),
+            tenant_sessions=self.sessions.by_tenant(),
             phase=self.life.phase.value,
             phases=tuple(phase.value for phase in Phase),
         )
+
+    def _limits_of(self, tenant: str) -> dict[str, float]:
+        of = self.access.tenants.get(tenant)
+        limits = {
+            "max_sessions": of.max_sessions,
+            "max_tokens_in_flight": of.max_tokens_in_flight,
+            "tokens_per_minute": of.tokens_per_minute,
+        }
+        return {setting: limit for setting, limit in limits.items() if limit is not None}

@@ -17,6 +17,7 @@ import numpy as np
 
 from teacher_server.engine.base import EngineInfo, EngineRows, ScoreQuery, ScoringEngine
 from teacher_server.process.lifecycle import Lifecycle, Phase
+from teacher_wire.errors import EngineError
 
 log = logging.getLogger(__name__)
 _LONGEST_INTERVAL_S = 1.0
@@ -93,6 +94,9 @@ class WatchedEngine:
     def kv_used_ratio(self) -> float | None:
         return self._engine.kv_used_ratio()
 
+    def kv_capacity_tokens(self) -> int | None:
+        return self._engine.kv_capacity_tokens()
+
     async def close(self) -> None:
         await self._engine.close()
 
@@ -126,8 +130,12 @@ class Watchdog:
         if silent_s > self._lost_s:
             self._lifecycle.lose(f"the engine has been silent for {silent_s:.1f} s")
             return
-        if not await self._is_healthy():
-            self._lifecycle.lose("the engine says that it cannot score any more")
+        try:
+            healthy, why = await self._is_healthy(), ""
+        except EngineError as error:
+            healthy, why = False, f": {error}"
+        if not healthy:
+            self._lifecycle.lose(f"the engine says that it cannot score any more{why}")
             return
         stalled = silent_s > self._stall_s
         if stalled and self._lifecycle.phase is Phase.SERVING:

@@ -52,6 +52,8 @@ class Appends:
         rows, timing = await self._rows(session, span, give_up)
         state, verdict, keep_tokens = session.take_in(span, rows.bad_events)
         session.tally.tokens_scored += len(span)
+        if keep_tokens is not None:
+            session.tally.truncated += 1
         self._metrics.append_done(timing)
         return Scores(
             rows=rows, drift=state, verdict=verdict, keep_tokens=keep_tokens, timing=timing
@@ -82,9 +84,9 @@ class Appends:
                 background=session.background,
                 more_follows=session.is_stream,
             )
+            check_rows(rows, query)
         except BaseException as error:
             session.tally.failed(error)
             raise
         session.tally.admitted += 1
-        check_rows(rows, query)
         return judged_rows(rows, span, session.policy), timing

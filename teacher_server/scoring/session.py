@@ -57,6 +57,7 @@ class Session:
         all: state, verdict and tokens to keep. `bad` is None without a policy."""
         self.scored_ids = np.concatenate([self.scored_ids[: span.offset], span.token_ids])
         if self.policy is None or bad is None:
+            self.tally.unjudged += 1
             return None, Verdict.CONTINUE, None
         earlier = self.bad[: span.offset - self.opened_at.num_tokens]
         self.bad = np.concatenate([earlier, bad])

@@ -94,6 +94,14 @@ class SessionTable:
         """Sessions with an append waiting or running."""
         return sum(session.num_pending > 0 for session in self._sessions.values())
 
+    def num_tokens(self) -> int:
+        """Tokens of all sessions, prompts included."""
+        return sum(len(s.prompt_ids) + len(s.scored_ids) for s in self._sessions.values())
+
+    def by_tenant(self) -> Counter[str]:
+        """Sessions of each tenant that has any."""
+        return Counter(tenant for tenant, _ in self._sessions)
+
     def open(
         self,
         session_id: str,
@@ -323,7 +331,7 @@ class SessionTable:
         limit = self._info.max_sessions
         if len(self._sessions) < limit:
             return
-        num_open = Counter(name for name, _ in self._sessions)
+        num_open = self.by_tenant()
         weights = {name: self._tenants.get(name).weight for name in {*num_open, tenant}}
         for name in givers(num_open, weights, tenant):
             if self._evict_one(self._of(name)):

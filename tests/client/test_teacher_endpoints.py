@@ -356,3 +356,39 @@ async def test_clients_come_back_after_one_short_pause_and_not_in_one_burst(
         # 8 are expected in the fullest half second and the deviation is 2; without jitter all 20
         # come at once. The bound of twice the even share is the law in test_teacher_client.
         assert in_window.max() <= 16
+
+
+async def test_a_lost_replica_is_seen_and_said_and_so_is_its_return(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It showed nowhere: sessions moved, and the run went on a replica short."""
+    async with replicas() as group:
+        known, (lost, *others) = group.client.endpoints, group.addresses
+        assert {r.address: (r.up, r.losses) for r in known.replicas} == dict.fromkeys(
+            group.addresses, (True, 0)
+        )
+        await group.append(0, 30)
+        moving = group.homes().count(lost)
+        assert moving
+        with caplog.at_level(logging.WARNING):
+            await group.servers[0].stop()
+            await eventually(lambda: f"{lost} is not up, its sessions go on" in caplog.text)
+            await group.append(30, 60)
+            state = {r.address: (r.up, r.losses) for r in known.replicas}
+            assert state == {lost: (False, 1), others[0]: (True, 0), others[1]: (True, 0)}
+            assert known.num_failovers == moving
+            await group.servers[0].start()
+            await eventually(lambda: f"{lost} is up" in caplog.text)
+        assert caplog.text.count("is not up") == 1
+        assert [r.up for r in known.replicas] == [True] * 3
+
+
+async def test_a_replica_that_is_absent_at_first_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    async with restarting() as early, restarting() as late:
+        await late.stop()
+        with caplog.at_level(logging.WARNING):
+            async with client_of(early.teacher.address, late.teacher.address) as client:
+                said = f"{late.teacher.address} is not up, its sessions go on at the 1 of 2"
+                assert said in caplog.text
+                assert [r.up for r in client.endpoints.replicas] == [True, False]
+                assert client.endpoints.num_failovers == 0

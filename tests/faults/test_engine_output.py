@@ -5,6 +5,7 @@ Run: pytest tests/faults/test_engine_output.py
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import tempfile
@@ -84,3 +85,27 @@ def test_a_worker_that_was_killed_is_told_of_where_nothing_says_why(tmp_path: Pa
     assert last_words(path) == "Worker proc VllmWorker-1 died unexpectedly (exit code: -9)"
     path.write_text(f"MemoryError: no room\n{died}, shutting down.\nRuntimeError: cancelled\n")
     assert last_words(path) == "MemoryError: no room"
+
+
+def test_a_front_end_that_only_points_above_points_to_the_file_instead(folder: Path) -> None:
+    """Above was nothing: the process had been killed."""
+    output = EngineOutput("teacher")
+    (file,) = folder.iterdir()
+    said = output.cause(RuntimeError("EngineCore encountered an issue. See stack trace (above)"))
+    assert said == f"a process of it ended without a word; its output is in {file}"
+    output.close()
+    assert file.exists()
+
+
+def test_what_a_front_end_logs_goes_to_the_file(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, logger = EngineOutput("teacher"), logging.getLogger("front-end-of-a-test")
+    logger.propagate = False
+    with output.of_logger(logger.name):
+        logger.addHandler(logging.StreamHandler())
+    logger.error("a thousand lines")
+    assert capsys.readouterr() == ("", "")
+    (file,) = folder.iterdir()
+    assert file.read_text() == "a thousand lines\n"
+    logger.handlers[0].close()

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +27,7 @@ from student_trainer.assembly.run import assembled
 from student_trainer.errors import ConfigError, DatasetError
 from student_trainer.learner.batch import collate, split_micro
 from student_trainer.losses.objective import merge, objective
+from student_trainer.recording.json_lines import read_run
 from student_trainer.records import Rollout
 from student_trainer.rollouts.stream import LoopThread
 from student_trainer.settings.config import TrainerConfig, load_config
@@ -40,6 +44,7 @@ from tests.trainer.learner.tiny_student import (
 from tests.trainer.losses.loss_cases import DIVERGENCES
 from tests.trainer.made_rollouts import random_rollout
 from tests.trainer.test_train import SETTINGS, InMemoryClient
+from tests.waiting import LIMIT_S
 
 CLOSE = 1e-4
 ALONE = (
@@ -165,6 +170,34 @@ def test_each_row_is_scored_by_its_teacher_with_that_ones_k(tmp_path: Path, mode
         check_scores(rollout, seed=2 if named else 1, k=5 if named else 6)
         assert rollout.loss_weight == (3.0 if named else 1.0)
     assert np.isfinite(report.loss)
+
+
+def test_prometheus_is_told_what_the_run_writes_down(tmp_path: Path, models: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with served(models / "one", models / "two") as (one, two):
+        config = configured(tmp_path, models, TAGGED, *at(one, two), f"metrics.port={port}")
+        with assembled(config) as run:
+            train(run)
+            with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=LIMIT_S) as reply:
+                told = reply.read().decode()
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(told)
+        for sample in family.samples
+    }
+    first, last = read_run(config.run.out).steps
+    assert first.generation is not None
+    assert last.generation is not None
+    kept = first.generation.kept_tokens + last.generation.kept_tokens
+    assert samples["trainer_tokens_total", "kept"] == kept
+    assert samples["trainer_steps_total", "step"] == samples[("trainer_done_steps",)] == 2
+    assert last.learning is not None
+    assert samples[("trainer_step_loss",)] == last.learning.loss
+    for table, address in (("teacher", one), ("teachers.two", two)):
+        assert samples["trainer_replica_up", table, address] == 1
+        assert samples["trainer_teacher_round_trip_seconds_count", table] >= 4
 
 
 def test_a_teacher_that_no_row_names_is_not_asked(tmp_path: Path, models: Path) -> None:

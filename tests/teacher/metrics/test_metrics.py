@@ -4,6 +4,7 @@ import asyncio
 import re
 from itertools import accumulate
 
+import numpy as np
 import pytest
 from grpc import StatusCode
 from hypothesis import given
@@ -13,10 +14,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from teacher_server.metrics.live import Readings
 from teacher_server.metrics.server import OTHER, Metrics
-from teacher_server.metrics.tallies import TimeTally
+from teacher_server.metrics.tallies import TenantTally, TimeTally
+from teacher_server.scoring.session import Session
+from teacher_wire.drift_metrics import OverlapRatio
 from teacher_wire.errors import ERROR_CODES, CapacityError, DeadlineError, EngineError
-from teacher_wire.records import Timing
+from teacher_wire.records import DriftPolicy, ScoreOptions, Timing
 from tests.teacher.http.http_teacher import INFO
+from tests.teacher.scoring.fake_rows import make_span
 
 SESSION = "/opd.teacher.v1.TeacherService/Session"
 SESSION_LABELS = {
@@ -24,6 +28,21 @@ SESSION_LABELS = {
     "grpc_service": "opd.teacher.v1.TeacherService",
     "grpc_method": "Session",
 }
+
+
+POLICY = DriftPolicy(metric=OverlapRatio(k=8), w_drop=0.05)
+
+
+def session_of(tally: TenantTally, policy: DriftPolicy | None) -> Session:
+    return Session(
+        session_id="s",
+        tenant="a",
+        prompt_ids=np.zeros(1, np.int32),
+        options=ScoreOptions(k=8),
+        policy=policy,
+        tally=tally,
+        last_used=0.0,
+    )
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -115,6 +134,36 @@ def test_a_query_counts_under_what_became_of_it() -> None:
         assert value(metrics, "teacher_dropped_total", reason=reason) == 1
 
 
+def test_verdicts_are_counted_by_tenant_and_only_where_a_policy_judged() -> None:
+    """There were none: whether the teacher stops anything was nowhere to be seen."""
+    metrics = Metrics()
+    tally = metrics.tenant("a")
+    for span in (make_span(4, seed=1), make_span(4, seed=2)):
+        session_of(tally, policy=None).take_in(span, None)
+        session_of(tally, policy=POLICY).take_in(span, np.zeros(4, np.bool_))
+    tally.admitted += 4
+    tally.truncated += 1
+    tally.failed(EngineError("x"))
+    for verdict, count in (("continue", 1), ("truncate", 1)):
+        assert value(metrics, "teacher_verdicts_total", verdict=verdict, tenant="a") == count
+    assert value(metrics, "teacher_admission_total", outcome="admitted", tenant="a") == 5
+
+
+def test_limits_are_gauges_beside_what_they_limit() -> None:
+    metrics = Metrics(max_tenants=1)
+    metrics.tenant("a")
+    limits_of_a = {"max_sessions": 3}
+    metrics.limited({"max_sessions": 7}, lambda tenant: limits_of_a if tenant == "a" else {})
+    metrics.watch(lambda: Readings(tenant_sessions={"a": 2, "b": 1, "c": 1}, session_tokens=9))
+    assert value(metrics, "teacher_limit", setting="max_sessions") == 7
+    assert value(metrics, "teacher_tenant_limit", setting="max_sessions", tenant="a") == 3
+    assert value(metrics, "teacher_tenant_sessions", tenant="a") == 2
+    assert value(metrics, "teacher_session_tokens") == 9
+    metrics.tenant("b")
+    assert value(metrics, "teacher_tenant_sessions", tenant=OTHER) == 2
+    assert value(metrics, "teacher_tenant_limit", setting="max_sessions", tenant=OTHER) is None
+
+
 def test_two_servers_in_one_process_do_not_share_counts() -> None:
     first, second = Metrics(), Metrics()
     used(first)
@@ -162,14 +211,15 @@ def test_a_bound_below_one_tenant_is_refused() -> None:
         Metrics(max_tenants=0)
 
 
-@given(st.lists(st.one_of(st.sampled_from([0.0, 0.01, 0.5, 30.0]), st.floats(0.0, 100.0))))
-def test_times_by_bucket_are_those_of_a_prometheus_histogram(seconds: list[float]) -> None:
-    bounds = (0.01, 0.5, 30.0)
+@given(st.lists(st.one_of(st.sampled_from([0, 10, 500, 30_000]), st.integers(0, 100_000))))
+def test_times_by_bucket_are_those_of_a_prometheus_histogram(us: list[int]) -> None:
+    bounds = (10, 500, 30_000)
     tally, registry = TimeTally(bounds), CollectorRegistry()
     slow = Histogram("slow", "The same.", buckets=bounds, registry=registry)
-    for each in seconds:
+    for each in us:
         tally.add(each)
         slow.observe(each)
-    for bound, count in zip((*bounds, "+Inf"), accumulate(tally.counts), strict=True):
-        assert registry.get_sample_value("slow_bucket", {"le": str(bound)}) == count
-    assert registry.get_sample_value("slow_sum") == tally.total_s
+    ends = [*(str(float(bound)) for bound in bounds), "+Inf"]
+    for end, count in zip(ends, accumulate(tally.counts), strict=True):
+        assert registry.get_sample_value("slow_bucket", {"le": end}) == count
+    assert registry.get_sample_value("slow_sum") == tally.total_us

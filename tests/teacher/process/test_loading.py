@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import Qwen3Config
 
 from teacher_server.engine.checkpoint import num_positions
+from teacher_server.metrics.server import Metrics
 from teacher_server.process import loading
 from teacher_server.process.model_folder import check_model_folder
+from teacher_server.process.waiting import saying
 from teacher_server.settings import ConfigError, TeacherConfig
+from tests.waiting import wait_until
 
 ENGINES = ("hf", "vllm")
 
@@ -89,3 +93,56 @@ def test_a_checkpoint_and_what_may_be_a_name_on_a_hub_pass(tmp_path: Path) -> No
     for name in (tmp_path, "Qwen/Qwen3-4B", "gpt2", "no/no-such"):
         check_model_folder(config_of(name))
     check_model_folder(TeacherConfig(engine="fake", model="./nowhere"))
+
+
+COMMITS = {"main": "a" * 40, "v2": "b" * 40}
+
+
+@pytest.fixture
+def hub_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """In the cache of a hub that is away, at two commits."""
+    cache = tmp_path / "hub" / "models--someone--small"
+    for ref, commit in COMMITS.items():
+        snapshot = cache / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_bytes((model / "config.json").read_bytes())
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / ref).write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return "someone/small"
+
+
+def test_replicas_at_different_commits_of_a_hub_model_are_told_apart(hub_model: str) -> None:
+    """Neither had a digest, and both had the revision that nobody had set: an empty one."""
+    infos = []
+    for revision, commit in (("", COMMITS["main"]), ("v2", COMMITS["v2"])):
+        pinned = loading.pinned_to_commit(config_of(hub_model, revision=revision))
+        assert pinned.revision == commit
+        assert loading.pinned_to_commit(pinned).revision == commit
+        infos.append(loading.describe(pinned, loading.build_engine(pinned), None))
+    assert [info.weights_digest for info in infos] == ["", ""]
+    # What the client's endpoints compare where there is no digest.
+    assert [(info.model_id, info.revision) for info in infos] == [
+        (hub_model, commit) for commit in COMMITS.values()
+    ]
+    shown = []
+    for info in infos:
+        metrics = Metrics()
+        metrics.serving(info)
+        families = {family.name: family for family in metrics.registry.collect()}
+        (sample,) = families["teacher_build_info"].samples
+        shown.append(sample.labels["weights"])
+    assert shown == [*COMMITS.values()]
+
+
+def test_a_folder_and_a_fake_have_no_commit(model: Path) -> None:
+    for config in (config_of(model), TeacherConfig(engine="fake")):
+        assert loading.pinned_to_commit(config) is config
+
+
+def test_a_log_says_what_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    """Minutes of a large checkpoint had no line."""
+    with caplog.at_level("INFO"), saying("loading the engine", every_s=0.01):
+        wait_until(lambda: "still loading the engine, for 0 s" in caplog.text)
+    assert caplog.messages[0] == "loading the engine"

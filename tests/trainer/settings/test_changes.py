@@ -17,7 +17,8 @@ from tests.trainer.settings.smallest_config import SMALLEST
 
 HARMLESS = """
 checkpoint.best_metric checkpoint.every_minutes checkpoint.every_steps checkpoint.keep
-checkpoint.keep_best eval.every_steps eval.texts optim.max_sync_gap_nats optim.micro_batch_tokens
+checkpoint.keep_best eval.every_steps eval.texts metrics.host metrics.port optim.max_sync_gap_nats
+optim.micro_batch_tokens
 recording.max_bytes recording.rollouts_per_step run.otlp_endpoint run.out run.steps run.texts
 sampler.cpu_cores sampler.enforce_eager sampler.gpus
 sampler.gpu_memory_utilization sampler.kv_cache_gib sampler.max_num_seqs sampler.stream_interval
