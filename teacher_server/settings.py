@@ -29,6 +29,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from teacher_server.service_links import without_service_links
 from vllm_process.cores import CORES_PATTERN
 
 ENV_PREFIX = "TEACHER_"
@@ -325,6 +326,7 @@ def load_config(
     `flags` are parsed arguments; names that are no settings are ignored there, and an error in the
     file. Raises ConfigError.
     """
+    env = without_service_links(env, ENV_PREFIX)
     path = flags.get("config") or env.get(f"{ENV_PREFIX}CONFIG")
     variables = EnvSettingsSource(TeacherConfig)
     variables.env_vars = {name.lower(): value for name, value in env.items()}

@@ -1,13 +1,8 @@
-"""Compose file and Dockerfiles, checked without Docker. Run: pytest tests/docker"""
+"""The Compose file and its overlays, checked without Docker. Run: pytest tests/docker"""
 
-import fnmatch
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
-import tomllib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,59 +15,39 @@ from student_trainer import cli as trainer_cli
 from student_trainer.assembly.teachers import teacher_access
 from student_trainer.settings.config import load_config as load_trainer_config
 from teacher_server import cli as teacher_cli
+from teacher_server.settings import ConfigError
 from teacher_server.settings import load_config as load_teacher_config
+from tests.docker.compose_files import (
+    COMPOSE,
+    COMPOSE_TEXT,
+    OVERLAYS,
+    PYPROJECT,
+    ROOT,
+    SERVICES,
+    TEACHERS,
+    TRAINERS,
+    arguments,
+    interpolated,
+    overlay,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-CLIENT = tomllib.loads((ROOT / "proto" / "pyproject.toml").read_text())
-COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text()
-COMPOSE: dict[str, Any] = yaml.safe_load(COMPOSE_TEXT)
-SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-TEACHERS = [name for name in SERVICES if name.startswith("teacher")]
-TRAINERS = [name for name in SERVICES if name.startswith("trainer")]
-NAMES = ["teacher", "trainer"]
-TOKENS_TEXT = (ROOT / "docker" / "tokens.yml").read_text()
-TOKENS: dict[str, Any] = yaml.safe_load(TOKENS_TEXT)
-
-
-def interpolated(text: str) -> str:
-    """The text as Compose reads it when no variable is set."""
-    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text).replace("$$", "$")
-
-
-def instructions(name: str) -> list[tuple[str, str]]:
-    """(keyword, rest) of each instruction of docker/<name>.Dockerfile."""
-    text = (ROOT / "docker" / f"{name}.Dockerfile").read_text()
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    joined = re.sub(r"\\\n", "", "\n".join(lines))
-    pairs = [line.split(maxsplit=1) for line in joined.splitlines() if line.strip()]
-    return [(keyword, rest) for keyword, rest in pairs]
+TOKENS, TLS, TRAINER_HOST = map(overlay, OVERLAYS)
+ENDPOINTS = {"TEACHER_ENDPOINTS": '["teacher.example:50051"]'}
+TEXTS = [COMPOSE_TEXT, *(path.read_text() for path in OVERLAYS.values())]
+BYTES = {"k": 10, "m": 20, "g": 30}
 
 
-def stages(name: str) -> list[list[tuple[str, str]]]:
-    """The instructions of each stage, its FROM first; what stands before the first FROM is left."""
-    found: list[list[tuple[str, str]]] = []
-    for keyword, rest in instructions(name):
-        if keyword == "FROM":
-            found.append([])
-        if found:
-            found[-1].append((keyword, rest))
-    return found
+def num_bytes(text: str) -> int:
+    """Of a size as Compose writes it."""
+    return int(text[:-1]) << BYTES[text[-1]]
 
 
-def arguments(name: str) -> list[str]:
-    """The words of a service's command, as its process gets them from Compose and the shell."""
-    command = [interpolated(word) for word in SERVICES[name]["command"]]
-    if SERVICES[name].get("entrypoint") == ["/bin/sh", "-ec"]:
-        (script,) = command
-        words = shlex.split(script.replace("$HOSTNAME", "host-1"))
-        assert words[0] == "exec", "without exec the shell keeps the signals of `docker stop`"
-        return words[1:]
-    return ["teacher-server", *command]
+def seconds(text: str) -> float:
+    return float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1]]
 
 
-@pytest.mark.parametrize("text", [COMPOSE_TEXT, interpolated(COMPOSE_TEXT), TOKENS_TEXT])
-def test_the_compose_file_fits_the_specification(text: str) -> None:
+@pytest.mark.parametrize("text", [*TEXTS, *(interpolated(text, **ENDPOINTS) for text in TEXTS)])
+def test_the_compose_files_fit_the_specification(text: str) -> None:
     try:
         carrier = metadata.distribution("check-jsonschema")
     except metadata.PackageNotFoundError:
@@ -95,48 +70,121 @@ def test_a_service_may_do_no_more_than_it_must(name: str) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["init"] is True
+    assert service["pids_limit"] == 4096
+    assert num_bytes(interpolated(service["mem_limit"])) >= num_bytes("8g")
     assert not {"privileged", "cap_add", "pid", "network_mode"} & set(service)
     (tmpfs,) = service["tmpfs"]
     path, options = tmpfs.split(":")
     assert path == "/tmp"
     assert {"exec", "mode=1777"} <= set(options.split(","))
     for volume in service["volumes"]:
-        assert not volume.startswith(".") or volume.endswith(":ro")
+        if isinstance(volume, dict):
+            assert volume["read_only"] is True
+            assert volume["bind"] == {"create_host_path": False}
+        else:
+            assert not volume.startswith(".") or volume.endswith(":ro")
+
+
+@pytest.mark.parametrize("name", TEACHERS + TRAINERS)
+def test_shared_memory_is_a_variable_within_the_memory(name: str) -> None:
+    kind = name.split("-")[0].upper()
+    shared, memory = SERVICES[name]["shm_size"], SERVICES[name]["mem_limit"]
+    assert num_bytes(interpolated(shared)) < num_bytes(interpolated(memory))
+    assert interpolated(shared, **{f"{kind}_SHM_SIZE": "3g"}) == "3g"
+    assert interpolated(memory, **{f"{kind}_MEMORY": "9g"}) == "9g"
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_a_trainer_can_be_scaled(name: str) -> None:
+def test_a_trainer_can_be_scaled_and_goes_on_where_it_was(name: str) -> None:
     service = SERVICES[name]
     assert not {"container_name", "hostname", "ports"} & set(service)
-    assert "$$HOSTNAME" in " ".join(service["command"])
-    assert "run.out=/runs/host-1" in arguments(name)
+    assert service["entrypoint"] == ["numbered-run"]
+    assert interpolated(service["environment"]["RUN_NAME"], RUN_NAME="") in ("demo", "first")
+    assert interpolated(service["environment"]["RUN_NAME"], RUN_NAME="x") == "x"
     assert "runs:/runs" in service["volumes"]
+    assert seconds(service["stop_grace_period"]) >= 60
 
 
-@pytest.mark.parametrize("profile", ["cpu", "gpu"])
-def test_a_profile_has_one_teacher_that_its_trainers_wait_for(profile: str) -> None:
-    teachers = [name for name in TEACHERS if SERVICES[name]["profiles"] == [profile]]
-    trainers = [name for name in TRAINERS if SERVICES[name]["profiles"] == [profile]]
-    assert len(teachers) == len(trainers) == 1
-    needed = SERVICES[trainers[0]]["depends_on"]
-    assert needed == {teachers[0]: {"condition": "service_healthy"}}
-    assert SERVICES[teachers[0]]["networks"]["default"]["aliases"] == ["teacher"]
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_teacher_that_cannot_start_is_not_restarted_for_ever(name: str) -> None:
+    assert re.fullmatch(r"on-failure:\d", SERVICES[name]["restart"])
+
+
+@pytest.mark.parametrize(("profile", "teachers"), [("cpu", 1), ("replicas", 2), ("gpu", 1)])
+def test_a_profile_has_teachers_that_its_trainers_wait_for_and_ask(
+    profile: str, teachers: int
+) -> None:
+    inside = [name for name in TEACHERS if profile in SERVICES[name]["profiles"]]
+    (trainer,) = [name for name in TRAINERS if profile in SERVICES[name]["profiles"]]
+    assert len(inside) == teachers
+    needed = SERVICES[trainer]["depends_on"]
+    assert needed == dict.fromkeys(inside, {"condition": "service_healthy"})
+    names = [name if name == "teacher-b" else "teacher" for name in inside]
+    assert endpoints(trainer) == tuple(f"{name}:50051" for name in names)
+    for name, known in zip(inside, names, strict=True):
+        wire = SERVICES[name]["networks"]["wire"]
+        assert known in (name, *wire.get("aliases", ()))
+    # gRPC, and what is scraped, has a network without a way out.
+    assert COMPOSE["networks"]["wire"] == {"internal": True}
+    assert "wire" in SERVICES[trainer]["networks"]
+    assert ("outside" in SERVICES[trainer]["networks"]) == (profile == "gpu")
+
+
+def endpoints(name: str, **values: str) -> tuple[str, ...]:
+    """What the trainer of a service asks, as its own settings read it."""
+    parsed = trainer_cli._parser().parse_args(arguments(name, **values)[1:])
+    return load_trainer_config(ROOT / parsed.config, parsed.set).teacher.endpoints
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_asks_the_teachers_that_a_variable_names(name: str) -> None:
+    assert endpoints(name, TEACHER_ENDPOINTS='["a:1", "b:2"]') == ("a:1", "b:2")
 
 
 def test_ports_are_published_on_loopback_alone() -> None:
-    for name in TEACHERS:
-        for port in SERVICES[name]["ports"]:
-            assert interpolated(port) == "127.0.0.1:8080:8080"
+    published = {name: SERVICES[name]["ports"] for name in TEACHERS}
+    assert {interpolated(port) for ports in published.values() for port in ports} == {
+        "127.0.0.1:8080:8080",
+        "127.0.0.1:8081:8080",
+    }
+    # gRPC leaves the project with TLS alone.
+    for service in TLS["services"].values():
+        for port in service.get("ports", []):
+            assert interpolated(port) == "127.0.0.1:50051:50051"
+            assert interpolated(port, TEACHER_BIND="0.0.0.0") == "0.0.0.0:50051:50051"
 
 
-def test_gpu_services_reserve_a_device_and_cpu_services_none() -> None:
-    for service in SERVICES.values():
-        if service["profiles"] == ["cpu"]:
-            assert "deploy" not in service
-            continue
-        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
-        assert device["capabilities"] == ["gpu"]
-        assert ("count" in device) != ("device_ids" in device)
+@pytest.mark.parametrize(("name", "variable"), [("teacher", "TEACHER_GPUS"), ("trainer", "TRAINER_GPUS")])
+def test_gpu_services_reserve_gpus_and_see_a_list_of_them(name: str, variable: str) -> None:
+    assert "deploy" not in SERVICES[name]
+    service = SERVICES[f"{name}-gpu"]
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", "all", ["gpu"])
+    visible = service["environment"]["CUDA_VISIBLE_DEVICES"]
+    assert interpolated(visible) == {"teacher": "0", "trainer": "1"}[name]
+    assert interpolated(visible, **{variable: "0,1"}) == "0,1"
+
+
+def test_the_defaults_of_the_gpu_profile_work_together() -> None:
+    """Of one family, within each other's context, with the data where the configuration looks."""
+    teacher = teacher_cli.build_parser().parse_args(arguments("teacher-gpu")[1:])
+    parsed = trainer_cli._parser().parse_args(arguments("trainer-gpu")[1:])
+    trainer = load_trainer_config(ROOT / parsed.config, parsed.set)
+    assert teacher.model == "Qwen/Qwen3-4B"
+    assert trainer.student.model == "Qwen/Qwen3-0.6B"
+    assert int(teacher.max_context) >= trainer.rollout.max_context
+    assert trainer.data.train == "data/dapo-math-17k.jsonl" or str(trainer.data.train).startswith(
+        "data/"
+    )
+    (data,) = [v for v in SERVICES["trainer-gpu"]["volumes"] if isinstance(v, dict)]
+    assert (data["target"], interpolated(data["source"])) == ("/data", "./data")
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
+    assert "ln -s /data /app/data" in dockerfile
+    for name in ("teacher-gpu", "trainer-gpu", "download"):
+        assert SERVICES[name]["environment"]["HF_HOME"] == "/models"
+        # Null: as the host has it, or not at all.
+        assert SERVICES[name]["environment"]["HF_TOKEN"] is None
+        assert "models:/models" in SERVICES[name]["volumes"]
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -147,42 +195,38 @@ def test_a_teacher_command_is_a_configuration_the_server_takes(
     script, *words = arguments(name)
     assert script in PYPROJECT["project"]["scripts"]
     parsed = teacher_cli.build_parser().parse_args(words)
-    config, _ = load_teacher_config(vars(parsed), {})
+    environment = {k: v for k, v in SERVICES[name]["environment"].items() if v is not None}
+    config, _ = load_teacher_config(vars(parsed), environment)
     assert (config.engine, config.host, config.insecure) == ("vllm", "0.0.0.0", True)
     assert (config.grpc_port, config.http_port) == (50051, 8080)
-    grace = SERVICES[name]["stop_grace_period"]
-    assert grace.endswith("s")
-    assert float(grace.removesuffix("s")) > config.drain_s
+    assert seconds(SERVICES[name]["stop_grace_period"]) > config.drain_s
+
+
+def test_the_engine_of_a_gpu_teacher_is_set_by_variables() -> None:
+    values = {
+        "TEACHER_MODEL": "org/model",
+        "TEACHER_MAX_MODEL_LEN": "18432",
+        "TEACHER_TENSOR_PARALLEL_SIZE": "2",
+        "TEACHER_PIPELINE_PARALLEL_SIZE": "3",
+        "TEACHER_DATA_PARALLEL_SIZE": "4",
+        "TEACHER_GPU_MEMORY_UTILIZATION": "0.35",
+    }
+    parsed = teacher_cli.build_parser().parse_args(arguments("teacher-gpu", **values)[1:])
+    config, _ = load_teacher_config(vars(parsed), {"TEACHER_INSECURE": "true"})
+    assert (config.model, config.max_context) == ("org/model", 18432)
+    sizes = (config.tensor_parallel_size, config.pipeline_parallel_size, config.data_parallel_size)
+    assert sizes == (2, 3, 4)
+    assert config.gpu_memory_utilization == 0.35
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_a_trainer_command_is_a_configuration_the_trainer_takes(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_trainer_command_is_a_configuration_the_trainer_takes(name: str) -> None:
     script, *words = arguments(name)
     assert script in PYPROJECT["project"]["scripts"]
     parsed = trainer_cli._parser().parse_args(words)
-    config = load_trainer_config(parsed.config, parsed.set)
-    assert config.teacher.endpoints == ("teacher:50051",)
-    assert config.run.out == Path("/runs/host-1")
-
-
-@pytest.mark.parametrize("name", SERVICES)
-def test_an_image_is_built_from_files_and_arguments_that_exist(name: str) -> None:
-    build = SERVICES[name]["build"]
-    assert (ROOT / build["dockerfile"]).is_file()
-    dockerfile = Path(build["dockerfile"]).stem
-    declared = {
-        rest.split("=")[0] for keyword, rest in instructions(dockerfile) if keyword == "ARG"
-    }
-    assert set(build["args"]) <= declared
-    extra = build["args"]["EXTRA"]
-    assert extra in PYPROJECT["project"]["optional-dependencies"]
-    assert (
-        SERVICES[name]["image"] == f"driftline-{dockerfile}:{'cuda' if extra == 'cuda' else 'cpu'}"
-    )
-    assert (build["args"]["TORCH_INDEX"] == "") == (extra == "cuda")
+    config = load_trainer_config(ROOT / parsed.config, parsed.set)
+    assert config.run.out == Path("/runs/demo-1")
+    assert parsed.resume == "auto"
 
 
 def probe_words(command: str) -> list[str]:
@@ -192,135 +236,42 @@ def probe_words(command: str) -> list[str]:
     return shlex.split(check)
 
 
-def test_health_is_the_probe_of_the_served_port() -> None:
-    (rest,) = [rest for keyword, rest in instructions("teacher") if keyword == "HEALTHCHECK"]
-    options, command = rest.split("CMD ", 1)
-    checks = [probe_words(command)]
-    for name in TEACHERS:
-        kind, text = SERVICES[name]["healthcheck"]["test"]
-        assert kind == "CMD-SHELL"
-        checks.append(probe_words(text))
-        for key in ("interval", "timeout", "retries", "start_period", "start_interval"):
-            flag = f"--{key.replace('_', '-')}={SERVICES[name]['healthcheck'][key]}"
-            assert flag in options.split()
-    for script, *words in checks:
-        assert script == "teacher-server"
-        parsed = teacher_cli.build_parser().parse_args(words)
-        assert (parsed.command, parsed.address) == ("probe", "127.0.0.1:50051")
+@pytest.mark.parametrize("name", TEACHERS)
+def test_health_is_the_probe_of_the_served_port(name: str) -> None:
+    check = SERVICES[name]["healthcheck"]
+    # start_interval would need Engine 25, and is refused by buildah 1.28.
+    assert set(check) == {"test", "interval", "timeout", "retries", "start_period"}
+    # A large checkpoint may be downloaded in it: 16 GB at 3 MB/s.
+    assert seconds(check["start_period"]) >= 16e9 / 3e6
+    kind, text = check["test"]
+    assert kind == "CMD-SHELL"
+    script, *words = probe_words(text)
+    assert script == "teacher-server"
+    parsed = teacher_cli.build_parser().parse_args(words)
+    assert (parsed.command, parsed.address, parsed.tls_ca) == ("probe", "127.0.0.1:50051", None)
     exits = (teacher_cli.PROBE_SERVING, teacher_cli.PROBE_NOT_SERVING)
     assert exits == (0, 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_image_runs_as_the_user_that_compose_names(name: str) -> None:
-    last = stages(name)[-1]
-    users = [rest for keyword, rest in last if keyword == "USER"]
-    assert users == ["65532:65532"]
-    after = [keyword for keyword, _ in last[[k for k, _ in last].index("USER") :]]
-    assert "RUN" not in after
-    assert "COPY" not in after
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_image_starts_a_console_script(name: str) -> None:
-    last = dict(stages(name)[-1])
-    (script,) = json.loads(last["ENTRYPOINT"])
-    assert script in PYPROJECT["project"]["scripts"]
-    assert json.loads(last["CMD"]) == (["serve"] if name == "teacher" else ["--help"])
-
-
-def is_sent_to_docker(path: str) -> bool:
-    """Whether .dockerignore lets a top-level entry into the build context."""
-    sent = True
-    for line in (ROOT / ".dockerignore").read_text().splitlines():
-        pattern = line.strip()
-        if pattern and not pattern.startswith("#") and fnmatch.fnmatch(path, pattern.lstrip("!")):
-            sent = pattern.startswith("!")
-    return sent
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_everything_copied_exists_and_is_sent_to_docker(name: str) -> None:
-    copies = [shlex.split(rest) for keyword, rest in instructions(name) if keyword == "COPY"]
-    assert copies
-    for words in copies:
-        if words[0].startswith("--from="):
-            assert words[0] == "--from=build"
-            continue
-        for source in words[:-1]:
-            assert (ROOT / source).exists(), source
-            assert is_sent_to_docker(source.split("/")[0]), source
-    assert not is_sent_to_docker(".git")
-    assert not is_sent_to_docker("examples")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_package_is_copied_before_it_is_installed(name: str) -> None:
-    copied = {
-        source.rstrip("/")
-        for keyword, rest in instructions(name)
-        if keyword == "COPY" and not rest.startswith("--")
-        for source in shlex.split(rest)[:-1]
-    }
-    folders = PYPROJECT["tool"]["setuptools"]["package-dir"]
-    for package in PYPROJECT["tool"]["setuptools"]["packages"]:
-        top = package.split(".")[0]
-        assert folders.get(top, top).split("/")[0] in copied
-    for project in (PYPROJECT, CLIENT):
-        for file in (project["project"]["readme"], *project["project"]["license-files"]):
-            assert file in copied, "a wheel without its licence or its page"
-
-
-def commands(name: str) -> list[str]:
-    """What the RUN instructions of the build stage have the shell do."""
-    return [rest for keyword, rest in stages(name)[0] if keyword == "RUN"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_pip_installs_both_distributions_and_only_what_is_there(name: str) -> None:
-    words = [shlex.split(command) for command in commands(name) if "pip install" in command]
-    paths = {word for line in words for word in line if re.match(r"\.{1,2}(/|$)", word)}
-    assert paths == {".", "./proto"}
-    for path in paths:
-        assert (ROOT / path / "pyproject.toml").is_file()
-    (files,) = {line[line.index("-r") + 1] for line in words if "-r" in line}
-    assert any(command.endswith(f"> {files}") for command in commands(name))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("extra", ["cpu", "cuda"])
-def test_the_requirements_are_those_of_both_distributions(
-    name: str, extra: str, tmp_path: Path
-) -> None:
-    (command,) = [c for c in commands(name) if c.endswith("> requirements.txt")]
-    for file in ("pyproject.toml", "proto/pyproject.toml"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
-    shell = ["bash", "-c", command.replace("python -c", f"{sys.executable} -c", 1)]
-    subprocess.run(shell, cwd=tmp_path, env={**os.environ, "EXTRA": extra}, check=True)
-    found = (tmp_path / "requirements.txt").read_text().splitlines()
-    ours, client = PYPROJECT["project"], CLIENT["project"]
-    expected = ours["dependencies"] + client["dependencies"] + ours["optional-dependencies"][extra]
-    assert found == [line for line in expected if not line.startswith("driftline-client")]
-    assert len(found) == len(expected) - 1
-
-
-def test_both_images_are_built_alike() -> None:
-    assert stages("teacher")[0] == stages("trainer")[0]
-
-
-@pytest.mark.parametrize("extra", ["cpu", "cuda"])
-def test_the_extras_and_torch_are_pinned_exactly(extra: str) -> None:
-    project = PYPROJECT["project"]
-    (vllm,) = project["optional-dependencies"][extra]
-    (torch,) = [line for line in project["dependencies"] if line.startswith("torch")]
-    assert "==" in vllm
-    assert re.fullmatch(r"torch==[\d.]+", torch), "the Dockerfiles look for this line"
+@pytest.mark.parametrize("name", SERVICES)
+def test_an_image_is_built_from_targets_and_arguments_that_exist(name: str) -> None:
+    build = SERVICES[name]["build"]
+    dockerfile = (ROOT / build["dockerfile"]).read_text()
+    assert set(build["args"]) <= set(re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE))
+    assert f"AS {build['target']}\n" in dockerfile
+    extra = build["args"]["EXTRA"]
+    assert extra in PYPROJECT["project"]["optional-dependencies"]
+    assert SERVICES[name]["image"] == f"driftline-{build['target']}:{extra}"
+    index = build["args"]["TORCH_INDEX"]
+    assert interpolated(index, TORCH_INDEX="") == "", "an empty index is one"
+    assert (interpolated(index) == "") == (extra == "cuda")
 
 
 def test_bind_mounts_exist() -> None:
     for service in SERVICES.values():
         for volume in service["volumes"]:
+            if isinstance(volume, dict):
+                continue
             source = volume.split(":")[0]
             if source.startswith("."):
                 assert (ROOT / source).is_dir()
@@ -328,7 +279,7 @@ def test_bind_mounts_exist() -> None:
                 assert source in COMPOSE["volumes"]
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", TEACHERS + TRAINERS)
 def test_tokens_are_secrets_that_the_programs_look_for(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,15 +294,54 @@ def test_tokens_are_secrets_that_the_programs_look_for(
     else:
         (tmp_path / "token").write_text("abc")
         monkeypatch.setenv(variable, str(tmp_path / "token"))
-        words = arguments(name)[1:]
-        parsed = trainer_cli._parser().parse_args(words)
+        parsed = trainer_cli._parser().parse_args(arguments(name)[1:])
         config_of_trainer = load_trainer_config(ROOT / parsed.config, parsed.set)
         assert teacher_access(config_of_trainer.teacher).metadata() == (
             ("authorization", "Bearer abc"),
         )
 
 
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_teacher_with_tls_is_probed_with_it_and_must_have_tokens(name: str) -> None:
+    service = TLS["services"][name]
+    (_, text) = service["healthcheck"]["test"]
+    _, *words = probe_words(interpolated(text))
+    parsed = teacher_cli.build_parser().parse_args(words)
+    assert parsed.tls_ca == "/run/secrets/teacher-ca.pem"
+    assert parsed.tls_name == "teacher"
+    environment = service["environment"]
+    for path in environment.values():
+        assert path == "false" or path.removeprefix("/run/secrets/") in service["secrets"]
+    flags = {"engine": "fake", "host": "0.0.0.0"}
+    with pytest.raises(ConfigError, match="no authentication"):
+        load_teacher_config(flags, environment)
+    tenants = TOKENS["services"][name]["environment"]
+    config, _ = load_teacher_config(flags, environment | tenants)
+    assert (config.insecure, bool(config.tls_cert)) == (False, True)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_with_tls_a_trainer_is_told_the_authority_and_else_the_same(name: str) -> None:
+    service = TLS["services"][name]
+    *plain, added = arguments(name, service)[: -6]
+    assert plain == arguments(name)[: -6]
+    assert added == "--set=teacher.tls_ca=/run/secrets/teacher-ca.pem"
+    assert service["secrets"] == ["teacher-ca.pem"]
+
+
+def test_an_overlay_changes_services_that_there_are() -> None:
+    assert set(TOKENS["services"]) == set(TLS["services"]) == {*TEACHERS, *TRAINERS}
+    assert set(TRAINER_HOST["services"]) <= set(TRAINERS)
+
+
+@pytest.mark.parametrize("values", [{}, {"TEACHER_ENDPOINTS": ""}])
+def test_an_address_that_no_default_can_know_is_asked_for(values: dict[str, str]) -> None:
+    with pytest.raises(LookupError, match="TEACHER_ENDPOINTS is empty or not set; .* such as"):
+        interpolated(" ".join(OVERLAYS["trainer-host"].read_text().split()), **values)
+
+
 def test_secrets_are_neither_committed_nor_sent_to_docker() -> None:
-    assert set(TOKENS["services"]) == set(SERVICES)
     assert "secrets/" in (ROOT / ".gitignore").read_text().splitlines()
-    assert not is_sent_to_docker("secrets")
+    for content in (TOKENS, TLS):
+        for secret in content["secrets"].values():
+            assert interpolated(secret["file"]).startswith("./secrets/")

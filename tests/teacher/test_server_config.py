@@ -162,6 +162,39 @@ def test_foreign_variables_only_warn(caplog: pytest.LogCaptureFixture) -> None:
     assert "TEACHER_MAX_SESION is no setting, did you mean 'max_sessions'?" in caplog.text
 
 
+# What Kubernetes puts into every container beside Services that are called `teacher-grpc` and `teacher`.
+SERVICE_LINKS = {
+    "TEACHER_GRPC_PORT": "tcp://10.96.3.7:50051",
+    "TEACHER_GRPC_PORT_50051_TCP": "tcp://10.96.3.7:50051",
+    "TEACHER_GRPC_PORT_50051_TCP_ADDR": "10.96.3.7",
+    "TEACHER_GRPC_PORT_50051_TCP_PORT": "50051",
+    "TEACHER_GRPC_PORT_50051_TCP_PROTO": "tcp",
+    "TEACHER_GRPC_SERVICE_HOST": "10.96.3.7",
+    "TEACHER_GRPC_SERVICE_PORT": "50051",
+    "TEACHER_GRPC_SERVICE_PORT_GRPC": "50051",
+    "TEACHER_HTTP_PORT": "tcp://[fd00::7]:8080",
+    "TEACHER_PORT": "tcp://10.96.3.7:50051",
+}
+
+
+def test_the_service_links_of_kubernetes_are_no_settings(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config, sources = load_config({"engine": "fake"}, SERVICE_LINKS)
+    assert (config.grpc_port, config.http_port) == (50051, 8080)
+    assert sources["grpc_port"] == sources["http_port"] == "default"
+    (said,) = caplog.messages
+    assert said == (
+        f"{', '.join(SERVICE_LINKS)}: what Kubernetes says of a Service of that name, no setting, "
+        "and not read; enableServiceLinks: false in the pod keeps it away"
+    )
+
+
+def test_a_port_that_is_no_link_is_refused_as_before() -> None:
+    with pytest.raises(ConfigError, match="grpc_port is 'fifty', must be of type int"):
+        load_config({"engine": "fake"}, {"TEACHER_GRPC_PORT": "fifty"})
+
+
 @pytest.mark.parametrize(
     ("name", "raw", "kind"),
     [
