@@ -73,7 +73,7 @@ async def servers(
             words = ["-m", "teacher_server.cli", "serve", *flags(speed, *more)]
             command = [sys.executable, *words, "--ready-file", str(ready)]
             made = stack.enter_context(child(f"capacity-{name}-{i}", command))
-            await made.until(ready.exists, 60)
+            await made.until(ready.exists)
             said = json.loads(ready.read_text())
             found.append(
                 Server(
