@@ -96,6 +96,11 @@ RULES = [
         only="teacher_wire.errors",
         why="whether to try again is independent of transport",
     ),
+    Rule(
+        modules="teacher_client.agreement",
+        only="numpy teacher_wire.errors teacher_wire.records",
+        why="rows are compared, however they came",
+    ),
     Rule(modules="teacher_client.rendezvous", never="grpc numpy teacher_wire", why="pure"),
     Rule(
         modules="rollout_records.*",

@@ -54,12 +54,13 @@ TRAINER_SETTINGS = {
     "student": "attention device dtype gradient_checkpointing model",
     "student.lora": "adapter alpha base_name rank rslora sync targets",
     "teacher": (
-        "connect_timeout_s endpoints k logprob_dtype on_absent tls_ca tls_cert tls_key token_file"
+        "connect_timeout_s endpoints k logprob_dtype max_replica_gap_nats on_absent tls_ca "
+        "tls_cert tls_key token_file"
     ),
     # Of each [teachers.NAME].
     "teachers": (
-        "connect_timeout_s endpoints k logprob_dtype loss_weight on_absent tls_ca tls_cert "
-        "tls_key token_file"
+        "connect_timeout_s endpoints k logprob_dtype loss_weight max_replica_gap_nats on_absent "
+        "tls_ca tls_cert tls_key token_file"
     ),
     "teachers.drift": "k metric stop_in_flight threshold top_p w_drop",
     "trackers": "entity name project report_to",

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_client.access import TeacherAccess
+from teacher_client.agreement import Agreement, Probe, Score
 from teacher_client.endpoints import TeacherEndpoints
 from teacher_client.retry import BrokenStreamError, Patience, RetryLimits
 from teacher_client.stream import Handshake, TeacherStream
@@ -62,8 +63,10 @@ class TeacherClient:
         credit_bytes: int = 32 << 20,
         limits: RetryLimits | None = None,
         access: TeacherAccess | None = None,
+        probe: Probe | None = None,
     ) -> TeacherClient:
-        """A client after its first handshake.
+        """A client after its first handshake; with a probe, which is a text and a bound, replicas
+        are used only as long as they score it alike.
 
         Raises FingerprintMismatchError when a teacher speaks of other tokens or is not the same as
         the others, UnauthenticatedError or PermissionDeniedError when it turns this trainer away,
@@ -83,6 +86,7 @@ class TeacherClient:
             connect_timeout_s=connect_timeout_s,
             absent_timeout_s=None if on_absent == "wait" else connect_timeout_s,
             limits=limits,
+            agreement=None if probe is None else Agreement(probe, _logprobs(run_id)),
         )
         await replicas.start()
         return cls(replicas, run_id=run_id, limits=limits)
@@ -117,13 +121,7 @@ class TeacherClient:
         policy: DriftPolicy | None,
     ) -> Scores:
         """Scores one whole response, on any of the replicas."""
-        request = pb.ScoreRequest(
-            prompt_ids=codec.encode_ids(prompt_ids),
-            span=codec.encode_span(span),
-            options=codec.encode_options(options),
-            policy=codec.encode_policy(policy),
-            run_id=self._run_id,
-        )
+        request = _score_request(self._run_id, prompt_ids, span, options, policy)
         patience = Patience(self.limits)
         key = uuid.uuid4().hex
         while True:
@@ -136,6 +134,33 @@ class TeacherClient:
     async def aclose(self) -> None:
         """Ends the streams; the servers drop the sessions that are still open."""
         await self.endpoints.aclose()
+
+
+def _score_request(
+    run_id: str,
+    prompt_ids: NDArray[np.int32],
+    span: TokenSpan,
+    options: ScoreOptions,
+    policy: DriftPolicy | None,
+) -> pb.ScoreRequest:
+    return pb.ScoreRequest(
+        prompt_ids=codec.encode_ids(prompt_ids),
+        span=codec.encode_span(span),
+        options=codec.encode_options(options),
+        policy=codec.encode_policy(policy),
+        run_id=run_id,
+    )
+
+
+def _logprobs(run_id: str) -> Score[TeacherStream]:
+    """Log-probs of tokens, asked over one stream."""
+
+    async def score(stream: TeacherStream, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        span = TokenSpan(offset=0, token_ids=token_ids[1:])
+        request = _score_request(run_id, token_ids[:1], span, ScoreOptions(k=1), None)
+        return codec.decode_scores(await stream.score(request)).rows.token_logprobs
+
+    return score
 
 
 class TeacherSession:

@@ -13,8 +13,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from teacher_client.agreement import Agreement
 from teacher_client.rendezvous import ranked
-from teacher_client.retry import RetryLimits, backoff_s
+from teacher_client.retry import BrokenStreamError, RetryLimits, backoff_s
 from teacher_client.stream import Handshake, TeacherStream
 from teacher_wire.errors import (
     CapacityError,
@@ -61,6 +62,8 @@ class _Endpoint:
         self.losses = 0
         self.missed = False
         """A person was told that it is not up."""
+        self.answers = False
+        """It has shaken hands, and is being compared with the others."""
         self.trouble: TeacherError = NotReadyError(f"{address} has not answered yet")
         """Why it is not up."""
 
@@ -85,9 +88,11 @@ class TeacherEndpoints:
         connect_timeout_s: float,
         absent_timeout_s: float | None,
         limits: RetryLimits,
+        agreement: Agreement[TeacherStream] | None = None,
     ) -> None:
         """The times to wait for the first replica, and for one when all are gone in mid-run; None
-        waits for ever. Nothing is connected before `start`."""
+        waits for ever. With an agreement every replica of several is compared with the first one
+        that answered before it is used. Nothing is connected before `start`."""
         if not addresses:
             raise InvalidRequestError("endpoints is empty, must name at least one teacher")
         if len(set(addresses)) < len(addresses):
@@ -98,6 +103,7 @@ class TeacherEndpoints:
         self._attempt_s = min(connect_timeout_s, _ATTEMPT_S)
         self._absent_timeout_s = absent_timeout_s
         self._limits = limits
+        self._agreement = agreement if len(addresses) > 1 else None
         self._info: TeacherInfo | None = None
         self._settled = False
         """The limits that the run counts on are known; a replica may not have lower ones."""
@@ -111,7 +117,8 @@ class TeacherEndpoints:
         self._closed = False
 
     async def start(self) -> None:
-        """Returns after the first handshake; the other replicas get a second to follow.
+        """Returns after the first handshake; the other replicas get a second to follow, and those
+        that have answered the time to be compared. One that does not answer is warned of.
 
         Raises NotReadyError naming the endpoints when none is ready in time, and
         FingerprintMismatchError when one of them refuses or differs from the others.
@@ -187,9 +194,11 @@ class TeacherEndpoints:
                 raise self._failure
             if not await self._change(give_up):
                 raise self._absent(timeout_s)
-        give_up = asyncio.get_running_loop().time() + _SETTLE_S
-        while not all(endpoint.tried for endpoint in endpoints) and await self._change(give_up):
-            pass
+        settled = asyncio.get_running_loop().time() + _SETTLE_S
+        while not all(endpoint.tried for endpoint in endpoints):
+            compared = any(endpoint.answers for endpoint in endpoints)
+            if not await self._change(max(settled, give_up) if compared else settled):
+                break
         self._refuse_strangers()
         self._settled = True
         for endpoint in endpoints:
@@ -215,7 +224,7 @@ class TeacherEndpoints:
     async def _serve(self, endpoint: _Endpoint) -> bool:
         """Keeps one stream from its handshake to its end; False when there was no handshake."""
         try:
-            stream = await self._connected(endpoint.address)
+            stream = await self._connected(endpoint)
         except TeacherError as error:
             self._note(endpoint, error)
             return False
@@ -233,14 +242,38 @@ class TeacherEndpoints:
         self._note(endpoint, stream.broken or NotReadyError(f"{endpoint.address} goes away"))
         return True
 
-    async def _connected(self, address: str) -> TeacherStream:
+    async def _connected(self, endpoint: _Endpoint) -> TeacherStream:
+        address = endpoint.address
         stream, info = await TeacherStream.connect(address, self._handshake, self._attempt_s)
         try:
             self._accept(address, info)
-        except FingerprintMismatchError:
+            if self._agreement is not None:
+                endpoint.answers = True
+                await self._compared(self._agreement, address, stream, info)
+        except BaseException:
             await stream.aclose()
             raise
+        finally:
+            endpoint.answers = False
         return stream
+
+    async def _compared(
+        self,
+        agreement: Agreement[TeacherStream],
+        address: str,
+        stream: TeacherStream,
+        info: TeacherInfo,
+    ) -> None:
+        """Raises FingerprintMismatchError for other rows than the first replica's, and what a text
+        that cannot be scored now comes to."""
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await agreement.check(address, stream, info)
+        except (BrokenStreamError, TimeoutError) as error:
+            raise NotReadyError(
+                f"{address} has not scored the text by which replicas are compared, within "
+                f"{self._connect_timeout_s:.1f} s: {error or 'no answer'}"
+            ) from error
 
     def _accept(self, address: str, info: TeacherInfo) -> None:
         first = self._info or info

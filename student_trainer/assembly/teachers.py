@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from student_trainer.diagnostics.replicas import ReplicaReading
@@ -25,6 +26,7 @@ from student_trainer.special_tokens import SpecialTokens
 from student_trainer.stop_tokens import own_end_warnings, stop_token_ids, teacher_end_warnings
 from student_trainer.vocabulary import SharedIds, shared_ids
 from teacher_client.access import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, TeacherAccess
+from teacher_client.agreement import MAX_PROBE_TOKENS, Probe
 from teacher_client.client import TeacherClient
 from teacher_wire.drift_metrics import METRICS
 from teacher_wire.errors import FingerprintMismatchError
@@ -37,6 +39,15 @@ from teacher_wire.records import (
     flags_for,
 )
 from teacher_wire.vocabulary import Vocabulary
+
+REPLICA_TEXT = (
+    "A train leaves at 9:40 and takes 2 hours and 35 minutes, so it arrives at 12:15. "
+    "def area(radius):\n    return 3.14159 * radius ** 2\n"
+    "If 3x + 7 = 25, then 3x = 18 and x = 6. Water boils at 100 degrees at sea level, and sooner "
+    "on a mountain, because the air is thinner there."
+)
+"""By which replicas are compared: words, code and numbers."""
+MIN_PROBE_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +105,8 @@ def connected(
     with ExitStack() as stack:
         for tag in sorted({prompt.teacher for prompt in prompts}, key=lambda tag: tag or ""):
             with _naming(config, tag):
-                clients[tag] = client = loop.run(connect(config, tag))
+                probe = replica_probe(config, tokenizer, tag)
+                clients[tag] = client = loop.run(connect(config, tag, probe))
                 stack.callback(_close, loop, client)
                 student = f"the student {config.student.model}"
                 shared[tag] = loop.run(shared_ids(own, vocab_size, client, student=student))
@@ -170,9 +182,24 @@ def rules(
     }
 
 
-async def connect(config: TrainerConfig, tag: str | None = None) -> TeacherClient:
+def replica_probe(
+    config: TrainerConfig, tokenizer: PreTrainedTokenizerBase, tag: str | None = None
+) -> Probe:
+    """What the replicas of a teacher are compared by: a text in the student's tokens, and where it
+    has few of them, ids drawn at random behind it."""
+    known = tokenizer(REPLICA_TEXT, add_special_tokens=False)["input_ids"]
+    drawn = np.random.default_rng(0).integers(0, len(tokenizer), MAX_PROBE_TOKENS)
+    token_ids = np.concatenate([np.array(known, np.int32), drawn.astype(np.int32)])
+    length = max(MIN_PROBE_TOKENS, len(known))
+    bound_nats = config.teacher_of(tag).max_replica_gap_nats
+    return Probe(token_ids=token_ids[:length], bound_nats=bound_nats)
+
+
+async def connect(
+    config: TrainerConfig, tag: str | None = None, probe: Probe | None = None
+) -> TeacherClient:
     """A teacher whose limits hold what the run asks for; its tokens are not compared yet, but
-    among its replicas.
+    among its replicas, and their rows by the probe.
 
     Raises NotReadyError when none answers, FingerprintMismatchError or ConfigError when it does not
     fit, before any work is done.
@@ -186,6 +213,7 @@ async def connect(config: TrainerConfig, tag: str | None = None) -> TeacherClien
         connect_timeout_s=settings.connect_timeout_s,
         on_absent="wait" if settings.on_absent == "wait" else "fail",
         access=teacher_access(settings),
+        probe=probe,
     )
     try:
         check_limits(config, client.info, tag)

@@ -22,6 +22,10 @@ class TeacherSettings(Section):
     endpoints: Annotated[tuple[str, ...], MayChange()] = Field(min_length=1)
     """host:port of each replica; all serve the same weights, sessions spread over those that are
     up."""
+    max_replica_gap_nats: Annotated[float | None, MayChange()] = Field(None, gt=0)
+    """Largest difference between two replicas' log-probs of the same text, before the first
+    rollout and whenever one comes back, nats; a tenth of it on average. None: 0.001 for a teacher
+    in float32, else 0.5."""
     k: int = Field(64, gt=0)
     """Size of the teacher's top-k in every row (K). At temperature 1, 16 entries of a language
     model hold 0.90 of its mass, 32 hold 0.94 and 64 hold 0.96 (measured)."""

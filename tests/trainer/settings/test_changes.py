@@ -23,7 +23,8 @@ recording.max_bytes recording.rollouts_per_step run.otlp_endpoint run.out run.st
 sampler.cpu_cores sampler.enforce_eager sampler.gpus
 sampler.gpu_memory_utilization sampler.kv_cache_gib sampler.max_num_seqs sampler.stream_interval
 sampler.tensor_parallel_size sampler.weights_dir student.device student.gradient_checkpointing
-teacher.connect_timeout_s teacher.endpoints teacher.tls_ca teacher.tls_cert teacher.tls_key
+teacher.connect_timeout_s teacher.endpoints teacher.max_replica_gap_nats teacher.tls_ca
+teacher.tls_cert teacher.tls_key
 teacher.token_file trackers.entity trackers.name trackers.project trackers.report_to
 """
 """A decision: with any of these changed a run learns what it would have learnt."""

@@ -1,0 +1,1 @@
+"""How many trainers a teacher serves: the arithmetic of docs/scaling.md, and a simulation of it."""
