@@ -155,4 +155,4 @@ async def test_without_nccl_nothing_is_sent() -> None:
 
 async def test_weights_of_which_nothing_is_known_are_refused() -> None:
     with pytest.raises(TypeError, match="which weights will come"):
-        await sent(transfer_by(Sender()), done, iter(norm()))
+        await sent(transfer_by(Sender()), done, iter([(NORM.name, torch.ones(4))]))
