@@ -310,6 +310,21 @@ def test_a_way_that_is_there_is_taken(way: Any, gpus: tuple[int, ...], own: int)
     )
 
 
+def test_it_is_refused_before_an_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    student = str(write_tiny_student(tmp_path / "student"))
+    path = tmp_path / "smallest.toml"
+    path.write_text(SMALLEST)
+    for way in ("ipc", "nccl"):
+        asked = [f"student.model={student}", f"sampler.weight_transfer={way}"]
+        config = load_config(path, [*asked, "student.device=cpu"])
+        with pytest.raises(ConfigError, match=f'weight_transfer is "{way}", and .*needs CUDA'):
+            from_settings.sampler(config, student)
+        assert from_settings.weight_format(config).is_announced
+
+
 def ways(
     settings: VllmSamplerSettings,
     own: str,

@@ -226,8 +226,7 @@ class VllmSampler:
 
     async def sleep(self) -> None:
         if self.sleep_level and not self._is_asleep:
-            with self._engine_lives():
-                await self._answer(self._running().sleep(self.sleep_level))
+            await self._change_memory(self._running().sleep(self.sleep_level), "give up")
             self._is_asleep = True
 
     async def _wake(self, part: str) -> None:
@@ -235,7 +234,21 @@ class VllmSampler:
         It is what the learner has used meanwhile, and keeps for itself unless it is told."""
         if self._is_asleep:
             free_cached_memory()
-            await self._answer(self._running().wake_up(tags=[part]))
+            await self._change_memory(self._running().wake_up(tags=[part]), "have again")
+
+    async def _change_memory(self, asked: Awaitable[object], what: str) -> None:
+        """Raises SamplerError where the engine cannot."""
+        try:
+            await self._answer_or_death(asked)
+        except SamplerDiedError:
+            raise
+        # CUDA's, or vLLM's own.
+        except Exception as error:
+            raise SamplerError(
+                f"vLLM cannot {what} its memory: {one_line(error)[:300]}; a smaller "
+                "optim.micro_batch_tokens or sampler.gpu_memory_utilization, or "
+                "sampler.sleep_level = 0"
+            ) from error
 
     async def load_weights(self, weights: Weights) -> None:
         async with self._frozen() as engine:
