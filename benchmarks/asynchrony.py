@@ -70,6 +70,9 @@ class WaitingSampler:
     def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
         """None is needed."""
 
+    async def sleep(self) -> None:
+        """It does not."""
+
     async def load_weights(self, weights: Weights) -> None:
         """There are none."""
 

@@ -73,7 +73,9 @@ def on_linux(requirement: Requirement) -> bool:
 def lines(resolved: str, extra: str) -> Iterator[str]:
     """Of the file, from what uv says."""
     yield HEADER
-    excluded = UNUSED[extra] | set(PYPROJECT["tool"]["uv"]["exclude-dependencies"][0]["dependencies"])
+    excluded = UNUSED[extra] | set(
+        PYPROJECT["tool"]["uv"]["exclude-dependencies"][0]["dependencies"]
+    )
     torch = ""
     for line in resolved.splitlines():
         requirement = Requirement(line)

@@ -13,15 +13,19 @@ num_generated = 40, finish is TRUNCATED, and the overshoot is 15.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teacher_wire.id_ranges import IdRanges
 from teacher_wire.records import DriftState, ScoreRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Finish(Enum):
@@ -187,6 +191,35 @@ class WeightFormat:
     one, for instance, that transformers holds fused."""
     adapter_alone: bool = False
     """The matrices of an adapter, by peft's names, for a sampler that has its base."""
+    device: str = "cpu"
+    """Where they are handed out, such as "cuda:0"."""
+    is_announced: bool = False
+    """Whether the receiver has to know which tensors will come before the first one does."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenTensor:
+    """A tensor that will come."""
+
+    name: str
+    dtype: str
+    """Such as "bfloat16"."""
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+class Announced(Iterator[tuple[str, "Tensor"]]):
+    """Weights to be read once, of which it is known beforehand what they are."""
+
+    def __init__(
+        self, weights: Iterator[tuple[str, Tensor]], tensors: Sequence[WrittenTensor]
+    ) -> None:
+        """`tensors`: those of `weights`, in their order."""
+        self._weights = weights
+        self.tensors = tensors
+
+    def __next__(self) -> tuple[str, Tensor]:
+        return next(self._weights)
 
 
 AS_LEARNT = WeightFormat()

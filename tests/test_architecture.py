@@ -134,8 +134,9 @@ RULES = [
         but="teacher_server.engine.vllm_engine teacher_server.engine.token_scorer "
         "student_trainer.rollouts.samplers.vllm_sampler "
         "student_trainer.rollouts.samplers.vllm_reload "
-        "student_trainer.rollouts.samplers.vllm_adapter",
-        why="five files know vllm",
+        "student_trainer.rollouts.samplers.vllm_adapter "
+        "student_trainer.rollouts.samplers.vllm_transfer",
+        why="six files know vllm",
     ),
     Rule(
         modules="*",

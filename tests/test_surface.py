@@ -48,7 +48,8 @@ TRAINER_SETTINGS = {
     "run": "otlp_endpoint out seed steps texts",
     "sampler": (
         "cpu_cores cpu_threads dtype enforce_eager gpu_memory_utilization kind kv_cache_gib "
-        "max_num_seqs stream_interval gpus tensor_parallel_size weights weights_dir"
+        "max_num_seqs sleep_level stream_interval gpus tensor_parallel_size weight_transfer "
+        "weights weights_dir"
     ),
     "special_tokens": "occurrences tokens",
     "student": "attention device dtype gradient_checkpointing model",

@@ -1,7 +1,8 @@
 """(f) vLLM: the teacher's engine beside the transformers engine, and the sampler's sync.
 
 A random model, in bfloat16 on a GPU and in float32 on both, without graphs and, on a GPU, with. The
-checkpoint is made where it is used, and goes with the run.
+weights go through the host's memory, and on a GPU by CUDA IPC too, to a sampler that slept, and by
+NCCL where there is another GPU. The checkpoint is made where it is used, and goes with the run.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from student_trainer.pretrained import load_student, tensor_names
 from student_trainer.records import SamplingOptions, WeightFormat
 from student_trainer.rollouts.probe import Proof
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
+from student_trainer.rollouts.samplers.vllm_transfer import VllmTransfer
 from student_trainer.rollouts.weight_sync import WeightSync
 from teacher_server.engine.base import EngineRows, ScoreQuery, ScoringEngine
 from teacher_server.engine.hf_engine import HfEngine
@@ -41,13 +43,19 @@ SHARE = 0.4
 TEXTS, NEW_TOKENS, ROLLOUTS = 4, 32, 16
 CPU_ARMS = (("teacher", "float32", True), ("sampler", "float32", True))
 """Which engine, its arithmetic, and whether it is without graphs."""
+IPC, NCCL = "sampler by ipc", "sampler by nccl"
 GPU_ARMS = (
     ("teacher", "bfloat16", True),
     ("sampler", "bfloat16", True),
+    (IPC, "bfloat16", True),
+    (NCCL, "bfloat16", True),
     ("teacher", "bfloat16", False),
     ("sampler", "bfloat16", False),
+    (IPC, "bfloat16", False),
     *CPU_ARMS,
 )
+SLEEP_LEVEL = 2
+"""Of the one by IPC."""
 
 
 def rows(sizes: Sizes, device: str) -> Iterator[Row]:
@@ -56,7 +64,10 @@ def rows(sizes: Sizes, device: str) -> Iterator[Row]:
         model = write_model(Path(folder), sizes, device)
         free()
         for kind, dtype, eager in CPU_ARMS if device == "cpu" else GPU_ARMS:
-            made = teacher_figures if kind == "teacher" else sampler_figures
+            if kind == NCCL and torch.cuda.device_count() < 2:
+                continue
+            way = kind.partition(" by ")[2] or "host"
+            made = teacher_figures if kind == "teacher" else partial(sampler_figures, way=way)
             name = f"{kind}, {dtype}{'' if eager else ', graphs'}"
             found = attempted(name, partial(_run, made, model, sizes, device, dtype, eager))
             free()
@@ -165,30 +176,23 @@ def _gap(ours: EngineRows, theirs: EngineRows) -> float:
 
 
 async def sampler_figures(
-    model: Path, sizes: Sizes, device: str, dtype: str, eager: bool
+    model: Path, sizes: Sizes, device: str, dtype: str, eager: bool, way: str = "host"
 ) -> dict[str, float]:
     """Start, a run's own proof of what arrives, a sync beside rollouts, tokens a second."""
     where, length = torch.device(device), sizes.engine_tokens
+    if where.type == "cuda":
+        where = torch.device("cuda", torch.cuda.current_device())
     student = load_student(str(model), dtype=torch.float32, device=where)
     learner = learner_of(student, dtype=getattr(torch, dtype))
     rng = np.random.default_rng(2)
     prompts = [
         rng.integers(2, sizes.engine_shape.vocab, n, dtype=np.int32) for n in (length // 2, 12)
     ]
-    sampler = VllmSampler(
-        model=str(model),
-        dtype=dtype,
-        max_context=length,
-        max_num_topk=8,
-        max_num_seqs=ROLLOUTS,
-        stream_interval=8,
-        kv_cache_gib=0.1,
-        gpu_memory_utilization=SHARE,
-        enforce_eager=eager,
-        cpu_cores=_cores(device),
-        seed=0,
+    sampler = _sampler(model, length, device, dtype, eager, where, way)
+    by_gpu = way != "host"
+    written = WeightFormat(
+        dtype=dtype, as_saved=True, device=str(where) if by_gpu else "cpu", is_announced=by_gpu
     )
-    written = WeightFormat(dtype=dtype, as_saved=True)
     limit = EXACT if dtype == "float32" else ROUNDED
     sync = WeightSync(
         learner, sampler, probe_prompts=prompts, max_logprob_gap=limit, written=written
@@ -213,6 +217,7 @@ async def sampler_figures(
         pushed = await sync.push(1)
         pushing = time.monotonic() - began
         await rollouts
+        slept = await _slept(sampler, sync) if way == "ipc" else {}
     finally:
         await sampler.close()
     every: list[Any] = [gap for gap in gaps.figures().values() if gap is not None]
@@ -221,6 +226,44 @@ async def sampler_figures(
         "start_s": start_s,
         "tokens_per_s": tokens / generating,
         "sync_s": pushing,
+        **slept,
+    }
+
+
+def _sampler(
+    model: Path, length: int, device: str, dtype: str, eager: bool, own: torch.device, way: str
+) -> VllmSampler:
+    """Not started; `own` is the learner's device."""
+    return VllmSampler(
+        model=str(model),
+        dtype=dtype,
+        max_context=length,
+        max_num_topk=8,
+        max_num_seqs=ROLLOUTS,
+        stream_interval=8,
+        kv_cache_gib=0.1,
+        gpu_memory_utilization=SHARE,
+        enforce_eager=eager,
+        cpu_cores=_cores(device),
+        gpus=(1,) if way == "nccl" else (),
+        seed=0,
+        transfer=None if way == "host" else VllmTransfer(backend=way, device=own),
+        sleep_level=SLEEP_LEVEL if way == "ipc" else 0,
+    )
+
+
+async def _slept(sampler: VllmSampler, sync: WeightSync) -> dict[str, float]:
+    """What a sampler gives up while it sleeps, and how long it takes to have new weights then."""
+    free_before = torch.cuda.mem_get_info()[0]
+    began = time.monotonic()
+    await sampler.sleep()
+    asleep = time.monotonic()
+    freed = torch.cuda.mem_get_info()[0] - free_before
+    await sync.push(2)
+    return {
+        "sleep_s": asleep - began,
+        "freed_gib": freed / 2**30,
+        "sync_asleep_s": time.monotonic() - asleep,
     }
 
 

@@ -273,12 +273,12 @@ class _Doctor:
         yield ok("weights", f"{disk.gb(size)} in {dtype} reach the sampler {way}")
 
     def _devices(self) -> Iterator[Finding]:
-        from student_trainer.assembly import from_settings
+        from student_trainer.assembly import from_settings, vllm_devices
 
         where = from_settings.device(self._config)
         settings = self._config.sampler
         if isinstance(settings, VllmSamplerSettings):
-            gpus = from_settings.gpus(self._config, settings, self._config.student.model)
+            gpus = vllm_devices.gpus(settings, self._config.student.model, where)
             on = f"GPUs {', '.join(map(str, gpus))}" if gpus else f"cores {settings.cpu_cores}"
             yield ok("devices", f"learner on {where}, sampler on {on}")
         else:

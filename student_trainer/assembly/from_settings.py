@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from student_trainer.assembly import adapting
+from student_trainer.assembly import adapting, vllm_devices
 from student_trainer.data import Limits, PromptFormat, RowFields, Source, load_prompts
 from student_trainer.data.templates import template_of
 from student_trainer.errors import ConfigError
@@ -17,11 +17,9 @@ from student_trainer.learner.memory import free_memory, refuse_too_large
 from student_trainer.learner.optim import Optimizer
 from student_trainer.pretrained import (
     load_generation_config,
-    load_text_config,
     load_tokenizer,
     refuse_quantised,
 )
-from student_trainer.process.ranks import place_on_host
 from student_trainer.records import Prompt, SamplingOptions, WeightFormat
 from student_trainer.rollouts.samplers.base import Passage, Sampler
 from student_trainer.rollouts.samplers.hf_batched_sampler import HfBatchedSampler
@@ -39,8 +37,6 @@ from student_trainer.settings.sampler import (
 from student_trainer.special_tokens import SpecialTokens
 from student_trainer.stop_tokens import stop_token_ids
 from teacher_wire.id_ranges import IdRanges
-from vllm_process.cores import CoresError, check_cores
-from vllm_process.devices import DevicesError, check_tensor_parallel, gpus_of
 
 EXACT_GAP_NATS, ROUNDED_GAP_NATS = 1e-3, 0.5
 """What learner and sampler may be apart: both in float32 (below 1e-4 for small models of every
@@ -222,6 +218,8 @@ def _sampler_bytes(config: TrainerConfig, where: torch.device) -> float:
     """What a sampler beside the learner, not started yet, will take of the same memory."""
     if isinstance(config.sampler, HfSamplerSettings):
         return 0.0
+    if isinstance(config.sampler, VllmSamplerSettings) and config.sampler.sleep_level:
+        return 0.0
     if where.type == "cpu" or isinstance(config.sampler, HfBatchedSamplerSettings):
         return config.sampler.kv_cache_gib * 2**30
     if where.type == "cuda" and (where.index or 0) < config.sampler.tensor_parallel_size:
@@ -264,12 +262,16 @@ def weight_format(config: TrainerConfig) -> WeightFormat:
     vLLM reads checkpoints, and passes over what it does not know; the samplers over transformers
     have the learner's own names.
     """
-    is_vllm = isinstance(config.sampler, VllmSamplerSettings)
+    settings = config.sampler
+    is_vllm = isinstance(settings, VllmSamplerSettings)
     adapter_alone = adapting.in_vllm(config) is not None
+    by_gpu = isinstance(settings, VllmSamplerSettings) and settings.weight_transfer != "host"
     return WeightFormat(
         dtype=sampler_dtype(config),
         as_saved=is_vllm and not adapter_alone,
         adapter_alone=adapter_alone,
+        device=str(device(config)) if by_gpu else "cpu",
+        is_announced=by_gpu,
     )
 
 
@@ -327,7 +329,8 @@ def _engine(
         )
     if isinstance(settings, HfSamplerSettings):
         return HfSampler(model=model, dtype=settings.dtype, device=device(config), stop_ids=stop)
-    gpus_of_engine = gpus(config, settings, model)
+    own = device(config)
+    gpus = vllm_devices.gpus(settings, model, own)
     return VllmSampler(
         model=model,
         dtype=sampler_dtype(config),
@@ -340,40 +343,14 @@ def _engine(
         enforce_eager=settings.enforce_eager,
         cpu_cores=settings.cpu_cores,
         tensor_parallel_size=settings.tensor_parallel_size,
-        gpus=gpus_of_engine,
+        gpus=gpus,
         seed=config.run.seed,
         stop_ids=stop,
         passage=passage(config, settings.weights_dir),
-        adapter=adapting.in_vllm(config),
+        adapter=(adapter := adapting.in_vllm(config)),
+        transfer=vllm_devices.transfer(settings, own, gpus, adapter),
+        sleep_level=vllm_devices.sleep_level(settings, own, gpus, adapter),
     )
-
-
-def gpus(config: TrainerConfig, settings: VllmSamplerSettings, model: str) -> tuple[int, ...]:
-    """Those of vLLM's engine, none on a CPU. Raises ConfigError for GPUs or cores that it cannot
-    have, and for a student that cannot be cut for them, CheckpointError."""
-    name, size = "sampler.tensor_parallel_size", settings.tensor_parallel_size
-    try:
-        if size > 1:
-            check_tensor_parallel(name, size, load_text_config(model))
-        if num_gpus := torch.cuda.device_count():
-            return gpus_of(
-                ("sampler.gpus", settings.gpus),
-                (name, size),
-                own=device(config).index or 0,
-                place=place_on_host(),
-                num_gpus=num_gpus,
-            )
-        if settings.gpus != "auto":
-            raise ConfigError(
-                f"sampler.gpus is {settings.gpus!r}, and this process sees no GPU: leave it out to "
-                "generate on the CPU, or give the process its GPUs (--gpus, CUDA_VISIBLE_DEVICES)"
-            )
-        check_cores(settings.cpu_cores, size)
-    except DevicesError as error:
-        raise ConfigError(str(error)) from error
-    except CoresError as error:
-        raise ConfigError(f"sampler.cpu_cores is {settings.cpu_cores!r}, which {error}") from error
-    return ()
 
 
 def passage(config: TrainerConfig, weights_dir: Path | None) -> Passage:

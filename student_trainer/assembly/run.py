@@ -8,7 +8,14 @@ with the teacher is made. What fails of these ends the sampler too.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
 from functools import partial
 
@@ -55,6 +62,7 @@ from student_trainer.rollouts.weight_sync import WeightSync
 from student_trainer.saved_student import save_or_rescue
 from student_trainer.settings.changes import written
 from student_trainer.settings.config import TrainerConfig
+from student_trainer.settings.sampler import VllmSamplerSettings
 from student_trainer.train_state import TrainState, complete_checkpoints, step_of
 from teacher_wire.vocabulary import Vocabulary
 
@@ -93,6 +101,7 @@ class Run:
 
         Raises NonFiniteLossError.
         """
+        self._give_the_gpu_to_the_learner()
         recorded = self.rollout_files.chosen(rollouts)
         noted = TokenWeights(recorded) if recorded else None
         with kept_if_not_finite(
@@ -102,6 +111,14 @@ class Run:
         if noted is not None:
             self.rollout_files.write(step + 1, recorded, noted.by_number())
         return report
+
+    def _give_the_gpu_to_the_learner(self) -> None:
+        """Where the settings say so; the sampler has its share again with the next weights."""
+        settings = self.config.sampler
+        if isinstance(settings, VllmSamplerSettings) and settings.sleep_level:
+            # One that has died is replaced where it is to have weights.
+            with suppress(SamplerDiedError):
+                self.running.loop.run(self.running.sampler.sleep())
 
     def swap_weights(self, version: int) -> float | None:
         """Moves the learner's weights into the sampler; returns the log-prob gap, in nats.

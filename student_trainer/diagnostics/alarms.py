@@ -64,6 +64,8 @@ class Method:
     """The mass outside the teacher's top-k has a class, and with it a gradient."""
     weights: tuple[str, ...] = ()
     """Tables of [weights] that are on."""
+
+
 Kind = Literal[
     "support_mass",
     "bad_events",

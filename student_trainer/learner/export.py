@@ -5,7 +5,7 @@ An adapter of them is merged in, tensor by tensor, into what is handed out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -16,26 +16,50 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from student_trainer.learner.adapter import Adapter, merged, own_name
-from student_trainer.records import WeightFormat
+from student_trainer.records import Announced, WeightFormat, WrittenTensor
 
 
 def exported(
     model: PreTrainedModel, written: WeightFormat, adapter: Adapter | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors on the CPU, each once, in the model's order.
+    """Names and tensors on the device that is asked for, each once, in the model's order.
 
     One layer after another is converted: with those that its receiver has passed on, no second copy
     of the model. A tensor may be the model's own memory. `adapter` is read where it goes alone.
     """
     if written.adapter_alone:
-        for name, tensor, dtype in _of_adapter(adapter, written):
-            yield name, tensor.to("cpu", dtype).contiguous()
-        return
+        found = _of_adapter(adapter, written)
+        return ((n, t.to(written.device, dtype).contiguous()) for n, t, dtype in found)
+
+    def whole(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return merged(model, name, tensor).to(written.device, dtype)
+
+    weights = _converted(model, written, whole)
+    return Announced(weights, announced(model, written)) if written.is_announced else weights
+
+
+def announced(model: PreTrainedModel, written: WeightFormat) -> list[WrittenTensor]:
+    """What `exported` will give of a model's weights, in its order. Nothing is copied for it, and
+    no process asks another one for its part."""
+
+    def empty(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty(tensor.shape, dtype=dtype, device="meta")
+
+    return [
+        WrittenTensor(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes)
+        for name, t in _converted(model, written, empty)
+    ]
+
+
+def _converted(
+    model: PreTrainedModel,
+    written: WeightFormat,
+    taken: Callable[[str, Tensor, torch.dtype], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """What is `taken` of each tensor, by the names and in the layout that are asked for."""
     own = (item[:3] for item in _exported(model, written) if item[3] is None)
     for _, layer in groupby(own, key=lambda item: _layer_of(item[0])):
-        weights = {
-            name: merged(model, name, tensor).to("cpu", dtype) for name, tensor, dtype in layer
-        }
+        weights = {name: taken(name, tensor, dtype) for name, tensor, dtype in layer}
         if written.as_saved:
             weights = revert_weight_conversion(model, weights)
         for name, tensor in weights.items():

@@ -322,7 +322,7 @@ class Learner:
         return f"{self._model.base_model_prefix}."
 
     def weights(self, written: WeightFormat = AS_LEARNT) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and tensors on the CPU for a sampler to load, each once."""
+        """Names and tensors for a sampler to load, each once."""
         return exported(self._model, written, self._adapter)
 
     def tied_names(self, written: WeightFormat = AS_LEARNT) -> dict[str, str]:

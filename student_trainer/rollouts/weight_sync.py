@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.errors import WeightSyncError, some
-from student_trainer.records import AS_LEARNT, SamplingOptions, WeightFormat
+from student_trainer.records import AS_LEARNT, Announced, SamplingOptions, WeightFormat
 from student_trainer.rollouts.probe import (
     PROBE_TOKENS,
     SYNC_TOKENS,
@@ -184,12 +184,15 @@ class WeightSync:
             return {}
         sent: dict[str, str | None] = {}
 
+        weights = self._learner.weights(written)
+
         def noted() -> Weights:
-            for name, tensor in self._learner.weights(written):
+            for name, tensor in weights:
                 sent[name] = None
                 yield name, tensor
 
-        await self._sampler.load_weights(noted())
+        known = weights.tensors if isinstance(weights, Announced) else None
+        await self._sampler.load_weights(noted() if known is None else Announced(noted(), known))
         return sent | dict(self._learner.tied_names(written))
 
     def _check(self, gap: float, who: str, cause: str = "", whom: str = LEARNER) -> None:

@@ -44,6 +44,7 @@ from student_trainer.settings.sampler import (
     HfBatchedSamplerSettings,
     SamplerSettings,
     VllmSamplerSettings,
+    why_not,
 )
 from student_trainer.settings.section import MayChange, Section
 from student_trainer.settings.teacher import NamedTeacherSettings, TeacherName, TeacherSettings
@@ -192,12 +193,8 @@ class TrainerConfig(Section):
         self._check_shared_weights()
         if why := why_no_best(self.checkpoint, self.data, self.eval):
             raise ValueError(why)
-        lora, kind = self.student.lora, self.sampler.kind
-        if lora is not None and lora.sync == "adapter" and kind != "vllm":
-            raise ValueError(
-                f'student.lora.sync is "adapter", and sampler.kind is "{kind}": only vLLM has an '
-                'adapter beside its base; "merged" or "auto"'
-            )
+        if why := why_not(self.sampler, self.student.lora, self.rollout.max_staleness):
+            raise ValueError(why)
         return self
 
     def _check_shared_weights(self) -> None:

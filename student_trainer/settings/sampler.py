@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from student_trainer.settings.lora import LoraSettings
 from student_trainer.settings.section import MayChange, Section, default_kind
 from vllm_process.cores import CORES_PATTERN
 from vllm_process.devices import GPUS_PATTERN
@@ -44,6 +45,14 @@ class VllmSamplerSettings(Section):
     weights_dir: Annotated[Path | None, MayChange()] = None
     """Folder that the learner's weights pass through as a file on their way to the sampler; none:
     no file, but 32 MiB of memory that learner and sampler share, whatever the size of the model."""
+    weight_transfer: Annotated[Literal["host", "ipc", "nccl"], MayChange()] = "host"
+    """How the learner's weights reach the engine. "host": through the host's memory, or
+    `weights_dir`. On GPUs by vLLM's own weight transfer: "ipc", CUDA IPC, for an engine on the
+    learner's GPU alone; "nccl" for one on other GPUs of the host."""
+    sleep_level: Annotated[Literal[0, 1, 2], MayChange()] = 0
+    """What an engine on the learner's GPU gives up while the learner learns, with
+    `rollout.max_staleness` 0. 1: its KV cache, and its weights to the host's memory. 2: both for
+    good. 0: nothing."""
 
 
 class HfSamplerSettings(Section):
@@ -75,6 +84,54 @@ class HfBatchedSamplerSettings(Section):
     cpu_threads: Annotated[int | None, MayChange()] = Field(None, gt=0)
     """Threads of a step on a CPU; none: one for a student of less than ten million parameters, else
     as many as PyTorch takes."""
+
+
+def why_not(
+    sampler: VllmSamplerSettings | HfSamplerSettings | HfBatchedSamplerSettings,
+    lora: LoraSettings | None,
+    max_staleness: int,
+) -> str | None:
+    """Why a student cannot come to its sampler so; None where it can."""
+    by_adapter = lora is not None and lora.sync == "adapter"
+    if not isinstance(sampler, VllmSamplerSettings):
+        if not by_adapter:
+            return None
+        return (
+            f'student.lora.sync is "adapter", and sampler.kind is "{sampler.kind}": only vLLM has '
+            'an adapter beside its base; "merged" or "auto"'
+        )
+    way, level = sampler.weight_transfer, sampler.sleep_level
+    if way != "host" and sampler.weights_dir is not None:
+        return (
+            f'sampler.weight_transfer is "{way}", and sampler.weights_dir names a folder: "host" '
+            "for the folder, or no folder"
+        )
+    if way != "host" and by_adapter:
+        return by_files(way)
+    if level == 2 and by_adapter:
+        return without_its_base()
+    if level and max_staleness:
+        return (
+            f"sampler.sleep_level is {level}, and rollout.max_staleness is {max_staleness}: it "
+            "generates while the learner learns; sleep_level 0, or max_staleness 0"
+        )
+    return None
+
+
+def by_files(way: str) -> str:
+    """Why an adapter beside its base does not come by vLLM's weight transfer."""
+    return (
+        f'sampler.weight_transfer is "{way}", and the adapter comes beside its base, as files: '
+        '"host", or student.lora.sync = "merged"'
+    )
+
+
+def without_its_base() -> str:
+    """Why an engine that has an adapter beside its base does not give the base up."""
+    return (
+        "sampler.sleep_level is 2, and the adapter's base is not sent again: 1, or "
+        'student.lora.sync = "merged"'
+    )
 
 
 SamplerSettings = Annotated[

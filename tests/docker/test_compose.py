@@ -5,7 +5,6 @@ import re
 import shlex
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
@@ -154,7 +153,9 @@ def test_ports_are_published_on_loopback_alone() -> None:
             assert interpolated(port, TEACHER_BIND="0.0.0.0") == "0.0.0.0:50051:50051"
 
 
-@pytest.mark.parametrize(("name", "variable"), [("teacher", "TEACHER_GPUS"), ("trainer", "TRAINER_GPUS")])
+@pytest.mark.parametrize(
+    ("name", "variable"), [("teacher", "TEACHER_GPUS"), ("trainer", "TRAINER_GPUS")]
+)
 def test_gpu_services_reserve_gpus_and_see_a_list_of_them(name: str, variable: str) -> None:
     assert "deploy" not in SERVICES[name]
     service = SERVICES[f"{name}-gpu"]
@@ -323,8 +324,8 @@ def test_a_teacher_with_tls_is_probed_with_it_and_must_have_tokens(name: str) ->
 @pytest.mark.parametrize("name", TRAINERS)
 def test_with_tls_a_trainer_is_told_the_authority_and_else_the_same(name: str) -> None:
     service = TLS["services"][name]
-    *plain, added = arguments(name, service)[: -6]
-    assert plain == arguments(name)[: -6]
+    *plain, added = arguments(name, service)[:-6]
+    assert plain == arguments(name)[:-6]
     assert added == "--set=teacher.tls_ca=/run/secrets/teacher-ca.pem"
     assert service["secrets"] == ["teacher-ca.pem"]
 

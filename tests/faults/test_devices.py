@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from student_trainer.assembly import from_settings
+from student_trainer.assembly import from_settings, vllm_devices
 from student_trainer.errors import ConfigError
+from student_trainer.rollouts.samplers.vllm_adapter import AdapterInVllm
+from student_trainer.rollouts.samplers.vllm_transfer import VllmTransfer
 from student_trainer.settings.config import load_config
+from student_trainer.settings.sampler import VllmSamplerSettings
 from teacher_server.process.loading import build_engine
 from teacher_server.settings import ConfigError as TeacherConfigError
 from teacher_server.settings import TeacherConfig
@@ -259,3 +262,76 @@ def test_a_sampler_that_cannot_be_spread_is_not_built(
     config = load_config(path, [*own, f"student.model={student}"])
     with pytest.raises(ConfigError, match=told):
         from_settings.sampler(config, student)
+
+
+@pytest.mark.parametrize(
+    ("own", "gpus", "asked", "told"),
+    [
+        ("cpu", (), {"weight_transfer": "ipc"}, 'is "ipc", and .* on cpu.* on a CPU: .* CUDA'),
+        ("cpu", (0,), {"weight_transfer": "nccl"}, 'is "nccl", and .* on cpu.*; "host"'),
+        ("cuda:0", (1,), {"weight_transfer": "ipc"}, 'on cuda:1: .*gpus = "auto".*; "nccl" or "h'),
+        ("cuda:0", (0, 1), {"weight_transfer": "ipc"}, "on cuda:0, cuda:1: .*_parallel_size = 1"),
+        ("cuda:1", (1,), {"weight_transfer": "nccl"}, 'is "nccl".* on cuda:1: .*others .*; "ipc"'),
+        ("cuda:0", (0, 1), {"weight_transfer": "nccl"}, "NCCL joins different GPUs"),
+        ("cpu", (), {"sleep_level": 1}, "sleep_level is 1, and the learner is on cpu.*; 0$"),
+        ("cuda:0", (1,), {"sleep_level": 2}, "sleep_level is 2, and .* the engine on cuda:1: .*0$"),
+    ],
+)
+def test_a_way_for_weights_that_is_not_there_is_refused(
+    own: str, gpus: tuple[int, ...], asked: dict[str, Any], told: str
+) -> None:
+    settings = VllmSamplerSettings(**asked)
+    with pytest.raises(ConfigError, match=told):
+        ways(settings, own, gpus)
+
+
+def test_an_adapter_beside_its_base_comes_as_files_and_needs_its_base() -> None:
+    adapter = AdapterInVllm(rank=8)
+    by_ipc = VllmSamplerSettings(weight_transfer="ipc")
+    with pytest.raises(ConfigError, match=r'is "ipc", and the adapter .* files: "host"'):
+        ways(by_ipc, "cuda:0", (0,), adapter)
+    deep = VllmSamplerSettings(sleep_level=2)
+    with pytest.raises(ConfigError, match=r"sleep_level is 2, and the adapter's base .*: 1, or"):
+        ways(deep, "cuda:0", (0,), adapter)
+    assert ways(VllmSamplerSettings(sleep_level=1), "cuda:0", (0,), adapter) == (None, 1)
+
+
+@pytest.mark.parametrize(
+    ("way", "gpus", "own"), [("ipc", (0,), 0), ("nccl", (1,), 0), ("nccl", (2, 3), 1)]
+)
+def test_a_way_that_is_there_is_taken(way: Any, gpus: tuple[int, ...], own: int) -> None:
+    settings = VllmSamplerSettings(weight_transfer=way, sleep_level=1 if way == "ipc" else 0)
+    found, level = ways(settings, f"cuda:{own}", gpus)
+    assert found is not None
+    assert (found.backend, found.device, level) == (
+        way,
+        torch.device("cuda", own),
+        settings.sleep_level,
+    )
+
+
+def test_it_is_refused_before_an_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    student = str(write_tiny_student(tmp_path / "student"))
+    path = tmp_path / "smallest.toml"
+    path.write_text(SMALLEST)
+    for way in ("ipc", "nccl"):
+        asked = [f"student.model={student}", f"sampler.weight_transfer={way}"]
+        config = load_config(path, [*asked, "student.device=cpu"])
+        with pytest.raises(ConfigError, match=f'weight_transfer is "{way}", and .*needs CUDA'):
+            from_settings.sampler(config, student)
+        assert from_settings.weight_format(config).is_announced
+
+
+def ways(
+    settings: VllmSamplerSettings,
+    own: str,
+    gpus: tuple[int, ...],
+    adapter: AdapterInVllm | None = None,
+) -> tuple[VllmTransfer | None, int]:
+    """By which weights come, and to which level the engine sleeps."""
+    device = torch.device(own)
+    found = vllm_devices.transfer(settings, device, gpus, adapter)
+    return found, vllm_devices.sleep_level(settings, device, gpus, adapter)

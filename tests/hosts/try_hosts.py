@@ -191,6 +191,10 @@ def test_a_cut_of_ten_seconds_changes_no_row(tmp_path: Path) -> None:
             assert one["step"] == other["step"]
             assert one["loss"] == other["loss"]
             assert one["rollouts"] == other["rollouts"]
-        weights = [load_file(t.folder / "student" / "model.safetensors") for t in (plain, disturbed)]
+        weights = [
+            load_file(t.folder / "student" / "model.safetensors") for t in (plain, disturbed)
+        ]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-        print(f"{plain.folder.name}: {STEPS} steps, {tokens} tokens, cut after step {before}: equal")
+        print(
+            f"{plain.folder.name}: {STEPS} steps, {tokens} tokens, cut after step {before}: equal"
+        )

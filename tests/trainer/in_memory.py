@@ -104,6 +104,9 @@ class InMemorySampler:
     def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
         """They pass through nothing."""
 
+    async def sleep(self) -> None:
+        """It does not."""
+
     async def load_weights(self, weights: Weights) -> None:
         ((_, tensor),) = weights
         self.weights = int(tensor)

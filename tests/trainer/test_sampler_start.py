@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from contextlib import closing
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from student_trainer.assembly import from_settings
-from student_trainer.assembly.sampling import SamplerStart, loop_on, started
-from student_trainer.errors import SamplerError
+from student_trainer.assembly.run import Run
+from student_trainer.assembly.sampling import RunningSampler, SamplerStart, loop_on, started
+from student_trainer.errors import SamplerDiedError, SamplerError
 from student_trainer.rollouts.stream import LoopThread
 from student_trainer.settings.config import load_config
 from tests.trainer.in_memory import InMemorySampler
@@ -138,3 +141,24 @@ def test_the_loop_of_a_process_computes_on_the_device_that_the_process_was_given
     with closing(loop_on(device)):
         pass
     assert entered == [("rollouts", device)]
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_it_sleeps_while_the_learner_learns_only_where_the_settings_say_so(
+    level: int, tmp_path: Path
+) -> None:
+    class Sleeping(InMemorySampler):
+        naps = 0
+
+        async def sleep(self) -> None:
+            self.naps += 1
+            raise SamplerDiedError("is replaced where it is to have weights")
+
+    path = tmp_path / "smallest.toml"
+    path.write_text(SMALLEST)
+    config = load_config(path, [f"sampler.sleep_level={level}"])
+    sampler = Sleeping()
+    with closing(loop_on(torch.device("cpu"))) as loop:
+        run: Any = SimpleNamespace(config=config, running=RunningSampler(loop, sampler))
+        Run._give_the_gpu_to_the_learner(run)
+    assert sampler.naps == level

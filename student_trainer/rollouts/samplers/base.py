@@ -39,6 +39,10 @@ class Sampler(Protocol):
         Raises ConfigError when there is none.
         """
 
+    async def sleep(self) -> None:
+        """Gives up what memory it can until new weights are loaded; until then nobody asks it for
+        anything. What is being generated ends. Nothing for one that does not sleep."""
+
     async def load_weights(self, weights: Weights) -> None:
         """Replaces the weights and drops every cached prefix.
 

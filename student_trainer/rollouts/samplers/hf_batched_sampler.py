@@ -116,6 +116,9 @@ class HfBatchedSampler:
     def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
         """They pass through nothing."""
 
+    async def sleep(self) -> None:
+        """It does not."""
+
     async def load_weights(self, weights: Weights) -> None:
         """Of rollouts that have ended nothing is to be dropped: keys and values go with them."""
         await self._done(lambda: self._replace_weights(weights))

@@ -90,6 +90,9 @@ class HfSampler:
     def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
         """They pass through nothing."""
 
+    async def sleep(self) -> None:
+        """It does not."""
+
     async def load_weights(self, weights: Weights) -> None:
         load_sent_weights(self._model(), weights)
         self._version += 1

@@ -40,6 +40,9 @@ class ReplaceableSampler:
         self._room = num_bytes, say
         self.present.make_room(num_bytes, say)
 
+    async def sleep(self) -> None:
+        await self.present.sleep()
+
     async def load_weights(self, weights: Weights) -> None:
         await self.present.load_weights(weights)
 

@@ -79,6 +79,9 @@ class StopStringSampler:
     def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
         self._sampler.make_room(num_bytes, say)
 
+    async def sleep(self) -> None:
+        await self._sampler.sleep()
+
     async def load_weights(self, weights: Weights) -> None:
         await self._sampler.load_weights(weights)
 

@@ -7,6 +7,7 @@ there. It imports nothing of vLLM before it runs.
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, TypeAlias
@@ -33,6 +34,28 @@ class ReloadsWeights:
         """
         return _answer(lambda: _reload(self, where))
 
+    def expect_weights(self: Any) -> Answer:
+        """Notes what of the model comes from here on, by vLLM's own weight transfer."""
+
+        def expect() -> list[str]:
+            self.expected_weights = _Expected(self.get_model())
+            return []
+
+        return _answer(expect)
+
+    def update_by_handles(self: Any, pickled: bytes) -> Answer:
+        """vLLM's `update_weights` with handles of CUDA IPC, from the process that started it."""
+
+        def update() -> list[str]:
+            self.update_weights(pickle.loads(pickled))
+            return []
+
+        return _answer(update)
+
+    def kept_weights(self: Any) -> Answer:
+        """Kept are parameters that did not come since `expect_weights`."""
+        return _answer(lambda: self.expected_weights.kept())
+
     def take_adapter(self: Any, folder: str) -> Answer:
         """Puts the adapter in a folder in the place of the one before."""
 
@@ -54,26 +77,42 @@ def _answer(act: Callable[[], list[str]]) -> Answer:
 
 def _reload(worker: Any, where: str) -> list[str]:
     """The names of parameters that did not come."""
-    model = worker.get_model()
-    expected = {name for name, _ in model.named_parameters()}
-    loaded: set[str] = set()
-    load_weights = model.load_weights
-
-    def recorded(weights: Iterable[tuple[str, Any]]) -> set[str] | None:
-        found: set[str] | None = load_weights(weights)
-        # A family that does not say what it loaded is believed, as vLLM does.
-        loaded.update(expected if found is None else found)
-        return found
-
-    _pack_experts_again(model)
-    model.load_weights = recorded
+    expected = _Expected(worker.get_model())
     try:
         with _given(where) as given:
             worker.reload_weights(**given)
-    finally:
-        del model.load_weights
-    _pack_heads_again(model)
-    return sorted(expected - loaded)
+    except BaseException:
+        expected.forget()
+        raise
+    return expected.kept()
+
+
+class _Expected:
+    """Weights of a model that are to be replaced, all of them."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._names = {name for name, _ in model.named_parameters()}
+        self._loaded: set[str] = set()
+        self._load_weights = model.load_weights
+        _pack_experts_again(model)
+        model.load_weights = self._recorded
+
+    def _recorded(self, weights: Iterable[tuple[str, Any]]) -> set[str] | None:
+        found: set[str] | None = self._load_weights(weights)
+        # A family that does not say what it loaded is believed, as vLLM does.
+        self._loaded.update(self._names if found is None else found)
+        return found
+
+    def kept(self) -> list[str]:
+        """The names of those that did not come. Nothing is expected any more."""
+        self.forget()
+        _pack_heads_again(self._model)
+        return sorted(self._names - self._loaded)
+
+    def forget(self) -> None:
+        """Nothing is expected any more."""
+        del self._model.load_weights
 
 
 def cause(answers: Iterable[Answer]) -> str | None:

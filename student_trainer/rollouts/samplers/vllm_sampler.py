@@ -21,10 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.errors import SamplerDiedError, SamplerError, WeightSyncError, one_line, some
-from student_trainer.records import Delta, Finish, SamplingOptions
+from student_trainer.records import Delta, SamplingOptions
 from student_trainer.rollouts.samplers.base import Passage, Weights
 from student_trainer.rollouts.samplers.vllm_adapter import AdapterInVllm, request
+from student_trainer.rollouts.samplers.vllm_deltas import delta_of
 from student_trainer.rollouts.samplers.vllm_reload import ReloadsWeights, cause
+from student_trainer.rollouts.samplers.vllm_transfer import VllmTransfer, free_cached_memory
 from student_trainer.rollouts.weight_buffer import WeightBuffer
 from teacher_wire.id_ranges import IdRanges, num_ids, within
 from vllm_process.children import children_end_with_us, kill_engines
@@ -34,9 +36,7 @@ from vllm_process.output import EngineOutput
 
 if TYPE_CHECKING:
     from vllm.config.model import ModelDType
-    from vllm.logprobs import FlatLogprobs
     from vllm.lora.request import LoRARequest
-    from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
 T = TypeVar("T")
@@ -47,7 +47,6 @@ MAX_BIASED_IDS_V2 = 1024
 KILL_AGAIN_S = 0.1
 DEATH_POLL_S = 0.5
 _NO_COMPILER = "TORCH_COMPILE_DISABLE"
-_FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
 _EXTENSION = f"{ReloadsWeights.__module__}.{ReloadsWeights.__qualname__}"
 
 
@@ -71,17 +70,23 @@ class VllmSampler:
     seed: int
     tensor_parallel_size: int = 1
     gpus: tuple[int, ...] = ()
+    worker_extension: str = _EXTENSION
     stop_ids: tuple[int, ...] = ()
     passage: Passage = field(default_factory=WeightBuffer)
     """How weights come to it, or the matrices of its adapter: those as files."""
     adapter: AdapterInVllm | None = None
     """Of an adapter that takes what `load_weights` brings, beside weights that stay."""
+    transfer: VllmTransfer | None = None
+    """vLLM's own way for whole weights, in place of `passage`."""
+    sleep_level: int = 0
+    """vLLM's: 1 keeps the weights in the host's memory, 2 keeps nothing; 0 does not sleep."""
     _engine: AsyncLLM | None = field(default=None, init=False)
     _output: EngineOutput | None = field(default=None, init=False)
     _num_under_way: int = field(default=0, init=False)
     _building: asyncio.Future[None] | None = field(default=None, init=False)
     _is_given_up: bool = field(default=False, init=False)
     _adapted_by: LoRARequest | None = field(default=None, init=False)
+    _is_asleep: bool = field(default=False, init=False)
 
     async def start(self) -> None:
         """Loads the model into vLLM; tens of seconds. Raises SamplerError.
@@ -143,8 +148,11 @@ class VllmSampler:
             tensor_parallel_size=ranks,
             device_ids=[*self.gpus] or None,
             distributed_executor_backend=executor_on(cores, ranks),
-            worker_extension_cls=_EXTENSION,
+            worker_extension_cls=self.worker_extension,
+            # vLLM refuses it on a CPU, where its workers only pass over what they are asked.
+            enable_sleep_mode=self.sleep_level > 0 and not on_cpu,
             **(self.adapter.engine_args() if self.adapter else {}),
+            **(self.transfer.engine_args() if self.transfer else {}),
         )
         with (
             children_on(cores, ranks),
@@ -163,6 +171,8 @@ class VllmSampler:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
+        if self._is_asleep:
+            raise RuntimeError("the sampler is asked while it sleeps")
         params = SamplingParams(
             max_tokens=options.max_tokens,
             temperature=options.temperature,
@@ -182,7 +192,7 @@ class VllmSampler:
                 async for output in self._running().generate(
                     prompt, params, request_id, lora_request=self._adapted_by
                 ):
-                    yield _delta(request_id, output.outputs[0], options.num_topk)
+                    yield delta_of(request_id, output.outputs[0], options.num_topk)
         finally:
             self._num_under_way -= 1
 
@@ -214,10 +224,42 @@ class VllmSampler:
     def make_room(self, num_bytes: int, say: Callable[[str], None]) -> None:
         self.passage.make_room(num_bytes, say)
 
+    async def sleep(self) -> None:
+        if self.sleep_level and not self._is_asleep:
+            await self._change_memory(self._running().sleep(self.sleep_level), "give up")
+            self._is_asleep = True
+
+    async def _wake(self, part: str) -> None:
+        """Of a sleeping engine the weights' memory, or that of the KV cache, with which it goes on.
+        It is what the learner has used meanwhile, and keeps for itself unless it is told."""
+        if self._is_asleep:
+            free_cached_memory()
+            await self._change_memory(self._running().wake_up(tags=[part]), "have again")
+
+    async def _change_memory(self, asked: Awaitable[object], what: str) -> None:
+        """Raises SamplerError where the engine cannot."""
+        try:
+            await self._answer_or_death(asked)
+        except SamplerDiedError:
+            raise
+        # CUDA's, or vLLM's own.
+        except Exception as error:
+            raise SamplerError(
+                f"vLLM cannot {what} its memory: {one_line(error)[:300]}; a smaller "
+                "optim.micro_batch_tokens or sampler.gpu_memory_utilization, or "
+                "sampler.sleep_level = 0"
+            ) from error
+
     async def load_weights(self, weights: Weights) -> None:
         async with self._frozen() as engine:
-            num_readers = engine.vllm_config.parallel_config.world_size
-            kept = await self.passage.send(weights, self._receive, num_readers)
+            await self._wake("weights")
+            if self.transfer is not None:
+                kept = await self.transfer.send(engine, weights, self._answer_or_death)
+            else:
+                num_readers = engine.vllm_config.parallel_config.world_size
+                kept = await self.passage.send(weights, self._receive, num_readers)
+            await self._wake("kv_cache")
+            self._is_asleep = False
             reset = await self._answer(engine.reset_prefix_cache(reset_running_requests=True))
         if names := sorted({name for names in kept for name in names}):
             raise WeightSyncError(
@@ -265,6 +307,8 @@ class VllmSampler:
         if self._output is not None:
             self._output.close()
         self.passage.close()
+        if self.transfer is not None:
+            self.transfer.close()
 
     @asynccontextmanager
     async def _frozen(self) -> AsyncIterator[AsyncLLM]:
@@ -278,7 +322,8 @@ class VllmSampler:
             try:
                 yield engine
             finally:
-                if not engine.errored:
+                # Of one that waits for weights that will not come there is no answer.
+                if not engine.errored and not (self.transfer and self.transfer.is_broken):
                     await self._answer(engine.resume_generation())
 
     async def _answer(self, asked: Awaitable[T]) -> T:
@@ -294,6 +339,10 @@ class VllmSampler:
             return answer.result()
         finally:
             answer.cancel()
+
+    async def _answer_or_death(self, asked: Awaitable[T]) -> T:
+        with self._engine_lives():
+            return await self._answer(asked)
 
     @contextmanager
     def _engine_lives(self) -> Iterator[None]:
@@ -335,65 +384,3 @@ def _children_compile_nothing() -> Iterator[None]:
         os.environ.pop(_NO_COMPILER)
         if before is not None:
             os.environ[_NO_COMPILER] = before
-
-
-def finish_of(request_id: str, reason: str | None) -> Finish | None:
-    """Why a generation ended; None for one that goes on. Raises SamplerError.
-
-    vLLM's "error" is a request that it gave up. "repetition" is a stop of its detection of loops,
-    which only a request that asks for it has: a rollout that ends by it would be neither the
-    student's end nor the budget's.
-    """
-    if reason is None:
-        return None
-    if reason not in _FINISH:
-        raise SamplerError(
-            f"vLLM ended the generation {request_id} with the reason {reason!r}, which is neither "
-            f"the student's end nor the budget's; known are {', '.join(_FINISH)}"
-        )
-    return _FINISH[reason]
-
-
-def _delta(request_id: str, output: CompletionOutput, num_topk: int) -> Delta:
-    """Arrays of one vLLM output."""
-    num_tokens = len(output.token_ids)
-    width = num_topk + 1
-    flat = cast("FlatLogprobs", output.logprobs)
-    if num_tokens == 0:
-        ids, logprobs = np.empty((0, width), np.int32), np.empty((0, width), np.float32)
-    elif len(flat.token_ids) == num_tokens * width:
-        # Row layout: the sampled token, then ranks 1..J.
-        ids = np.asarray(flat.token_ids, np.int32).reshape(num_tokens, width)
-        logprobs = np.asarray(flat.logprobs, np.float32).reshape(num_tokens, width)
-    else:
-        ids, logprobs = _merged_rows(flat, num_tokens, width)
-    return Delta(
-        token_ids=np.asarray(output.token_ids, np.int32),
-        logprobs=logprobs[:, 0],
-        topk_ids=ids[:, 1:],
-        topk_logprobs=logprobs[:, 1:],
-        finish=finish_of(request_id, output.finish_reason),
-    )
-
-
-def _merged_rows(
-    flat: FlatLogprobs, num_tokens: int, width: int
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Rows of deltas that vLLM merged because they were not fetched in time.
-
-    Merging drops the duplicate of a sampled token that is also in the top-k, so rows are ragged;
-    the ranks put them back in order.
-    """
-    ids = np.empty((num_tokens, width), np.int32)
-    logprobs = np.empty((num_tokens, width), np.float32)
-    for row, (start, end) in enumerate(zip(flat.start_indices, flat.end_indices, strict=True)):
-        entries = range(start, end)
-        ranked = (
-            sorted(entries, key=lambda i: cast("int", flat.ranks[i]))
-            if end - start < width
-            else entries[1:]
-        )
-        order = [start, *ranked]
-        ids[row] = [flat.token_ids[i] for i in order]
-        logprobs[row] = [flat.logprobs[i] for i in order]
-    return ids, logprobs

@@ -42,6 +42,9 @@ def test_a_layer_at_a_time_is_what_all_at_once_is(family: str) -> None:
     for name, tensor in given:
         assert torch.equal(tensor, expected[name]), name
         assert tensor.is_contiguous()
+    said = [(t.name, t.dtype, t.shape, t.num_bytes) for t in export.announced(model, AS_SAVED)]
+    of = [(n, str(t.dtype).removeprefix("torch."), (*t.shape,), t.nbytes) for n, t in given]
+    assert said == of
 
 
 def test_tensors_are_made_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""For tests of weights that are replaced under rollouts that go on."""
+"""For tests of weights that are replaced, under rollouts that go on too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,25 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from tests.trainer.learner.tiny_student import SHAPE
+
+
+def tied_mixture() -> PreTrainedModel:
+    """What a sync has most ways to get wrong: one layer of experts, which transformers holds fused
+    and vLLM packs for its kernel, padded; one without; and a tied head."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        **SHAPE,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        mlp_only_layers=[0],
+        norm_topk_prob=True,
+    )
+    return Qwen3MoeForCausalLM(config).train()
 
 
 def changed_copy(model: PreTrainedModel, by: float) -> PreTrainedModel:

@@ -17,19 +17,21 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel
 
 from student_trainer.errors import SamplerDiedError, SamplerError, WeightSyncError
 from student_trainer.pretrained import load_student, tensor_names
-from student_trainer.records import Delta, Finish, Prompt, SamplingOptions, WeightFormat
+from student_trainer.records import Announced, Delta, Finish, Prompt, SamplingOptions, WeightFormat
 from student_trainer.rollouts.generation import Generation
 from student_trainer.rollouts.probe import Proof, probe_prompts
+from student_trainer.rollouts.samplers import vllm_deltas, vllm_transfer
 from student_trainer.rollouts.samplers import vllm_sampler as vllm_sampler_module
 from student_trainer.rollouts.samplers.base import Weights
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
@@ -39,8 +41,9 @@ from teacher_wire.id_ranges import inside
 from tests.cores import own_core
 from tests.faults.engine_processes import engines
 from tests.trainer.learner.made_learners import learner_of
-from tests.trainer.learner.tiny_student import EOS_ID, SHAPE, VOCAB_SIZE
-from tests.trainer.rollouts.swaps_in_flight import changed_copy, newest_version
+from tests.trainer.learner.tiny_student import EOS_ID, VOCAB_SIZE
+from tests.trainer.rollouts.cpu_transfer import EXTENSION, CpuTransfer, no_gpu
+from tests.trainer.rollouts.swaps_in_flight import changed_copy, newest_version, tied_mixture
 
 pytestmark = [
     pytest.mark.vllm,
@@ -55,37 +58,21 @@ CLOSE = 1e-4
 AS_SENT = WeightFormat(as_saved=True)
 
 
-def student() -> PreTrainedModel:
-    """What a sync has most ways to get wrong: one layer of experts, which transformers holds fused
-    and vLLM packs for its kernel, padded; one without; and a tied head."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        **SHAPE,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=24,
-        mlp_only_layers=[0],
-        norm_topk_prob=True,
-    )
-    return Qwen3MoeForCausalLM(config).train()
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As a run saves it."""
     folder = tmp_path_factory.mktemp("student")
-    learner_of(student()).save(folder)
+    learner_of(tied_mixture()).save(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def learner() -> PreTrainedModel:
     """The weights that the sampler holds."""
-    return student()
+    return tied_mixture()
 
 
-def vllm_sampler(checkpoint: Path, max_context: int = 256) -> VllmSampler:
+def vllm_sampler(checkpoint: Path, max_context: int = 256, **other: Any) -> VllmSampler:
     """Small, on one core."""
     return VllmSampler(
         model=str(checkpoint),
@@ -99,13 +86,17 @@ def vllm_sampler(checkpoint: Path, max_context: int = 256) -> VllmSampler:
         enforce_eager=True,
         cpu_cores=own_core(),
         seed=0,
+        **other,
     )
 
 
 @pytest.fixture(scope="module")
 async def sampler(checkpoint: Path) -> AsyncIterator[VllmSampler]:
-    made = vllm_sampler(checkpoint)
+    # vLLM's weight transfer is one more way into it.
+    transfer = CpuTransfer(backend="ipc", device=torch.device("cpu"))
+    made = vllm_sampler(checkpoint, transfer=transfer, worker_extension=EXTENSION)
     await made.start()
+    made.transfer = None
     yield made
     await made.close()
     gc.collect()
@@ -191,7 +182,7 @@ async def test_ids_that_take_no_part_are_never_said(
     assert not inside(excluded, tokens).any()
     assert not inside(excluded, joined(parts, "topk_ids").astype(np.int32)).any()
     assert inside(excluded, joined(beside, "topk_ids").astype(np.int32)).any()
-    learner = learner_of(student(), excluded_ids=excluded)
+    learner = learner_of(tied_mixture(), excluded_ids=excluded)
     own = learner.logprobs(PROMPT, tokens)
     assert np.abs(joined(parts, "logprobs") - own).max() < CLOSE
 
@@ -214,13 +205,13 @@ async def test_merged_deltas_give_the_same_rows_as_prompt_ones(
     sampler: VllmSampler, learner: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ragged: list[int] = []
-    merged_rows = vllm_sampler_module._merged_rows
+    merged_rows = vllm_deltas.merged_rows
 
     def counted(flat, num_tokens, width):  # type: ignore[no-untyped-def]
         ragged.append(num_tokens)
         return merged_rows(flat, num_tokens, width)
 
-    monkeypatch.setattr(vllm_sampler_module, "_merged_rows", counted)
+    monkeypatch.setattr(vllm_deltas, "merged_rows", counted)
     options = SamplingOptions(max_tokens=120, num_topk=NUM_TOPK, seed=5)
     prompt = await deltas(sampler, "prompt", options)
     slow = await deltas(sampler, "slow", options, pause_s=0.3)
@@ -377,11 +368,11 @@ async def test_every_finish_reason_of_vllm_is_known_or_a_typed_error() -> None:
     known = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.TRUNCATED}
     for reason in (*FINISH_REASON_STRINGS, "a reason of tomorrow"):
         if reason in known:
-            assert vllm_sampler_module.finish_of("r", reason) is known[reason]
+            assert vllm_deltas.finish_of("r", reason) is known[reason]
         else:
             with pytest.raises(SamplerError, match=rf"the generation r with the reason '{reason}'"):
-                vllm_sampler_module.finish_of("r", reason)
-    assert vllm_sampler_module.finish_of("r", None) is None
+                vllm_deltas.finish_of("r", reason)
+    assert vllm_deltas.finish_of("r", None) is None
 
 
 async def test_a_loop_that_vllm_ends_by_itself_is_a_typed_error(
@@ -433,6 +424,57 @@ async def test_what_is_under_way_goes_on_with_new_weights(
     assert mixed >= 10
     await sampler.load_weights(learner_of(learner).weights(AS_SENT))
     check_rows(learner, await deltas(sampler, "back", replace(options, max_tokens=20)), 1.0)
+
+
+@pytest.mark.parametrize("backend", ["ipc", "nccl"])
+async def test_weights_come_by_vllms_own_transfer(
+    sampler: VllmSampler,
+    learner: PreTrainedModel,
+    backend: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All but the transport: under a rollout, to an engine that sleeps, in several pieces."""
+    way = CpuTransfer(backend=backend, device=torch.device("cpu"))
+    monkeypatch.setattr(sampler, "transfer", way)
+    monkeypatch.setattr(sampler, "sleep_level", 1)
+    monkeypatch.setattr(vllm_transfer, "BUFFER_BYTES", 1 << 14)
+    options = SamplingOptions(max_tokens=200, num_topk=NUM_TOPK, seed=1)
+    written = replace(AS_SENT, is_announced=True)
+    changed = changed_copy(learner, 0.2)
+    sync = WeightSync(
+        learner_of(changed),
+        sampler,
+        probe_prompts=[PROMPT],
+        max_logprob_gap=CLOSE,
+        written=written,
+    )
+    with no_gpu(monkeypatch, tmp_path):
+        rollout = sampler.generate(f"goes on {backend}", PROMPT, options)
+        begun = await anext(rollout)
+        assert await sync.push(1) < CLOSE
+        rest = [delta async for delta in rollout]
+        assert len(begun) + sum(map(len, rest)) == 200 or rest[-1].finish is Finish.STOP
+
+        await sampler.sleep()
+        with pytest.raises(RuntimeError, match="asked while it sleeps"):
+            await deltas(sampler, "asleep", options)
+        with torch.no_grad():
+            for parameter in changed.parameters():
+                parameter += 0.2 * torch.randn_like(parameter)
+        assert await sync.push(2) < CLOSE
+        check_rows(changed, await deltas(sampler, f"by {backend}", options), 1.0)
+
+        sent = learner_of(learner).weights(written)
+        assert isinstance(sent, Announced)
+        one_less = [tensor for tensor in sent.tensors if tensor.name != "model.norm.weight"]
+        kept = ((name, tensor) for name, tensor in sent if name != "model.norm.weight")
+        with pytest.raises(WeightSyncError, match=r"keeps 1 tensors .* no model\.norm\.weight"):
+            await sampler.load_weights(Announced(kept, one_less))
+        way.close()
+    monkeypatch.undo()
+    await sampler.load_weights(learner_of(learner).weights(AS_SENT))
+    check_rows(learner, await deltas(sampler, f"after {backend}", options), 1.0)
 
 
 # Before last: it leaves other weights behind.

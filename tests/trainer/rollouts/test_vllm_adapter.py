@@ -10,6 +10,7 @@ import gc
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,10 +30,11 @@ from student_trainer.learner.adapter import (
     written_config,
 )
 from student_trainer.learner.learner import Learner
-from student_trainer.records import SamplingOptions, WeightFormat
+from student_trainer.records import SamplingOptions, WeightFormat, WrittenTensor
 from student_trainer.rollouts.probe import CACHE_BLOCK, Proof, probe_prompts
 from student_trainer.rollouts.samplers.vllm_adapter import AdapterInVllm, why_no_adapter
 from student_trainer.rollouts.samplers.vllm_sampler import VllmSampler
+from student_trainer.rollouts.samplers.vllm_transfer import BUFFER_BYTES, VllmTransfer
 from student_trainer.rollouts.weight_folder import WeightFolder
 from student_trainer.rollouts.weight_sync import WeightSync
 from tests.cores import own_core
@@ -228,3 +230,16 @@ async def test_what_vllm_takes_is_known_before_it_starts() -> None:
 async def test_the_engine_has_room_for_the_rank() -> None:
     assert AdapterInVllm(rank=9).engine_args()["max_lora_rank"] == 16
     assert AdapterInVllm(rank=64).engine_args()["max_lora_rank"] == 64
+
+
+# Here because vLLM is there.
+async def test_the_two_ends_agree_on_a_buffer_that_holds_the_largest_tensor() -> None:
+    """IPC refuses a tensor that is larger, and a head may be."""
+    norm = WrittenTensor("norm.weight", "float32", (4,), 16)
+    head = WrittenTensor("lm_head.weight", "bfloat16", (151_936, 4096), 151_936 * 4096 * 2)
+    ipc: Any = VllmTransfer(backend="ipc", device=torch.device("cpu")).init_info([norm, head], 1)
+    assert (ipc.rank, ipc.packed, ipc.packed_buffer_size_bytes) == (0, True, head.num_bytes)
+    nccl: Any = VllmTransfer(backend="nccl", device=torch.device("cpu")).init_info([norm], 2)
+    assert (nccl.rank, nccl.world_size, nccl.packed) == (0, 3, True)
+    assert nccl.packed_buffer_size_bytes == BUFFER_BYTES
+    assert (nccl.master_address, nccl.master_port > 0) == ("127.0.0.1", True)

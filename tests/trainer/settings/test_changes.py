@@ -21,8 +21,9 @@ checkpoint.keep_best eval.every_steps eval.texts metrics.host metrics.port optim
 optim.micro_batch_tokens
 recording.max_bytes recording.rollouts_per_step run.otlp_endpoint run.out run.steps run.texts
 sampler.cpu_cores sampler.enforce_eager sampler.gpus
-sampler.gpu_memory_utilization sampler.kv_cache_gib sampler.max_num_seqs sampler.stream_interval
-sampler.tensor_parallel_size sampler.weights_dir student.device student.gradient_checkpointing
+sampler.gpu_memory_utilization sampler.kv_cache_gib sampler.max_num_seqs sampler.sleep_level
+sampler.stream_interval sampler.tensor_parallel_size sampler.weight_transfer sampler.weights_dir
+student.device student.gradient_checkpointing
 teacher.connect_timeout_s teacher.endpoints teacher.max_replica_gap_nats teacher.tls_ca
 teacher.tls_cert teacher.tls_key
 teacher.token_file trackers.entity trackers.name trackers.project trackers.report_to

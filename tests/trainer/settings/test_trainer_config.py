@@ -341,6 +341,23 @@ def test_missing_setting_is_named(smallest: Path) -> None:
             r"sampler\.weights_dir is read by kind vllm only; kind is hf_batched",
         ),
         (
+            ["sampler.weight_transfer=ipc", "sampler.weights_dir=/tmp"],
+            r'weight_transfer is "ipc", and sampler\.weights_dir names a folder: "host" for the',
+        ),
+        (
+            ["sampler.weight_transfer=nccl", "student.lora.sync=adapter"],
+            r'weight_transfer is "nccl", and the adapter .* as files: "host", or .* = "merged"',
+        ),
+        (
+            ["sampler.sleep_level=2", "student.lora.sync=adapter"],
+            r'sleep_level is 2, and the adapter\'s base is not sent again: 1, or .* = "merged"',
+        ),
+        (
+            ["sampler.sleep_level=1", "rollout.max_staleness=1"],
+            r"sleep_level is 1, and rollout\.max_staleness is 1: .*; sleep_level 0, or max_stal",
+        ),
+        (["sampler.sleep_level=3"], r"sleep_level: .*0, 1 or 2"),
+        (
             [SHARED, "rollout.max_staleness=1"],
             r"sampler\.weights is 'shared', and rollout\.max_staleness is 1: .*'copied', or 'auto'",
         ),
