@@ -85,11 +85,16 @@ def with_turns(rollout: Rollout, seed: int) -> Rollout:
     )
 
 
-def view(batch: Batch, logprobs: Tensor, at: tuple[Tensor, Tensor], entropy: Tensor) -> object:
+def view(
+    batch: Batch, logprobs: Tensor, at: tuple[Tensor, Tensor], entropy: Tensor, outside: Tensor
+) -> object:
     """The student's log-probs by hand, as leaves."""
     from student_trainer.learner.student import Gathered
 
-    return batch.loss_inputs(Gathered(logprobs_BT=logprobs, logprobs_at_BTN=at, entropy_BT=entropy))
+    gathered = Gathered(
+        logprobs_BT=logprobs, logprobs_at_BTN=at, entropy_BT=entropy, log_outside_BT=outside
+    )
+    return batch.loss_inputs(gathered)
 
 
 @pytest.mark.parametrize("weights", [[], WEIGHTS], ids=["plain", "weighted"])
@@ -109,8 +114,9 @@ def test_the_gradient_where_others_speak_is_exactly_nil(
     entropy = -logprobs / 2
     found = []
     for other in (rollout, with_turns(rollout, 77)):
-        leaves = [t.clone().requires_grad_() for t in (logprobs, *at)]
-        inputs = view(collate([other], CPU), leaves[0], (leaves[1], leaves[2]), entropy)
+        leaves = [t.clone().requires_grad_() for t in (logprobs, *at, logprobs - 3)]
+        given, *topk, outside = leaves
+        inputs = view(collate([other], CPU), given, (topk[0], topk[1]), entropy, outside)
         part = objective(inputs, divergence=divergence, weights=weights)  # type: ignore[arg-type]
         part.loss_sum.backward()
         assert part.num_tokens.item() == SAMPLED.sum() == other.num_sampled
@@ -128,7 +134,8 @@ def test_an_importance_ratio_is_of_the_students_tokens_alone() -> None:
     rollout = conversation(2)
     batch = collate([rollout, with_turns(rollout, 9)], CPU)
     model = tiny_student()
-    inputs = batch.loss_inputs(batch.forward(model, temperature=1.0))
+    gathered = batch.forward(model, temperature=1.0, mass_outside="teacher_topk")
+    inputs = batch.loss_inputs(gathered)
     for mode in ("truncate", "mask"):
         part = objective(
             inputs,
