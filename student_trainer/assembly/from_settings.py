@@ -219,7 +219,7 @@ def _sampler_bytes(config: TrainerConfig, where: torch.device) -> float:
     if isinstance(config.sampler, HfSamplerSettings):
         return 0.0
     if isinstance(config.sampler, VllmSamplerSettings) and config.sampler.sleep_level:
-        return 0.0
+        return 0.0  # it has none of it while the learner needs the most
     if where.type == "cpu" or isinstance(config.sampler, HfBatchedSamplerSettings):
         return config.sampler.kv_cache_gib * 2**30
     if where.type == "cuda" and (where.index or 0) < config.sampler.tensor_parallel_size:

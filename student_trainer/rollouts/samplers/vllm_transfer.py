@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import pickle
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,6 +39,9 @@ into: IPC refuses it."""
 GRACE_S = 10.0
 """For vLLM's helper to end by itself when its engine has failed. One that waits in NCCL for a
 worker that does not come never does."""
+
+POLL_S = 0.5
+NOT_WANTED = "the weights are not wanted any more"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -115,13 +119,13 @@ class VllmTransfer:
 
     def _send(self, client: _Client, source: _Source, num_workers: int) -> None:
         """In a thread of its own."""
-        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
-
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             # vLLM packs on streams of its own, which wait for no update that is under way.
             torch.cuda.synchronize(self.device)
         if self._sender is None:
+            from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+
             self._sender = WeightTransferTrainerFactory.trainer_init(
                 self.init_info(source.weights.tensors, num_workers),
                 client=client,
@@ -138,7 +142,7 @@ class VllmTransfer:
         self._sender.send_weights()
 
     def close(self) -> None:
-        """Ends what is under way and frees both communicators' memory on this side."""
+        """Ends what is under way, and frees what this side holds for it."""
         if self._sender is not None:
             self._sender.shutdown()
             self._sender = None
@@ -163,27 +167,27 @@ class _Client:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         request = WeightTransferInitRequest(init_info=init_info)
-        self._wait(self._engine.init_weight_transfer_engine(request))
+        self._wait(lambda: self._engine.init_weight_transfer_engine(request))
 
     def start_weight_update(self) -> None:
-        self._wait(self._engine.start_weight_update())
+        self._wait(lambda: self._engine.start_weight_update())
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
         if "ipc_handles" in update_info:
             # They hold classes of torch, which vLLM's messages do not: it would pickle them if
             # VLLM_ALLOW_INSECURE_SERIALIZATION were set, and then on both sides, for everything.
-            self._wait(self._by_handles(pickle.dumps(update_info)))
-        else:
-            request = WeightTransferUpdateRequest(update_info=update_info)
-            self._wait(self._engine.update_weights(request))
+            self._wait(lambda: self._by_handles(pickle.dumps(update_info)))
+            return
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        request = WeightTransferUpdateRequest(update_info=update_info)
+        self._wait(lambda: self._engine.update_weights(request))
 
     async def _by_handles(self, pickled: bytes) -> None:
         _checked(await self._engine.collective_rpc("update_by_handles", args=(pickled,)))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._wait(self._engine.finish_weight_update(weight_version))
+        self._wait(lambda: self._engine.finish_weight_update(weight_version))
 
     def stop(self) -> None:
         """Whoever waits for an answer, or asks from here on, waits no more. In the loop."""
@@ -191,18 +195,23 @@ class _Client:
         for asking in self._asking:
             asking.cancel()
 
-    def _wait(self, asked: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(self._ask(asked), self._loop).result()
+    def _wait(self, ask: Callable[[], Awaitable[None]]) -> None:
+        """Ends too where the loop has: a thread of vLLM's that waits here is waited for at the end
+        of the process."""
+        if not (self.is_stopped or self._loop.is_closed()):
+            answer = asyncio.run_coroutine_threadsafe(self._ask(ask), self._loop)
+            while not self.is_stopped:
+                if wait([answer], timeout=POLL_S).done:
+                    return answer.result()
+            answer.cancel()
+        raise WeightSyncError(NOT_WANTED)
 
-    async def _ask(self, asked: Coroutine[Any, Any, None]) -> None:
+    async def _ask(self, ask: Callable[[], Awaitable[None]]) -> None:
         task = asyncio.current_task()
         assert task is not None
-        if self.is_stopped:
-            asked.close()
-            raise asyncio.CancelledError
         self._asking.add(task)
         try:
-            await self._answered(asked)
+            await self._answered(ask())
         except Exception as error:
             if not self.failed.done():
                 self.failed.set_exception(error)
@@ -224,7 +233,7 @@ class _Source:
         try:
             for item in self.weights:
                 if self._client.is_stopped:
-                    raise WeightSyncError("the weights are not wanted any more")
+                    raise WeightSyncError(NOT_WANTED)
                 yield item
         except Exception as error:
             self.error = error

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import multiprocessing
 import os
-import signal
-import subprocess
+import resource
 import sys
 from collections.abc import Awaitable, Iterator
 from contextlib import suppress
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,30 +31,46 @@ from tests.waiting import LIMIT_S
 
 T = TypeVar("T")
 PIECE = 1000
-READS = """
-import hashlib, os, sys, torch
-from student_trainer.rollouts.weight_buffer import received
-if len(sys.argv) > 2:
-    os.setuid(int(sys.argv[2]))
-try:
-    kept = list(received(sys.argv[1]))
-except ConnectionError as error:
-    sys.exit(f"{type(error).__name__}: {error}")
-for name, tensor in kept:
-    told = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-    print(name, tensor.dtype, [*tensor.shape], hashlib.sha256(told).hexdigest())
-"""
-SENDS = """
-import asyncio, sys, time, torch
-from student_trainer.rollouts.weight_buffer import WeightBuffer
-def weights():
-    while True:
-        yield "w", torch.ones(100)
-async def told(address):
-    print(address, flush=True)
-    await asyncio.sleep(1000)
-asyncio.run(WeightBuffer(1000).send(weights(), told))
-"""
+FORKS = multiprocessing.get_context("forkserver")
+"""What starts them has imported torch for all of them."""
+FORKS.set_forkserver_preload(["pytest", "student_trainer.rollouts.weight_buffer"])
+
+
+def reads(address: str, out: Path, error: Path, user: int | None) -> None:
+    """A reader: writes what it has read, or why it has not."""
+    with out.open("w") as told, error.open("w") as refused:
+        if user is not None:
+            os.setuid(user)
+        try:
+            kept = list(received(address))
+        except ConnectionError as failed:
+            refused.write(f"{type(failed).__name__}: {failed}")
+            refused.flush()
+            sys.exit(1)
+        told.writelines(f"{line(name, tensor)}\n" for name, tensor in kept)
+
+
+def sends(told: Connection) -> None:
+    """A sender that goes on for good."""
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        while True:
+            yield "w", torch.ones(100)
+
+    async def tells(address: str) -> None:
+        told.send(address)
+        await asyncio.Event().wait()
+
+    asyncio.run(WeightBuffer(1000).send(weights(), tells))
+
+
+def has_too_little(told: Connection) -> None:
+    """What is said where a file may have one megabyte."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    try:
+        WeightBuffer()
+    except ConfigError as error:
+        told.send(str(error))
 
 
 def line(name: str, tensor: Tensor) -> str:
@@ -78,10 +97,10 @@ def tensors() -> dict[str, Tensor]:
 class Reader:
     """A process that reads, as `receive` of the sender; it raises what that process ended with."""
 
-    def __init__(self, folder: Path, *more: str) -> None:
-        self._more = more
+    def __init__(self, folder: Path, user: int | None = None) -> None:
+        self._user = user
         self._files = folder / f"{id(self)}.out", folder / f"{id(self)}.err"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: BaseProcess | None = None
 
     async def __call__(self, address: str) -> None:
         self.begin(address)
@@ -89,14 +108,13 @@ class Reader:
             raise RuntimeError(self.error or f"ended by {code}")
 
     def begin(self, address: str) -> None:
-        command = [sys.executable, "-c", READS, address, *self._more]
-        out, error = (path.open("wb") for path in self._files)
-        with out, error:
-            self.process = subprocess.Popen(command, stdout=out, stderr=error)
+        self.process = FORKS.Process(target=reads, args=(address, *self._files, self._user))
+        self.process.start()
 
-    async def ended(self) -> int:
+    async def ended(self) -> int | None:
         assert self.process is not None
-        return await asyncio.to_thread(self.process.wait, LIMIT_S)
+        await asyncio.to_thread(self.process.join, LIMIT_S)
+        return self.process.exitcode
 
     @property
     def said(self) -> list[str]:
@@ -108,18 +126,25 @@ class Reader:
 
     def kill(self) -> None:
         assert self.process is not None
-        self.process.send_signal(signal.SIGKILL)
+        self.process.kill()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Of what starts them neither, for whoever looks at this process's children afterwards."""
+    yield
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 @pytest.fixture
 def readers(tmp_path: Path) -> Iterator[list[Reader]]:
     """Two, and one of another user; all have ended after the test."""
-    made = [Reader(tmp_path), Reader(tmp_path), Reader(tmp_path, "65534")]
+    made = [Reader(tmp_path), Reader(tmp_path), Reader(tmp_path, 65534)]
     yield made
     for reader in made:
         if reader.process is not None:
             reader.process.kill()
-            reader.process.wait()
+            reader.process.join()
 
 
 @pytest.fixture
@@ -233,21 +258,23 @@ async def test_a_sending_that_is_cancelled_ends_the_reader(
 
 def test_a_sender_that_is_killed_ends_the_reader_and_leaves_nothing() -> None:
     before = {*os.listdir("/dev/shm")}
-    sender = subprocess.Popen([sys.executable, "-c", SENDS], stdout=subprocess.PIPE, text=True)
+    told, telling = FORKS.Pipe(duplex=False)
+    sender = FORKS.Process(target=sends, args=(telling,))
+    sender.start()
     try:
-        assert sender.stdout is not None
-        weights = received(sender.stdout.readline().strip())
+        weights = received(told.recv())
         assert next(weights)[0] == "w"
         assert not {name for name in {*os.listdir("/dev/shm")} - before if "driftline" in name}
-        sender.send_signal(signal.SIGKILL)
-        sender.wait(LIMIT_S)
+        sender.kill()
+        sender.join(LIMIT_S)
         with pytest.raises(ConnectionError):
             list(weights)
         assert f"driftline-weights-{sender.pid}" not in Path("/proc/net/unix").read_text()
     finally:
         sender.kill()
-        sender.wait()
-        sender.stdout.close()  # type: ignore[union-attr]
+        sender.join()
+        told.close()
+        telling.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
@@ -265,22 +292,14 @@ async def test_another_user_is_told_nothing(buffer: WeightBuffer, readers: list[
     assert len(reader.said) == len(tensors())
 
 
-LIMITED = """
-import resource, sys
-from student_trainer.errors import ConfigError
-from student_trainer.rollouts.weight_buffer import WeightBuffer
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-try:
-    WeightBuffer()
-except ConfigError as error:
-    print(error)
-"""
-
-
 def test_memory_that_cannot_be_had_is_refused_with_size_and_remedy() -> None:
-    said = subprocess.run(
-        [sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=LIMIT_S, check=True
-    ).stdout
+    told, telling = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=has_too_little, args=(telling,))
+    process.start()
+    telling.close()
+    with told:
+        said = told.recv()
+    process.join(LIMIT_S)
     assert said.startswith("32 MiB of memory that the sampler's process shares cannot be had: ")
     assert "File too large" in said
     assert "sampler.weights_dir" in said
