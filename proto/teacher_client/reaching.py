@@ -12,7 +12,8 @@ from typing import Any
 
 from teacher_client.access import AccessError, TeacherAccess
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 10.0
+"""For each of two connections; who is not there at all is known at once."""
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 """What a client of HTTP/2 says first: the preface and settings without any."""
 _SETTINGS = 4
