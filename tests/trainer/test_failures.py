@@ -106,7 +106,7 @@ def failed(
     said = capsys.readouterr().err
     (line,) = [line for line in said.splitlines() if not line.startswith("warning: ")]
     lasting = line.startswith(LASTING) or (
-        line.startswith("CheckpointError: ") and "(traceback: " not in line
+        line.startswith("CheckpointError: ") and "cannot be written" not in line
     )
     assert code == (2 if lasting else 1), line
     return line
