@@ -57,7 +57,7 @@ def reach(endpoint: str, access: TeacherAccess, timeout_s: float = TIMEOUT_S) ->
     except ssl.SSLError as error:
         raise AccessError(_not_tls(endpoint, error)) from error
     except OSError as error:
-        return Reached(endpoint=endpoint, absent=str(error))
+        return Reached(endpoint=endpoint, absent=error.strerror or str(error))
 
 
 def _shaken(

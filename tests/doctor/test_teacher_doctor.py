@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from preflight.checkpoints import model_json
 from preflight.gpus import Driver, Gpu
 from preflight.ports import listener
 from teacher_server import cli
 from teacher_server.process import start_checks
-from teacher_server.process.model_size import fit_on_gpu, model_json
+from teacher_server.process.model_size import fit_on_gpu
 from teacher_server.settings import ConfigError, TeacherConfig
 from tests.faults.made_certificates import Authority
 from tests.waiting import LIMIT_S
