@@ -258,7 +258,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
     try:
         config = load_config(arguments.config, arguments.set)
     except ConfigError as error:
-        found = [problem("settings", line) for line in str(error).splitlines() if line.strip()]
+        first, *more = str(error).splitlines()
+        found = [problem("settings", f"{first} {line.strip()}") for line in more]
+        found = found or [problem("settings", first)]
     else:
         wait_briefly()
         from student_trainer.assembly.doctor import findings

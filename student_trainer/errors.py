@@ -34,6 +34,9 @@ def some(names: Sequence[str], most: int = 3) -> str:
 class TrainerError(Exception):
     """Root of the trainer's own errors."""
 
+    may_pass = False
+    """What could not be written may be written another time: the disk had no room, say."""
+
 
 class ConfigError(TrainerError, ValueError):
     """A setting is unknown, out of range, or does not fit another one."""

@@ -116,9 +116,9 @@ def save_or_rescue(
         reason = one_line(error)
         where = _rescued(final, save_what_can_be)
         kept = f"its weights are in {where}" if where else "nor could its bare weights"
-        raise CheckpointError(
-            f"the trained student could not be saved, {kept}: {reason}"
-        ) from error
+        unsaved = CheckpointError(f"the trained student could not be saved, {kept}: {reason}")
+        unsaved.may_pass = True
+        raise unsaved from error
 
 
 def _rescued(final: Path, save_what_can_be: Callable[[Path], None]) -> Path | None:

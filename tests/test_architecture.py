@@ -115,7 +115,7 @@ RULES = [
     ),
     Rule(
         modules="preflight.*",
-        only="packaging rich preflight",
+        only="packaging rich huggingface_hub preflight",
         why="machines and files, before anything is loaded",
     ),
     Rule(

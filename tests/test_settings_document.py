@@ -100,7 +100,7 @@ def test_a_union_is_printed_with_all_its_kinds() -> None:
 def test_an_unknown_section_is_refused_with_the_nearest(
     section: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["settings", section]) == 1
+    assert main(["settings", section]) == 2
     assert reason in capsys.readouterr().err
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from preflight.checkpoints import fetching_nothing
 from preflight.findings import Finding, has_problem
 
 STYLES = {"ok": "green", "skipped": "dim", "warning": "yellow", "problem": "bold red"}
@@ -67,10 +68,12 @@ def summary(findings: Sequence[Finding]) -> str:
 
 
 def told(findings: Iterable[Finding], *, in_json: bool, program: str, version: str) -> bool:
-    """Prints them, as they come or as JSON; returns whether there is a problem."""
-    if not in_json:
-        return has_problem(shown(findings, Console()))
-    found = [*findings]
+    """Prints them, as they come or as JSON; returns whether there is a problem. They are made here,
+    and nothing is fetched for them."""
+    with fetching_nothing():
+        if not in_json:
+            return has_problem(shown(findings, Console()))
+        found = [*findings]
     sys.stdout.write(as_json(found, program, version) + "\n")
     return has_problem(found)
 

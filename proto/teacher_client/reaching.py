@@ -12,7 +12,8 @@ from typing import Any
 
 from teacher_client.access import AccessError, TeacherAccess
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 10.0
+"""For each of two connections; who is not there at all is known at once."""
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 """What a client of HTTP/2 says first: the preface and settings without any."""
 _SETTINGS = 4
@@ -56,7 +57,7 @@ def reach(endpoint: str, access: TeacherAccess, timeout_s: float = TIMEOUT_S) ->
     except ssl.SSLError as error:
         raise AccessError(_not_tls(endpoint, error)) from error
     except OSError as error:
-        return Reached(endpoint=endpoint, absent=str(error))
+        return Reached(endpoint=endpoint, absent=error.strerror or str(error))
 
 
 def _shaken(

@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from preflight import certificates, clock, disk, software
+from preflight.checkpoints import model_json
 from preflight.findings import (
     Check,
     Finding,
@@ -78,11 +79,23 @@ class _Doctor:
             ("access", self._access),
             ("teacher", self._reached),
             ("student", self._student),
-            ("memory", self._memory),
-            ("weights", self._passage),
-            ("devices", self._devices),
-            ("tokenizer", self._tokens),
+            *(
+                (name, partial(self._of_student, name, check))
+                for name, check in (
+                    ("memory", self._memory),
+                    ("weights", self._passage),
+                    ("devices", self._devices),
+                    ("tokenizer", self._tokens),
+                )
+            ),
         ]
+
+    def _of_student(self, name: str, check: Check) -> Iterator[Finding]:
+        """What needs the student itself."""
+        if self._is_at_hand:
+            yield from check()
+        else:
+            yield skipped(name, "the student is not at hand")
 
     def _settings(self) -> Iterator[Finding]:
         config = self._config
@@ -203,15 +216,26 @@ class _Doctor:
                 )
 
     def _student(self) -> Iterator[Finding]:
+        model = self._config.student.model
+        if not self._is_at_hand:
+            why = "is no folder here and not in the hub's cache"
+            remedy = f"mend the path, or fetch it before: hf download {model}"
+            yield warning("student", f"{model} {why}: `train` looks for it on the hub", "", remedy)
+            return
         self._before_loading()
         from student_trainer.pretrained import load_text_config
 
-        text = load_text_config(self._config.student.model)
+        text = load_text_config(model)
         yield ok(
             "student",
-            f"{self._config.student.model}: {text.model_type}, {text.num_hidden_layers} layers of "
-            f"{text.hidden_size}, {text.vocab_size:,} ids",
+            f"{model}: {text.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}, "
+            f"{text.vocab_size:,} ids",
         )
+
+    @cached_property
+    def _is_at_hand(self) -> bool:
+        """The student can be read without a hub."""
+        return model_json(self._config.student.model) is not None
 
     def _memory(self) -> Iterator[Finding]:
         from student_trainer.assembly import from_settings

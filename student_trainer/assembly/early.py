@@ -28,8 +28,8 @@ from teacher_wire.errors import CapacityError, DeadlineError, NotReadyError
 from teacher_wire.records import TeacherInfo
 from teacher_wire.vocabulary import Vocabulary
 
-LOOK_S = 3.0
-"""For a teacher to answer; one that does not is asked again later."""
+LOOK_S = 10.0
+"""For a teacher that is there to say what it serves; one that does not is asked again later."""
 MAX_AT_ONCE = 16
 
 
@@ -137,8 +137,7 @@ async def _fits(
     FingerprintMismatchError and ConfigError where it does not fit."""
     access = teachers.teacher_access(config.teacher_of(tag))
     run_id = config.run.out.name
-    timeout_s = min(LOOK_S, config.teacher_of(tag).connect_timeout_s)
-    async with glance(endpoint, access, run_id=run_id, timeout_s=timeout_s) as seen:
+    async with glance(endpoint, access, run_id=run_id, timeout_s=LOOK_S) as seen:
         teachers.check_limits(config, seen.info, tag)
         student = f"the student {config.student.model}"
         return seen.info, await shared_ids(own, vocab_size, seen, student=student)

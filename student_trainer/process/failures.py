@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from preflight.network import is_network
 from student_trainer.errors import (
     CheckpointError,
     ConfigError,
@@ -72,8 +73,8 @@ def exit_code(error: Exception) -> int:
     """2 where starting it again will not help, else 1: a teacher that is away, a full disk, memory
     that others have, an engine that died, and what nobody foresaw."""
     if isinstance(error, CheckpointError):
-        # With a cause it is the disk's or the network's word, as when one cannot be written.
-        return EXIT_FAILED if error.__cause__ is not None else EXIT_LASTING
+        passes = error.may_pass or is_network(error)
+        return EXIT_FAILED if passes else EXIT_LASTING
     if isinstance(error, LASTING):
         return EXIT_LASTING
     if isinstance(error, OSError) and error.errno in _LASTING_ON_DISK:

@@ -32,7 +32,9 @@ def writing_to(path: Path, kind: type[TrainerError], *, remedy: str) -> Iterator
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = one_line(error)
-        raise kind(f"{path}: cannot be written ({_space(path)}): {reason}; {remedy}") from error
+        unwritten = kind(f"{path}: cannot be written ({_space(path)}): {reason}; {remedy}")
+        unwritten.may_pass = True
+        raise unwritten from error
 
 
 def _space(path: Path) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from preflight import certificates, clock, software
+from preflight.checkpoints import model_json
 from preflight.disk import SHM, free_bytes, gb, why_not_writable
 from preflight.findings import Check, Finding, made, ok, one_line, problem, skipped, warning
 from preflight.gpus import Driver, driver
@@ -26,7 +27,6 @@ from teacher_server.process.model_size import (
     fit_on_cpu,
     fit_on_gpu,
     least_kv_gib,
-    model_json,
 )
 from teacher_server.settings import ConfigError, TeacherConfig, is_loopback
 from teacher_wire.errors import TeacherError

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from preflight.checkpoints import model_json
 from preflight.gpus import Driver
 from preflight.memory import free_memory, total_memory
 from teacher_server.engine.vllm_engine import CPU_KV_CACHE_GIB
@@ -56,20 +56,6 @@ class Fit:
     def hardly(self) -> bool:
         """It is likely not to be."""
         return self.likely_bytes > self.room_bytes
-
-
-def model_json(model: str, revision: str) -> Mapping[str, Any] | None:
-    """config.json of a folder or of what is in the cache of the hub; None where neither has it."""
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model, "config.json", revision=revision or None)
-        if not isinstance(cached, str):
-            return None
-        path = Path(cached)
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) else None
 
 
 def num_positions_of(about: Mapping[str, Any]) -> int | None:

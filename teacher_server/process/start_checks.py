@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from preflight.checkpoints import model_json
 from preflight.gpus import Driver, driver
 from preflight.ports import listener, shown
 from preflight.software import is_for_cuda, why_no_vllm
@@ -16,7 +17,6 @@ from teacher_server.process.model_size import (
     fit_on_cpu,
     fit_on_gpu,
     least_kv_gib,
-    model_json,
 )
 from teacher_server.settings import ConfigError, TeacherConfig
 

@@ -150,7 +150,7 @@ def test_a_certificate_is_read_whether_or_not_it_has_ended(
 
 def test_a_key_of_another_certificate_is_no_pair(tmp_path: Path) -> None:
     ours = Authority(tmp_path, "ours")
-    with pytest.raises(OSError, match="(?i)key values mismatch"):
+    with pytest.raises(OSError, match=r"(?i)key values mismatch"):
         certificates.read(ours.issue("a").cert, ours.issue("b").key)
 
 

@@ -8,18 +8,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from preflight.checkpoints import model_json
 from preflight.gpus import Driver, Gpu
 from preflight.ports import listener
 from teacher_server import cli
 from teacher_server.process import start_checks
-from teacher_server.process.model_size import fit_on_gpu, model_json
+from teacher_server.process.model_size import fit_on_gpu
 from teacher_server.settings import ConfigError, TeacherConfig
 from tests.faults.made_certificates import Authority
 from tests.waiting import LIMIT_S
@@ -275,14 +275,14 @@ def test_what_others_have_of_a_gpu_is_a_problem(
 def test_a_checkpoint_that_is_nowhere_is_known_as_such(tmp_path: Path) -> None:
     assert model_json("nobody/nothing-of-the-kind", "") is None
     assert model_json(str(CHECKPOINT), "") is not None
-    with pytest.raises(ConfigError, match="ready_file is .* there is no folder"):
+    with pytest.raises(ConfigError, match=r"ready_file is .* there is no folder"):
         start_checks.refuse_early(
             TeacherConfig(engine="fake", ready_file=str(tmp_path / "no" / "file"))
         )
 
 
 @pytest.fixture
-def serving(large: Path) -> Iterator[list[str]]:
+def serving(large: Path) -> list[str]:
     """A command that would take long to fail, were it to import an engine."""
     code = (
         "import sys; from teacher_server import cli\n"
@@ -290,7 +290,7 @@ def serving(large: Path) -> Iterator[list[str]]:
         "print(*{'torch', 'vllm', 'transformers'} & {*sys.modules}, file=sys.stderr)\n"
         "sys.exit(code)"
     )
-    yield [sys.executable, "-c", code, "serve", "--model", str(large)]
+    return [sys.executable, "-c", code, "serve", "--model", str(large)]
 
 
 @pytest.mark.e2e

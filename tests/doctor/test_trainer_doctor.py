@@ -280,6 +280,10 @@ def test_folders_data_and_devices_that_are_not_there(
     assert "sampler.gpus is '4,5', and " in found["devices"][0]["seen"]
     found = doctor(capsys, path, "--set", "run.steps=0", exits=2)
     assert [*found] == ["settings"]
+    assert found["settings"][0]["seen"].startswith(f"{path}: run.steps: ")
+    found = doctor(capsys, path, "--set", "student.model=nobody/nothing-of-the-kind", exits=0)
+    assert "is no folder here and not in the hub's cache" in found["student"][0]["seen"]
+    assert [one["level"] for one in found["tokenizer"]] == ["skipped"]
 
 
 def test_weights_that_pass_through_a_folder_are_held_against_its_room(

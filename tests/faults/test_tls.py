@@ -301,15 +301,13 @@ def test_grpc_is_handed_a_certificate_once(tmp_path: Path, monkeypatch: pytest.M
     assert [ask() is None for _ in range(3)] == [False, True, True]
 
 
-def test_a_key_that_everybody_may_read_warns(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_key_that_everybody_may_read_is_refused(tmp_path: Path) -> None:
     pair = Authority(tmp_path, "ours").issue("teacher")
     TlsMaterial(files_of(pair))
-    assert caplog.text == ""
     pair.key.chmod(0o644)
-    TlsMaterial(files_of(pair))
-    assert f"{pair.key} can be read by every user" in caplog.text
+    with pytest.raises(ConfigError, match=r"has mode 0644: .*; chmod o-r") as caught:
+        TlsMaterial(files_of(pair))
+    assert f"tls_key: {pair.key} holds the server's private key" in str(caught.value)
 
 
 async def test_the_trainers_files_are_named_when_they_are_no_use(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ Run: pytest tests/trainer/test_exit_codes.py
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
 from student_trainer import errors
 from student_trainer.errors import CheckpointError, TrainerError
 from student_trainer.process.failures import EXIT_FAILED, EXIT_LASTING, exit_code
+from student_trainer.process.writing import writing_to
 from teacher_client.access import AccessError
 from teacher_client.retry import BrokenStreamError
 from teacher_wire.errors import ERROR_CODES, TeacherError
@@ -65,7 +67,8 @@ def test_every_class_of_errors_has_one_exit_code(kind: type[Exception]) -> None:
     error = kind("it says so")
     if kind is CheckpointError:
         assert exit_code(error) == EXIT_LASTING
-        error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+        error.__cause__ = OSError("We couldn't connect to load the files")
+        error.__cause__.__cause__ = ConnectionRefusedError()
         assert exit_code(error) == EXIT_FAILED
         return
     assert (kind.__name__ in LASTING) != (kind.__name__ in PASSING), "give it a row here"
@@ -86,6 +89,15 @@ def test_every_class_of_errors_has_one_exit_code(kind: type[Exception]) -> None:
 )
 def test_what_the_system_says_is_told_apart_by_its_number(number: int, code: int) -> None:
     assert exit_code(OSError(number, "it says so", "/runs/one")) == code
+
+
+def test_what_could_not_be_written_may_be_another_time(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckpointError) as caught,
+        writing_to(tmp_path, CheckpointError, remedy="make room"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert exit_code(caught.value) == EXIT_FAILED
 
 
 def test_what_nobody_foresaw_may_help_to_start_again() -> None:

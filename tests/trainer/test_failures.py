@@ -71,7 +71,7 @@ answer_pattern = '(.)'
 """
 
 
-LASTING = ("ConfigError: ", "DatasetError: ", "LossError: ", "AccessError: ")
+LASTING = ("ConfigError: ", "DatasetError: ", "AccessError: ", "FileExistsError: ", "NotADirect")
 """What a start again ends with again."""
 
 
@@ -106,7 +106,7 @@ def failed(
     said = capsys.readouterr().err
     (line,) = [line for line in said.splitlines() if not line.startswith("warning: ")]
     lasting = line.startswith(LASTING) or (
-        line.startswith("CheckpointError: ") and "(traceback: " not in line
+        line.startswith("CheckpointError: ") and "cannot be written" not in line
     )
     assert code == (2 if lasting else 1), line
     return line
@@ -219,7 +219,7 @@ def test_a_configuration_that_cannot_be_read_is_named(
 ) -> None:
     path = folder / "odd.toml"
     path.mkdir() if content is None else path.write_bytes(content)
-    assert cli.main(["train", "--config", str(path)]) == cli.EXIT_FAILED
+    assert cli.main(["train", "--config", str(path)]) == cli.EXIT_LASTING
     assert capsys.readouterr().err.startswith(f"ConfigError: {path}: ")
 
 
@@ -389,10 +389,10 @@ def test_a_result_of_another_command_is_refused(
 ) -> None:
     path = folder / "other.json"
     path.write_text("[1]")
-    assert cli.main(["report", str(folder), "--teacher-eval", str(path)]) == cli.EXIT_FAILED
+    assert cli.main(["report", str(folder), "--teacher-eval", str(path)]) == cli.EXIT_LASTING
     assert f"DatasetError: {path}: not the result of `eval --json`" in capsys.readouterr().err
     missing = folder / "missing.json"
-    assert cli.main(["report", str(folder), "--teacher-eval", str(missing)]) == cli.EXIT_FAILED
+    assert cli.main(["report", str(folder), "--teacher-eval", str(missing)]) == cli.EXIT_LASTING
     said = capsys.readouterr().err
     assert f"DatasetError: --teacher-eval {missing}: No such file or directory; " in said
     assert "traceback" not in said

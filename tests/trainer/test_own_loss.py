@@ -165,14 +165,14 @@ def test_a_broken_law_is_refused_before_anything_starts(
     written(here, '\n@loss(kind="divergence")\ndef f(inputs): return -gap(inputs)\n')
     path = folder / "trainer.toml"
     own = 'loss={"kind":"import","path":"mine:f"}'
-    assert main(["train", "--config", str(path), "--set", own]) == 1
+    assert main(["train", "--config", str(path), "--set", own]) == 2
     error = capsys.readouterr().err
     assert (
         "LossError: mine:f breaks a law of a divergence: a divergence is not negative: -" in error
     )
     assert client.sessions == []
     assert not (folder / "run").exists()
-    assert main(["check-loss", "mine:f"]) == 1
+    assert main(["check-loss", "mine:f"]) == 2
     assert "a divergence is not negative" in capsys.readouterr().err
 
 
@@ -181,9 +181,9 @@ def test_check_loss_says_what_a_loss_needs(here: Path, capsys: pytest.CaptureFix
     assert main(["check-loss", "my_losses:hellinger", "--options", '{"scale": 2.0}']) == 0
     expected = "my_losses:hellinger: a divergence that obeys the laws; needs teacher_k 2\n"
     assert capsys.readouterr().out == expected
-    assert main(["check-loss", "my_losses:hellinger", "--options", '{"size": 2.0}']) == 1
+    assert main(["check-loss", "my_losses:hellinger", "--options", '{"size": 2.0}']) == 2
     assert "unexpected keyword argument 'size'" in capsys.readouterr().err
-    assert main(["check-loss", "my_losses:hellinger", "--options", "[]"]) == 1
+    assert main(["check-loss", "my_losses:hellinger", "--options", "[]"]) == 2
     assert "--options must be a JSON object" in capsys.readouterr().err
 
 

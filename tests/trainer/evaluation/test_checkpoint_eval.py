@@ -220,5 +220,5 @@ def test_evaluation_without_heldout_problems_says_so(folder: Path) -> None:
 
 def test_eval_wants_one_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["a.toml", "--config", "b.toml"]):
-        assert cli.main(["eval", *arguments]) == cli.EXIT_FAILED
+        assert cli.main(["eval", *arguments]) == cli.EXIT_LASTING
         assert "eval needs one configuration" in capsys.readouterr().err

@@ -238,7 +238,7 @@ def test_training_says_its_warnings_before_anything_else(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nothing = f"student.model={path.parent}"
-    assert main(["train", "--config", str(path), "--set", GATE, "--set", nothing]) == 1
+    assert main(["train", "--config", str(path), "--set", GATE, "--set", nothing]) == 2
     first, second, *_ = capsys.readouterr().err.splitlines()
     assert first.startswith("warning: weights.block_gate: one update a batch")
     assert second.startswith("CheckpointError: ")
