@@ -22,6 +22,7 @@ from teacher_server.process import start_checks
 from teacher_server.process.model_size import fit_on_gpu
 from teacher_server.settings import ConfigError, TeacherConfig
 from tests.faults.made_certificates import Authority
+from tests.rounds import in_the_long_round
 from tests.waiting import LIMIT_S
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "examples/playground/checkpoints/teacher"
@@ -205,6 +206,7 @@ def test_a_cache_without_room_for_one_session(capsys: pytest.CaptureFixture[str]
     assert refused(engine="vllm", **settings) == told
 
 
+@in_the_long_round
 def test_weights_that_may_not_be_read(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
