@@ -21,7 +21,7 @@ import pytest
 
 from tests.observability.drawing import draw
 from tests.observability.load import START_S, Load, load
-from tests.observability.prometheus import Prometheus, Series, prometheus
+from tests.observability.prometheus import Prometheus, Series, program, prometheus
 from tests.observability.promql import (
     DASHBOARDS,
     FOLDER,
@@ -96,7 +96,9 @@ def test_promtool_takes_the_configuration_and_the_rules() -> None:
         ["check", "rules", "--lint-fatal", str(FOLDER / "alerts.yml")],
         ["test", "rules", str(Path(__file__).with_name("alerts.test.yml"))],
     ):
-        done = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [program("promtool"), *command], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
 
