@@ -34,6 +34,7 @@ from tests.observability.promql import (
 )
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.timeout(3600)
 RATE_INTERVAL, STEP_S = "20s", 2.0
 BEFORE_S, AWAY_S, AFTER_S = 60.0, 20.0, 40.0
 """Load with both replicas, with one of them killed, and with both again."""
