@@ -150,7 +150,7 @@ def test_a_log_says_what_is_waited_for(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_a_session_that_ends_after_its_engine_is_nobodys_error(model: Path) -> None:
-    """A drained server's last lines were a traceback: the engine's thread takes no work any more."""
+    """A drained server's last lines were a traceback: the engine's thread takes no work."""
     engine = loading.build_engine(config_of(model))
     asyncio.run(engine.close())
     engine.forget("s")
