@@ -28,8 +28,14 @@ def read_config(model: str, revision: str | None) -> PretrainedConfig:
 def commit_of(model: str, revision: str | None) -> str | None:
     """The commit of a hub's checkpoint that a revision stands for now, or that the cache has; None
     for what is in no repository. Raises EngineError as `read_config`."""
-    commit = getattr(read_config(model, revision), "_commit_hash", None)
-    return None if commit is None else str(commit)
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        file = cached_file(model, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"no readable model at {model}: {error}") from error
+    commit: str | None = extract_commit_hash(file, None)
+    return commit
 
 
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:

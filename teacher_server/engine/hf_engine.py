@@ -182,7 +182,8 @@ class HfEngine:
             self._sessions.popitem(last=False)
 
     def forget(self, session: str) -> None:
-        self._worker.submit(self._sessions.pop, session, None)
+        if self._model is not None:  # else nothing is held, and the worker may have ended
+            self._worker.submit(self._sessions.pop, session, None)
 
     async def healthy(self) -> bool:
         return self._model is not None

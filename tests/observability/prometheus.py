@@ -95,12 +95,19 @@ def configured(folder: Path, targets: Mapping[str, Sequence[str]]) -> Path:
     return path
 
 
+def program(name: str) -> str:
+    """Where a program of Prometheus is."""
+    found = shutil.which(name)
+    assert found, f"there is no {name}: it is in Debian's package `prometheus`"
+    return found
+
+
 @contextmanager
 def prometheus(folder: Path, targets: Mapping[str, Sequence[str]]) -> Iterator[Prometheus]:
     """One that scrapes these addresses by job."""
     address = f"127.0.0.1:{free_port()}"
     command = [
-        "prometheus",
+        program("prometheus"),
         f"--config.file={configured(folder, targets)}",
         f"--storage.tsdb.path={folder / 'data'}",
         f"--web.listen-address={address}",

@@ -21,7 +21,7 @@ import pytest
 
 from tests.observability.drawing import draw
 from tests.observability.load import START_S, Load, load
-from tests.observability.prometheus import Prometheus, Series, prometheus
+from tests.observability.prometheus import Prometheus, Series, program, prometheus
 from tests.observability.promql import (
     DASHBOARDS,
     FOLDER,
@@ -34,6 +34,7 @@ from tests.observability.promql import (
 )
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.timeout(3600)
 RATE_INTERVAL, STEP_S = "20s", 2.0
 BEFORE_S, AWAY_S, AFTER_S = 60.0, 20.0, 40.0
 """Load with both replicas, with one of them killed, and with both again."""
@@ -96,7 +97,9 @@ def test_promtool_takes_the_configuration_and_the_rules() -> None:
         ["check", "rules", "--lint-fatal", str(FOLDER / "alerts.yml")],
         ["test", "rules", str(Path(__file__).with_name("alerts.test.yml"))],
     ):
-        done = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [program("promtool"), *command], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
 

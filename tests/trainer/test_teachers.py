@@ -177,7 +177,9 @@ def test_prometheus_is_told_what_the_run_writes_down(tmp_path: Path, models: Pat
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with served(models / "one", models / "two") as (one, two):
-        config = configured(tmp_path, models, TAGGED, *at(one, two), f"metrics.port={port}")
+        config = configured(
+            tmp_path, models, TAGGED, *at(one, two), "teachers.two.k=5", f"metrics.port={port}"
+        )
         with assembled(config) as run:
             train(run)
             with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=LIMIT_S) as reply:
@@ -196,7 +198,7 @@ def test_prometheus_is_told_what_the_run_writes_down(tmp_path: Path, models: Pat
     assert last.learning is not None
     assert samples[("trainer_step_loss",)] == last.learning.loss
     for table, address in (("teacher", one), ("teachers.two", two)):
-        assert samples["trainer_replica_up", table, address] == 1
+        assert samples["trainer_replica_up", address, table] == 1
         assert samples["trainer_teacher_round_trip_seconds_count", table] >= 4
 
 

@@ -301,8 +301,8 @@ class TestVllm:
     async def test_kv_use_is_that_of_queries_under_way(self, vllm_engine: VllmEngine) -> None:
         """One of a single step too: after a step vLLM has freed what ended in it, so what it tells
         then read 0 at every scrape."""
-        assert vllm_engine.kv_capacity_tokens() == pytest.approx(KV_CACHE_TOKENS, rel=0.05)
         capacity = vllm_engine.kv_capacity_tokens() or 0
+        assert capacity == pytest.approx(KV_CACHE_TOKENS, rel=0.05)
         assert vllm_engine.kv_used_ratio() == 0.0
         short, long = (a_query(random_ids(23, n), n - 1) for n in (BLOCK + 1, 900))
         asking = [asyncio.create_task(vllm_engine.score(query)) for query in (short, long)]
@@ -517,8 +517,7 @@ class TestVllm:
             await vllm_engine.score(a_query(random_ids(701, 10), 1))
         with pytest.raises(EngineError, match="vLLM has died: a process of it ended without a w"):
             await vllm_engine.healthy()
-        # What its front end makes of that is in the file, not on the terminal.
-        assert vllm_engine._output is not None
+        assert vllm_engine._output is not None, "and what its front end says is in the file"
         assert "output_handler failed" in vllm_engine._output.path.read_text()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,10 @@ def test_a_log_says_what_is_waited_for(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level("INFO"), saying("loading the engine", every_s=0.01):
         wait_until(lambda: "still loading the engine, for 0 s" in caplog.text)
     assert caplog.messages[0] == "loading the engine"
+
+
+def test_a_session_that_ends_after_its_engine_is_nobodys_error(model: Path) -> None:
+    """A drained server's last lines were a traceback: the engine's thread takes no work."""
+    engine = loading.build_engine(config_of(model))
+    asyncio.run(engine.close())
+    engine.forget("s")

@@ -1,6 +1,6 @@
 """What Prometheus is told of a run, by reports and round trips, and where it is served.
 
-Run: pytest tests/trainer/recording/test_metrics.py
+Run: pytest tests/trainer/recording/test_trainer_metrics.py
 """
 
 from __future__ import annotations
