@@ -19,7 +19,7 @@ TEST_PROCESSES ?= $(if $(filter cuda,$(ACCELERATOR)),1,3)
 # A hundred processes start in there: each would compile what it imports where this is set.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: families demo demo-language test test-clients test-language check faults gpu-check try fuzz soak lint format proto docs breaking published playground dist test-dist setup clean
+.PHONY: families demo demo-language test test-clients test-language check faults gpu-check try fuzz soak test-images test-hosts image-requirements lint format proto docs breaking published playground dist test-dist setup clean
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
@@ -95,6 +95,15 @@ dist: setup  ## driftline and driftline-client, each as source and wheel, in dis
 
 test-dist: dist  ## each wheel in an environment of its own, both in one, and one after the other is gone
 	$(BIN)/python -m tests.distributions.environments dist
+
+test-images: setup  ## the CPU images built, measured, started with podman and by docker compose; as root
+	$(BIN)/python -m pytest -q -s tests/docker/try_images.py
+
+test-hosts: setup  ## a teacher and two trainers in network namespaces, a cut of 10 s; as root
+	$(BIN)/python -m pytest -q -s tests/hosts/try_hosts.py
+
+image-requirements: setup  ## docker/requirements-*.txt: the versions in the images, resolved anew
+	$(BIN)/python -m scripts.image_requirements
 
 setup: $(VENV)/.ready
 
