@@ -191,7 +191,9 @@ def build(made: Engine, target: str, version: str) -> float:
         "TORCH_INDEX": os.environ.get("TORCH_INDEX", ""),
         "VERSION": version,
     }
-    words = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
+    words = [
+        word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")
+    ]
     said(
         *("nice", "-n", "5", "buildah", "bud", "--isolation", "chroot", "--format", "docker"),
         *("--layers", "--target", target, "--file", "docker/Dockerfile"),

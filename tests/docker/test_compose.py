@@ -5,7 +5,6 @@ import re
 import shlex
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
@@ -118,7 +117,7 @@ def test_a_profile_has_teachers_that_its_trainers_wait_for_and_ask(
     (trainer,) = [name for name in TRAINERS if profile in SERVICES[name]["profiles"]]
     assert len(inside) == teachers
     needed = SERVICES[trainer]["depends_on"]
-    assert needed == dict.fromkeys(inside, {"condition": "service_healthy"})
+    assert needed == {name: {"condition": "service_healthy"} for name in inside}
     names = [name if name == "teacher-b" else "teacher" for name in inside]
     assert endpoints(trainer) == tuple(f"{name}:50051" for name in names)
     for name, known in zip(inside, names, strict=True):
@@ -154,7 +153,9 @@ def test_ports_are_published_on_loopback_alone() -> None:
             assert interpolated(port, TEACHER_BIND="0.0.0.0") == "0.0.0.0:50051:50051"
 
 
-@pytest.mark.parametrize(("name", "variable"), [("teacher", "TEACHER_GPUS"), ("trainer", "TRAINER_GPUS")])
+@pytest.mark.parametrize(
+    ("name", "variable"), [("teacher", "TEACHER_GPUS"), ("trainer", "TRAINER_GPUS")]
+)
 def test_gpu_services_reserve_gpus_and_see_a_list_of_them(name: str, variable: str) -> None:
     assert "deploy" not in SERVICES[name]
     service = SERVICES[f"{name}-gpu"]
@@ -323,8 +324,8 @@ def test_a_teacher_with_tls_is_probed_with_it_and_must_have_tokens(name: str) ->
 @pytest.mark.parametrize("name", TRAINERS)
 def test_with_tls_a_trainer_is_told_the_authority_and_else_the_same(name: str) -> None:
     service = TLS["services"][name]
-    *plain, added = arguments(name, service)[: -6]
-    assert plain == arguments(name)[: -6]
+    *plain, added = arguments(name, service)[:-6]
+    assert plain == arguments(name)[:-6]
     assert added == "--set=teacher.tls_ca=/run/secrets/teacher-ca.pem"
     assert service["secrets"] == ["teacher-ca.pem"]
 
@@ -336,7 +337,7 @@ def test_an_overlay_changes_services_that_there_are() -> None:
 
 @pytest.mark.parametrize("values", [{}, {"TEACHER_ENDPOINTS": ""}])
 def test_an_address_that_no_default_can_know_is_asked_for(values: dict[str, str]) -> None:
-    with pytest.raises(LookupError, match="TEACHER_ENDPOINTS is empty or not set; .* such as"):
+    with pytest.raises(LookupError, match=r"TEACHER_ENDPOINTS is empty or not set; .* such as"):
         interpolated(" ".join(OVERLAYS["trainer-host"].read_text().split()), **values)
 
 

@@ -55,13 +55,20 @@ HARDENED = (
     *("--init", "--read-only", "--read-only-tmpfs=false", "--user", "65532:65532"),
     *("--tmpfs", "/tmp:exec,mode=1777,size=4g", "--cap-drop", "ALL"),
     *("--security-opt", "no-new-privileges", "--shm-size", "1g"),
-    *("--volume", f"{ROOT}/configs:/app/configs:ro", "--volume", f"{ROOT}/examples:/app/examples:ro"),
+    *(
+        "--volume",
+        f"{ROOT}/configs:/app/configs:ro",
+        "--volume",
+        f"{ROOT}/examples:/app/examples:ro",
+    ),
 )
 SERVE = (
     *("serve", "--config", "configs/teacher-demo.toml", "--host", "0.0.0.0", "--insecure"),
     *("--grpc-port", "50051", "--http-port", "8080"),
 )
-SCORED = "sum(float(l.split()[-1]) for l in t.splitlines() if l.startswith('teacher_tokens_scored'))"
+SCORED = (
+    "sum(float(l.split()[-1]) for l in t.splitlines() if l.startswith('teacher_tokens_scored'))"
+)
 ASK = f"import urllib.request as u; t = u.urlopen('{{url}}').read().decode(); print({SCORED})"
 WHEELS = """
 from importlib.metadata import distributions
@@ -146,7 +153,9 @@ def test_an_image_says_what_it_is(made: Engine) -> None:
 def test_an_image_has_a_compiler_and_no_other_tools(made: Engine) -> None:
     look = "command -v g++; command -v pip pip3 make git curl wget cmake ninja; true"
     there = made.podman("run", "--rm", "--entrypoint", "sh", TEACHER, "-c", look).split()
-    assert there == ["/usr/bin/g++", "/opt/driftline/bin/ninja"], "ninja is a wheel that vLLM requires"
+    assert there == ["/usr/bin/g++", "/opt/driftline/bin/ninja"], (
+        "ninja is a wheel that vLLM requires"
+    )
 
 
 def test_a_teacher_with_a_read_only_root_scores_a_token(made: Engine) -> None:
@@ -160,7 +169,9 @@ def test_a_teacher_with_a_read_only_root_scores_a_token(made: Engine) -> None:
         "print(u.urlopen(r).read().decode())"
     )
     answer = json.loads(made.podman("exec", "alone", "python", "-c", ask))
-    tell(f"a token scored {time.monotonic() - started:.0f} s after `podman run`: {str(answer)[:90]}")
+    tell(
+        f"a token scored {time.monotonic() - started:.0f} s after `podman run`: {str(answer)[:90]}"
+    )
     assert answer
     refused = made.podman("exec", "alone", "touch", "/app/x", check=False)
     assert refused == ""
@@ -245,7 +256,7 @@ class Project:
     def steps(self, number: int) -> int:
         """Finished by a run."""
         path = f"/runs/demo-{number}/metrics.jsonl"
-        count = f"grep -c '\"kind\": *\"step\"' {path} 2>/dev/null || true"
+        count = f'grep -c \'"kind": *"step"\' {path} 2>/dev/null || true'
         return int(self("exec", "-T", "trainer", "sh", "-c", count) or 0)
 
     def file(self, path: str) -> str:
@@ -257,7 +268,9 @@ class Project:
 
     def exits(self) -> list[int]:
         ids = self("ps", "--all", "--quiet", "trainer").split()
-        return [int(self._made.podman("inspect", "--format", "{{.State.ExitCode}}", i)) for i in ids]
+        return [
+            int(self._made.podman("inspect", "--format", "{{.State.ExitCode}}", i)) for i in ids
+        ]
 
 
 def seeds(project: Project) -> list[int]:
@@ -273,7 +286,9 @@ def test_trainers_go_on_after_stop_start_and_down(made: Engine, tmp_path: Path) 
     with health(made):
         started = time.monotonic()
         project("up", "--detach", "--no-build", "--scale", "trainer=2")
-        tell(f"`compose up` with two trainers: healthy and started in {time.monotonic() - started:.0f} s")
+        tell(
+            f"`compose up` with two trainers: healthy and started in {time.monotonic() - started:.0f} s"
+        )
         ask = ASK.format(url="http://127.0.0.1:8080/metrics")
         wait_until(lambda: float(project.inside("teacher", ask)) > 0, LIMIT_S)
         tell(f"first scored token {time.monotonic() - started:.0f} s after `compose up`")
