@@ -1,4 +1,4 @@
-"""podman, buildah and Docker's Compose on a machine without Docker, and a base image by debootstrap.
+"""podman, buildah and Docker's Compose where there is no Docker; a base image by debootstrap.
 
 Everything is below one folder and in one network namespace, so nothing of the machine's own
 containers and network is touched. Needs root.
