@@ -11,16 +11,12 @@ import os
 import sys
 
 MODULES = (
-    "accelerate",
     "fastapi",
     "grpc_health.v1.health",
     "grpc_reflection.v1alpha.reflection",
     "huggingface_hub.constants",
     "math_verify",
-    "matplotlib.pyplot",
-    "opentelemetry.sdk.trace",
     "orjson",
-    "peft",
     "prometheus_client",
     "pyarrow.parquet",
     "pydantic_settings",
