@@ -140,6 +140,15 @@ def test_a_trainer_asks_the_teachers_that_a_variable_names(name: str) -> None:
     assert endpoints(name, TEACHER_ENDPOINTS='["a:1", "b:2"]') == ("a:1", "b:2")
 
 
+def test_prometheus_is_put_on_the_networks_that_there_are() -> None:
+    """Included beside docker/observability.yml: a network declared otherwise is a conflict."""
+    content = yaml.safe_load((ROOT / "docker" / "observability-networks.yml").read_text())
+    assert content["networks"] == COMPOSE["networks"]
+    assert content["services"]["prometheus"]["networks"] == ["wire", "outside"]
+    for name in TRAINERS:
+        assert SERVICES[name]["networks"]["wire"] == {"aliases": ["trainer"]}
+
+
 def test_ports_are_published_on_loopback_alone() -> None:
     published = {name: SERVICES[name]["ports"] for name in TEACHERS}
     assert {interpolated(port) for ports in published.values() for port in ports} == {

@@ -215,7 +215,7 @@ def health(made: Engine) -> Iterator[None]:
 
 
 @needs_compose
-@pytest.mark.parametrize("profile", ["cpu", "gpu", "replicas", "download", "observability"])
+@pytest.mark.parametrize("profile", ["cpu", "gpu", "replicas", "download"])
 @pytest.mark.parametrize("overlays", [(), ("tokens",), ("tokens", "tls")])
 def test_compose_renders_every_profile_and_overlay(
     made: Engine, profile: str, overlays: tuple[str, ...]
