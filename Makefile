@@ -22,7 +22,7 @@ TEST_PROCESSES ?= $(if $(filter cuda,$(ACCELERATOR)),1,3)
 # A hundred processes start in there: each would compile what it imports where this is set.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: families demo demo-language test test-clients test-language check faults gpu-check try fuzz soak lint format proto docs breaking released playground dist test-dist sbom setup clean test-observability
+.PHONY: families demo demo-language test test-clients test-language check faults gpu-check try fuzz soak lint format proto docs breaking released playground dist test-dist sbom setup clean test-observability test-images test-hosts image-requirements
 
 demo: setup  ## distil the playground's student, from nothing to a plot
 	$(BIN)/python -m examples.demo
@@ -107,6 +107,15 @@ sbom: setup  ## what is installed beside SBOM_PYTHON, this environment's or anot
 	mkdir -p dist
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --spec-version 1.6 \
 	    --output-format JSON --output-file dist/driftline.cdx.json $(SBOM_PYTHON)
+
+test-images: setup  ## the CPU images built, measured, started with podman and by docker compose; as root
+	$(BIN)/python -m pytest -q -s tests/docker/try_images.py
+
+test-hosts: setup  ## a teacher and two trainers in network namespaces, a cut of 10 s; as root
+	$(BIN)/python -m pytest -q -s tests/hosts/try_hosts.py
+
+image-requirements: setup  ## docker/requirements-*.txt: the versions in the images, resolved anew
+	$(BIN)/python -m scripts.image_requirements
 
 setup: $(VENV)/.ready
 

@@ -1,4 +1,4 @@
-"""Imports what teacher and trainer import at their start, so that Python leaves its bytecode beside it.
+"""Imports what teacher and trainer import at their start, so that its bytecode stays beside it.
 
 For the build of the images, as root, before the root becomes read-only. A module that cannot be
 imported where there is no GPU is named and left out.
@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 
 MODULES = (
-    "accelerate",
     "fastapi",
     "grpc_health.v1.health",
     "grpc_reflection.v1alpha.reflection",
     "huggingface_hub.constants",
     "math_verify",
-    "matplotlib.pyplot",
-    "opentelemetry.sdk.trace",
     "orjson",
-    "peft",
     "prometheus_client",
     "pyarrow.parquet",
     "pydantic_settings",
@@ -55,7 +52,7 @@ def main() -> None:
         try:
             importlib.import_module(module)
         except Exception as error:  # noqa: BLE001 - of any kind: libraries look for devices
-            print(f"{module}: {error}")
+            sys.stdout.write(f"{module}: {error}\n")
 
 
 if __name__ == "__main__":

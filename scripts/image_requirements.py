@@ -1,5 +1,6 @@
-"""docker/requirements-{cpu,cuda}.txt: every distribution of the images in its version, resolved anew
-from pyproject.toml and proto/pyproject.toml by uv. `make image-requirements` runs it.
+"""docker/requirements-{cpu,cuda}.txt: every distribution of the images in its version.
+
+Resolved anew from pyproject.toml and proto/pyproject.toml by uv: `make image-requirements`.
 
 They hold on Linux for every Python that the project allows. torch is named without the variant that
 its index gives it (2.13.0, not 2.13.0+cpu), so that it may come from any.
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from scripts.setup_venv import PYPROJECT, uv_environment
+from scripts.setup_venv import BREAKS_TRANSFORMERS, uv_environment
 
 EXTRAS = ("cpu", "cuda")
 ALSO = ("lora", "otel")
@@ -73,9 +74,7 @@ def on_linux(requirement: Requirement) -> bool:
 def lines(resolved: str, extra: str) -> Iterator[str]:
     """Of the file, from what uv says."""
     yield HEADER
-    excluded = UNUSED[extra] | set(
-        PYPROJECT["tool"]["uv"]["exclude-dependencies"][0]["dependencies"]
-    )
+    excluded = UNUSED[extra].union(BREAKS_TRANSFORMERS)
     torch = ""
     for line in resolved.splitlines():
         requirement = Requirement(line)
@@ -94,7 +93,7 @@ def main() -> None:
     for extra in EXTRAS:
         written = list(lines(resolve(extra), extra))
         target(extra).write_text("\n".join(written) + "\n", encoding="utf-8")
-        print(f"{target(extra).relative_to(ROOT)}: {len(written) - 1} distributions")
+        sys.stdout.write(f"{target(extra).name}: {len(written) - 1} distributions\n")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def test_a_profile_has_teachers_that_its_trainers_wait_for_and_ask(
     (trainer,) = [name for name in TRAINERS if profile in SERVICES[name]["profiles"]]
     assert len(inside) == teachers
     needed = SERVICES[trainer]["depends_on"]
-    assert needed == dict.fromkeys(inside, {"condition": "service_healthy"})
+    assert needed == {name: {"condition": "service_healthy"} for name in inside}
     names = [name if name == "teacher-b" else "teacher" for name in inside]
     assert endpoints(trainer) == tuple(f"{name}:50051" for name in names)
     for name, known in zip(inside, names, strict=True):
@@ -138,6 +138,15 @@ def endpoints(name: str, **values: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_trainer_asks_the_teachers_that_a_variable_names(name: str) -> None:
     assert endpoints(name, TEACHER_ENDPOINTS='["a:1", "b:2"]') == ("a:1", "b:2")
+
+
+def test_prometheus_is_put_on_the_networks_that_there_are() -> None:
+    """Included beside docker/observability.yml: a network declared otherwise is a conflict."""
+    content = yaml.safe_load((ROOT / "docker" / "observability-networks.yml").read_text())
+    assert content["networks"] == COMPOSE["networks"]
+    assert content["services"]["prometheus"]["networks"] == ["wire", "outside"]
+    for name in TRAINERS:
+        assert SERVICES[name]["networks"]["wire"] == {"aliases": ["trainer"]}
 
 
 def test_ports_are_published_on_loopback_alone() -> None:
@@ -337,7 +346,7 @@ def test_an_overlay_changes_services_that_there_are() -> None:
 
 @pytest.mark.parametrize("values", [{}, {"TEACHER_ENDPOINTS": ""}])
 def test_an_address_that_no_default_can_know_is_asked_for(values: dict[str, str]) -> None:
-    with pytest.raises(LookupError, match="TEACHER_ENDPOINTS is empty or not set; .* such as"):
+    with pytest.raises(LookupError, match=r"TEACHER_ENDPOINTS is empty or not set; .* such as"):
         interpolated(" ".join(OVERLAYS["trainer-host"].read_text().split()), **values)
 
 

@@ -1,4 +1,4 @@
-"""The Dockerfile, its list of versions and `numbered-run`, without Docker. Run: pytest tests/docker"""
+"""The Dockerfile, its versions and `numbered-run`, without Docker. Run: pytest tests/docker"""
 
 import fnmatch
 import json
@@ -57,9 +57,8 @@ def test_hadolint_finds_nothing() -> None:
 
 
 def test_the_base_image_is_an_argument_that_may_be_a_digest() -> None:
-    assert re.search(
-        r"^ARG PYTHON_IMAGE=python:3\.\d+\.\d+-slim-\w+$", DOCKERFILE.read_text(), re.M
-    )
+    given = r"^ARG PYTHON_IMAGE=python:3\.\d+\.\d+-slim-\w+$"
+    assert re.search(given, DOCKERFILE.read_text(), re.M)
     bases = {stage[0][1].split(" AS ")[0] for stage in stages().values()}
     assert bases == {"${PYTHON_IMAGE}", "dependencies", "runtime"}
 

@@ -191,10 +191,10 @@ def test_a_cut_of_ten_seconds_changes_no_row(tmp_path: Path) -> None:
             assert one["step"] == other["step"]
             assert one["loss"] == other["loss"]
             assert one["rollouts"] == other["rollouts"]
-        weights = [
-            load_file(t.folder / "student" / "model.safetensors") for t in (plain, disturbed)
-        ]
-        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-        print(
-            f"{plain.folder.name}: {STEPS} steps, {tokens} tokens, cut after step {before}: equal"
+        left, right = (
+            load_file(trainer.folder / "student" / "model.safetensors")
+            for trainer in (plain, disturbed)
         )
+        assert all(torch.equal(left[name], right[name]) for name in left)
+        said = f"{STEPS} steps, {tokens} tokens, cut after step {before}: equal to the bit"
+        sys.stdout.write(f"\n  {plain.folder.name}: {said}")

@@ -162,7 +162,7 @@ def test_foreign_variables_only_warn(caplog: pytest.LogCaptureFixture) -> None:
     assert "TEACHER_MAX_SESION is no setting, did you mean 'max_sessions'?" in caplog.text
 
 
-# What Kubernetes puts into every container beside Services that are called `teacher-grpc` and `teacher`.
+# What Kubernetes puts into containers beside Services called `teacher-grpc` and `teacher`.
 SERVICE_LINKS = {
     "TEACHER_GRPC_PORT": "tcp://10.96.3.7:50051",
     "TEACHER_GRPC_PORT_50051_TCP": "tcp://10.96.3.7:50051",
