@@ -6,6 +6,7 @@ Run: python -m pytest tests/faults/test_devices.py. What can be: test_several_de
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from student_trainer.assembly import from_settings
 from student_trainer.errors import ConfigError
 from student_trainer.settings.config import load_config
+from teacher_server.engine.vllm_engine import VllmEngine
+from teacher_server.process import loading
 from teacher_server.process.loading import build_engine
 from teacher_server.settings import ConfigError as TeacherConfigError
 from teacher_server.settings import TeacherConfig
@@ -238,6 +241,24 @@ def test_a_teacher_on_fewer_gpus_than_it_asks_for_is_not_built(
         build_engine(config)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     build_engine(config)
+
+
+def test_a_teacher_over_nodes_has_the_gpus_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TeacherConfig(
+        model=str(write_tiny_model(tmp_path)), tensor_parallel_size=4, executor="ray"
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(TeacherConfigError, match="executor is 'ray', and Ray is not installed"):
+        build_engine(config)
+    monkeypatch.setattr(loading, "find_spec", lambda name: name)
+    engine = build_engine(config)
+    assert isinstance(engine, VllmEngine)
+    assert engine._engine_args().distributed_executor_backend == "ray"
+    alone = replace(engine, executor="auto")
+    assert alone._engine_args().distributed_executor_backend != "ray"
 
 
 @pytest.mark.parametrize(
