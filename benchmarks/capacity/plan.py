@@ -238,10 +238,56 @@ def seen_table() -> list[str]:
     return lines
 
 
+def day_table() -> list[str]:
+    """What a day of trainers that come and go came to, from its result file."""
+    day = json.loads((RESULTS / "capacity-day.json").read_text("utf-8"))["day"]
+    limits, most, memory = day["limits"], day["most"], day["rss_mb_by_hour"]
+    rows = [
+        ("rows asked for", f"{day['rows_asked']:,}", ""),
+        ("of trainers that were gone before the answer", f"{day['given_up_rows']:,}", ""),
+        ("rows lost", f"{day['rows_lost']}", "0"),
+        ("errors; refusals", f"{len(day['errors'])}; {len(day['refused'])}", "0"),
+        (
+            "rollouts; appends; steps",
+            f"{day['rollouts']:,}; {day['appends']:,}; {day['steps']:,}",
+            "",
+        ),
+        (
+            "trainers; of them gone without a word",
+            f"{day['trainers']}; {day['killed']}",
+            "",
+        ),
+        ("open sessions, at most", f"{most['sessions']:.0f}", f"{limits['--max-sessions']}"),
+        (
+            "tokens in the queue, at most",
+            f"{most['queued_tokens']:,.0f}",
+            f"{limits['--max-queued-tokens']:,}",
+        ),
+        (
+            "queries in the engine, at most",
+            f"{most['in_the_engine']:.0f}",
+            f"{limits['--max-running']}",
+        ),
+        ("names of trainers that metrics know", f"{day['tenants']}", "32 and `other`"),
+        (
+            "sessions, queue and replies left at the end",
+            f"{sum(day['left'].values()):.0f}",
+            "0",
+        ),
+        (
+            "memory of the server, MB: first hour, most, last hour",
+            f"{memory[0]:.1f}, {max(memory):.1f}, {memory[-1]:.1f}",
+            "",
+        ),
+    ]
+    return ["| | seen | bound |", "|---|---:|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
 TABLES: dict[str, Callable[[], Sequence[str]]] = {
     "models": models_table,
     "fleets": fleets_table,
     "seen": seen_table,
+    "day": day_table,
 }
 
 

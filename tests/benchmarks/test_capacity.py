@@ -130,9 +130,7 @@ def test_a_teacher_that_is_always_wanted_gives_all_it_can() -> None:
     said = forecast(steady, trainers=40, speed=QUICK)
     assert said.used_share == pytest.approx(1.0, abs=0.01)
     assert said.tokens_per_s == pytest.approx(QUICK.most_tokens_per_s, rel=0.01)
-    assert said.step_s == pytest.approx(
-        40 * steady.step_tokens / QUICK.most_tokens_per_s, rel=0.01
-    )
+    assert said.step_s == pytest.approx(40 * steady.step_tokens / QUICK.most_tokens_per_s, rel=0.01)
 
 
 def test_more_trainers_are_never_faster_and_more_replicas_never_slower() -> None:
