@@ -102,6 +102,9 @@ class TeacherConfig(BaseSettings):
     """stages that share the layers; takes that many times as many GPUs"""
     data_parallel_size: Annotated[Count, VLLM] = 1
     """copies of the model that share the sessions; takes that many times as many GPUs"""
+    executor: Annotated[Literal["auto", "ray"], VLLM] = "auto"
+    """where the engine's processes are: on this host, or with ray on the nodes of the Ray cluster
+    that this host is part of"""
     cpu_cores: Annotated[str, Field(pattern=CORES_PATTERN), VLLM] = "auto"
     """cores of the engine on a CPU, such as 0 or 2,3; shared takes all and gives one away while it
     waits, shared:1 is one thread on any of them"""

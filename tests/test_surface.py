@@ -74,7 +74,7 @@ TRAINER_SETTINGS = {
 }
 TEACHER_SETTINGS = """
 analysis_weight block_size cpu_cores data_parallel_size device drain_s dtype enforce_eager engine
-engine_lost_s engine_stall_s event_loop evict_idle_s fake_latency_s fake_step_tokens
+engine_lost_s engine_stall_s event_loop evict_idle_s executor fake_latency_s fake_step_tokens
 fake_tokens_per_s fake_vocab_size follow_temperature gpu_memory_utilization grpc_port head_dtype
 hf_sessions host http_port insecure kept_rows_mib kv_cache_gib log_format log_level
 max_append_tokens max_context max_k max_num_batched_tokens max_num_seqs max_queued_tokens

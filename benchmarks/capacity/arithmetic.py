@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from math import ceil, comb, log, sqrt
 
 STEADY_ROUNDS = 200
-"""Until the numbers of bursts in a step are as often as they stay: within tens."""
+"""At most, until the numbers of bursts in a step are as often as they stay."""
+SETTLED = 1e-6
 
 SHARP = 8
 """How soon what is less of a limit stops counting beside what is more of one: at 0.75 of it, a
@@ -220,7 +221,10 @@ def _append_s(load: TrainerLoad, trainers: int, part: float, speed: TeacherSpeed
         for m in range(1, trainers + 1):
             for n, chance in enumerate(comes[m]):
                 after[max(n, 1)] += often[m] * chance
+        moved = max(abs(now - before) for now, before in zip(after, often, strict=True))
         often = after
+        if moved < SETTLED:
+            break
     waited = come = 0.0
     for m in range(1, trainers + 1):
         for n, chance in enumerate(comes[m]):

@@ -91,6 +91,8 @@ class VllmEngine:
     """The last stage has the hidden states, and makes the rows."""
     data_parallel_size: int = 1
     """Copies of the model; a session stays with one."""
+    executor: str = "auto"
+    """"ray" for processes on the nodes of a Ray cluster, which vLLM joins; "auto" for this host."""
     cpu_cores: str = "auto"
     """On a CPU: "0" or "2,3", or "auto" for all but those that vLLM spares."""
 
@@ -199,9 +201,9 @@ class VllmEngine:
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
             data_parallel_size=self.data_parallel_size,
-            distributed_executor_backend=executor_on(
-                self.cpu_cores if on_cpu else AUTO, self._num_devices
-            ),
+            distributed_executor_backend="ray"
+            if self.executor == "ray"
+            else executor_on(self.cpu_cores if on_cpu else AUTO, self._num_devices),
             disable_log_stats=True,
             enable_log_requests=False,
         )

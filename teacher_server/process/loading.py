@@ -6,6 +6,7 @@ import logging
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def build_engine(config: TeacherConfig) -> ScoringEngine:
         tensor_parallel_size=config.tensor_parallel_size,
         pipeline_parallel_size=config.pipeline_parallel_size,
         data_parallel_size=config.data_parallel_size,
+        executor=config.executor,
         cpu_cores=config.cpu_cores,
     )
 
@@ -130,6 +132,11 @@ def check_devices(config: TeacherConfig) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     }
     num_devices = prod(sizes.values())
+    if config.executor == "ray" and find_spec("ray") is None:
+        raise ConfigError(
+            "executor is 'ray', and Ray is not installed here: install the package `ray` on every "
+            "node of the cluster, and start it there (`ray start`)"
+        )
     try:
         num_gpus = _check_spread(config, sizes) if num_devices > 1 else 0
         # On a GPU every process has the same cores.
@@ -155,7 +162,8 @@ def _check_spread(config: TeacherConfig, sizes: Mapping[str, int]) -> int:
     ):
         check(name, size, text)
     if num_gpus := torch.cuda.device_count():
-        check_gpus(sizes, num_gpus)
+        if config.executor == "auto":  # Ray's cluster has more than this host
+            check_gpus(sizes, num_gpus)
     elif config.enforce_eager and config.pipeline_parallel_size > 1:
         raise ConfigError(
             f"enforce_eager is True with pipeline_parallel_size {config.pipeline_parallel_size} on "

@@ -19,6 +19,8 @@ from student_trainer.rollouts.samplers.vllm_adapter import AdapterInVllm
 from student_trainer.rollouts.samplers.vllm_transfer import VllmTransfer
 from student_trainer.settings.config import load_config
 from student_trainer.settings.sampler import VllmSamplerSettings
+from teacher_server.engine.vllm_engine import VllmEngine
+from teacher_server.process import loading
 from teacher_server.process.loading import build_engine
 from teacher_server.settings import ConfigError as TeacherConfigError
 from teacher_server.settings import TeacherConfig
@@ -241,6 +243,22 @@ def test_a_teacher_on_fewer_gpus_than_it_asks_for_is_not_built(
         build_engine(config)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     build_engine(config)
+
+
+def test_a_teacher_over_nodes_has_the_gpus_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TeacherConfig(
+        model=str(write_tiny_model(tmp_path)), tensor_parallel_size=4, executor="ray"
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(TeacherConfigError, match="executor is 'ray', and Ray is not installed"):
+        build_engine(config)
+    monkeypatch.setattr(loading, "find_spec", lambda name: name)
+    engine = build_engine(config)
+    assert isinstance(engine, VllmEngine)
+    assert engine.executor == "ray"
 
 
 @pytest.mark.parametrize(

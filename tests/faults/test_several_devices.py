@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from student_trainer.assembly.run import assembled
 from student_trainer.errors import SamplerDiedError, WeightSyncError
@@ -51,6 +51,7 @@ from tests.faults.live_server import LiveServer
 from tests.rounds import in_the_long_round
 from tests.teacher.engine.engine_models import write_tiny_model
 from tests.teacher.engine.engine_queries import a_query, assert_same_rows, grow
+from tests.tracked_files import ROOT
 from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import VOCAB_SIZE, tiny_student, write_tiny_student
 from tests.trainer.rollouts.test_samplers import student as mixture
@@ -69,6 +70,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning"),
 ]
 TWO_CORES = f"{HERE[0]},{HERE[-1]}"
+PLAYGROUND = ROOT / "examples" / "playground" / "checkpoints" / "teacher"
 SAME = 1e-5
 """Nats. The same float32 products, summed in two halves."""
 CLOSE = 1e-4
@@ -169,6 +171,26 @@ async def test_a_teacher_over_two_processes_says_what_one_says(
             assert again.computed_tokens <= 2 * 32, "its text is in the cache of its copy"
         assert engine.kv_used_ratio() == 0.0
     await reference.close()
+
+
+async def test_two_ranks_of_a_trained_model_have_the_same_top_8_in_every_row() -> None:
+    """The playground's teacher cut in two: 600 rows, of texts like those it was trained on."""
+    tokenizer = AutoTokenizer.from_pretrained(PLAYGROUND)
+    lines = (PLAYGROUND.parent / "train.jsonl").read_text().splitlines()
+    texts = [json.loads(line) for line in lines[:12]]
+    joined = "".join(text["prompt"] + text["solution"] for text in texts)
+    ids = np.array(tokenizer(joined[:640])["input_ids"][:601], np.int32)
+    assert len(ids) == 601
+    query = replace(a_query(ids, 1), k=8, candidate_ids=None)
+    async with teacher(PLAYGROUND) as alone:
+        expected = await alone.score(query)
+    two: dict[str, Any] = {"tensor_parallel_size": 2, "cpu_cores": TWO_CORES}
+    async with teacher(PLAYGROUND, **two) as engine:
+        rows = await engine.score(query)
+    assert rows.topk_ids.shape == (600, 8)
+    same = (rows.topk_ids == expected.topk_ids).all(axis=1)
+    assert same.sum() == 600, np.flatnonzero(~same)
+    assert np.abs(rows.topk_logprobs - expected.topk_logprobs).max() < CLOSE
 
 
 @pytest.mark.parametrize(

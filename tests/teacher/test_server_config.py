@@ -31,6 +31,7 @@ from teacher_server.settings import (
 from tests.teacher.engine.engine_models import write_tiny_model
 
 OTHER_VALUES: dict[str, Any] = {
+    "executor": "ray",
     "engine": "fake",
     "dtype": "float32",
     "head_dtype": "model",

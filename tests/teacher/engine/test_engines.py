@@ -80,11 +80,11 @@ async def vllm_engine(model_dir: Path) -> AsyncIterator[VllmEngine]:
     await engine.close()
 
 
-async def test_an_engine_on_a_cpu_asks_for_a_few_gib_unless_told(model_dir: Path) -> None:
+async def test_an_engine_on_a_cpu_asks_for_a_few_gib_and_for_ray_if_told(model_dir: Path) -> None:
     """vLLM's own choice is nine tenths of the machine, and an error where they are not free."""
-    for given, expected in ((None, 4 << 30), (0.5, 1 << 29)):
-        engine = VllmEngine(model=str(model_dir), kv_cache_gib=given)
-        assert engine._engine_args().kv_cache_memory_bytes == expected
+    for gib, executor, told in ((None, "auto", (4 << 30, False)), (0.5, "ray", (1 << 29, True))):
+        asked = VllmEngine(model=str(model_dir), kv_cache_gib=gib, executor=executor)._engine_args()
+        assert (asked.kv_cache_memory_bytes, asked.distributed_executor_backend == "ray") == told
 
 
 async def test_a_teacher_on_a_gpu_has_float32_logits_unless_told(
