@@ -146,7 +146,12 @@ def test_prometheus_is_put_on_the_networks_that_there_are() -> None:
     assert content["networks"] == COMPOSE["networks"]
     assert content["services"]["prometheus"]["networks"] == ["wire", "outside"]
     for name in TRAINERS:
-        assert SERVICES[name]["networks"]["wire"] == {"aliases": ["trainer"]}
+        assert SERVICES[name]["networks"]["wire"] == {"aliases": ["trainers"]}
+        assert SERVICES[name]["environment"]["METRICS_PORT"] == "9400"
+    for name in TEACHERS:
+        assert "teachers" in SERVICES[name]["networks"]["wire"]["aliases"]
+    files = ["docker/observability.yml", "docker/observability-networks.yml"]
+    assert COMPOSE["include"] == [{"path": files, "project_directory": "."}]
 
 
 def test_ports_are_published_on_loopback_alone() -> None:

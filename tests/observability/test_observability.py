@@ -258,4 +258,4 @@ def test_prometheus_looks_where_teachers_and_trainers_are() -> None:
         for job in config["scrape_configs"]
         for found in job["dns_sd_configs"]
     }
-    assert asked == {"teacher": (["teacher"], 8080), "trainer": (["trainer"], 9400)}
+    assert asked == {"teacher": (["teachers"], 8080), "trainer": (["trainers"], 9400)}
