@@ -116,7 +116,8 @@ def refuse_strangers(
     fit, and what it says to who is not to ask it."""
     for tag, endpoint in _first_there(answers):
         try:
-            loop.run(_fits(config, tag, endpoint, own, vocab_size))
+            with teachers.naming(config, tag):
+                loop.run(_fits(config, tag, endpoint, own, vocab_size))
         except (NotReadyError, CapacityError, DeadlineError, BrokenStreamError):
             continue
 

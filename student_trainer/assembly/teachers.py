@@ -104,7 +104,7 @@ def connected(
     own = Vocabulary.of(tokenizer)
     with ExitStack() as stack:
         for tag in sorted({prompt.teacher for prompt in prompts}, key=lambda tag: tag or ""):
-            with _naming(config, tag):
+            with naming(config, tag):
                 probe = replica_probe(config, tokenizer, tag)
                 clients[tag] = client = loop.run(connect(config, tag, probe))
                 stack.callback(_close, loop, client)
@@ -112,7 +112,7 @@ def connected(
                 shared[tag] = loop.run(shared_ids(own, vocab_size, client, student=student))
             shared[tag].refuse_prompts(prompt for prompt in prompts if prompt.teacher == tag)
         for tag, with_teacher in shared.items():
-            with _naming(config, tag):
+            with naming(config, tag):
                 # All prompts: what one teacher does not share, no response may have.
                 with_teacher.refuse_turns(prompts)
         asked = Teachers(clients=clients, shared=shared, excluded_before=excluded_before)
@@ -121,7 +121,7 @@ def connected(
 
 
 @contextmanager
-def _naming(config: TrainerConfig, tag: str | None) -> Iterator[None]:
+def naming(config: TrainerConfig, tag: str | None) -> Iterator[None]:
     """Where there are several teachers, which one it is that something does not fit."""
     try:
         yield

@@ -21,6 +21,7 @@ from teacher_wire import codec
 from teacher_wire.pb import teacher_pb2 as pb
 from teacher_wire.pb import teacher_pb2_grpc as pb_grpc
 from tests.faults.live_server import LiveServer, live_server
+from tests.faults.scrape import Scrape
 from tests.faults.streams import append_message, hello, open_message, span_at
 from tests.rounds import ROUNDS
 from tests.waiting import LIMIT_S
@@ -176,4 +177,4 @@ def test_any_order_is_answered_as_the_model_says(server: LiveServer) -> None:
     machine("runTest").runTest()
     assert server.process.poll() is None
     assert server.get("/readyz")[0] == 200
-    assert 'type="EngineError"' not in server.get("/metrics")[1]
+    assert Scrape(server).value("teacher_errors_total", type="EngineError") == 0

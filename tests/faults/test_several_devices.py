@@ -54,7 +54,7 @@ from tests.teacher.engine.engine_queries import a_query, assert_same_rows, grow
 from tests.tracked_files import ROOT
 from tests.trainer.learner.made_learners import learner_of
 from tests.trainer.learner.tiny_student import VOCAB_SIZE, tiny_student, write_tiny_student
-from tests.trainer.rollouts.test_samplers import student as mixture
+from tests.trainer.rollouts.swaps_in_flight import tied_mixture as mixture
 from tests.trainer.test_train import InMemoryClient, configured, connect_to, folder, records
 from tests.waiting import wait_until
 
