@@ -148,8 +148,6 @@ def test_prometheus_is_put_on_the_networks_that_there_are() -> None:
     for name in TRAINERS:
         assert SERVICES[name]["networks"]["wire"] == {"aliases": ["trainers"]}
         assert SERVICES[name]["environment"]["METRICS_PORT"] == "9400"
-    for name in TEACHERS:
-        assert "teachers" in SERVICES[name]["networks"]["wire"]["aliases"]
     files = ["docker/observability.yml", "docker/observability-networks.yml"]
     assert COMPOSE["include"] == [{"path": files, "project_directory": "."}]
 
