@@ -339,8 +339,9 @@ def test_with_tls_prometheus_has_the_authority_and_the_file_that_names_it() -> N
     place = "/etc/prometheus/prometheus.yml"
     (mount,) = TLS["services"]["prometheus"]["volumes"]
     assert mount == f"./docker/observability/prometheus-tls.yml:{place}:ro"
-    assert f"./docker/observability/prometheus.yml:{place}:ro" in (
-        own["services"]["prometheus"]["volumes"]
+    assert (
+        f"./docker/observability/prometheus.yml:{place}:ro"
+        in (own["services"]["prometheus"]["volumes"])
     )
     assert (ROOT / mount.split(":")[0]).is_file()
     (secret,) = TLS["services"]["prometheus"]["secrets"]
@@ -363,7 +364,9 @@ def test_a_teacher_with_tls_is_probed_with_it_and_must_have_tokens(name: str) ->
     flags = {"engine": "fake", "host": "0.0.0.0"}
     with pytest.raises(ConfigError, match="no authentication"):
         load_teacher_config(flags, environment)
-    tenants = TOKENS["services"][name]["environment"]
+    tenants = {
+        key: interpolated(value) for key, value in TOKENS["services"][name]["environment"].items()
+    }
     config, _ = load_teacher_config(flags, environment | tenants)
     assert (config.insecure, bool(config.tls_cert)) == (False, True)
 
