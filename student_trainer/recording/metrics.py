@@ -11,9 +11,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
-from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client import Counter as CounterMetric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -23,6 +23,7 @@ from student_trainer.diagnostics.alarms import KINDS, Alarm
 from student_trainer.diagnostics.replicas import ReplicaReading
 from student_trainer.diagnostics.step_report import PHASES, EvalReport, StepReport
 from student_trainer.errors import ConfigError
+from student_trainer.recording.metrics_server import answering
 from student_trainer.records import Finish
 from teacher_wire import __version__
 from teacher_wire.errors import ERRORS_BY_NAME
@@ -186,16 +187,12 @@ def _counter(name: str, text: str, label: str, values: Mapping[str, float]) -> M
 @contextmanager
 def served(metrics: TrainerMetrics, host: str, port: int) -> Iterator[None]:
     """Answers on the port within the block. Raises ConfigError where it cannot be had."""
-    try:
-        server, thread = start_http_server(port, addr=host, registry=metrics.registry)
-    except OSError as error:
-        raise ConfigError(
-            f"metrics.port is {port}, and {host}:{port} cannot be listened on: {error.strerror}; "
-            "take another port, or 0 for none"
-        ) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(answering(host, port, metrics.registry))
+        except OSError as error:
+            raise ConfigError(
+                f"metrics.port is {port}, and {host}:{port} cannot be listened on: "
+                f"{error.strerror}; take another port, or 0 for none"
+            ) from error
         yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -25,6 +25,7 @@ from tests.docker.compose_files import (
     SERVICES,
     TEACHERS,
     TRAINERS,
+    VARIABLE,
     arguments,
     interpolated,
     overlay,
@@ -148,8 +149,6 @@ def test_prometheus_is_put_on_the_networks_that_there_are() -> None:
     for name in TRAINERS:
         assert SERVICES[name]["networks"]["wire"] == {"aliases": ["trainers"]}
         assert SERVICES[name]["environment"]["METRICS_PORT"] == "9400"
-    for name in TEACHERS:
-        assert "teachers" in SERVICES[name]["networks"]["wire"]["aliases"]
     files = ["docker/observability.yml", "docker/observability-networks.yml"]
     assert COMPOSE["include"] == [{"path": files, "project_directory": "."}]
 
@@ -300,7 +299,7 @@ def test_tokens_are_secrets_that_the_programs_look_for(
 ) -> None:
     service = TOKENS["services"][name]
     (secret,) = service["secrets"]
-    ((variable, path),) = service["environment"].items()
+    ((variable, path),) = (pair for pair in service["environment"].items() if "FILE" in pair[0])
     assert path == f"/run/secrets/{secret}"
     assert interpolated(TOKENS["secrets"][secret]["file"]).startswith("./secrets/")
     if name in TEACHERS:
@@ -317,6 +316,41 @@ def test_tokens_are_secrets_that_the_programs_look_for(
 
 
 @pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize(
+    ("values", "open_metrics"),
+    [
+        ({}, False),
+        ({"TEACHER_OPEN_METRICS": ""}, False),
+        ({"TEACHER_OPEN_METRICS": "true"}, True),
+    ],
+)
+def test_with_tokens_a_variable_opens_the_metrics(
+    name: str, values: dict[str, str], open_metrics: bool
+) -> None:
+    given = TOKENS["services"][name]["environment"]
+    environment = {key: interpolated(value, **values) for key, value in given.items()}
+    config, _ = load_teacher_config({"engine": "fake"}, environment)
+    assert config.open_metrics is open_metrics
+
+
+def test_with_tls_prometheus_has_the_authority_and_the_file_that_names_it() -> None:
+    """In the place of the one it has: Compose merges mounts by their place in the container."""
+    own = yaml.safe_load((ROOT / "docker" / "observability.yml").read_text())
+    place = "/etc/prometheus/prometheus.yml"
+    (mount,) = TLS["services"]["prometheus"]["volumes"]
+    assert mount == f"./docker/observability/prometheus-tls.yml:{place}:ro"
+    assert (
+        f"./docker/observability/prometheus.yml:{place}:ro"
+        in (own["services"]["prometheus"]["volumes"])
+    )
+    assert (ROOT / mount.split(":")[0]).is_file()
+    (secret,) = TLS["services"]["prometheus"]["secrets"]
+    jobs = yaml.safe_load((ROOT / mount.split(":")[0]).read_text())["scrape_configs"]
+    assert jobs[0]["tls_config"]["ca_file"] == f"/run/secrets/{secret}"
+    assert secret in TLS["secrets"]
+
+
+@pytest.mark.parametrize("name", TEACHERS)
 def test_a_teacher_with_tls_is_probed_with_it_and_must_have_tokens(name: str) -> None:
     service = TLS["services"][name]
     (_, text) = service["healthcheck"]["test"]
@@ -330,7 +364,9 @@ def test_a_teacher_with_tls_is_probed_with_it_and_must_have_tokens(name: str) ->
     flags = {"engine": "fake", "host": "0.0.0.0"}
     with pytest.raises(ConfigError, match="no authentication"):
         load_teacher_config(flags, environment)
-    tenants = TOKENS["services"][name]["environment"]
+    tenants = {
+        key: interpolated(value) for key, value in TOKENS["services"][name]["environment"].items()
+    }
     config, _ = load_teacher_config(flags, environment | tenants)
     assert (config.insecure, bool(config.tls_cert)) == (False, True)
 
@@ -345,7 +381,8 @@ def test_with_tls_a_trainer_is_told_the_authority_and_else_the_same(name: str) -
 
 
 def test_an_overlay_changes_services_that_there_are() -> None:
-    assert set(TOKENS["services"]) == set(TLS["services"]) == {*TEACHERS, *TRAINERS}
+    assert set(TOKENS["services"]) == {*TEACHERS, *TRAINERS}
+    assert set(TLS["services"]) == {*TEACHERS, *TRAINERS, "prometheus"}
     assert set(TRAINER_HOST["services"]) <= set(TRAINERS)
 
 
@@ -353,6 +390,17 @@ def test_an_overlay_changes_services_that_there_are() -> None:
 def test_an_address_that_no_default_can_know_is_asked_for(values: dict[str, str]) -> None:
     with pytest.raises(LookupError, match=r"TEACHER_ENDPOINTS is empty or not set; .* such as"):
         interpolated(" ".join(OVERLAYS["trainer-host"].read_text().split()), **values)
+
+
+def test_every_variable_is_in_the_table() -> None:
+    watched = (ROOT / "docker" / "observability.yml").read_text()
+    used = {name for text in (*TEXTS, watched) for name, *_ in VARIABLE.findall(text)}
+    readme = (ROOT / "docker" / "README.md").read_text()
+    rows = re.findall(r"^\| (`[A-Z].*?) \|", readme, re.MULTILINE)
+    rows = [row for row in rows if not row.startswith("`Dockerfile`")]
+    told = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert set(told) == used | {"HF_TOKEN"}
+    assert len(told) == len(set(told))
 
 
 def test_secrets_are_neither_committed_nor_sent_to_docker() -> None:

@@ -245,7 +245,9 @@ def test_each_trainer_has_a_run_and_a_seed_of_its_own_and_finds_it_again(tmp_pat
     assert said(again) == command(2, 8)
     other = numbered_run(tmp_path, RUN_NAME="other")
     assert "run.out=" + str(tmp_path / "other-1") in said(other)
-    for process in (again, other, running[command(1, 7)], running[command(3, 9)]):
+    longest = numbered_run(tmp_path, RUN_NAME="n" * 200, RUN_SEED="9" * 9)
+    assert "run.seed=999999999 " in said(longest)
+    for process in (again, other, longest, running[command(1, 7)], running[command(3, 9)]):
         assert ended(process) == (0, "")
 
 
@@ -254,7 +256,12 @@ def test_each_trainer_has_a_run_and_a_seed_of_its_own_and_finds_it_again(tmp_pat
     [
         ({"RUN_NAME": ""}, "RUN_NAME is '', must be letters, digits"),
         ({"RUN_NAME": "../up"}, "RUN_NAME is '../up', must be"),
+        ({"RUN_NAME": "n" * 201}, "must be at most 200 characters long, and has 201"),
         ({"RUN_SEED": "x"}, "RUN_SEED is 'x', must be a whole number, such as RUN_SEED=0"),
+        # As a shell reads numbers, 8 and an error.
+        ({"RUN_SEED": "010"}, "RUN_SEED is '010', must be a whole number without leading noughts"),
+        ({"RUN_SEED": "08"}, "RUN_SEED is '08', must be a whole number without leading noughts"),
+        ({"RUN_SEED": "9" * 20}, f"RUN_SEED is '{'9' * 20}', must have at most 9 digits"),
         ({"RUNS": "/nowhere"}, "/nowhere is no folder that user"),
     ],
 )

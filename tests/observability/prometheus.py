@@ -87,7 +87,7 @@ def configured(folder: Path, targets: Mapping[str, Sequence[str]]) -> Path:
     seconds = f"{SCRAPE_S}s"
     config["global"] = {"scrape_interval": seconds, "evaluation_interval": seconds}
     for job in config["scrape_configs"]:
-        del job["dns_sd_configs"]
+        job.pop("dns_sd_configs", None)
         job["static_configs"] = [{"targets": [*targets[job["job_name"]]]}]
     path = folder / "prometheus.yml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")

@@ -17,6 +17,7 @@ DASHBOARDS = sorted((FOLDER / "grafana" / "dashboards").glob("*.json"))
 GUIDES = sorted((ROOT / "docs").glob("operations*.md"))
 FUNCTIONS = {
     *("sum", "max", "count", "topk", "rate", "increase", "histogram_quantile", "time"),
+    *("max_over_time", "last_over_time", "absent", "and", "or", "unless"),
     *("by", "on", "ignoring", "group_left", "inf", "nan"),
 }
 SELECTOR = re.compile(r"\b([a-z_]\w*)\s*(\{[^}]*\})?")
@@ -55,8 +56,8 @@ def alerts() -> list[dict[str, Any]]:
 
 
 def watched(rule: dict[str, Any]) -> Named:
-    """What an alert looks at, without the comparison that it ends in."""
-    expr, compared, _ = re.split(r"(==|>|<)(?=[^=><]*$)", rule["expr"])
+    """What an alert looks at first, without what it is compared with."""
+    expr, compared, _ = re.split(r"(==|>|<)", rule["expr"], maxsplit=1)
     assert compared
     return Named(where=rule["alert"], expr=expr.strip())
 

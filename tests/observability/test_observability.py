@@ -252,10 +252,20 @@ def test_a_watcher_may_do_no_more_than_it_must(name: str) -> None:
 
 
 def test_prometheus_looks_where_teachers_and_trainers_are() -> None:
-    config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
-    asked = {
-        job["job_name"]: (found["names"], found["port"])
-        for job in config["scrape_configs"]
-        for found in job["dns_sd_configs"]
-    }
-    assert asked == {"teacher": (["teachers"], 8080), "trainer": (["trainers"], 9400)}
+    """Teachers by the names of their containers, which stay targets when a container is gone."""
+    teacher, trainer = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
+    assert (teacher["job_name"], trainer["job_name"]) == ("teacher", "trainer")
+    assert teacher["static_configs"] == [{"targets": ["teacher:8080", "teacher-b:8080"]}]
+    (found,) = trainer["dns_sd_configs"]
+    assert (found["names"], found["port"]) == (["trainers"], 9400)
+
+
+def test_with_tls_prometheus_asks_the_same_teachers_with_their_authority() -> None:
+    plain, tls = (
+        yaml.safe_load((FOLDER / f"{name}.yml").read_text())
+        for name in ("prometheus", "prometheus-tls")
+    )
+    teacher = tls["scrape_configs"][0]
+    assert teacher.pop("scheme") == "https"
+    assert teacher.pop("tls_config") == {"ca_file": "/run/secrets/teacher-ca.pem"}
+    assert tls == plain

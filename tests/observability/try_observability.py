@@ -94,6 +94,7 @@ def numbers(answer: list[Series]) -> list[float]:
 def test_promtool_takes_the_configuration_and_the_rules() -> None:
     for command in (
         ["check", "config", str(FOLDER / "prometheus.yml")],
+        ["check", "config", "--syntax-only", str(FOLDER / "prometheus-tls.yml")],
         ["check", "rules", "--lint-fatal", str(FOLDER / "alerts.yml")],
         ["test", "rules", str(Path(__file__).with_name("alerts.test.yml"))],
     ):
