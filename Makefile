@@ -103,10 +103,13 @@ dist: setup  ## driftline and driftline-client, each as source and wheel, in dis
 test-dist: dist  ## outside the checkout: each wheel in an environment of its own, both in one, wheels from the sources
 	$(BIN)/python -m tests.distributions.environments dist
 
-sbom: setup  ## what is installed beside SBOM_PYTHON, this environment's or another's, as CycloneDX JSON in dist/
+sbom: setup  ## the product as installed beside SBOM_PYTHON, this environment's or another's, as CycloneDX JSON in dist/
 	mkdir -p dist
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --spec-version 1.6 \
-	    --output-format JSON --output-file dist/driftline.cdx.json $(SBOM_PYTHON)
+	    --output-format JSON --output-file dist/environment.cdx.json $(SBOM_PYTHON)
+	$(BIN)/python -m scripts.bill_of_materials $(SBOM_PYTHON) < dist/environment.cdx.json \
+	    > dist/driftline.cdx.json
+	rm dist/environment.cdx.json
 
 test-images: setup  ## the CPU images built, measured, started with podman and by docker compose; as root
 	$(BIN)/python -m pytest -q -s tests/docker/try_images.py

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
     from teacher_server.settings import TeacherConfig
 
-EXIT_CONFIG = 2
+EXIT_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
 PROBE_SERVING, PROBE_NOT_SERVING, PROBE_UNREACHABLE = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["doctor"]:
+        return _doctor(words)
     with signals_end_at_once() if words[:1] == ["serve"] else interrupts_end_quietly():
         return _run(words)
 
@@ -41,8 +43,6 @@ def _run(words: Sequence[str]) -> int:
         from teacher_server.process.analysis import analyze
 
         return analyze(build_parser(with_settings=False).parse_args(words))
-    if words[:1] == ["doctor"]:
-        return _doctor(words)
     from teacher_server.flags import refuse_unknown_flags
     from teacher_server.process.model_folder import check_model_folder
     from teacher_server.settings import ConfigError, load_config, to_toml
@@ -105,6 +105,24 @@ def build_parser(*, with_settings: bool = True) -> argparse.ArgumentParser:
 
 
 def _doctor(words: Sequence[str]) -> int:
+    """Its findings are output: when they end in the middle, that is told, but for a reader (`head`)
+    who has seen enough. As `student-trainer doctor` does."""
+    try:
+        code = _examined(words)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"teacher-server: standard output: {error.strerror}", file=sys.stderr)
+        # Nothing is left to be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    return code
+
+
+def _examined(words: Sequence[str]) -> int:
     from preflight.findings import Finding, problem
     from preflight.showing import told
     from teacher_server.flags import refuse_unknown_flags

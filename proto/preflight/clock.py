@@ -7,7 +7,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException, InvalidURL
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 
 from preflight.certificates import day
 from preflight.findings import Finding, ok, skipped, warning
@@ -48,20 +50,30 @@ def against(url: str) -> Iterator[Finding]:
     """Beside the Date header of an HTTP server: half of the way there and back is its due."""
     began = time.time()
     try:
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise ValueError("it begins with neither http:// nor https://")
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as reply:
             told = reply.headers.get("Date")
     except HTTPError as error:  # it has a Date all the same
         told = error.headers.get("Date")
         error.close()
-    except OSError as error:
-        yield skipped("clock", f"{url} does not answer: {error}")
+    except (ValueError, InvalidURL) as error:
+        yield warning("clock", f"{url!r} is no URL: {error}", "", "http://HOST:8080")
+        return
+    except (OSError, HTTPException) as error:
+        yield skipped("clock", f"{url} does not answer: {error or type(error).__name__}")
         return
     ended = time.time()
     if told is None:
         yield skipped("clock", f"{url} tells no Date")
         return
+    try:
+        date_s = parsedate_to_datetime(told).timestamp()
+    except ValueError:
+        yield skipped("clock", f"{url} tells {told!r}, which is no Date")
+        return
     # A header of whole seconds was half a second later in the mean.
-    skew_s = (began + ended) / 2 - (parsedate_to_datetime(told).timestamp() + 0.5)
+    skew_s = (began + ended) / 2 - (date_s + 0.5)
     seen = f"{abs(skew_s):.1f} s {'ahead of' if skew_s > 0 else 'behind'} {url}"
     limit = f"at most {MAX_SKEW_S:.0f} s"
     if abs(skew_s) > MAX_SKEW_S + (ended - began) / 2:

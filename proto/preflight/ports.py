@@ -6,7 +6,7 @@ import socket
 
 
 def listener(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises OSError."""
+    """A socket that listens. Raises OSError, socket.gaierror for a host that has no address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -14,6 +14,9 @@ def listener(host: str, port: int) -> socket.socket:
         made.bind((host, port))
         # Two sockets may be bound to one port until one of them listens.
         made.listen()
+    except UnicodeError as error:  # of a name that cannot be one, `a..b`
+        made.close()
+        raise socket.gaierror(socket.EAI_NONAME, str(error)) from error
     except OSError:
         made.close()
         raise

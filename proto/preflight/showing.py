@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 
 from preflight.checkpoints import fetching_nothing
@@ -43,11 +42,11 @@ def _print(console: Console, head: Text, body: Text) -> None:
     """The body beside the head, its further lines below its first; broken where a terminal ends."""
     indent = len(head)
     width = max(20, console.width - indent) if console.is_terminal else None
-    parts = body.wrap(console, width) if width else body.split("\n")
-    first, *rest = parts
-    console.print(Text.assemble(head, first), highlight=False, soft_wrap=True)
-    for line in rest:
-        console.print(Padding(line, (0, 0, 0, indent), expand=False), highlight=False)
+    first, *rest = body.wrap(console, width) if width else body.split("\n")
+    lines = [Text.assemble(head, first), *(Text.assemble(" " * indent, line) for line in rest)]
+    for line in lines:
+        line.rstrip()
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _style_of(findings: Sequence[Finding]) -> str:

@@ -91,11 +91,18 @@ class TeacherAccess:
         try:
             context.load_verify_locations(cadata=authority)
             if self.tls_cert is not None:
-                context.load_cert_chain(self.tls_cert, self.tls_key, password="")
+                context.load_cert_chain(self.tls_cert, self.tls_key, self._refuse_encrypted)
+        except AccessError:
+            raise
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             files = ", ".join(str(p) for p in (self.tls_ca, self.tls_cert, self.tls_key) if p)
             raise AccessError(f"no TLS with {files}: {error}") from error
         return context
+
+    def _refuse_encrypted(self) -> str:
+        raise AccessError(
+            f"teacher.tls_key {self.tls_key} is encrypted, must be a key without a passphrase"
+        )
 
     def warn_in_the_clear(self, endpoint: str) -> None:
         """Says so when a token crosses the network without TLS."""

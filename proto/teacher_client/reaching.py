@@ -58,6 +58,8 @@ def reach(endpoint: str, access: TeacherAccess, timeout_s: float = TIMEOUT_S) ->
         raise AccessError(_not_tls(endpoint, error)) from error
     except OSError as error:
         return Reached(endpoint=endpoint, absent=error.strerror or str(error))
+    except ValueError as error:  # no name of a host, `a..b`
+        raise AccessError(f"{endpoint} is no address: {error}") from error
 
 
 def _shaken(

@@ -10,8 +10,8 @@ from contextlib import closing
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from preflight import certificates, clock, disk, software
-from preflight.checkpoints import model_json
+from preflight import certificates, clock, disk, ports, software
+from preflight.checkpoints import is_at_hand, is_hub_name
 from preflight.findings import (
     Check,
     Finding,
@@ -74,6 +74,7 @@ class _Doctor:
             ("compiler", self._compiler),
             ("gpu", self._gpus),
             ("folder", self._folder),
+            ("ports", self._ports),
             ("data", self._data),
             ("clock", self._clock),
             ("access", self._access),
@@ -149,6 +150,18 @@ class _Doctor:
         except ConfigError as error:
             yield warning("folder", one_line(error))
 
+    def _ports(self) -> Iterator[Finding]:
+        from student_trainer.assembly.metering import trainer_metrics
+        from student_trainer.process.ranks import ALONE
+
+        settings = self._config.metrics
+        if settings.port == 0:
+            yield ok("ports", "none: metrics.port is 0")
+            return
+        with trainer_metrics(self._config, ALONE):
+            where = ports.shown(settings.host, settings.port)
+            yield ok("ports", f"metrics {where} can be listened on")
+
     def _data(self) -> Iterator[Finding]:
         data = self._config.data
         for name, path in (("data.train", data.train), ("data.heldout", data.heldout)):
@@ -195,12 +208,15 @@ class _Doctor:
         return early.reached(self._config, [*self._config.teachers_by_tag])
 
     def _reached(self) -> Iterator[Finding]:
+        there = {a.tag for a in self._answers if a.reached is not None and not a.reached.absent}
         for answer in self._answers:
             where = f"[{table_of(answer.tag)}] {answer.endpoint}"
             if answer.reached is None:
                 yield problem("teacher", f"{where}: {answer.refused}")
             elif answer.reached.absent:
-                yield problem(
+                # A run begins with those that are there.
+                found = warning if answer.tag in there else problem
+                yield found(
                     "teacher",
                     f"{where} does not answer: {answer.reached.absent}",
                     remedy="start it, or mend name, port and network between",
@@ -216,8 +232,16 @@ class _Doctor:
                 )
 
     def _student(self) -> Iterator[Finding]:
+        from student_trainer.assembly import early
+
         model = self._config.student.model
+        early.check_student_files(self._config)
         if not self._is_at_hand:
+            if not is_hub_name(model):
+                yield problem(
+                    "student", f"{model!r} is no folder here, and no name on a hub: mend the path"
+                )
+                return
             why = "is no folder here and not in the hub's cache"
             remedy = f"mend the path, or fetch it before: hf download {model}"
             yield warning("student", f"{model} {why}: `train` looks for it on the hub", "", remedy)
@@ -235,7 +259,13 @@ class _Doctor:
     @cached_property
     def _is_at_hand(self) -> bool:
         """The student can be read without a hub."""
-        return model_json(self._config.student.model) is not None
+        from student_trainer.assembly import early
+
+        try:
+            early.check_student_files(self._config)
+        except TrainerError:  # `_student` tells
+            return False
+        return is_at_hand(self._config.student.model)
 
     def _memory(self) -> Iterator[Finding]:
         from student_trainer.assembly import from_settings

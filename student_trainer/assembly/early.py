@@ -1,5 +1,6 @@
 """What ends a run before anything large is loaded, and what `student-trainer doctor` looks at by
-itself: the run's folder, tokens and certificates, and teachers that are there already.
+itself: the run's folder, the student's files, tokens and certificates, and teachers that are there
+already.
 
 A teacher that is not there yet is waited for later, as always.
 """
@@ -11,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from preflight.checkpoints import CheckpointFileError, check_stored, check_tokenizer_files
 from preflight.disk import why_not_writable
 from preflight.gpus import driver
 from preflight.software import why_no_vllm
 from student_trainer.assembly import teachers
-from student_trainer.errors import ConfigError
+from student_trainer.errors import CheckpointError, ConfigError
 from student_trainer.rollouts.stream import LoopThread
 from student_trainer.settings.config import TrainerConfig, table_of
 from student_trainer.settings.sampler import VllmSamplerSettings
@@ -48,6 +50,17 @@ def check_sampler(config: TrainerConfig) -> None:
         raise ConfigError(
             f"sampler.kind is 'vllm', and {why}, or take sampler.kind = \"hf_batched\""
         )
+
+
+def check_student_files(config: TrainerConfig) -> None:
+    """Raises CheckpointError where the student is here and cannot be loaded: a file that is missing
+    or not whole, or no tokenizer."""
+    model = config.student.model
+    try:
+        check_stored(model)
+        check_tokenizer_files(model)
+    except CheckpointFileError as error:
+        raise CheckpointError(f"student.model is {model!r}: {error}") from error
 
 
 def check_access(config: TrainerConfig, tags: Iterable[str | None]) -> None:

@@ -243,6 +243,7 @@ def assembled(
     config = with_declared_needs(config)
     early.check_folder(config)
     early.check_sampler(config)
+    early.check_student_files(config)
     refuse_spread(config, ranks)
     ranks.check_same(written(config))
     stop = stop or StopRequest()

@@ -57,6 +57,15 @@ class TeacherSettings(Section):
                     f"{endpoint!r} must be host:port, such as 127.0.0.1:50051"
                     f"{scheme if '://' in endpoint else ''}"
                 )
+            try:
+                match[1].encode("idna")
+            except UnicodeError as error:
+                raise ValueError(
+                    f"{endpoint!r} names no host: what is between its dots must have 1 to 63 "
+                    "letters"
+                ) from error
+        if twice := [one for one in endpoints if endpoints.count(one) > 1]:
+            raise ValueError(f"{twice[0]!r} is named twice, must be one endpoint of each replica")
         return endpoints
 
     @model_validator(mode="after")

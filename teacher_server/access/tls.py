@@ -109,7 +109,7 @@ def _server_context(files: TlsFiles) -> ssl.SSLContext:
         if error.reason == "KEY_VALUES_MISMATCH":
             text = f"tls_key {files.key} does not match the certificate tls_cert {files.cert}"
         else:
-            text = f"tls_cert {files.cert} and tls_key {files.key} must be PEM: {error.reason}"
+            text = f"{_no_pem(files)}: {error.reason or 'it cannot be read'}"
         raise ConfigError(text) from error
     if files.client_ca is not None:
         try:
@@ -119,6 +119,15 @@ def _server_context(files: TlsFiles) -> ssl.SSLContext:
             raise ConfigError(text) from error
         context.verify_mode = ssl.CERT_OPTIONAL
     return context
+
+
+def _no_pem(files: TlsFiles) -> str:
+    """Which of the two it is: a certificate by itself is read for whom it would be trusted."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(files.cert)
+    except ssl.SSLError:
+        return f"tls_cert {files.cert} must be PEM certificates"
+    return f"tls_key {files.key} must be the PEM key of tls_cert {files.cert}"
 
 
 def _refuse_encrypted(files: TlsFiles) -> str:

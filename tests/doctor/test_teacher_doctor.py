@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from datetime import timedelta
@@ -79,7 +80,7 @@ def large(tmp_path: Path) -> Path:
     about = {**QWEN3_8B, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "dtype": "float32"}
     (tmp_path / "large").mkdir()
     (tmp_path / "large" / "config.json").write_text(json.dumps(about))
-    (tmp_path / "large" / "model.safetensors").write_bytes(b"12345678")
+    (tmp_path / "large" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return tmp_path / "large"
 
 
@@ -118,6 +119,14 @@ def test_a_port_that_is_taken(name: str, capsys: pytest.CaptureFixture[str]) -> 
     assert told.endswith(f"choose another {name}_port")
 
 
+@pytest.mark.parametrize("host", ["nohost.invalid", "a..b"])
+def test_a_host_that_has_no_address(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--engine", "fake", *FREE, "--insecure", "--host", host)
+    told = doctor(capsys, *flags, exits=2)["ports"][0]["seen"]
+    assert told.startswith(f"gRPC cannot listen on {host}:0: ")
+    assert told.endswith("host must be an address of this machine, or 0.0.0.0")
+
+
 def test_certificates_that_are_no_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours = Authority(tmp_path, "ours")
     good, other = (ours.issue(name, hosts=("127.0.0.1",)) for name in ("a", "b"))
@@ -136,7 +145,10 @@ def test_certificates_that_are_no_use(tmp_path: Path, capsys: pytest.CaptureFixt
     assert tls(good.cert, good.key, 0).startswith("warning: ")  # for an hour
     assert "ends on 20" in tls(soon.cert, soon.key, 0)
     assert f"tls_key {other.key} does not match" in tls(good.cert, other.key, 2)
-    assert "must be PEM" in tls(torn, good.key, 2)
+    assert f"tls_cert {torn} must be PEM certificates" in tls(torn, good.key, 2)
+    told = tls(good.cert, torn, 2)
+    assert f"tls_key {torn} must be the PEM key of tls_cert {good.cert}" in told
+    assert "None" not in told
     assert f"tls_cert is '{tmp_path}/no.pem': No such file" in tls(tmp_path / "no.pem", good.key, 2)
     told = tls(ended.cert, ended.key, 2)
     assert "(127.0.0.1) ended on 20" in told
@@ -281,6 +293,37 @@ def test_a_checkpoint_that_is_nowhere_is_known_as_such(tmp_path: Path) -> None:
         start_checks.refuse_early(
             TeacherConfig(engine="fake", ready_file=str(tmp_path / "no" / "file"))
         )
+
+
+def doctor_to(stdout: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "teacher_server.cli", "doctor", "--engine", "fake", *FREE]
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S
+    )
+
+
+def test_output_that_cannot_be_written_is_one_line_or_none() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = doctor_to(full)
+    assert done.returncode == 1
+    assert done.stderr == "teacher-server: standard output: No space left on device\n"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        done = doctor_to(closed)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_ctrl_c_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from ()
+
+    monkeypatch.setattr("preflight.software.versions", pressed)
+    assert cli.main(["doctor", "--engine", "fake", *FREE]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.fixture

@@ -5,18 +5,27 @@ before it loads a student. Run: pytest tests/doctor/test_trainer_doctor.py
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from preflight.ports import listener
 from student_trainer import cli
 from student_trainer.assembly import parts
-from teacher_client.access import TOKEN_FILE_VARIABLE, TOKEN_VARIABLE
+from teacher_client.access import (
+    TOKEN_FILE_VARIABLE,
+    TOKEN_VARIABLE,
+    AccessError,
+    TeacherAccess,
+)
+from teacher_client.reaching import reach
 from tests.faults.live_server import LiveServer
 from tests.faults.made_certificates import Authority
 from tests.trainer.learner.tiny_student import write_tiny_student
+from tests.waiting import LIMIT_S
 
 pytestmark = pytest.mark.e2e
 PLAYGROUND = Path(__file__).resolve().parents[2] / "examples/playground/checkpoints"
@@ -173,8 +182,11 @@ def test_teachers_that_are_not_there_or_not_one(
     tmp_path: Path, teachers: dict[str, LiveServer], capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = teachers["plain"].address
-    found = doctor(capsys, written(tmp_path, plain, "127.0.0.1:1"), exits=2)
+    found = doctor(capsys, written(tmp_path, "127.0.0.1:1"), exits=2)
     assert problems(found) == ["teacher"]
+    # A run begins with the replicas that are there.
+    found = doctor(capsys, written(tmp_path, plain, "127.0.0.1:1"), exits=0)
+    assert found["teacher"][1]["level"] == "warning"
     assert "127.0.0.1:1 does not answer: " in found["teacher"][1]["seen"]
     port = teachers["plain"].http_address
     found = doctor(capsys, written(tmp_path, port), exits=2)
@@ -284,6 +296,58 @@ def test_folders_data_and_devices_that_are_not_there(
     found = doctor(capsys, path, "--set", "student.model=nobody/nothing-of-the-kind", exits=0)
     assert "is no folder here and not in the hub's cache" in found["student"][0]["seen"]
     assert [one["level"] for one in found["tokenizer"]] == ["skipped"]
+
+
+def test_a_metrics_port_that_is_taken(
+    tmp_path: Path,
+    teachers: dict[str, LiveServer],
+    capsys: pytest.CaptureFixture[str],
+    loads_nothing: None,
+) -> None:
+    path = written(tmp_path, teachers["plain"].address)
+    with listener("127.0.0.1", 0) as held:
+        port = held.getsockname()[1]
+        flag = f"metrics.port={port}"
+        found = doctor(capsys, path, "--set", flag, exits=2)
+        told = found["ports"][0]["seen"]
+        assert trained(capsys, path, "--set", flag).startswith(f"ConfigError: {told}")
+    assert problems(found) == ["ports"]
+    assert f"127.0.0.1:{port} cannot be listened on: Address already in use" in told
+    found = doctor(capsys, path, "--set", flag, exits=0)
+    assert found["ports"][0]["seen"] == f"metrics 127.0.0.1:{port} can be listened on"
+
+
+def test_endpoints_that_are_no_address_or_one_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for endpoints, wrong in (
+        (["teacher..example:50051"], "'teacher..example:50051' names no host"),
+        (["127.0.0.1:19551", "127.0.0.1:19551"], "'127.0.0.1:19551' is named twice"),
+    ):
+        path = written(tmp_path, *endpoints)
+        told = doctor(capsys, path, exits=2)["settings"][0]["seen"]
+        assert f"teacher.endpoints: {wrong}" in told
+        assert wrong in trained(capsys, path)
+    with pytest.raises(AccessError, match=r"a\.\.b:1 is no address"):
+        reach("a..b:1", TeacherAccess())
+
+
+def test_a_key_of_ours_that_is_encrypted(tmp_path: Path, authority: Authority) -> None:
+    pair, locked = authority.issue("vision"), tmp_path / "locked.key"
+    command = ["openssl", "pkcs8", "-topk8", "-passout", "pass:x", "-out", str(locked)]
+    subprocess.run([*command, "-in", str(pair.key)], check=True, timeout=LIMIT_S)
+    access = TeacherAccess(tls_ca=authority.ca, tls_cert=pair.cert, tls_key=locked)
+    with pytest.raises(AccessError, match=rf"teacher\.tls_key {locked} is encrypted, must be"):
+        access.ssl_context()
+
+
+def test_a_student_that_is_nowhere_is_not_to_be_fetched_by_its_path(
+    tmp_path: Path, teachers: dict[str, LiveServer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, teachers["plain"].address, student=Path("/nosuch/dir"))
+    told = doctor(capsys, path, exits=2)["student"][0]
+    assert told["seen"] == "'/nosuch/dir' is no folder here, and no name on a hub: mend the path"
+    assert told["remedy"] == ""
 
 
 def test_weights_that_pass_through_a_folder_are_held_against_its_room(

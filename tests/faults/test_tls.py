@@ -269,8 +269,8 @@ def test_files_that_cannot_be_served_are_named(tmp_path: Path) -> None:
         (files_of(good, absent), f"tls_client_ca is '{absent}': No such file"),
         (files_of(Pair(good.cert, locked.key)), f"tls_key {locked.key} is encrypted"),
         (files_of(Pair(good.cert, other.key)), f"tls_key {other.key} does not match the cert"),
-        (files_of(Pair(junk, good.key)), "must be PEM"),
-        (files_of(Pair(good.cert, junk)), "must be PEM"),
+        (files_of(Pair(junk, good.key)), f"tls_cert {junk} must be PEM certificates"),
+        (files_of(Pair(good.cert, junk)), f"tls_key {junk} must be the PEM key of tls_cert"),
         (files_of(good, junk), f"tls_client_ca {junk} must be PEM certificates"),
     ):
         with pytest.raises(ConfigError) as caught:
