@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,6 +124,22 @@ async def day(arguments: argparse.Namespace, console: Console) -> int:
     return 1 if bad else 0
 
 
+def count(text: str) -> int:
+    """Of 1 or more; raises ValueError, ArgumentTypeError."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}, must be at least 1")
+    return number
+
+
+def duration(text: str) -> float:
+    """Seconds, more than 0; raises ValueError, ArgumentTypeError."""
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} s, must be more than 0 and finite")
+    return seconds
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m benchmarks.capacity",
@@ -133,11 +150,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="two fleets, for a short while")
     made.add_argument("--day", action="store_true", help="trainers that come and go")
     made.add_argument("--plan", action="store_true", help="write the tables of docs/scaling.md")
-    made.add_argument("--hours", type=int, default=HOURS, help=f"of the day ({HOURS})")
+    made.add_argument("--hours", type=count, default=HOURS, help=f"of the day ({HOURS})")
     made.add_argument("--fleets", nargs="+", choices=FLEETS, metavar="NAME", help="only these")
-    made.add_argument("--repeats", type=int, default=REPEATS, help=f"of each fleet ({REPEATS})")
-    made.add_argument("--seconds", type=float, help=f"a fleet is looked at ({SECONDS:.0f})")
-    made.add_argument("--at-once", type=int, default=3, help="fleets at a time (3)")
+    made.add_argument("--repeats", type=count, default=REPEATS, help=f"of each fleet ({REPEATS})")
+    made.add_argument("--seconds", type=duration, help=f"a fleet is looked at ({SECONDS:.0f})")
+    made.add_argument("--at-once", type=count, default=3, help="fleets at a time (3)")
     return made
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.capacity import __main__ as command
 from benchmarks.capacity import day, plan
 from benchmarks.capacity.arithmetic import TeacherSpeed, forecast, most_trainers
 from benchmarks.capacity.fleets import FLEETS, PLAIN, QUICK, Fleet
@@ -173,3 +174,24 @@ def test_an_hour_of_trainers_that_come_and_go_loses_no_row(
     assert said["rows_received"] > 0
     assert said["killed"] > 0
     assert not (tmp_path / "day.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--at-once 0", "--at-once: 0, must be at least 1"),
+        ("--repeats 0", "--repeats: 0, must be at least 1"),
+        ("--hours -1", "--hours: -1, must be at least 1"),
+        ("--hours 1.5", "--hours: invalid count value: '1.5'"),
+        ("--seconds -1", "--seconds: -1 s, must be more than 0"),
+        ("--seconds nan", "--seconds: nan s, must be more than 0"),
+    ],
+)
+def test_a_number_without_sense_is_refused(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.parser().parse_args(words.split())
+    assert message in capsys.readouterr().err
+    given = command.parser().parse_args(["--at-once", "1", "--seconds", "0.5"])
+    assert (given.at_once, given.seconds) == (1, 0.5)
