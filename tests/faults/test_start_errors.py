@@ -71,8 +71,8 @@ def test_a_weight_file_that_the_user_may_not_read_is_named_in_one_line(tmp_path:
     line = done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert line == (
-        f"teacher-server: cannot read the checkpoint '{model}': [Errno 13] Permission denied: "
-        f"'{weights}'; let the user that serves read it (chmod a+r)"
+        f"teacher-server: cannot read the checkpoint '{model}': {weights} cannot be read by user "
+        f"{os.geteuid()}: Permission denied: let the user that runs this read it (chmod a+r)"
     )
 
 
