@@ -82,7 +82,7 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointFileError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointFileError(_unreadable(path, error)) from error
     except UnicodeDecodeError as error:
         raise CheckpointFileError(
             f"{path} is not UTF-8: {error.reason} at byte {error.start}: {AGAIN}"
@@ -93,6 +93,12 @@ def _object(path: Path) -> dict[str, Any]:
         kind = type(found).__name__
         raise CheckpointFileError(f"{path} holds a JSON {kind}, must be an object: {AGAIN}")
     return found
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    remedy = "let the user that runs this read it (chmod a+r)"
+    why = f"{path} cannot be read by user {os.geteuid()}: {error.strerror}"
+    return f"{why}: {remedy}" if isinstance(error, PermissionError) else why
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -145,7 +151,7 @@ def check_safetensors(path: Path) -> None:
             stream.seek(0)
             is_pointer = stream.read(len(_LFS_POINTER)) == _LFS_POINTER
     except OSError as error:
-        raise CheckpointFileError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointFileError(_unreadable(path, error)) from error
     if is_pointer:
         raise CheckpointFileError(f"{path} is a pointer of Git LFS: fetch it with `git lfs pull`")
     if not header:

@@ -178,7 +178,9 @@ def test_weights_that_are_cut_short_are_named(
     path = folder / "student" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     line = failed(folder, "train", capsys=capsys)
-    assert line.startswith(f"CheckpointError: {folder}/student: cannot load a student: ")
+    assert line.startswith(
+        f"CheckpointError: student.model is '{folder}/student': {path} has 1,000 "
+    )
 
 
 @pytest.mark.parametrize(
