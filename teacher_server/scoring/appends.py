@@ -48,10 +48,11 @@ class Appends:
                 expected_offset=first,
                 offset=offset,
             )
-        check_total_length(self._info, len(session.prompt_ids) + offset + len(span))
+        num_tokens = len(span)
+        check_total_length(self._info, len(session.prompt_ids) + offset + num_tokens)
         rows, timing = await self._rows(session, span, give_up)
         state, verdict, keep_tokens = session.take_in(span, rows.bad_events)
-        session.tally.tokens_scored += len(span)
+        session.tally.tokens_scored += num_tokens
         if keep_tokens is not None:
             session.tally.truncated += 1
         self._metrics.append_done(timing)
