@@ -141,10 +141,10 @@ def with_tail(
     """Log-probs of both, [B, T, N + 1] each, everything outside the support as one more class.
 
     The teacher's mass outside is 1 less that of its list, at least 1e-7: what travels of it. The
-    student's is the head's own sum over the rest (`learner.head`), right to 1e-5 of itself however
-    small; without it, 1 less its list, which in float32 is wrong below 1e-5 and has no gradient
-    below 1e-7: where the student is sure, and possibly of the wrong token. Where there is nothing
-    outside the support, the class has no part in any divergence.
+    student's is the head's own sum over the rest (`learner.head_logprobs`), right to 1e-5 of itself
+    however small; without it, 1 less its list, which in float32 is wrong below 1e-5 and has no
+    gradient below 1e-7: where the student is sure, and possibly of the wrong token. Where there is
+    nothing outside the support, the class has no part in any divergence.
     """
     teacher_BT = _log_outside(teacher_BTN, included_BTN)
     if student_log_outside_BT is None:

@@ -70,7 +70,15 @@ class LossSection(Section):
         return self.kind
 
 
-class SampledReverseKLSettings(LossSection):
+class PolicyGradientSection(LossSection):
+    """A loss whose surrogate is made of policy ratios."""
+
+    @property
+    def has_a_ratio(self) -> bool:
+        return True
+
+
+class SampledReverseKLSettings(PolicyGradientSection):
     """Policy gradient of the sampled token."""
 
     kind: Literal["sampled_reverse_kl"] = "sampled_reverse_kl"
@@ -82,10 +90,6 @@ class SampledReverseKLSettings(LossSection):
     baseline: Literal["none", "student_topk"] = "none"
     """What is taken off the advantage: nothing, or its expectation over the student's top-k
     (vOPD), which leaves the expected gradient as it is and lowers its variance."""
-
-    @property
-    def has_a_ratio(self) -> bool:
-        return True
 
     @property
     def needs(self) -> Needs:
@@ -202,7 +206,7 @@ class EntropyAwareKLSettings(LossSection):
         return self.reverse == "sampled"
 
 
-class StudentTopKReverseKLSettings(LossSection):
+class StudentTopKReverseKLSettings(PolicyGradientSection):
     """Policy gradient over the candidates of a position (Prune-OPD's code)."""
 
     kind: Literal["student_topk_reverse_kl"] = "student_topk_reverse_kl"
@@ -216,10 +220,6 @@ class StudentTopKReverseKLSettings(LossSection):
     """Bound of a ratio where the reward is negative."""
 
     @property
-    def has_a_ratio(self) -> bool:
-        return True
-
-    @property
     def needs(self) -> Needs:
         return Needs(
             teacher_k=0 if self.support == "only_stu" else 1,
@@ -229,7 +229,7 @@ class StudentTopKReverseKLSettings(LossSection):
         )
 
 
-class ResidualReverseKLSettings(LossSection):
+class ResidualReverseKLSettings(PolicyGradientSection):
     """Policy gradient over the student's top-k, and of the sampled token where it is outside: the
     whole reverse KL in expectation (ResOPD)."""
 
@@ -240,15 +240,11 @@ class ResidualReverseKLSettings(LossSection):
     """Bound of a ratio where the reward is negative."""
 
     @property
-    def has_a_ratio(self) -> bool:
-        return True
-
-    @property
     def needs(self) -> Needs:
         return Needs(behavior_logprobs=True, student_topk=True)
 
 
-class SuppressUnlikelySettings(LossSection):
+class SuppressUnlikelySettings(PolicyGradientSection):
     """A control without a teacher: the tokens that the student itself found least likely become
     less likely (OPSA)."""
 
@@ -261,10 +257,6 @@ class SuppressUnlikelySettings(LossSection):
     """PPO clip of the ratio; none leaves it alone."""
     dual_clip: DualClip | None = 3.0
     """Bound of the ratio."""
-
-    @property
-    def has_a_ratio(self) -> bool:
-        return True
 
     @property
     def needs(self) -> Needs:
